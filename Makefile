@@ -1,0 +1,60 @@
+# `make` alone lists the targets. Python 3.11 to 3.13 with its venv module is all that has to be there.
+#   PYTHON=...  the interpreter that .venv is made with (default: the first that fits)
+#   ARGS=...    handed on to `rayrlhf run` by quickstart and to pytest by the test targets
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+PYTHON ?= $(firstword $(foreach p,python3.11 python3 python3.12 python3.13,$(shell $(p) -c "$(SUPPORTED)" 2>/dev/null && echo $(p))))
+
+# uv reads neither pip.conf nor PIP_*. A machine that offers torch's CPU wheel in a local folder is served from there,
+# in place of PyTorch's index (tool.uv.sources in pyproject.toml).
+ifneq (,$(wildcard $(addsuffix /torch-*.whl,$(PIP_FIND_LINKS))))
+empty :=
+comma := ,
+export UV_FIND_LINKS := $(subst $(empty) $(empty),$(comma),$(strip $(PIP_FIND_LINKS)))
+export UV_NO_SOURCES := 1
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test lint test-unit test-ray test-e2e clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## create .venv and install everything (CPU build), once
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" && $(PYTHON) -c "$(SUPPORTED)" || { \
+	  echo "make: rayrlhf needs Python 3.11, 3.12 or 3.13; install one, or name it: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -c "import ensurepip, venv" 2>/dev/null || { \
+	  echo "make: $(PYTHON) has no venv module; install it (Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }
+	@$(BIN)/uv --version >/dev/null 2>&1 || { $(PYTHON) -m venv .venv && $(BIN)/python -m pip install --quiet -c constraints.txt uv; }
+	$(BIN)/uv pip install --python $(BIN)/python -c constraints.txt -e ".[cpu]" --group dev
+	@touch $@
+
+quickstart: $(STAMP) ## run the whole pipeline on the embedded data and model
+	$(BIN)/rayrlhf run configs/quickstart.yaml $(ARGS)
+
+test: lint ## lint, then all tests
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP) ## ruff, mypy and the import linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test-unit: $(STAMP) ## tests without Ray (fast)
+	$(BIN)/python -m pytest tests/unit $(ARGS)
+
+test-ray: $(STAMP) ## tests with Ray and vLLM
+	$(BIN)/python -m pytest tests/ray $(ARGS)
+
+test-e2e: $(STAMP) ## whole runs
+	$(BIN)/python -m pytest tests/e2e $(ARGS)
+
+clean: ## remove .venv, caches and build output; runs/ stays
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find rayrlhf actors jobs tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,79 @@
+"""The generator actor: a vLLM engine that knows which version of the policy it holds."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+
+from actors.engine import Engine
+from actors.weight_sync import PublishedWeights, WeightSyncError
+from rayrlhf.config import GeneratorConfig, ModelConfig
+from rayrlhf.trajectory import GenerationRequest, Sampling, Trajectory
+
+INITIAL_VERSION = -1
+"""A new or restarted generator holds the initial weights, and refuses to generate until it is synced."""
+
+
+class Generator:
+    """Draws responses from the policy. A plain class: `Remote.spawn` makes a Ray actor of it, or keeps it local."""
+
+    def __init__(self, name: str, model: ModelConfig, settings: GeneratorConfig, max_model_len: int, seed: int) -> None:
+        """`model.path` is a directory or a hub name; `max_model_len` bounds prompt + response, in tokens."""
+        self._name = name
+        self.engine = Engine(
+            model.path,
+            revision=model.revision,
+            dtype=model.dtype,
+            max_model_len=max_model_len,
+            settings=settings,
+            seed=seed,
+        )
+        self._version = INITIAL_VERSION
+        self._tokens = 0
+        self._busy_s = 0.0
+
+    def __repr__(self) -> str:
+        return self._name
+
+    def ready(self) -> dict[str, Any]:
+        """Warm up with one tiny request, then say who and where this is: `pid`, `node`, `version`."""
+        warm_up = GenerationRequest(prompt_id="warm-up", prompt_ids=(0,))
+        self.engine.generate([warm_up], Sampling(temperature=1.0, max_tokens=2, eos_token_id=0), self._version)
+        node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else platform.node()
+        return {"pid": os.getpid(), "node": node, "version": self._version}
+
+    def generate(self, requests: Sequence[GenerationRequest], sampling: Sampling, version: int) -> list[Trajectory]:
+        """One trajectory per request, in their order, drawn from the policy of exactly `version`.
+
+        Raises:
+            WeightSyncError: this generator holds another version, or a weight load failed half-way.
+            UserError: an impossible request, see `Engine.generate`.
+        """
+        if version != self._version:
+            raise WeightSyncError(f"{self._name} has version {self._version}, wanted is {version}: sync it first")
+        start = time.perf_counter()
+        trajectories = self.engine.generate(requests, sampling, version)
+        self._busy_s += time.perf_counter() - start
+        self._tokens += sum(len(trajectory.response_ids) for trajectory in trajectories)
+        return trajectories
+
+    def load_weights(self, publication: PublishedWeights) -> int:
+        """Replace the policy; returns the new version.
+
+        Raises:
+            WeightSyncError: the version does not rise, or the weights are corrupt or not of this model.
+        """
+        if publication.version <= self._version:
+            raise WeightSyncError(f"{self._name} has version {self._version}, refuses {publication.version}")
+        self.engine.load_weights(publication.tensors())
+        self._version = publication.version
+        return self._version
+
+    def stats(self) -> dict[str, Any]:
+        """`tokens` generated and `busy_s` seconds spent on them since the start; `version` held."""
+        return {"tokens": self._tokens, "busy_s": self._busy_s, "version": self._version}

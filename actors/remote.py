@@ -1,0 +1,127 @@
+"""One way to call an actor, whether it is a Ray actor or an object in this process (`--local`).
+
+Every wait has a time-out, and its error names the actor, the method and what to look at.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+
+from rayrlhf.errors import UserError
+
+
+class ActorFailure(RuntimeError):
+    """A remote call died, timed out or raised; the message names the actor and the method."""
+
+
+class ActorDied(ActorFailure):
+    """The actor's process is gone; another one may do the work."""
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """A call under way (Ray) or already done (local)."""
+
+    actor: str
+    method: str
+    ref: Any
+    local: bool
+
+
+class Remote:
+    """Handle to one actor. `submit` starts a call, `wait` fetches results, `call` does both."""
+
+    def __init__(self, name: str, target: Any, local: bool) -> None:
+        self.name = name
+        self._target = target
+        self.local = local
+
+    @classmethod
+    def spawn(
+        cls, name: str, actor_class: type, *args: Any, local: bool, options: dict[str, Any] | None = None, **kwargs: Any
+    ) -> Remote:
+        """Create `actor_class(*args, **kwargs)`: in this process if `local`, else as a Ray actor named `name`."""
+        if local:
+            return cls(name, actor_class(*args, **kwargs), True)
+        handle = ray.remote(actor_class).options(name=name, **(options or {})).remote(*args, **kwargs)
+        return cls(name, handle, False)
+
+    def submit(self, method: str, *args: Any, **kwargs: Any) -> Call:
+        bound = getattr(self._target, method)
+        ref = bound(*args, **kwargs) if self.local else bound.remote(*args, **kwargs)
+        return Call(self.name, method, ref, self.local)
+
+    def call(self, method: str, *args: Any, timeout_s: float, **kwargs: Any) -> Any:
+        return wait([self.submit(method, *args, **kwargs)], timeout_s)[0]
+
+    def kill(self) -> None:
+        """End the actor now; does nothing for a local object."""
+        if not self.local:
+            ray.kill(self._target)
+
+
+def wait(calls: Sequence[Call], timeout_s: float) -> list[Any]:
+    """Results of all calls, in order.
+
+    Raises:
+        UserError: raised by the actor itself, passed on as it is.
+        ActorFailure: an actor died, raised, or did not answer within `timeout_s` (of all calls together).
+    """
+    deadline = time.monotonic() + timeout_s
+    results = []
+    for call in calls:
+        if call.local:
+            results.append(call.ref)
+            continue
+        try:
+            results.append(ray.get(call.ref, timeout=max(0.0, deadline - time.monotonic())))
+        except GetTimeoutError:
+            raise _late(call, timeout_s) from None
+        except RayActorError as error:
+            cause = " ".join(str(error).split())[:600]
+            raise ActorDied(f"{call.actor} died during {call.method}: {cause}") from error
+        except RayTaskError as error:
+            if isinstance(error.cause, UserError):
+                raise UserError(str(error.cause)) from None
+            if isinstance(error.cause, ActorFailure):  # of an actor that the called one called: its line says it all
+                raise ActorFailure(str(error.cause)) from error
+            raise ActorFailure(f"{call.actor}.{call.method} raised {error}") from error
+    return results
+
+
+def first_done(calls: Sequence[Call], timeout_s: float) -> Call:
+    """A call that is finished, well or badly; the first one in order if several are.
+
+    Raises:
+        ActorFailure: none finished within `timeout_s`.
+    """
+    for call in calls:
+        if call.local:
+            return call
+    done, _ = ray.wait([call.ref for call in calls], num_returns=1, timeout=max(0.0, timeout_s), fetch_local=False)
+    if not done:
+        raise _late(calls[0], timeout_s)
+    return next(call for call in calls if call.ref == done[0])
+
+
+def _late(call: Call, timeout_s: float) -> ActorFailure:
+    return ActorFailure(
+        f"{call.actor}.{call.method} did not answer within {timeout_s:.0f} s; see its log in the Ray dashboard "
+        "(a slow machine needs a larger resources.call_timeout_s or resources.start_timeout_s)"
+    )
+
+
+def put(value: Any, local: bool) -> Any:
+    """Store a value for several readers: one object-store copy a node, or the value itself."""
+    return value if local else ray.put(value)
+
+
+def fetch(reference: Any) -> Any:
+    """The value behind `put`'s result."""
+    return ray.get(reference, timeout=600) if isinstance(reference, ray.ObjectRef) else reference

@@ -1,0 +1,142 @@
+"""The reward model: the loop that runs inside Ray Train's workers.
+
+    { global batch of prompts with all their answers, ranking loss over all pairs, AdamW } per step
+
+It starts from the SFT model with a fresh scalar head (Stiennon et al. 2020) and ends with a bias under which people's
+reference answers score 0 on average.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from actors.remote import fetch
+from actors.train import report, restored
+from rayrlhf.batching import Row
+from rayrlhf.config import Config
+from rayrlhf.data.comparisons import RankedAnswers
+from rayrlhf.distributed import Ranks
+from rayrlhf.epochs import Epochs
+from rayrlhf.errors import UserError
+from rayrlhf.metrics import MetricsWriter
+from rayrlhf.models.loading import context_length, load_reward_model, load_tokenizer, save_model
+from rayrlhf.optimizer import Optimizer
+from rayrlhf.ranking import ranking_accuracy
+from rayrlhf.reward_model import Measured, ranked_pass, rows_of, score_rows, summary
+from rayrlhf.run import RunFolder
+
+EVALS_PER_EPOCH = 4
+"""Held-out accuracy and a checkpoint so often."""
+
+
+@dataclass(frozen=True)
+class RewardModelArguments:
+    """What every worker needs; picklable, paths absolute."""
+
+    config: Config
+    run_dir: str
+    model: str
+    """Resolved directory of the SFT model."""
+    comparisons: Any
+    """list[RankedAnswers] (`heldout` ones are only measured), or `actors.remote.put` of it."""
+    references: Any
+    """list[Row] of prompts with people's own answers, which will score 0 on average; or `actors.remote.put` of it."""
+
+
+def reward_model_loop(arguments: dict[str, Any]) -> None:
+    """Train on ranked answers; `arguments["reward_model"]` is a `RewardModelArguments`.
+
+    A restart continues from the last of `EVALS_PER_EPOCH` checkpoints an epoch. The finished model, with its
+    `reward_bias`, appears in the run folder's `reward_model/`.
+
+    Raises:
+        UserError: no pairs to learn from, no reference answers, or rows longer than the model's context.
+    """
+    args: RewardModelArguments = arguments["reward_model"]
+    config, settings = args.config, args.config.reward_model
+    run, ranks = RunFolder(args.run_dir), Ranks(config.resources.learner.threads, gpu=config.resources.learner.gpus > 0)
+    usable: list[RankedAnswers] = [c for c in fetch(args.comparisons) if c.pairs]
+    train, heldout = [c for c in usable if not c.heldout], [c for c in usable if c.heldout]
+    references: list[Row] = fetch(args.references)
+    tokenizer = load_tokenizer(args.model)
+    model = load_reward_model(args.model, device=ranks.device, fresh_head_seed=config.seed)
+    model.config.reward_bias = 0.0
+    _check(train, [*references, *(row for c in usable for row in rows_of(c))], references, context_length(model.config))
+
+    epochs = Epochs(len(train), settings.prompts_per_batch, settings.epochs, EVALS_PER_EPOCH, config.seed)
+    optimizer = Optimizer(model, settings.optimizer, epochs.steps)
+    step = 0
+    with restored() as checkpoint:
+        if checkpoint:
+            state = torch.load(checkpoint / "reward_model.pt", weights_only=True, map_location=ranks.device)
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            step = state["step"]
+    writer = MetricsWriter(run.path) if ranks.first else None
+
+    def log(metrics: dict[str, float]) -> None:
+        if writer:
+            writer.write("reward_model", step, metrics)
+
+    def measure(comparisons: Sequence[RankedAnswers], scale: float | None = None) -> Measured:
+        return ranked_pass(model, comparisons, tokenizer.pad_token_id, config, ranks, scale)
+
+    def write(directory: Path) -> None:
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+        torch.save(state, directory / "reward_model.pt")
+
+    def heldout_metrics() -> dict[str, float]:
+        return summary(measure(heldout)) if heldout else {}
+
+    if step == 0:
+        counts = {
+            "rm/prompts": float(len(train)), "rm/pairs": float(sum(len(c.pairs) for c in train)),
+            "rm/heldout_prompts": float(len(heldout)), "rm/heldout_pairs": float(sum(len(c.pairs) for c in heldout)),
+        }  # fmt: skip
+        if writer:
+            note = ", ".join(f"{int(v)} {k.removeprefix('rm/').replace('_', ' ')}" for k, v in counts.items())
+            writer.write_text("reward_model", 0, "note", note)
+        log(counts | heldout_metrics())
+    while step < epochs.steps:
+        started = time.perf_counter()
+        batch = [train[i] for i in epochs.batch(step)]
+        lr = optimizer.lr
+        found = measure(batch, scale=1.0 / len(batch))
+        norm = optimizer.step(ranks)
+        evaluate = epochs.evaluates_after(step)
+        step += 1
+        seconds = time.perf_counter() - started
+        log({
+            "rm/loss": found.loss, "rm/accuracy": ranking_accuracy(found.margins),
+            "rm/margin": float(found.margins.mean()), "rm/lr": lr, "rm/grad_norm": norm, "time/step": seconds,
+            "throughput/tokens_per_s": sum(len(row.ids) for c in batch for row in rows_of(c)) / seconds,
+        })  # fmt: skip
+        if evaluate:
+            metrics = heldout_metrics()
+            log(metrics)
+            report(ranks, {"step": step} | metrics, write)
+    bias = -float(score_rows(model, references, tokenizer.pad_token_id, config, ranks).mean())
+    log({"rm/reward_bias": bias})
+    if writer:
+        with run.writing("reward_model") as directory:
+            save_model(model, tokenizer, directory, reward_bias=bias)
+        writer.close()
+
+
+def _check(train: Sequence[RankedAnswers], rows: Sequence[Row], references: Sequence[Row], context: int) -> None:
+    if not train:
+        raise UserError("reward_model: no comparison with a preference to train on; collect more prompts or answers")
+    if not references:
+        raise UserError("reward_model: no reference answers to set the score's zero by; give demonstrations")
+    longest = max(len(row.ids) for row in rows)
+    if longest > context:
+        raise UserError(
+            f"reward_model: the longest prompt with answer has {longest} tokens and the model's context is {context}; "
+            "lower data.max_prompt_tokens or data.max_response_tokens"
+        )

@@ -1,0 +1,61 @@
+"""The scorer: an actor that holds the frozen models, the reward model and the reference policy."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from rayrlhf.batching import Row, collate, micro_batches
+from rayrlhf.config import ScorerConfig
+from rayrlhf.logprobs import token_logprobs
+from rayrlhf.models.loading import autocast, load_policy, load_reward_model
+from rayrlhf.rewards import RewardModelFunction
+from rayrlhf.trajectory import Trajectory
+
+
+class Scorer:
+    """Adds rewards and reference log-probs to trajectories."""
+
+    def __init__(
+        self, name: str, reward_model: str, reference: str, settings: ScorerConfig, *, pad_token_id: int, dtype: str
+    ) -> None:
+        self.name, self.settings, self.pad_token_id, self.dtype = name, settings, pad_token_id, dtype
+        self.device = torch.device("cuda" if settings.gpus else "cpu")
+        self.limit_threads()
+        self.reward = RewardModelFunction(
+            load_reward_model(reward_model, device=self.device).requires_grad_(False),
+            pad_token_id=pad_token_id,
+            micro_batch_tokens=settings.micro_batch_tokens,
+            dtype=dtype,
+        )
+        self.reference = load_policy(reference, device=self.device).requires_grad_(False)
+
+    def __repr__(self) -> str:
+        return self.name
+
+    def limit_threads(self) -> None:
+        """Torch's thread count is the process's: in `--local` mode other roles change it between our calls."""
+        if self.device.type == "cpu":
+            torch.set_num_threads(self.settings.threads)
+
+    def ready(self) -> dict[str, Any]:
+        return {"name": self.name, "pid": os.getpid(), "node": socket.gethostname()}
+
+    def score(self, trajectories: Sequence[Trajectory], temperature: float) -> list[Trajectory]:
+        """The trajectories with `rewards` and `ref_logprobs` filled in, in order."""
+        self.limit_threads()
+        rewards = self.reward(trajectories)
+        for i, trajectory in enumerate(trajectories):
+            trajectory.rewards = {name: values[i] for name, values in rewards.items()}
+        for indices in micro_batches([t.length for t in trajectories], self.settings.micro_batch_tokens):
+            rows = [Row.completion(trajectories[i].prompt_ids, trajectories[i].response_ids) for i in indices]
+            batch = collate(rows, self.pad_token_id, self.device)
+            with torch.no_grad(), autocast(self.device, self.dtype):
+                logprobs = token_logprobs(self.reference, batch, temperature).logprobs
+            for i, row in zip(indices, logprobs.split(batch.counts), strict=True):
+                trajectories[i].ref_logprobs = row.cpu().numpy()
+        return list(trajectories)

@@ -1,0 +1,232 @@
+"""Supervised fine-tuning: the loop that runs inside Ray Train's workers.
+
+    { global batch, loss over its tokens, AdamW } per step; now and then { dev loss, ROUGE of answers, checkpoint }
+
+The checkpoint with the best mean ROUGE on dev prompts becomes the run folder's `sft/`.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from actors.remote import Remote, fetch
+from actors.train import report, restored
+from actors.weight_sync import publish
+from rayrlhf.batching import Row, collate, micro_batches, shard
+from rayrlhf.config import Config
+from rayrlhf.data.tokens import decode_response
+from rayrlhf.distributed import Ranks
+from rayrlhf.epochs import Epochs
+from rayrlhf.errors import UserError
+from rayrlhf.logprobs import token_logprobs
+from rayrlhf.metrics import MetricsWriter
+from rayrlhf.models.loading import autocast, context_length, load_policy, load_tokenizer, save_model
+from rayrlhf.optimizer import Optimizer
+from rayrlhf.rouge import rouge
+from rayrlhf.run import RunFolder
+from rayrlhf.trajectory import GenerationRequest, Sampling, derive_seed
+
+
+@dataclass(frozen=True)
+class DevPrompt:
+    """A prompt to answer, and a person's answer as text (for ROUGE) and as tokens (for the dev loss)."""
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
+    reference: str
+
+
+@dataclass(frozen=True)
+class SFTArguments:
+    """What every worker needs; picklable, paths absolute."""
+
+    config: Config
+    run_dir: str
+    model: str
+    """Resolved: an absolute directory or a hub name."""
+    train: Any
+    """list[Row] whose masks cover the responses, or `actors.remote.put` of it."""
+    dev: Any
+    """list[DevPrompt], or `actors.remote.put` of it. The first `sft.eval_prompts` are answered as well."""
+    coordinator: Remote | None
+    """Answers dev prompts; without it the checkpoint with the lowest dev loss is kept."""
+
+
+@dataclass
+class SFTState:
+    """Where the run stands; in the checkpoint beside weights and optimiser."""
+
+    step: int = 0
+    """Optimiser steps done."""
+    version: int = 0
+    """Last weight version that was published."""
+    best: float = float("-inf")
+    stale: int = 0
+    """Evaluations since the best one."""
+
+
+def sft_loop(arguments: dict[str, Any]) -> None:
+    """Fine-tune on demonstrations; `arguments["sft"]` is an `SFTArguments`.
+
+    A restart continues from the last evaluation: weights, optimiser, step, best score, and the best model so far,
+    which waits in `checkpoints/sft-best`. The finished one appears in the run folder's `sft/`.
+
+    Raises:
+        UserError: no data, or rows that are longer than the model's context.
+    """
+    args: SFTArguments = arguments["sft"]
+    config, settings = args.config, args.config.sft
+    run, ranks = RunFolder(args.run_dir), Ranks(config.resources.learner.threads, gpu=config.resources.learner.gpus > 0)
+    train: list[Row] = fetch(args.train)
+    dev: list[DevPrompt] = fetch(args.dev)
+    tokenizer = load_tokenizer(args.model, config.model.revision)
+    model = load_policy(args.model, config.model.revision, ranks.device)
+    if settings.loss_on == "all":
+        train = [Row(row.ids, np.arange(len(row.ids)) > 0) for row in train]
+    dev_rows = [Row.completion(p.prompt_ids, p.response_ids) for p in dev]
+    _check(train, dev_rows, context_length(model.config))
+
+    epochs = Epochs(len(train), settings.batch_size, settings.epochs, settings.evals_per_epoch, config.seed)
+    optimizer = Optimizer(model, settings.optimizer, epochs.steps)
+    state = SFTState()
+    with restored() as checkpoint:
+        if checkpoint:
+            stored = torch.load(checkpoint / "sft.pt", weights_only=True, map_location=ranks.device)
+            model.load_state_dict(stored["model"])
+            optimizer.load_state_dict(stored["optimizer"])
+            state = SFTState(**stored["state"])
+    writer = MetricsWriter(run.path) if ranks.first else None
+
+    def log(metrics: dict[str, float]) -> None:
+        if writer:
+            writer.write("sft", state.step, metrics)
+
+    def loss_sum(rows: Sequence[Row], scale: float | None = None) -> float:
+        return summed_loss(model, rows, tokenizer.pad_token_id, settings.micro_batch_tokens, config, ranks, scale)
+
+    def dev_loss() -> float:
+        return loss_sum(dev_rows) / predicted_tokens(dev_rows)
+
+    def write(directory: Path) -> None:
+        stored = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "state": asdict(state)}
+        torch.save(stored, directory / "sft.pt")
+
+    if state.step == 0:
+        log({"sft/dev_loss": dev_loss()})
+    while state.step < epochs.steps and state.stale < settings.patience:
+        started = time.perf_counter()
+        batch = [train[i] for i in epochs.batch(state.step)]
+        count, lr = predicted_tokens(batch), optimizer.lr
+        loss = loss_sum(batch, scale=1.0 / count) / count
+        norm = optimizer.step(ranks)
+        seconds = time.perf_counter() - started
+        evaluate = epochs.evaluates_after(state.step)
+        state.step += 1
+        log({
+            "sft/loss": loss, "sft/lr": lr, "sft/grad_norm": norm, "sft/tokens": count, "time/step": seconds,
+            "throughput/tokens_per_s": sum(len(row.ids) for row in batch) / seconds,
+        })  # fmt: skip
+        if not evaluate:
+            continue
+        metrics = {"sft/dev_loss": dev_loss()}
+        score = -metrics["sft/dev_loss"]
+        if args.coordinator:
+            measured, sample = answer_dev_prompts(model, tokenizer, dev, args, state) if ranks.first else ({}, {})
+            measured, state.version = ranks.broadcast((measured, state.version))
+            metrics |= measured
+            if writer:
+                writer.write_text("sft", state.step, "sample", sample)
+            score = metrics["sft/rouge_mean"]
+        state.stale = 0 if score > state.best else state.stale + 1
+        if score > state.best:
+            state.best = score
+            if ranks.first:
+                save_model(model, tokenizer, run.checkpoints / "sft-best")
+        log(metrics | {"sft/best": state.best})
+        report(ranks, {"step": state.step} | metrics, write)
+    if writer:
+        if state.step < epochs.steps:
+            note = f"stopped after {state.step} steps: {state.stale} evaluations without a better score"
+            writer.write_text("sft", state.step, "note", note)
+        with run.writing("sft") as directory:
+            shutil.copytree(run.checkpoints / "sft-best", directory, dirs_exist_ok=True)
+        writer.close()
+
+
+def predicted_tokens(rows: Sequence[Row]) -> int:
+    return int(sum(row.mask.sum() for row in rows))
+
+
+def summed_loss(
+    model: PreTrainedModel, rows: Sequence[Row], pad_token_id: int, micro_batch_tokens: int, config: Config,
+    ranks: Ranks, scale: float | None,
+) -> float:  # fmt: skip
+    """-sum of log-probs (nats) over the predicted tokens of all rows, on all ranks together.
+
+    With `scale` the gradient of scale * loss is added up on each rank's own rows; summed over ranks it is the gradient
+    of the whole batch, however it was cut. Without, no gradient is computed.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=ranks.device)
+    own = [rows[i] for i in shard([len(row.ids) for row in rows], ranks.world)[ranks.rank]]
+    for piece in micro_batches([len(row.ids) for row in own], micro_batch_tokens):
+        batch = collate([own[i] for i in piece], pad_token_id, ranks.device)
+        with torch.set_grad_enabled(scale is not None):
+            with autocast(ranks.device, config.model.dtype):
+                loss = -token_logprobs(model, batch).logprobs.sum()
+            if scale is not None:
+                (loss * scale).backward()
+        total += loss.detach().double()
+    return float(ranks.sum(total))
+
+
+def answer_dev_prompts(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dev: Sequence[DevPrompt], args: SFTArguments,
+    state: SFTState,
+) -> tuple[dict[str, float], dict[str, str]]:  # fmt: skip
+    """Publish the weights, let the generators answer the first dev prompts near-greedily, and measure the answers.
+
+    Returns ROUGE F1 in [0, 1] by name, the mean of rouge1, rouge2 and rougeL, the mean length in tokens and the share
+    of answers that ended by themselves; and the first prompt with its reference and answer, to look at. Seeds stay
+    the same from one evaluation to the next.
+    """
+    coordinator, config, resources = args.coordinator, args.config, args.config.resources
+    assert coordinator is not None
+    state.version = coordinator.call("next_version", state.version, timeout_s=resources.call_timeout_s)
+    publication = publish(model.named_parameters(), state.version, local=coordinator.local)
+    # The first load also starts the generators.
+    coordinator.call("load_weights", publication, timeout_s=resources.start_timeout_s + resources.call_timeout_s)
+    asked = dev[: config.sft.eval_prompts]
+    requests = [GenerationRequest(p.id, p.prompt_ids, 0, derive_seed(config.seed, "sft-eval", p.id)) for p in asked]
+    sampling = Sampling(config.evaluate.temperature, config.data.max_response_tokens, int(tokenizer.eos_token_id))
+    answers = coordinator.call("generate", requests, sampling, state.version, timeout_s=resources.call_timeout_s)
+    texts = [decode_response(tokenizer, answer.response_ids) for answer in answers]
+    scores = rouge(texts, [p.reference for p in asked])
+    metrics = {
+        **{f"sft/{name}": value for name, value in scores.items()},
+        "sft/rouge_mean": float(np.mean([scores["rouge1"], scores["rouge2"], scores["rougeL"]])),
+        "sft/length": float(np.mean([len(answer.response_ids) for answer in answers])),
+        "sft/eos_rate": float(np.mean([answer.finish_reason == "eos" for answer in answers])),
+    }
+    first = {"prompt": decode_response(tokenizer, asked[0].prompt_ids[1:]), "reference": asked[0].reference}
+    return metrics, first | {"answer": texts[0]}
+
+
+def _check(train: Sequence[Row], dev: Sequence[Row], context: int) -> None:
+    if not train or not dev:
+        raise UserError(f"sft: {len(train)} demonstrations to train on and {len(dev)} dev prompts; both need some")
+    longest = max(len(row.ids) for row in [*train, *dev])
+    if longest > context:
+        raise UserError(
+            f"sft: the longest demonstration has {longest} tokens and the model's context is {context}; "
+            "lower data.max_prompt_tokens or data.max_response_tokens"
+        )

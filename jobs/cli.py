@@ -1,0 +1,61 @@
+"""The `rayrlhf` command: one sub-command a stage, and `run` for all of them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from jobs.collect import collect
+from jobs.entry import Stage, guarded, run
+from jobs.evaluate import evaluate
+from jobs.pipeline import pipeline
+from jobs.ppo import ppo
+from jobs.reward_model import reward_model
+from jobs.sft import sft
+from rayrlhf.config import load_config
+
+app = typer.Typer(
+    help="RLHF on Ray: supervised fine-tuning, a reward model from ranked answers, and PPO against it.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="The run's YAML file; examples are in configs/.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[key.sub=value ...]", help="Changes to the config, for example ppo.steps=5."),
+]
+Local = Annotated[bool, typer.Option("--local", help="Everything in this process, without Ray: for a debugger.")]
+
+
+def _command(name: str, function: Stage, text: str) -> None:
+    def command(config: ConfigFile, overrides: Overrides = None, local: Local = False) -> None:
+        code = guarded(lambda: run(load_config(config, overrides), [function], local))
+        sys.stdout.flush()
+        raise typer.Exit(code)
+
+    app.command(name, help=text, short_help=text.split(".")[0] + ".")(command)
+
+
+_command("run", pipeline, "All stages, one after the other. Finished stages are skipped; an interrupted run continues.")
+_command("sft", sft, "Supervised fine-tuning on demonstrations. Keeps the checkpoint with the best ROUGE on dev posts.")
+_command("collect", collect, "Sample answers from the SFT model and have a labeller rank them.")
+_command("reward-model", reward_model, "Train a reward model on ranked answers, starting from the SFT model.")
+_command("ppo", ppo, "Optimise the SFT policy with PPO against the reward model. Continues from its last checkpoint.")
+_command(
+    "evaluate", evaluate, "Compare SFT model and policy on the test split; writes evaluation.json and report.html."
+)
+
+
+def main() -> None:
+    """Entry point of the `rayrlhf` command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""What every stage has around it: skipping what is done, refusing to start too early, errors in one line, exit codes.
+
+Exit codes: 0 success, 1 failure, 2 a mistake that the user can mend, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import logging
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+from ray.train import TrainingFailedError
+from rich.console import Console
+
+from actors.remote import ActorFailure
+from jobs.session import Session, opened
+from rayrlhf.config import Config, load_config
+from rayrlhf.errors import UserError
+from rayrlhf.progress import duration
+
+Stage = Callable[[Session], None]
+console = Console(soft_wrap=True)
+
+
+def stage(
+    name: str, needs: Sequence[str] = (), again: Callable[[Session], bool] = lambda session: False
+) -> Callable[[Stage], Stage]:
+    """Make a stage of a function: it runs only if its output is missing and the outputs of `needs` are there.
+
+    `again` says of a session that it asks for something else than the run's own output, so that "done" does not count.
+    """
+
+    def decorate(function: Stage) -> Stage:
+        @functools.wraps(function)
+        def run_stage(session: Session) -> None:
+            run = session.run
+            if run.done(name) and not again(session):
+                console.print(f"{name}: already done, see {run.output(name)}")
+                return
+            for earlier in needs:
+                if not run.done(earlier):
+                    raise UserError(
+                        f"stage {name!r} needs {run.output(earlier)}, which stage {earlier!r} writes; run that first"
+                    )
+            session.start()
+            console.rule(f"[bold]{name}", align="left")
+            started = time.monotonic()
+            function(session)
+            console.print(f"{name}: done in {duration(time.monotonic() - started)}, see {run.output(name)}")
+
+        return run_stage
+
+    return decorate
+
+
+def run(config: Config, stages: Sequence[Stage], local: bool) -> None:
+    """Run stages one after the other with one Ray connection."""
+    with opened(config, local) as session:
+        for each in stages:
+            each(session)
+
+
+def guarded(action: Callable[[], None]) -> int:
+    """Run `action`; turn what can go wrong into one line on standard error and an exit code."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        action()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except ActorFailure as error:
+        print(f"failed: {error}", file=sys.stderr, flush=True)
+        return 1
+    except TrainingFailedError as error:
+        print(
+            f"failed: Ray Train gave up; finished stages and checkpoints are kept\n{error}", file=sys.stderr, flush=True
+        )
+        return 1
+    except KeyboardInterrupt:
+        print(
+            "interrupted: finished stages and checkpoints are kept; the same command continues",
+            file=sys.stderr,
+            flush=True,
+        )
+        return 130
+    return 0
+
+
+def main(function: Stage) -> None:
+    """The command line of `python -m jobs.STAGE`."""
+    parser = argparse.ArgumentParser(description=function.__doc__)
+    parser.add_argument("--config", required=True, help="the run's YAML file")
+    parser.add_argument("--local", action="store_true", help="everything in this process, without Ray (for a debugger)")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changes to the config")
+    arguments = parser.parse_args()
+    code = guarded(lambda: run(load_config(arguments.config, arguments.overrides), [function], arguments.local))
+    sys.stdout.flush()
+    sys.exit(code)

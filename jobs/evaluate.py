@@ -1,0 +1,181 @@
+"""Stage `evaluate`: SFT and policy side by side on the test split. `... -- python -m jobs.evaluate --config FILE`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from jobs.entry import console, main, stage
+from jobs.session import Session
+from rayrlhf.data.records import Demonstration, Prompt
+from rayrlhf.data.sources import as_prompts, read_demonstrations
+from rayrlhf.data.tokens import decode_response, encode_responses
+from rayrlhf.errors import UserError
+from rayrlhf.evaluation import Answers, samples_table, summarize, write_evaluation, write_samples
+from rayrlhf.labellers import Labeller, ReferenceLabeller, make_labeller
+from rayrlhf.progress import evaluation_table, sample_panel
+from rayrlhf.report import write_report
+from rayrlhf.trajectory import Trajectory
+
+
+@stage(
+    "evaluate", needs=("sft", "reward_model", "ppo"), again=lambda session: session.config.evaluate.prompts is not None
+)
+def evaluate(session: Session) -> None:
+    """Answer held-out prompts with both models; writes evaluation.json, samples.parquet and report.html."""
+    config, run = session.config, session.run
+    records = evaluation_records(session)
+    prompts = as_prompts(records)
+    session.wait_for_generators()
+    session.start_scorers(run.reward_model, run.sft)
+    labeller = gold_labeller(session)
+
+    sft = model_answers(session, "sft", run.sft, records, prompts, labeller)
+    policy = model_answers(session, "policy", run.policy, records, prompts, labeller, with_kl=True)
+    reference = text_answers(session, "reference", records, [p.reference for p in prompts], prompts, None)
+    title = text_answers(session, "title", records, [p.title for p in prompts], prompts, labeller)
+
+    result = summarize(
+        prompts,
+        sft,
+        policy,
+        reference,
+        title if any(p.title for p in prompts) else None,
+        labeller="reference"
+        if config.data.comparisons is None and config.collect.labeller.kind == "reference"
+        else "people",
+        metadata={
+            "data": config.evaluate.prompts or f"{config.data.demonstrations.path}, test split",
+            "temperature": config.evaluate.temperature,
+            "kl_temperature": config.ppo.temperature,
+            "seed": config.seed,
+            "max_prompt_tokens": config.data.max_prompt_tokens,
+            "max_response_tokens": config.data.max_response_tokens,
+        },
+        samples=config.evaluate.bootstrap_samples,
+        seed=config.seed,
+    )
+    table = samples_table(prompts, [reference, sft, policy])
+    if config.evaluate.prompts is None:
+        write_samples(run.samples, table)
+        write_evaluation(run.evaluation, result)
+        write_report(run)
+        console.print(f"report: {run.report}")
+    else:  # the run's own evaluation stays that of its test split
+        other = Path(config.evaluate.prompts).stem
+        write_samples(run.path / f"samples-{other}.parquet", table)
+        write_evaluation(run.path / f"evaluation-{other}.json", result)
+        console.print(f"evaluation of {config.evaluate.prompts}: {run.path / f'evaluation-{other}.json'}")
+    console.print(
+        sample_panel(
+            prompts[0].text, prompts[0].reference, policy.texts[0] or "", title="first test post, policy's answer"
+        )
+    )
+    console.print(evaluation_table(result))
+
+
+def evaluation_records(session: Session) -> list[Demonstration]:
+    """The test split, or the posts and references of `evaluate.prompts`."""
+    config = session.config
+    if config.evaluate.prompts is None:
+        session.train_splits  # noqa: B018  (checks that test overlaps with nothing that was trained on)
+        records = session.test
+    else:
+        source = config.data.demonstrations.model_copy(update={"path": config.evaluate.prompts})
+        records = read_demonstrations(source, "all", session.tokenizer, config.data.max_prompt_tokens)
+    if not records:
+        raise UserError("evaluate: the test split is empty; lower data.dev_fraction or name a file in evaluate.prompts")
+    return records[: config.evaluate.max_prompts]
+
+
+def gold_labeller(session: Session) -> Labeller:
+    """Whose measure is `gold`: the labeller that ranked the answers; ROUGE-L with the reference where people did."""
+    config = session.config
+    if config.data.comparisons is None and config.collect.labeller.kind != "file":
+        return make_labeller(config.collect.labeller)
+    return ReferenceLabeller()
+
+
+def model_answers(
+    session: Session,
+    name: str,
+    directory: Path,
+    records: list[Demonstration],
+    prompts: list[Prompt],
+    labeller: Labeller,
+    *,
+    with_kl: bool = False,
+) -> Answers:
+    """Near-greedy answers of a saved model; KL to the SFT model from separate samples at the training temperature."""
+    config = session.config
+    version = session.load_weights(directory)
+    sampled = session.generate(records, config.evaluate.temperature, version, "evaluate")
+    scored = session.score(sampled, config.evaluate.temperature)
+    kl = None
+    if with_kl:
+        drawn = session.generate(records, config.ppo.temperature, version, "evaluate-kl")
+        kl = [response_kl(t) for t in session.score(drawn, config.ppo.temperature)]
+    texts = [decode_response(session.tokenizer, t.response_ids.tolist()) for t in scored]
+    return Answers(
+        name,
+        texts,
+        rewards=[sum(t.rewards.values()) for t in scored],
+        gold=gold_measures(labeller, prompts, texts),
+        lengths=[len(t.response_ids) for t in scored],
+        finished=[t.finish_reason == "eos" for t in scored],
+        kl=kl,
+    )
+
+
+def text_answers(
+    session: Session,
+    name: str,
+    records: list[Demonstration],
+    texts: list[str | None],
+    prompts: list[Prompt],
+    labeller: Labeller | None,
+) -> Answers:
+    """A baseline that is text already (references, titles), scored by the same reward model."""
+    encoded = session.encode(records)
+    responses = encode_responses(
+        session.tokenizer,
+        [text or "" for text in texts],
+        session.config.data.max_response_tokens,
+        [r.prompt for r in records],
+    )
+    given = [
+        Trajectory(
+            p.id,
+            0,
+            0,
+            np.array(p.ids),
+            np.array(ids),
+            np.zeros(len(ids), np.float32),
+            np.zeros(len(ids), np.int64),
+            "eos",
+        )
+        for p, ids in zip(encoded, responses, strict=True)
+    ]
+    scored = session.score(given, session.config.evaluate.temperature)
+    gold = gold_measures(labeller, prompts, texts) if labeller else None
+    return Answers(
+        name, texts, rewards=[sum(t.rewards.values()) for t in scored], gold=gold, lengths=[len(r) for r in responses]
+    )
+
+
+def gold_measures(labeller: Labeller, prompts: Sequence[Prompt], texts: Sequence[str | None]) -> list[float]:
+    """[n] the labeller's own measure of each answer; NaN where it has none."""
+    measured = [labeller.measure(p, text) if text else None for p, text in zip(prompts, texts, strict=True)]
+    return [np.nan if value is None else value for value in measured]
+
+
+def response_kl(trajectory: Trajectory) -> float:
+    """Sum over the response's tokens of log p - log p_ref, in nats (the k1 estimate of the response's KL)."""
+    assert trajectory.ref_logprobs is not None
+    return float(np.sum(trajectory.generator_logprobs.astype(np.float64) - trajectory.ref_logprobs))
+
+
+if __name__ == "__main__":
+    main(evaluate)

@@ -1,0 +1,86 @@
+"""Showing a stage while its loop runs in Ray Train's workers: the driver reads metrics.jsonl as it grows.
+
+So the terminal, a job's log and the file say the same, whichever node the worker is on, and a worker's other output
+stays in the dashboard.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from rayrlhf.alarms import alarms
+from rayrlhf.config import Config
+from rayrlhf.progress import Progress, sample_panel
+from rayrlhf.run import RunFolder
+
+POLL_S = 0.25
+
+
+@contextmanager
+def following(run: RunFolder, config: Config, stage: str, total: int, console: Console) -> Iterator[None]:
+    """Print a line for each step of `stage` (of `total`) written during the block; on a terminal a bar, too."""
+    offset = run.metrics.stat().st_size if run.metrics.exists() else 0
+    progress: Progress | None = None
+    stop = threading.Event()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+
+    def show(line: bytes) -> None:
+        nonlocal progress
+        metrics = json.loads(line)
+        if metrics.get("stage") != stage:
+            return
+        if "note" in metrics:
+            console.print(f"{stage}: {metrics['note']}", soft_wrap=True, markup=False)
+            return
+        if "sample" in metrics:
+            console.print(sample_panel(**metrics["sample"], title=f"{stage} step {metrics['step']}, first dev prompt"))
+            return
+        # The count of finished steps: PPO's lines are numbered by the step they describe, from 0.
+        done = metrics["step"] + (stage == "ppo")
+        if progress is None:
+            progress = Progress(stage, total, done=done, console=console)  # the pace counts from the first line
+        progress.update(done, metrics)
+        bar.update(task, completed=done)
+        for warning in alarms(metrics, config):
+            console.print(f"[bold yellow]warning:[/] {stage} step {done}: {warning}", soft_wrap=True)
+
+    def read() -> None:
+        nonlocal offset
+        if not run.metrics.exists():
+            return
+        with run.metrics.open("rb") as file:
+            file.seek(offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return  # half a line: the rest is on its way
+                offset += len(line)
+                if line.strip():
+                    show(line)
+
+    def poll() -> None:
+        while not stop.wait(POLL_S):
+            read()
+
+    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(stage, total=total)
+        thread = threading.Thread(target=poll, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+            read()

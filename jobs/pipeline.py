@@ -1,0 +1,34 @@
+"""All stages one after the other: `rayrlhf run CONFIG`, or `... -- python -m jobs.pipeline --config FILE` as a job."""
+
+from __future__ import annotations
+
+from jobs.collect import collect
+from jobs.entry import console, main
+from jobs.evaluate import evaluate
+from jobs.ppo import ppo
+from jobs.reward_model import reward_model
+from jobs.session import Session
+from jobs.sft import sft
+from rayrlhf.progress import batch_table
+
+
+def pipeline(session: Session) -> None:
+    """SFT, comparisons, reward model, PPO and evaluation; stages that are done are skipped."""
+    config, run = session.config, session.run
+    if run.done("evaluate"):
+        console.print(f"run {config.name!r} is finished: {run.evaluation}, {run.report} (another one: name=OTHER)")
+        return
+    splits = session.train_splits
+    comparisons = None if config.data.comparisons is None else len(splits.reward_model)
+    console.print(batch_table(config, len(splits.sft), len(splits.ppo), comparisons, len(session.test)))
+    sft(session)
+    if config.data.comparisons is None:
+        collect(session)
+    reward_model(session)
+    ppo(session)
+    evaluate(session)
+    console.print(f"finished: {run.path}")
+
+
+if __name__ == "__main__":
+    main(pipeline)

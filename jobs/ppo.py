@@ -1,0 +1,38 @@
+"""Stage `ppo`: the SFT policy against the reward model. `ray job submit ... -- python -m jobs.ppo --config FILE`."""
+
+from __future__ import annotations
+
+from actors.learner import LearnerArguments, ppo_loop
+from actors.train import fit
+from jobs.entry import console, main, stage
+from jobs.follow import following
+from jobs.session import Session
+from rayrlhf.models.loading import check_vocabulary
+
+
+@stage("ppo", needs=("sft", "reward_model"))
+def ppo(session: Session) -> None:
+    """Optimise the policy; continues from the last checkpoint of the same settings."""
+    config, run = session.config, session.run
+    check_vocabulary(str(run.sft), str(run.reward_model))
+    prompts = session.encode(session.train_splits.ppo)
+    session.wait_for_generators()
+    session.start_scorers(run.reward_model, run.sft)
+    session.coordinator.call(
+        "set_prompts", prompts, session.sampling(config.ppo.temperature), timeout_s=config.resources.call_timeout_s
+    )
+    arguments = LearnerArguments(config, run.path, run.sft, run.reward_model, session.coordinator)
+    with following(run, config, "ppo", config.ppo.steps, console):
+        fit(
+            ppo_loop,
+            {"learner": arguments},
+            name=session.checkpoint_name("ppo"),
+            storage=run.checkpoints,
+            learner=config.resources.learner,
+            keep_checkpoints=config.ppo.keep_checkpoints,
+            local=session.local,
+        )
+
+
+if __name__ == "__main__":
+    main(ppo)

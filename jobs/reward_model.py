@@ -1,0 +1,75 @@
+"""Stage `reward_model`: learn preferences. `ray job submit ... -- python -m jobs.reward_model --config FILE`."""
+
+from __future__ import annotations
+
+from actors.remote import put
+from actors.reward_model import RewardModelArguments, reward_model_loop
+from actors.train import fit
+from jobs.entry import console, main, stage
+from jobs.follow import following
+from jobs.session import Session
+from rayrlhf.batching import Row
+from rayrlhf.data.comparisons import RankedAnswers, from_comparisons
+from rayrlhf.data.comparisons import read_comparisons as read_collected
+from rayrlhf.data.loading import Split
+from rayrlhf.data.sources import read_comparisons
+from rayrlhf.data.tokens import encode_responses
+from rayrlhf.epochs import Epochs
+from rayrlhf.errors import UserError
+
+
+@stage("reward_model", needs=("sft",))
+def reward_model(session: Session) -> None:
+    """Train a scalar head on the SFT model with the collected comparisons, or with those of `data.comparisons`."""
+    config = session.config
+    comparisons = collected_or_published(session)[: config.reward_model.max_comparisons]
+    # References set the score's zero: the answers of people to the prompts that the comparisons are about.
+    records = session.train_splits.reward_model
+    prompts = session.encode(records)
+    responses = encode_responses(
+        session.tokenizer, [r.response for r in records], config.data.max_response_tokens, [r.prompt for r in records]
+    )
+    references = [Row.completion(p.ids, r) for p, r in zip(prompts, responses, strict=True)]
+    arguments = RewardModelArguments(
+        config,
+        str(session.run.path),
+        str(session.run.sft),
+        put(comparisons, session.local),
+        put(references, session.local),
+    )
+    trained = sum(bool(c.pairs) and not c.heldout for c in comparisons)
+    steps = Epochs(trained, config.reward_model.prompts_per_batch, config.reward_model.epochs, 1, config.seed).steps
+    with following(session.run, config, "reward_model", steps, console):
+        fit(
+            reward_model_loop,
+            {"reward_model": arguments},
+            name=session.checkpoint_name("reward_model"),
+            storage=session.run.checkpoints,
+            learner=config.resources.learner,
+            keep_checkpoints=1,
+            local=session.local,
+        )
+
+
+def collected_or_published(session: Session) -> list[RankedAnswers]:
+    """The comparisons of `data.comparisons` (its validation split held out), else those of the `collect` stage."""
+    data = session.config.data
+    if data.comparisons is None:
+        if not session.run.done("collect"):
+            raise UserError(
+                f"stage 'reward_model' needs {session.run.comparisons}, which stage 'collect' writes; run that first, "
+                "or name a data set in data.comparisons"
+            )
+        return read_collected(session.run.comparisons)
+    ranked = []
+    splits: tuple[Split, ...] = ("train", "valid")
+    for split in splits:
+        found, dropped = read_comparisons(data.comparisons, split, session.tokenizer, data.max_prompt_tokens)
+        counts = ", ".join(f"{n} {reason}" for reason, n in sorted(dropped.items())) or "none"
+        console.print(f"reward_model: {len(found)} {split} comparisons from {data.comparisons.path}; dropped: {counts}")
+        ranked += from_comparisons(found, session.tokenizer, data.max_response_tokens, heldout=split == "valid")
+    return ranked
+
+
+if __name__ == "__main__":
+    main(reward_model)

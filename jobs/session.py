@@ -1,0 +1,169 @@
+"""What the stages of one run share: config, run folder, Ray connection and the rollout coordinator."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from actors.coordinator import Coordinator
+from actors.remote import Call, Remote, wait
+from actors.weight_sync import publish_directory
+from jobs.cluster import connected, inside_job, preflight
+from rayrlhf.config import Config, dump_config
+from rayrlhf.data.records import Demonstration
+from rayrlhf.data.sources import read_demonstrations
+from rayrlhf.data.splits import Splits, check_disjoint, split_train, split_valid
+from rayrlhf.data.tokens import check_context, encode_prompts
+from rayrlhf.models.loading import context_length, load_tokenizer, resolve_model
+from rayrlhf.prompts import EncodedPrompt, requests_for
+from rayrlhf.run import RunFolder, open_or_create, resolve_runs_dir
+from rayrlhf.trajectory import Sampling, Trajectory
+
+
+class Session:
+    """One run while it is being worked on. Pools start when a stage first needs them, and serve the later stages."""
+
+    def __init__(self, config: Config, run: RunFolder, local: bool) -> None:
+        self.config, self.run, self.local = config, run, local
+        self.model = resolve_model(config.model.path)
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.model, config.model.revision)
+        check_context(config.data.max_prompt_tokens, config.data.max_response_tokens, context_length(self.model))
+        self._coordinator: Remote | None = None
+        self._starting: Call | None = None
+        self._connection = contextlib.ExitStack()
+        self._started = False
+
+    def start(self) -> None:
+        """Read the data, connect to Ray (not if local), once: mistakes in the data show before a cluster starts."""
+        if self._started:
+            return
+        self.train_splits  # noqa: B018
+        if not self.local:
+            self._connection.enter_context(connected(self.config))
+            preflight(self.config)
+        self._started = True
+
+    def close(self) -> None:
+        """End the Ray connection, and with it all actors."""
+        self._connection.close()
+
+    def checkpoint_name(self, stage: str) -> str:
+        """Where a stage's checkpoints go: marked by everything that decides the result, so that a run whose settings
+        changed starts the stage anew in place of continuing from weights of other settings."""
+        free = ("name", "runs_dir", "resources")
+        settings = {key: value for key, value in dump_config(self.config).items() if key not in free}
+        digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=4).hexdigest()
+        return f"{stage}-{digest}"
+
+    # ---- data
+
+    @cached_property
+    def train_splits(self) -> Splits[Demonstration]:
+        splits = split_train(self._read("train"), self.config.data)
+        check_disjoint(sft=splits.sft, reward_model=splits.reward_model, ppo=splits.ppo, dev=self.dev, test=self.test)
+        return splits
+
+    @cached_property
+    def _valid(self) -> tuple[list[Demonstration], list[Demonstration]]:
+        return split_valid(self._read("valid"), self.config.data)
+
+    @property
+    def dev(self) -> list[Demonstration]:
+        return self._valid[0]
+
+    @property
+    def test(self) -> list[Demonstration]:
+        return self._valid[1]
+
+    def encode(self, records: list[Demonstration]) -> list[EncodedPrompt]:
+        """The prompts of `records` as token ids."""
+        ids = encode_prompts(self.tokenizer, [record.prompt for record in records])
+        return [EncodedPrompt(record.id, tuple(own)) for record, own in zip(records, ids, strict=True)]
+
+    def _read(self, split: Literal["train", "valid"]) -> list[Demonstration]:
+        data = self.config.data
+        return read_demonstrations(data.demonstrations, split, self.tokenizer, data.max_prompt_tokens)
+
+    # ---- generation
+
+    def sampling(self, temperature: float) -> Sampling:
+        return Sampling(temperature, self.config.data.max_response_tokens, self.tokenizer.eos_token_id)
+
+    @property
+    def coordinator(self) -> Remote:
+        """The rollout coordinator; its generators begin to start and are waited for at the first use."""
+        if self._coordinator is None:
+            data = self.config.data
+            self._coordinator = Remote.spawn(
+                "coordinator",
+                Coordinator,
+                self.config,
+                self.model,
+                data.max_prompt_tokens + data.max_response_tokens,
+                self.tokenizer.pad_token_id,
+                self.local,
+                local=self.local,
+                options={"num_cpus": 0},
+            )
+            self._starting = self._coordinator.submit("start_generators")
+        return self._coordinator
+
+    def wait_for_generators(self) -> None:
+        """Returns when the generators are ready; raises ActorFailure naming the one that is not."""
+        coordinator = self.coordinator
+        assert self._starting is not None
+        wait([self._starting], self.config.resources.start_timeout_s + 30)
+        assert coordinator is not None
+
+    def load_weights(self, directory: Path) -> int:
+        """Put the weights of a saved model on all generators; returns their version."""
+        timeout = self.config.resources.call_timeout_s
+        self.wait_for_generators()
+        version: int = self.coordinator.call("next_version", timeout_s=timeout)
+        publication = publish_directory(directory, version, local=self.local)
+        self.coordinator.call("load_weights", publication, timeout_s=timeout)
+        return version
+
+    def generate(
+        self, records: list[Demonstration], temperature: float, version: int, *seed_parts: int | str, samples: int = 1
+    ) -> list[Trajectory]:
+        """`samples` responses for each record's prompt, in order, from the weights of `version`."""
+        requests = requests_for(self.encode(records), samples, self.config.seed, *seed_parts)
+        trajectories: list[Trajectory] = self.coordinator.call(
+            "generate", requests, self.sampling(temperature), version, timeout_s=self.config.resources.call_timeout_s
+        )
+        return trajectories
+
+    def start_scorers(self, reward_model: Path, reference: Path) -> None:
+        resources = self.config.resources
+        self.coordinator.call(
+            "start_scorers", str(reward_model), str(reference), timeout_s=resources.start_timeout_s + 30
+        )
+
+    def score(self, trajectories: list[Trajectory], temperature: float) -> list[Trajectory]:
+        """Rewards and reference log-probs filled in."""
+        scored: list[Trajectory] = self.coordinator.call(
+            "score", trajectories, temperature, timeout_s=self.config.resources.call_timeout_s
+        )
+        return scored
+
+
+@contextlib.contextmanager
+def opened(config: Config, local: bool = False) -> Iterator[Session]:
+    """The run's folder (locked) and a `Session` over it; it connects to Ray when a stage starts (never if `local`)."""
+    # An evaluation of another file is no part of the run: it neither conflicts with a finished one nor is recorded.
+    recorded = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"prompts": None})})
+    run = open_or_create(recorded, resolve_runs_dir(config.runs_dir, inside_job()))
+    with run.lock():
+        session = Session(config, run, local)
+        try:
+            yield session
+        finally:
+            session.close()

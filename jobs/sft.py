@@ -1,0 +1,53 @@
+"""Stage `sft`: supervised fine-tuning on demonstrations. `ray job submit ... -- python -m jobs.sft --config FILE`."""
+
+from __future__ import annotations
+
+from actors.remote import put
+from actors.sft import DevPrompt, SFTArguments, sft_loop
+from actors.train import fit
+from jobs.entry import console, main, stage
+from jobs.follow import following
+from jobs.session import Session
+from rayrlhf.batching import Row
+from rayrlhf.data.tokens import encode_responses
+from rayrlhf.epochs import Epochs
+
+
+@stage("sft")
+def sft(session: Session) -> None:
+    """Fine-tune the base model; keeps the checkpoint whose generated dev answers have the best mean ROUGE."""
+    config, limit = session.config, session.config.data.max_response_tokens
+    records = session.train_splits.sft[: config.sft.max_demonstrations]
+    prompts = session.encode([*records, *session.dev])
+    texts = [r.response for r in [*records, *session.dev]]
+    responses = encode_responses(session.tokenizer, texts, limit, [r.prompt for r in [*records, *session.dev]])
+    rows = [Row.completion(p.ids, r) for p, r in zip(prompts, responses, strict=True)]
+    dev = [
+        DevPrompt(p.id, p.ids, tuple(ids), record.response)
+        for p, ids, record in zip(prompts[len(records) :], responses[len(records) :], session.dev, strict=True)
+    ]
+    arguments = SFTArguments(
+        config,
+        str(session.run.path),
+        session.model,
+        put(rows[: len(records)], session.local),
+        put(dev, session.local),
+        session.coordinator,
+    )
+    steps = Epochs(
+        len(records), config.sft.batch_size, config.sft.epochs, config.sft.evals_per_epoch, config.seed
+    ).steps
+    with following(session.run, config, "sft", steps, console):
+        fit(
+            sft_loop,
+            {"sft": arguments},
+            name=session.checkpoint_name("sft"),
+            storage=session.run.checkpoints,
+            learner=config.resources.learner,
+            keep_checkpoints=1,
+            local=session.local,
+        )
+
+
+if __name__ == "__main__":
+    main(sft)

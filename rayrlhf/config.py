@@ -1,0 +1,332 @@
+"""One YAML file per run, validated before anything starts.
+
+`load_config` reads the file, applies ``key.sub=value`` overrides and returns a frozen `Config`.
+Every mistake is a one-line `UserError` that names the key and the remedy.
+Units: lengths are tokens, times are seconds, sizes are bytes unless the name says otherwise.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from rayrlhf.errors import UserError
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are errors, values are not coerced from other types."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+
+
+class ModelConfig(Section):
+    """The causal language model that every stage starts from."""
+
+    path: str = "embedded:opt-tiny"
+    """A directory, a hub name, or `embedded:opt-tiny` (shipped with the package)."""
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute type of the forward passes; master weights and optimiser state are always float32."""
+
+
+class DatasetConfig(Section):
+    """Where records come from. `format` names an adapter in `rayrlhf.data.sources`."""
+
+    format: str
+    path: str
+    """A .jsonl(.gz), .json or .parquet file, a directory that `datasets` can load, a hub name, or `embedded:tldr`."""
+    train_split: str = "train"
+    valid_split: str = "validation"
+
+
+class DataConfig(Section):
+    demonstrations: DatasetConfig = DatasetConfig(format="tldr", path="embedded:tldr")
+    comparisons: DatasetConfig | None = None
+    """Human comparisons to train the reward model on; without it the `collect` stage makes them."""
+    sft_fraction: Fraction = 0.4
+    reward_model_fraction: Fraction = 0.3
+    """Shares of the training records by a hash of their id; the rest are PPO prompts."""
+    dev_fraction: Fraction = 0.4
+    """Share of the validation records used for selection (dev); the rest is the test split."""
+    max_prompt_tokens: Positive = 160
+    max_response_tokens: Positive = 48
+
+    @model_validator(mode="after")
+    def _leave_prompts_for_ppo(self) -> DataConfig:
+        if self.sft_fraction + self.reward_model_fraction >= 1.0:
+            raise ValueError("sft_fraction + reward_model_fraction must stay below 1: the rest are the PPO prompts")
+        return self
+
+
+class OptimizerConfig(Section):
+    lr: Annotated[float, Field(gt=0)] = 3e-6
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    warmup_fraction: Fraction = 0.0
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+
+
+class SFTConfig(Section):
+    epochs: Positive = 1
+    batch_size: Positive = 32
+    """Demonstrations per optimiser step, over all learner workers."""
+    micro_batch_tokens: Positive = 4096
+    """Upper bound of rows x padded length of one forward pass on one worker."""
+    loss_on: Literal["completion", "all"] = "completion"
+    optimizer: OptimizerConfig = OptimizerConfig(lr=1e-4, warmup_fraction=0.05)
+    evals_per_epoch: Positive = 1
+    eval_prompts: Annotated[int, Field(ge=1, le=64)] = 64
+    patience: Positive = 3
+    """Stop after this many evaluations without a better mean ROUGE."""
+    max_demonstrations: Positive | None = None
+
+
+class LabellerConfig(Section):
+    kind: str = "reference"
+    """`reference` ranks by ROUGE-L with the author's own summary; `file` reads people's rankings."""
+    path: str | None = None
+    """For `file`: JSONL with `id` and `ranking` (indices of the answers, best first)."""
+
+
+class CollectConfig(Section):
+    prompts: Positive = 256
+    answers_per_prompt: Annotated[int, Field(ge=2)] = 4
+    temperature: Annotated[float, Field(gt=0)] = 0.7
+    include_reference: bool = False
+    """Add the author's own completion to each prompt's answers before they are ranked."""
+    labeller: LabellerConfig = LabellerConfig()
+    heldout_fraction: Fraction = 0.15
+
+
+class RewardModelConfig(Section):
+    epochs: Positive = 1
+    prompts_per_batch: Positive = 16
+    """Prompts (with all their ranked answers) per optimiser step, over all learner workers."""
+    micro_batch_tokens: Positive = 4096
+    optimizer: OptimizerConfig = OptimizerConfig(lr=1e-4, warmup_fraction=0.05)
+    max_comparisons: Positive | None = None
+
+
+class KLConfig(Section):
+    coefficient: Annotated[float, Field(ge=0)] = 0.05
+    """beta of the per-token reward -beta * (logp - logp_ref), in reward per nat."""
+    adaptive: bool = False
+    target: Annotated[float, Field(gt=0)] = 6.0
+    """Target of the adaptive controller, nats per response."""
+    horizon: Positive = 10_000
+    """Horizon of the adaptive controller, in samples."""
+
+
+class PPOConfig(Section):
+    steps: Positive = 20
+    prompts_per_step: Positive = 64
+    samples_per_prompt: Positive = 1
+    epochs: Positive = 4
+    minibatches: Positive = 1
+    micro_batch_tokens: Positive = 4096
+    temperature: Annotated[float, Field(gt=0)] = 0.7
+    optimizer: OptimizerConfig = OptimizerConfig(lr=3e-6, betas=(0.9, 0.999), eps=1e-5)
+    value_lr: Annotated[float, Field(gt=0)] | None = None
+    """Learning rate of the value model; the policy's when absent."""
+    clip_range: Annotated[float, Field(gt=0)] = 0.2
+    value_clip_range: Annotated[float, Field(gt=0)] = 0.2
+    value_coefficient: Annotated[float, Field(gt=0)] = 0.1
+    gamma: Fraction = 1.0
+    lam: Fraction = 0.95
+    whiten_advantages: bool = True
+    whiten_rewards: bool = False
+    critic_warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """First steps in which only the value model is updated."""
+    missing_eos_reward: float | None = -1.0
+    """Score of a response without EOS in place of the reward model's; null keeps the model's score."""
+    kl: KLConfig = KLConfig()
+    checkpoint_every: Positive = 10
+    keep_checkpoints: Positive = 1
+    max_logprob_gap: Annotated[float, Field(gt=0)] = 0.1
+    """Warn when the mean |generator - learner| log-prob gap of a step exceeds this (nats)."""
+
+    @model_validator(mode="after")
+    def _minibatches_fit(self) -> PPOConfig:
+        if self.minibatches > self.prompts_per_step * self.samples_per_prompt:
+            raise ValueError("minibatches must not exceed prompts_per_step * samples_per_prompt")
+        return self
+
+
+class EvaluateConfig(Section):
+    prompts: str | None = None
+    """Another file of posts and references (same format as the demonstrations) in place of the test split."""
+    max_prompts: Positive | None = None
+    temperature: Annotated[float, Field(ge=0.01)] = 0.01
+    """Near-greedy; vLLM raises lower temperatures to 0.01."""
+    bootstrap_samples: Positive = 2000
+
+
+class GeneratorConfig(Section):
+    """vLLM rollout generators."""
+
+    count: Positive = 1
+    cpus: Annotated[float, Field(ge=0)] = 1.0
+    gpus: Annotated[float, Field(ge=0)] = 0.0
+    threads: Positive = 1
+    """OpenMP threads of one generator (CPU only)."""
+    kv_cache_mib: Positive = 512
+    """Size of the KV cache on a CPU, in MiB; on a GPU `gpu_memory_utilization` decides."""
+    gpu_memory_utilization: Fraction = 0.4
+    max_num_seqs: Positive = 128
+
+
+class ScorerConfig(Section):
+    """Actors that hold the reward model and the reference policy."""
+
+    count: Positive = 1
+    cpus: Annotated[float, Field(ge=0)] = 1.0
+    gpus: Annotated[float, Field(ge=0)] = 0.0
+    threads: Positive = 1
+    micro_batch_tokens: Positive = 8192
+
+
+class LearnerConfig(Section):
+    """Ray Train workers of the SFT, reward-model and PPO stages."""
+
+    workers: Positive = 1
+    cpus: Annotated[float, Field(ge=0)] = 1.0
+    gpus: Annotated[float, Field(ge=0)] = 0.0
+    threads: Positive = 1
+    max_failures: Annotated[int, Field(ge=0)] = 1
+    """How often Ray Train restarts the worker group from the last checkpoint."""
+
+
+class ResourcesConfig(Section):
+    """What differs between a laptop and a cluster; nothing here changes the mathematics."""
+
+    generators: GeneratorConfig = GeneratorConfig()
+    scorers: ScorerConfig = ScorerConfig()
+    learner: LearnerConfig = LearnerConfig()
+    start_timeout_s: Positive = 300
+    """How long an actor may take until it is ready."""
+    call_timeout_s: Positive = 600
+    """How long one call (a generation, a scoring pass, a weight load) may take."""
+    dashboard: bool = True
+    """Start Ray's dashboard with a local cluster."""
+
+
+class Config(Section):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """Name of the run; its folder is `runs_dir/name`."""
+    runs_dir: str = "runs"
+    seed: Annotated[int, Field(ge=0)] = 0
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    sft: SFTConfig = SFTConfig()
+    collect: CollectConfig = CollectConfig()
+    reward_model: RewardModelConfig = RewardModelConfig()
+    ppo: PPOConfig = PPOConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    resources: ResourcesConfig = ResourcesConfig()
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read a run's YAML file and apply overrides such as ``ppo.steps=3``.
+
+    Raises:
+        UserError: missing or malformed file, unknown key, wrong type, impossible value.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such config file; the examples are in configs/")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected a mapping of config keys, found {type(tree).__name__}")
+    for override in overrides or []:
+        _apply_override(tree, override)
+    return parse_config(tree, str(path))
+
+
+def parse_config(tree: dict[str, Any], where: str) -> Config:
+    """Validate a plain mapping; `where` names its origin in error messages."""
+    try:
+        return Config.model_validate(_numbers(tree, Config), strict=True)
+    except ValidationError as error:
+        raise UserError(f"{where}: " + "; ".join(_explain(e) for e in error.errors()[:3])) from None
+
+
+def dump_config(config: Config) -> dict[str, Any]:
+    """The complete config, defaults filled in, as a mapping that YAML and JSON can hold."""
+    return config.model_dump(mode="json")
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key.strip():
+        raise UserError(f"override {override!r}: write key.sub=value, for example ppo.steps=3")
+    node = tree
+    parts = key.strip().split(".")
+    for part in parts[:-1]:
+        child = node.setdefault(part, {})
+        if child is None:
+            child = node[part] = {}
+        if not isinstance(child, dict):
+            raise UserError(f"override {override!r}: {part!r} is a value, not a section")
+        node = child
+    try:
+        node[parts[-1]] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"override {override!r}: the value is not valid YAML") from None
+
+
+def _numbers(tree: Any, section: type[BaseModel] | None) -> Any:
+    """Accept what YAML 1.1 misreads: `3e-6` is text and `1` an int where a float is wanted; lists become tuples."""
+    if not isinstance(tree, dict) or section is None:
+        return tree
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        field = section.model_fields.get(str(key))
+        annotation = str(field.annotation) if field else ""
+        nested = _nested_section(field.annotation) if field else None
+        if nested is not None:
+            value = _numbers(value, nested)
+        elif "float" in annotation and isinstance(value, str) and "str" not in annotation:
+            try:
+                value = float(value)
+            except ValueError:
+                pass
+        elif "tuple" in annotation and isinstance(value, list):
+            value = tuple(float(v) if isinstance(v, int | str) else v for v in value)
+        out[key] = value
+    return out
+
+
+def _nested_section(annotation: Any) -> type[BaseModel] | None:
+    for candidate in (annotation, *getattr(annotation, "__args__", ())):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None
+
+
+def _explain(error: Any) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        section: type[BaseModel] | None = Config
+        for part in error["loc"][:-1]:
+            field = section.model_fields.get(str(part)) if section else None
+            section = _nested_section(field.annotation) if field else None
+        known = list(section.model_fields) if section else []
+        close = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
+        return f"unknown key {key!r}; {hint}"
+    if error["type"] == "missing":
+        return f"key {key!r} is missing"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"key {key!r}: {message[0].lower()}{message[1:]} (got {error['input']!r})" if key else message

@@ -1,0 +1,199 @@
+"""Ranked answers: what the `collect` stage writes and the reward model trains on."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rayrlhf.data.records import Comparison
+from rayrlhf.data.tokens import encode_prompts, encode_responses
+from rayrlhf.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MIN_WORDS = 5
+"""Answers with fewer words are nearly empty: people's preferences about them teach length, not quality."""
+
+_SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("prompt", pa.string()),
+        ("prompt_ids", pa.list_(pa.int64())),
+        ("responses", pa.list_(pa.string())),
+        ("response_ids", pa.list_(pa.list_(pa.int64()))),
+        ("ranking", pa.list_(pa.int64())),
+        ("scores", pa.list_(pa.float64())),
+        ("labeller", pa.string()),
+        ("source", pa.string()),
+        ("heldout", pa.bool_()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class RankedAnswers:
+    """K >= 2 answers to one prompt, best first."""
+
+    id: str
+    prompt: str
+    prompt_ids: tuple[int, ...]
+    responses: tuple[str, ...]
+    response_ids: tuple[tuple[int, ...], ...]
+    """[K][R_k] with the EOS where the answer ended by itself."""
+    scores: tuple[float, ...] | None
+    """[K] the labeller's own measure, falling; None where it only ranks."""
+    labeller: str
+    heldout: bool = False
+    """Kept from training, to measure the reward model's accuracy."""
+    source: str = ""
+
+    @property
+    def pairs(self) -> tuple[tuple[int, int], ...]:
+        """(better, worse) indices. Equal scores are no preference, and equal token ids cannot be told apart."""
+        count = len(self.responses)
+        return tuple(
+            (i, j)
+            for i in range(count)
+            for j in range(i + 1, count)
+            if (self.scores is None or self.scores[i] > self.scores[j]) and self.response_ids[i] != self.response_ids[j]
+        )
+
+
+def usable_answers(answers: Sequence[str]) -> tuple[list[int], Counter[str]]:
+    """Indices of the answers worth ranking, and how many were `nearly_empty` or `identical` to an earlier one."""
+    kept: list[int] = []
+    dropped: Counter[str] = Counter()
+    seen: set[str] = set()
+    for index, answer in enumerate(answers):
+        if len(answer.split()) < MIN_WORDS:
+            dropped["nearly_empty"] += 1
+        elif answer.strip() in seen:
+            dropped["identical"] += 1
+        else:
+            kept.append(index)
+            seen.add(answer.strip())
+    return kept, dropped
+
+
+def rank_answers(
+    *,
+    id: str,
+    prompt: str,
+    prompt_ids: Sequence[int],
+    responses: Sequence[str],
+    response_ids: Sequence[Sequence[int]],
+    order: Sequence[int],
+    scores: Sequence[float] | None,
+    labeller: str,
+    heldout: bool = False,
+    source: str = "",
+) -> RankedAnswers:
+    """Sort answers by a labeller's `order` (indices, best first); `scores` are in the order of `responses`."""
+    if sorted(order) != list(range(len(responses))):
+        raise ValueError(f"{list(order)} is not a ranking of {len(responses)} answers")
+    return RankedAnswers(
+        id=id,
+        prompt=prompt,
+        prompt_ids=tuple(prompt_ids),
+        responses=tuple(responses[i] for i in order),
+        response_ids=tuple(tuple(response_ids[i]) for i in order),
+        scores=None if scores is None else tuple(scores[i] for i in order),
+        labeller=labeller,
+        heldout=heldout,
+        source=source,
+    )
+
+
+def from_comparisons(
+    comparisons: Sequence[Comparison],
+    tokenizer: PreTrainedTokenizerBase,
+    max_response_tokens: int,
+    heldout: bool = False,
+) -> list[RankedAnswers]:
+    """Published comparisons as training records; an answer longer than `max_response_tokens` is cut and has no EOS.
+
+    Comparisons whose answers all become equal by the cut are left out.
+    """
+    prompt_ids = encode_prompts(tokenizer, [c.prompt for c in comparisons])
+    texts = [response for c in comparisons for response in c.responses]
+    prompts = [c.prompt for c in comparisons for _ in c.responses]
+    encoded = iter(encode_responses(tokenizer, texts, max_response_tokens, prompts))
+    ranked = [
+        RankedAnswers(
+            id=c.id,
+            prompt=c.prompt,
+            prompt_ids=tuple(ids),
+            responses=c.responses,
+            response_ids=tuple(tuple(next(encoded)) for _ in c.responses),
+            scores=None,
+            labeller="people",
+            heldout=heldout,
+            source=c.source,
+        )
+        for c, ids in zip(comparisons, prompt_ids, strict=True)
+    ]
+    return [record for record in ranked if record.pairs]
+
+
+def write_comparisons(path: Path, records: Sequence[RankedAnswers]) -> None:
+    """Write `comparisons.parquet`: whole or not at all.
+
+    One row a prompt. `ranking` holds the indices of `responses`, best first; they are stored sorted, so it counts up.
+    """
+    rows = [
+        {
+            "id": r.id,
+            "prompt": r.prompt,
+            "prompt_ids": list(r.prompt_ids),
+            "responses": list(r.responses),
+            "response_ids": [list(ids) for ids in r.response_ids],
+            "ranking": list(range(len(r.responses))),
+            "scores": None if r.scores is None else list(r.scores),
+            "labeller": r.labeller,
+            "source": r.source,
+            "heldout": r.heldout,
+        }
+        for r in records
+    ]
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_comparisons(path: Path) -> list[RankedAnswers]:
+    """Read what `write_comparisons` wrote, or a file of the same columns whose `ranking` sorts the answers.
+
+    Raises:
+        UserError: no such file, not such a file, or a row whose ranking does not fit its answers.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; the collect stage writes it, run that first")
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from None
+    missing = [name for name in _SCHEMA.names if name not in table.column_names]
+    if missing:
+        raise UserError(f"{path}: no column {missing[0]!r}; there are: {', '.join(table.column_names)}")
+    records = []
+    for number, row in enumerate(table.to_pylist(), start=1):
+        responses, response_ids, scores = row["responses"], row["response_ids"], row["scores"]
+        if len(response_ids) != len(responses) or (scores is not None and len(scores) != len(responses)):
+            raise UserError(f"{path} row {number}: responses, response_ids and scores differ in length")
+        try:
+            columns = {name: row[name] for name in _SCHEMA.names if name != "ranking"}
+            records.append(rank_answers(**columns, order=row["ranking"]))
+        except ValueError as error:
+            raise UserError(f"{path} row {number}: {error}") from None
+    return records

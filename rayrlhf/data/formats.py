@@ -1,0 +1,211 @@
+"""Adapters: what the columns of each known data set mean.
+
+A row becomes a `RawDemonstration` or a `RawComparison`, with the prompt still in parts because cutting needs the
+tokenizer. In a user's own file a bad row is an error; in a published data set, which its user cannot mend, it is
+skipped and counted.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from rayrlhf.data.loading import Row
+from rayrlhf.data.template import ChatPrompt, Message, PromptParts, TextPrompt, plain_prompt, tldr_prompt
+from rayrlhf.errors import UserError
+
+
+class SkipRow(Exception):
+    """A row of a published data set that cannot be used; the message is the reason under which it is counted."""
+
+
+@dataclass(frozen=True)
+class RawDemonstration:
+    prompt: PromptParts
+    response: str
+    title: str | None = None
+
+
+@dataclass(frozen=True)
+class RawComparison:
+    """Responses best first."""
+
+    prompt: PromptParts
+    responses: tuple[str, ...]
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Format:
+    """One kind of data set: how a row is read as a demonstration and as a comparison, where it can be."""
+
+    demonstration: Callable[[Row], RawDemonstration] | None
+    comparison: Callable[[Row], RawComparison] | None
+
+
+# --- tldr: subreddit, title, post, summary, [id] ---------------------------------------------------------------------
+
+
+def _tldr(row: Row) -> RawDemonstration:
+    title = row.text("title", allow_empty=True)
+    prompt = tldr_prompt(row.text("subreddit", allow_empty=True), title, row.text("post"))
+    return RawDemonstration(prompt, row.text("summary").strip(), title.strip() or None)
+
+
+# --- CarperAI/openai_summarize_{tldr,comparisons}: posts already rendered, with single newlines ----------------------
+
+_RENDERED_POST = re.compile(
+    r"\s*SUBREDDIT:[ \t]*(?:r/)?(?P<subreddit>[^\n]*?)\s+TITLE:(?P<title>.*?)\sPOST:(?P<post>.*?)(?:TL;DR:\s*)?",
+    re.DOTALL,
+)
+
+
+def _rendered_post(row: Row) -> tuple[TextPrompt, str | None]:
+    match = _RENDERED_POST.fullmatch(row.text("prompt"))
+    if match is None or not match["post"].strip():
+        raise SkipRow("not_a_tldr_post")
+    title = match["title"].strip()
+    return tldr_prompt(match["subreddit"], title, match["post"]), title or None
+
+
+def _summary(row: Row, column: str) -> str:
+    """Without the `TL;DR:` that some rows repeat: it is the end of the prompt."""
+    summary = row.text(column, allow_empty=True).strip().removeprefix("TL;DR:").strip()
+    if not summary:
+        raise SkipRow("empty_response")
+    return summary
+
+
+def _openai_tldr(row: Row) -> RawDemonstration:
+    prompt, title = _rendered_post(row)
+    return RawDemonstration(prompt, _summary(row, "label"), title)
+
+
+def _openai_comparison(row: Row) -> RawComparison:
+    return RawComparison(_rendered_post(row)[0], (_summary(row, "chosen"), _summary(row, "rejected")))
+
+
+# --- Anthropic/hh-rlhf: chosen and rejected are whole dialogues that differ in the last reply ------------------------
+
+_TURN = re.compile(r"\n\n(Human|Assistant):")
+_ROLES = {"Human": "user", "Assistant": "assistant"}
+
+
+def parse_dialogue(text: str) -> tuple[Message, ...]:
+    """`\\n\\nHuman: ..\\n\\nAssistant: ..` -> messages. Turns of one speaker in a row become one turn."""
+    before, *parts = _TURN.split("\n\n" + text.lstrip())
+    if before.strip() or not parts:
+        raise SkipRow("not_a_dialogue")
+    messages: list[Message] = []
+    for speaker, content in zip(parts[::2], parts[1::2], strict=True):
+        role, content = _ROLES[speaker], content.strip()
+        if messages and messages[-1].role == role:
+            messages[-1] = Message(role, f"{messages[-1].content}\n\n{content}".strip())
+        else:
+            messages.append(Message(role, content))
+    return tuple(messages)
+
+
+def _hh_comparison(row: Row) -> RawComparison:
+    context, _, chosen = row.text("chosen").rpartition("\n\nAssistant:")
+    other, _, rejected = row.text("rejected").rpartition("\n\nAssistant:")
+    if context != other:
+        raise SkipRow("different_prompts")
+    if not chosen.strip() or not rejected.strip():
+        raise SkipRow("empty_response")
+    messages = parse_dialogue(context)
+    if messages[-1].role != "user" or not messages[-1].content:
+        raise SkipRow("no_question")
+    return RawComparison(ChatPrompt(messages), (chosen.strip(), rejected.strip()))
+
+
+# --- stanfordnlp/SHP: a Reddit post and two comments, labels 1 where A got more votes --------------------------------
+
+
+def _shp_comparison(row: Row) -> RawComparison:
+    a, b = row.text("human_ref_A", allow_empty=True).strip(), row.text("human_ref_B", allow_empty=True).strip()
+    history = row.text("history", allow_empty=True).strip()
+    if not history or not a or not b:
+        raise SkipRow("empty_response" if history else "no_question")
+    label = row.get("labels")
+    if label not in (0, 1):
+        raise UserError(f"{row.where}: 'labels' must be 1 (A preferred) or 0 (B preferred), found {label!r}")
+    domain = row.values.get("domain")
+    return RawComparison(
+        ChatPrompt((Message("user", history),)), (a, b) if label == 1 else (b, a), str(domain) if domain else ""
+    )
+
+
+def _chosen(comparison: Callable[[Row], RawComparison]) -> Callable[[Row], RawDemonstration]:
+    """The better answer of a comparison as a demonstration."""
+
+    def demonstration(row: Row) -> RawDemonstration:
+        raw = comparison(row)
+        return RawDemonstration(raw.prompt, raw.responses[0])
+
+    return demonstration
+
+
+# --- prompts: own files ----------------------------------------------------------------------------------------------
+
+
+def _messages(row: Row) -> list[Message]:
+    value = row.get("messages")
+    if not isinstance(value, list) or not value:
+        raise UserError(f'{row.where}: \'messages\' must be a list of {{"role", "content"}} objects')
+    messages = []
+    for number, item in enumerate(value, start=1):
+        role, content = (item.get("role"), item.get("content")) if isinstance(item, dict) else (None, None)
+        if role not in ("system", "user", "assistant") or not isinstance(content, str) or not content.strip():
+            raise UserError(f"{row.where}: message {number} needs a role (system, user or assistant) and a content")
+        messages.append(Message(role, content.strip()))
+    return messages
+
+
+def _own_prompt(row: Row) -> tuple[PromptParts, str | None]:
+    """The prompt, and the reply where `messages` goes on to one."""
+    if row.values.get("messages") is None:
+        if row.values.get("prompt") is None:
+            raise UserError(
+                f"{row.where}: no 'prompt' (text) or 'messages'; there are: {', '.join(row.values) or 'none'}"
+            )
+        return plain_prompt(row.text("prompt")), None
+    messages = _messages(row)
+    reply = messages.pop().content if messages[-1].role == "assistant" else None
+    if not messages or messages[-1].role != "user":
+        raise UserError(f"{row.where}: 'messages' must hold a user's turn before the answer")
+    return ChatPrompt(tuple(messages)), reply
+
+
+def _own_demonstration(row: Row) -> RawDemonstration:
+    prompt, reply = _own_prompt(row)
+    if reply is None:
+        column = next((name for name in ("response", "reference") if row.values.get(name) is not None), "response")
+        reply = row.text(column).strip()
+    return RawDemonstration(prompt, reply)
+
+
+def _own_comparison(row: Row) -> RawComparison:
+    prompt, reply = _own_prompt(row)
+    if reply is not None:
+        raise UserError(
+            f"{row.where}: 'messages' of a comparison must end with the user's turn; the answers are 'responses'"
+        )
+    source = str(row.values.get("source") or "")
+    if row.values.get("responses") is None:
+        return RawComparison(prompt, (row.text("chosen").strip(), row.text("rejected").strip()), source)
+    responses = row.get("responses")
+    if not isinstance(responses, list) or len(responses) < 2 or not all(isinstance(r, str) for r in responses):
+        raise UserError(f"{row.where}: 'responses' must be a list of at least two texts, best first")
+    return RawComparison(prompt, tuple(response.strip() for response in responses), source)
+
+
+FORMATS: dict[str, Format] = {
+    "tldr": Format(_tldr, None),
+    "openai_summarize_tldr": Format(_openai_tldr, None),
+    "openai_summarize_comparisons": Format(None, _openai_comparison),
+    "hh_rlhf": Format(_chosen(_hh_comparison), _hh_comparison),
+    "shp": Format(_chosen(_shp_comparison), _shp_comparison),
+    "prompts": Format(_own_demonstration, _own_comparison),
+}

@@ -1,0 +1,190 @@
+"""From a data set to typed records: reading, validation, ids, deduplication, templates and cutting.
+
+`FORMATS` (rayrlhf/data/formats.py) is the registry of adapters that `DatasetConfig.format` names.
+
+Ids: the row's own `id`, else a hash of its full text. Neither depends on the tokenizer or on a token limit, so that
+the splits stay the same when those change.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Literal, TypeVar
+
+from rayrlhf.config import DatasetConfig
+from rayrlhf.data.comparisons import usable_answers
+from rayrlhf.data.formats import FORMATS, Format, RawComparison, RawDemonstration, SkipRow
+from rayrlhf.data.loading import Row, Split, load_source
+from rayrlhf.data.records import Comparison, Demonstration, Prompt
+from rayrlhf.data.splits import hash_fraction
+from rayrlhf.data.template import fit_prompts
+from rayrlhf.data.tokens import special_text_remover
+from rayrlhf.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CARVED_SHARE = 0.1
+"""Share of the prompts that becomes the validation split where a source has none."""
+
+_log = logging.getLogger(__name__)
+Raw = TypeVar("Raw", RawDemonstration, RawComparison)
+
+
+def read_demonstrations(
+    source: DatasetConfig, split: Split, tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int
+) -> list[Demonstration]:
+    """Demonstrations of one split, prompts rendered and at most `max_prompt_tokens` long (BOS included).
+
+    A single file, and a data set without a validation split, gives up 10 % of its prompts for "valid", chosen by a hash
+    of the prompt. "all" is the training split with nothing carved out: for a file that serves evaluation only.
+
+    Raises:
+        UserError: a missing, empty or malformed source; the message names file, row and column.
+    """
+    adapter = _adapter(source)
+    if adapter.demonstration is None:
+        raise _cannot(source, "demonstrations", "demonstration")
+    records, dropped = _read(source, split, adapter.demonstration)
+    remove = special_text_remover(tokenizer)
+    prompts = fit_prompts(
+        tokenizer,
+        [raw.prompt.map(remove) for _, _, raw in records],
+        max_prompt_tokens,
+        [row.where for _, row, _ in records],
+    )
+    _log_dropped(source, split, len(records), dropped)
+    return [
+        Demonstration(id, prompt, _response(remove, raw.response, row), raw.title)
+        for (id, row, raw), prompt in zip(records, prompts, strict=True)
+    ]
+
+
+def read_comparisons(
+    source: DatasetConfig, split: Split, tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int
+) -> tuple[list[Comparison], dict[str, int]]:
+    """Comparisons of one split (see `read_demonstrations`), and how many rows were dropped by reason.
+
+    Dropped are answers under 5 words (`nearly_empty`) and answers equal to a better one (`identical`); a row goes with
+    them where fewer than two answers are left. Further reasons: `duplicate` rows, rows that are `in_train` already, and
+    what the adapter of a published data set cannot use.
+    """
+    adapter = _adapter(source)
+    if adapter.comparison is None:
+        raise _cannot(source, "comparisons", "comparison")
+    records, dropped = _read(source, split, adapter.comparison)
+    remove = special_text_remover(tokenizer)
+    usable: list[tuple[str, Row, RawComparison]] = []
+    for id, row, raw in records:
+        answers = tuple(remove(response).strip() for response in raw.responses)
+        kept, reasons = usable_answers(answers)
+        if len(kept) < 2:
+            dropped[next(iter(reasons))] += 1
+            continue
+        usable.append((id, row, RawComparison(raw.prompt.map(remove), tuple(answers[i] for i in kept), raw.source)))
+    if not usable:
+        raise UserError(f"{source.path}: no usable comparison in split {split!r} (dropped: {dict(dropped)})")
+    prompts = fit_prompts(
+        tokenizer, [raw.prompt for _, _, raw in usable], max_prompt_tokens, [row.where for _, row, _ in usable]
+    )
+    _log_dropped(source, split, len(usable), dropped)
+    comparisons = [
+        Comparison(id, prompt, raw.responses, raw.source) for (id, _, raw), prompt in zip(usable, prompts, strict=True)
+    ]
+    return comparisons, dict(dropped)
+
+
+def as_prompts(demonstrations: Sequence[Demonstration]) -> list[Prompt]:
+    """Demonstrations as prompts to answer, the response as the person's own reference."""
+    return [Prompt(d.id, d.prompt, d.response, d.title) for d in demonstrations]
+
+
+def _read(
+    source: DatasetConfig, split: Split, parse: Callable[[Row], Raw]
+) -> tuple[list[tuple[str, Row, Raw]], Counter[str]]:
+    loaded = load_source(source)
+    dropped: Counter[str] = Counter()
+    if split == "valid" and loaded.valid is not None:
+        in_train = _parse(loaded.train, parse, Counter())
+        records = _parse(loaded.valid, parse, dropped)
+        for id, (row, _) in list(records.items()):
+            if id not in in_train:
+                continue
+            if row.id is not None:
+                raise UserError(
+                    f"{row.where}: id {id!r} is also in training ({in_train[id][0].where}); rename or remove one"
+                )
+            del records[id]
+            dropped["in_train"] += 1
+    else:
+        records = _parse(loaded.train, parse, dropped)
+        if loaded.valid is None and split != "all":
+            wanted = split == "valid"
+            records = {
+                id: (row, raw)
+                for id, (row, raw) in records.items()
+                # By the prompt, so that no prompt is on both sides with different answers.
+                if (hash_fraction(raw.prompt.text, "carve") < CARVED_SHARE) == wanted
+            }
+    if not records:
+        raise UserError(
+            f"{source.path}: no records for split {split!r} (dropped: {dict(dropped)}); "
+            "add rows, or give a directory with a train and a validation file"
+        )
+    return [(id, row, raw) for id, (row, raw) in records.items()], dropped
+
+
+def _parse(rows: Sequence[Row], parse: Callable[[Row], Raw], dropped: Counter[str]) -> dict[str, tuple[Row, Raw]]:
+    """Records by id in the order of the rows; rows of identical text collapse into the first."""
+    records: dict[str, tuple[Row, Raw]] = {}
+    texts: set[str] = set()
+    for row in rows:
+        try:
+            raw = parse(row)
+        except SkipRow as reason:
+            dropped[str(reason)] += 1
+            continue
+        text = _text_hash(raw)
+        if text in texts:
+            dropped["duplicate"] += 1
+            continue
+        texts.add(text)
+        id = row.id or text
+        if id in records:
+            raise UserError(
+                f"{row.where}: id {id!r} was used before ({records[id][0].where}) with other text; rename one"
+            )
+        records[id] = (row, raw)
+    return records
+
+
+def _text_hash(raw: RawDemonstration | RawComparison) -> str:
+    answers = (raw.response,) if isinstance(raw, RawDemonstration) else raw.responses
+    text = "\x1f".join((raw.prompt.text, *answers))
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+
+
+def _response(remove: Callable[[str], str], text: str, row: Row) -> str:
+    cleaned = remove(text).strip()
+    if not cleaned:
+        raise UserError(f"{row.where}: the response holds nothing but special tokens; fill it in or remove the row")
+    return cleaned
+
+
+def _adapter(source: DatasetConfig) -> Format:
+    if source.format not in FORMATS:
+        raise UserError(f"data format {source.format!r} is unknown; there are: {', '.join(FORMATS)}")
+    return FORMATS[source.format]
+
+
+def _cannot(source: DatasetConfig, what: str, kind: Literal["demonstration", "comparison"]) -> UserError:
+    able = [name for name, adapter in FORMATS.items() if getattr(adapter, kind) is not None]
+    return UserError(f"data format {source.format!r} holds no {what}; those that do: {', '.join(able)}")
+
+
+def _log_dropped(source: DatasetConfig, split: str, kept: int, dropped: Counter[str]) -> None:
+    reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items())) or "none"
+    _log.info("%s, split %s: %d records; dropped: %s", source.path, split, kept, reasons)

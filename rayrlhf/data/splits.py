@@ -1,0 +1,87 @@
+"""Splits fixed by a hash of the record's id: independent of order, of other records and of Python's hash seed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+from rayrlhf.config import DataConfig
+from rayrlhf.errors import UserError
+
+
+class HasId(Protocol):
+    """Anything that a split can be made of."""
+
+    @property
+    def id(self) -> str: ...
+
+
+R = TypeVar("R", bound=HasId)
+
+
+@dataclass(frozen=True)
+class Splits(Generic[R]):
+    """The training records of the three stages; no record is in two of them."""
+
+    sft: list[R]
+    reward_model: list[R]
+    ppo: list[R]
+
+
+def hash_fraction(record_id: str, salt: str) -> float:
+    """A number in [0, 1) that depends on nothing but its arguments. Another salt gives an independent one."""
+    digest = hashlib.blake2b(f"{salt}\x1f{record_id}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return (int.from_bytes(digest, "big") >> 11) / 2**53  # 53 bits: what a float holds exactly
+
+
+def split_train(records: Iterable[R], data: DataConfig) -> Splits[R]:
+    """Training records -> SFT, reward model, PPO prompts, in the shares that `data` names.
+
+    Raises:
+        UserError: an id that appears twice.
+    """
+    splits: Splits[R] = Splits([], [], [])
+    for record in records:
+        place = hash_fraction(record.id, "train")
+        if place < data.sft_fraction:
+            splits.sft.append(record)
+        elif place < data.sft_fraction + data.reward_model_fraction:
+            splits.reward_model.append(record)
+        else:
+            splits.ppo.append(record)
+    check_disjoint(sft=splits.sft, reward_model=splits.reward_model, ppo=splits.ppo)
+    return splits
+
+
+def split_valid(records: Iterable[R], data: DataConfig) -> tuple[list[R], list[R]]:
+    """Validation records -> (dev, test): dev is for selection, only the final evaluation reads test.
+
+    Raises:
+        UserError: an id that appears twice.
+    """
+    dev: list[R] = []
+    test: list[R] = []
+    for record in records:
+        (dev if hash_fraction(record.id, "valid") < data.dev_fraction else test).append(record)
+    check_disjoint(dev=dev, test=test)
+    return dev, test
+
+
+def is_heldout(record_id: str, fraction: float) -> bool:
+    """Whether a prompt's comparisons are kept from the reward model's training to measure its accuracy."""
+    return hash_fraction(record_id, "heldout") < fraction
+
+
+def check_disjoint(**splits: Sequence[HasId]) -> None:
+    """Raise UserError naming the first id that is in two splits, or twice in one."""
+    seen: dict[str, str] = {}
+    for name, records in splits.items():
+        for record in records:
+            if record.id in seen:
+                where = f"twice in {name}" if seen[record.id] == name else f"in {seen[record.id]} and in {name}"
+                raise UserError(
+                    f"record id {record.id!r} is {where}; ids must be unique over all splits, rename or remove one"
+                )
+            seen[record.id] = name

@@ -1,0 +1,189 @@
+"""Prompts as text: the TL;DR template, chat templates, and how what is too long is cut.
+
+A prompt is first kept in parts (`TextPrompt`, `ChatPrompt`), because only some of them may be cut;
+`fit_prompts` renders it within the token limit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from jinja2 import TemplateError
+
+from rayrlhf.data.tokens import encode_prompts, leading_ids, starts_with_bos
+from rayrlhf.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_CHUNK = 1024  # prompts tokenised at a time: bounds the memory of their offsets
+_SPEAKERS = {"user": "Human", "assistant": "Assistant", "system": "System"}
+
+
+@dataclass(frozen=True)
+class TextPrompt:
+    """Text of which only the body may be cut, at its end."""
+
+    head: str
+    body: str
+    tail: str
+
+    @property
+    def text(self) -> str:
+        return self.head + self.body + self.tail
+
+    def map(self, change: Callable[[str], str]) -> TextPrompt:
+        return TextPrompt(change(self.head), change(self.body), change(self.tail))
+
+
+class Message(NamedTuple):
+    """One turn of a dialogue; role is `system`, `user` or `assistant`."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class ChatPrompt:
+    """A dialogue that ends with the user's turn; the assistant is to answer."""
+
+    messages: tuple[Message, ...]
+
+    @property
+    def text(self) -> str:
+        """HH-RLHF's own rendering, also used where a tokenizer has no chat template."""
+        turns = (f"\n\n{_SPEAKERS[role]}: {content}" for role, content in self.messages)
+        return "".join(turns) + "\n\nAssistant:"
+
+    def map(self, change: Callable[[str], str]) -> ChatPrompt:
+        return ChatPrompt(tuple(Message(role, change(content)) for role, content in self.messages))
+
+
+PromptParts = TextPrompt | ChatPrompt
+
+
+def tldr_prompt(subreddit: str, title: str, post: str) -> TextPrompt:
+    """The published TL;DR template (Stiennon et al. 2020); the post is what may be cut."""
+    head = f"SUBREDDIT: r/{subreddit.strip().removeprefix('r/')}\n\nTITLE: {title.strip()}\n\nPOST: "
+    return TextPrompt(head, post.strip(), "\n\nTL;DR:")
+
+
+def plain_prompt(text: str) -> TextPrompt:
+    """Text rendered by its owner: the last line (the question, the cue) stays, what precedes it may be cut."""
+    before, _, _ = text.rstrip().rpartition("\n")
+    body = before.rstrip()
+    return TextPrompt("", body, text[len(body) :]) if body else TextPrompt("", text, "")
+
+
+def render(tokenizer: PreTrainedTokenizerBase, prompt: PromptParts) -> str:
+    """The whole prompt as text: messages by the tokenizer's chat template where it has one."""
+    if isinstance(prompt, TextPrompt) or not tokenizer.chat_template:
+        return prompt.text
+    messages = [{"role": role, "content": content} for role, content in prompt.messages]
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+
+def fit_prompts(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[PromptParts], max_tokens: int, where: Sequence[str]
+) -> list[str]:
+    """Rendered prompts of at most `max_tokens` tokens each (BOS included).
+
+    A text is cut at the last newline of its body that fits, else at the last space, else (one endless word) at a token.
+    A dialogue drops its oldest turns; when the last turn alone is too long, that is cut like a text.
+
+    Args:
+        where: the origin of each prompt (file and row), for error messages.
+
+    Raises:
+        UserError: a prompt whose fixed parts alone exceed the limit, or that the chat template refuses.
+    """
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"tokenizer {tokenizer.name_or_path!r} has no fast version (tokenizer.json); cutting prompts needs one"
+        )
+    fitted: list[str] = []
+    for start in range(0, len(prompts), _CHUNK):
+        chunk = slice(start, start + _CHUNK)
+        fitted += _fit_chunk(tokenizer, prompts[chunk], max_tokens, where[chunk])
+    return fitted
+
+
+def _fit_chunk(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[PromptParts], max_tokens: int, where: Sequence[str]
+) -> list[str]:
+    texts: list[str] = []
+    for prompt, origin in zip(prompts, where, strict=True):
+        try:
+            texts.append(render(tokenizer, prompt))
+        except TemplateError as error:
+            raise UserError(f"{origin}: the tokenizer's chat template refuses these messages: {error}") from None
+    encodings = tokenizer(texts, add_special_tokens=False, verbose=False).encodings
+    assert encodings is not None  # a fast tokenizer has them
+    lead = len(leading_ids(tokenizer))
+    waiting: dict[int, Iterator[str]] = {}
+    for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
+        room = max_tokens - (0 if starts_with_bos(tokenizer, text) else lead)
+        if len(encodings[i].ids) <= room:
+            continue
+        if isinstance(prompt, TextPrompt):
+            waiting[i] = _cuts(prompt, encodings[i].offsets, room)
+        else:
+            waiting[i] = _shorter_dialogues(tokenizer, prompt, room)
+    # Each round tries the next candidate of every prompt that does not fit yet, all in one call of the tokenizer.
+    while waiting:
+        for i in waiting:
+            candidate = next(waiting[i], None)
+            if candidate is None:
+                raise UserError(
+                    f"{where[i]}: the prompt does not fit data.max_prompt_tokens={max_tokens} even without its text; "
+                    "raise the limit or remove the row"
+                )
+            texts[i] = candidate
+        indices = list(waiting)
+        for i, ids in zip(indices, encode_prompts(tokenizer, [texts[i] for i in indices]), strict=True):
+            if len(ids) <= max_tokens:
+                del waiting[i]
+    return texts
+
+
+def _cuts(prompt: TextPrompt, offsets: Sequence[tuple[int, int]], room: int) -> Iterator[str]:
+    """Shortened texts in order of preference. The first ones may still be too long: the caller measures.
+
+    The offsets of the whole text tell about where the limit lies. Cutting can merge or split the tokens at the seam,
+    so the search starts two tokens beyond.
+    """
+    slack = 2
+    body_end = len(prompt.head) + len(prompt.body)
+    tail = sum(start >= body_end for start, _ in offsets) if prompt.tail else 0
+    head = sum(end <= len(prompt.head) and end > 0 for _, end in offsets) if prompt.head else 0
+    if head + tail > room + slack:
+        return
+    last_token = min(room - tail + slack, len(offsets)) - 1
+    reach = min(max(offsets[last_token][1] - len(prompt.head), 0), len(prompt.body)) if last_token >= 0 else 0
+    for mark in ("\n", " "):
+        cut = prompt.body.rfind(mark, 0, reach + 1)
+        while cut > 0:
+            kept = prompt.body[:cut].rstrip()
+            if kept:
+                yield prompt.head + kept + prompt.tail
+            cut = prompt.body.rfind(mark, 0, len(kept))
+    for _, end in reversed(offsets[: last_token + 1]):
+        if len(prompt.head) < end <= body_end:
+            yield prompt.head + prompt.body[: end - len(prompt.head)] + prompt.tail
+
+
+def _shorter_dialogues(tokenizer: PreTrainedTokenizerBase, prompt: ChatPrompt, room: int) -> Iterator[str]:
+    system = tuple(m for m in prompt.messages if m.role == "system")
+    turns = tuple(m for m in prompt.messages if m.role != "system")
+    for first in range(1, len(turns)):
+        if turns[first].role == "user":
+            yield render(tokenizer, ChatPrompt(system + turns[first:]))
+    last = turns[-1].content
+    head, found, tail = render(tokenizer, ChatPrompt((*system, turns[-1]))).rpartition(last)
+    if found:
+        parts = TextPrompt(head, last, tail)
+        encodings = tokenizer(parts.text, add_special_tokens=False, verbose=False).encodings
+        assert encodings is not None
+        yield from _cuts(parts, encodings[0].offsets, room)

@@ -1,0 +1,127 @@
+"""Text to token ids and back, the same way at every stage.
+
+A prompt gets what the tokenizer puts in front of a text (OPT: `</s>`, which is both BOS and EOS).
+A response gets a leading space where the prompt does not end in white space, and an EOS at its end.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from rayrlhf.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer puts in front of a text: its BOS, or nothing. What it may put behind (an EOS) is left out."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a")["input_ids"]
+    start = next(i for i in range(len(full)) if full[i : i + len(bare)] == bare)
+    return list(full[:start])
+
+
+def starts_with_bos(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
+    """Many chat templates write the BOS themselves; it must not come twice."""
+    return isinstance(tokenizer.bos_token, str) and text.startswith(tokenizer.bos_token)
+
+
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of rendered prompts, BOS included as the tokenizer has it."""
+    if not texts:
+        return []
+    lead = leading_ids(tokenizer)
+    encoded = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    return [
+        list(ids) if starts_with_bos(tokenizer, text) else lead + ids for text, ids in zip(texts, encoded, strict=True)
+    ]
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of one rendered prompt; see `encode_prompts`."""
+    return encode_prompts(tokenizer, [text])[0]
+
+
+def encode_responses(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_tokens: int, prompts: Sequence[str | None]
+) -> list[list[int]]:
+    """Token ids of responses, at most `max_tokens` each: [leading space +] text + EOS.
+
+    A response that is longer is cut and then has NO EOS: a model must not learn to stop in the middle of a sentence.
+
+    Args:
+        prompts: the rendered prompt of each response decides about the leading space: none after white space or
+            after a special token, as at the end of most chat templates. None stands for the tokenizer's usual
+            prompt: a leading space, unless the tokenizer has a chat template.
+    """
+    if not texts:
+        return []
+    eos = _eos(tokenizer)
+    specials = tuple(tokenizer.all_special_tokens)
+
+    def lead(prompt: str | None) -> str:
+        if prompt is None:
+            return "" if tokenizer.chat_template else " "
+        return "" if not prompt or prompt[-1].isspace() or prompt.endswith(specials) else " "
+
+    stripped = [lead(prompt) + text.strip() for text, prompt in zip(texts, prompts, strict=True)]
+    encoded = tokenizer(stripped, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    return [[*ids, eos][:max_tokens] for ids in encoded]
+
+
+def encode_response(
+    tokenizer: PreTrainedTokenizerBase, text: str, max_tokens: int, prompt: str | None = None
+) -> list[int]:
+    """Token ids of one response; see `encode_responses`. Pass the rendered prompt wherever it is at hand."""
+    return encode_responses(tokenizer, [text], max_tokens, [prompt])[0]
+
+
+def decode_response(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """Text of a response: up to its first EOS, without special tokens, stripped."""
+    eos = _eos(tokenizer)
+    kept = [int(token) for token in ids]
+    if eos in kept:
+        kept = kept[: kept.index(eos)]
+    text = tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return str(text).strip()
+
+
+def special_text_remover(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], str]:
+    """A function that takes the spelling of special tokens out of data.
+
+    A post that contains `</s>` (it is HTML, too) would otherwise end itself, and could pose as another speaker.
+    """
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    special.update(tokenizer.all_special_tokens)
+    if not special:
+        return lambda text: text
+    pattern = re.compile("|".join(re.escape(token) for token in sorted(special, key=len, reverse=True)))
+
+    def remove(text: str) -> str:
+        # Until nothing is left: taking one out may join the halves of another.
+        while pattern.search(text):
+            text = pattern.sub("", text)
+        return text
+
+    return remove
+
+
+def check_context(max_prompt_tokens: int, max_response_tokens: int, context_length: int) -> None:
+    """Raise UserError unless the longest prompt and the longest response fit the model's context (all in tokens)."""
+    total = max_prompt_tokens + max_response_tokens
+    if total > context_length:
+        raise UserError(
+            f"data.max_prompt_tokens + data.max_response_tokens = {max_prompt_tokens} + {max_response_tokens} = {total}"
+            f" exceeds the model's context of {context_length} tokens; lower one of them or choose another model"
+        )
+
+
+def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
+    if not isinstance(tokenizer.eos_token_id, int):
+        raise UserError(
+            f"tokenizer {tokenizer.name_or_path!r} has no EOS token; set eos_token in its tokenizer_config.json"
+        )
+    return tokenizer.eos_token_id

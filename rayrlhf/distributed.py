@@ -1,0 +1,65 @@
+"""This worker's place among the learner workers, and the few collectives that training needs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+class Ranks:
+    """This worker's place among the learner workers, and the few collectives the loops need."""
+
+    def __init__(self, threads: int, gpu: bool = False) -> None:
+        """`threads` are torch's on a CPU; `gpu` puts this rank on the GPU that its worker was given."""
+        self.world = dist.get_world_size() if dist.is_initialized() else 1
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        if gpu:
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        else:
+            self.device = torch.device("cpu")
+            torch.set_num_threads(threads)
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Element-wise sum over all ranks (float64 scalars and short vectors)."""
+        if self.world > 1:
+            values = values.clone()
+            dist.all_reduce(values)
+        return values
+
+    def max(self, value: float) -> float:
+        """The largest of all ranks' values."""
+        if self.world == 1:
+            return value
+        tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return float(tensor)
+
+    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Add every rank's gradients, once per optimiser step; a rank without rows contributes zeros."""
+        if self.world == 1:
+            return
+        parameters = list(parameters)
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        flat = torch.nn.utils.parameters_to_vector(gradients)
+        dist.all_reduce(flat)
+        torch.nn.utils.vector_to_parameters(flat, gradients)
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value (any picklable object) on every rank."""
+        if self.world == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]

@@ -1,0 +1,242 @@
+"""Who says which answer is better. The `collect` stage asks a labeller about the answers it sampled.
+
+`reference`  ROUGE-L with the author's own TL;DR: an honest stand-in for people, not their judgement.
+`file`       rankings given by people, from a JSONL file.
+
+Another labeller is a class with `name`, `rank` and `measure`, entered into `LABELLERS`.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from rayrlhf.config import LabellerConfig
+from rayrlhf.data.records import Prompt
+from rayrlhf.errors import UserError
+
+
+@dataclass(frozen=True)
+class LabelledRanking:
+    """A labeller's verdict on the K answers to one prompt."""
+
+    order: tuple[int, ...]
+    """[K] indices of the answers, best first."""
+    scores: tuple[float, ...] | None
+    """[K] the labeller's measure of each answer, in the order of the answers; None where it only ranks.
+    Equal scores are ties: `order` must put them somewhere, but they are no preference."""
+
+
+class Labeller(Protocol):
+    @property
+    def name(self) -> str: ...
+
+    def rank(self, prompt: Prompt, answers: Sequence[str]) -> LabelledRanking:
+        """Rank the answers to one prompt."""
+        ...
+
+    def measure(self, prompt: Prompt, answer: str) -> float | None:
+        """The labeller's own measure of one answer (`gold` in the evaluation), higher is better; None without one."""
+        ...
+
+
+class ReferenceLabeller:
+    """ROUGE-L F1 (Porter stemmer) with the author's own TL;DR: an honest stand-in for people."""
+
+    name = "reference"
+
+    def rank(self, prompt: Prompt, answers: Sequence[str]) -> LabelledRanking:
+        scores = tuple(self._score(prompt, answer) for answer in answers)
+        order = sorted(range(len(answers)), key=lambda i: -scores[i])  # stable: ties keep the order of sampling
+        return LabelledRanking(tuple(order), scores)
+
+    def measure(self, prompt: Prompt, answer: str) -> float | None:
+        return self._score(prompt, answer)
+
+    @staticmethod
+    def _score(prompt: Prompt, answer: str) -> float:
+        if prompt.reference is None:
+            raise UserError(
+                f"prompt {prompt.id!r} has no reference, which collect.labeller.kind=reference compares with; "
+                "add references or use kind: file"
+            )
+        return float(_rouge_l().score(prompt.reference, answer)["rougeL"].fmeasure)
+
+
+class FileLabeller:
+    """Rankings by people: one line `{"id": "...", "ranking": [2, 0, 1]}` a prompt, indices of the answers, best first.
+
+    Raises:
+        UserError: a malformed line; from `check` and `rank`, a ranking that does not fit. It names file and line.
+    """
+
+    name = "people"
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._rankings: dict[str, tuple[int, Any]] = {}
+        for number, row in _json_lines(path):
+            where = f"{path} line {number}"
+            if not isinstance(row.get("id"), str) or "ranking" not in row:
+                raise UserError(f'{where}: expected {{"id": "...", "ranking": [best, ..., worst]}}')
+            if row["id"] in self._rankings:
+                raise UserError(
+                    f"{where}: id {row['id']!r} was ranked before, in line {self._rankings[row['id']][0]}; keep one"
+                )
+            self._rankings[row["id"]] = (number, row["ranking"])
+
+    def check(self, expected: Mapping[str, int]) -> None:
+        """See that the file ranks exactly these prompts (id -> number of answers)."""
+        for id, (number, _) in self._rankings.items():
+            if id not in expected:
+                raise UserError(
+                    f"{self._path} line {number}: id {id!r} is not among the prompts to rank; remove the line"
+                )
+            self._ranking(id, expected[id])
+        missing = [id for id in expected if id not in self._rankings]
+        if missing:
+            raise UserError(
+                f"{self._path}: {len(missing)} of {len(expected)} prompts have no ranking, first {missing[0]!r}; "
+                "add a line for each"
+            )
+
+    def rank(self, prompt: Prompt, answers: Sequence[str]) -> LabelledRanking:
+        if prompt.id not in self._rankings:
+            raise UserError(f"{self._path}: no ranking for prompt {prompt.id!r}; add a line for it")
+        return LabelledRanking(self._ranking(prompt.id, len(answers)), None)
+
+    def measure(self, prompt: Prompt, answer: str) -> float | None:
+        return None
+
+    def _ranking(self, id: str, count: int) -> tuple[int, ...]:
+        number, ranking = self._rankings[id]
+        whole = isinstance(ranking, list) and all(type(index) is int for index in ranking)
+        if not whole or sorted(ranking) != list(range(count)):
+            raise UserError(
+                f"{self._path} line {number}: ranking {ranking!r} of {id!r} must hold each of 0..{count - 1} once"
+            )
+        return tuple(ranking)
+
+
+def _reference_labeller(config: LabellerConfig) -> Labeller:
+    return ReferenceLabeller()
+
+
+def _file_labeller(config: LabellerConfig) -> Labeller:
+    return FileLabeller(rankings_path(config))
+
+
+LABELLERS: dict[str, Callable[[LabellerConfig], Labeller]] = {"reference": _reference_labeller, "file": _file_labeller}
+
+
+def make_labeller(config: LabellerConfig) -> Labeller:
+    """The labeller that `config.kind` names.
+
+    Raises:
+        UserError: unknown kind, or for `file` no path, no such file or a malformed line.
+    """
+    if config.kind not in LABELLERS:
+        raise UserError(f"collect.labeller.kind {config.kind!r} is unknown; there are: {', '.join(LABELLERS)}")
+    return LABELLERS[config.kind](config)
+
+
+# --- Asking people: answers go out in `to_rank.jsonl`, rankings come back in `collect.labeller.path` ------------------
+
+
+@dataclass(frozen=True)
+class Unranked:
+    """The answers to one prompt that wait for people. Token ids travel along: text is never tokenised twice."""
+
+    id: str
+    prompt: str
+    answers: tuple[str, ...]
+    prompt_ids: tuple[int, ...]
+    answer_ids: tuple[tuple[int, ...], ...]
+
+
+def rankings_path(config: LabellerConfig) -> Path:
+    """Where the rankings are, or will be once people have given them."""
+    if config.path is None:
+        raise UserError(
+            "collect.labeller.path is missing: kind=file needs the JSONL file that holds, or will hold, the rankings"
+        )
+    return Path(config.path).expanduser()
+
+
+def ask_people(to_rank: Path, unranked: Sequence[Unranked], config: LabellerConfig) -> UserError:
+    """Write the answers to `to_rank` (whole or not at all) and return the error that says what to do next."""
+    temporary = to_rank.with_name(f".{to_rank.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            for item in unranked:
+                row = {
+                    "id": item.id,
+                    "prompt": item.prompt,
+                    "answers": item.answers,
+                    "prompt_ids": item.prompt_ids,
+                    "answer_ids": item.answer_ids,
+                }
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        os.replace(temporary, to_rank)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return UserError(
+        f"{len(unranked)} prompts with answers to rank were written to {to_rank}; put one line "
+        f'{{"id": "...", "ranking": [best, ..., worst]}} a prompt into {rankings_path(config)} '
+        "(indices into its answers, from 0) and run collect again"
+    )
+
+
+def read_unranked(to_rank: Path) -> list[Unranked]:
+    """The answers that `ask_people` wrote: rankings refer to these, so they are not sampled again."""
+    unranked = []
+    for number, row in _json_lines(to_rank):
+        try:
+            unranked.append(
+                Unranked(
+                    id=str(row["id"]),
+                    prompt=str(row["prompt"]),
+                    answers=tuple(row["answers"]),
+                    prompt_ids=tuple(row["prompt_ids"]),
+                    answer_ids=tuple(tuple(ids) for ids in row["answer_ids"]),
+                )
+            )
+        except (KeyError, TypeError) as error:
+            raise UserError(
+                f"{to_rank} line {number}: not as collect wrote it ({type(error).__name__}: {error}); "
+                "delete the file and run collect again"
+            ) from None
+    return unranked
+
+
+def _json_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    rows = []
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 text") from None
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path} line {number}: not valid JSON ({error.msg} at column {error.colno})") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{path} line {number}: expected an object, found {type(row).__name__}")
+        rows.append((number, row))
+    return rows
+
+
+@functools.cache
+def _rouge_l() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(["rougeL"], use_stemmer=True)

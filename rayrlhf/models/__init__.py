@@ -1,0 +1,1 @@
+"""Language models and reward models: loading, checking, saving."""

@@ -1,0 +1,301 @@
+"""Models and tokenizers from a directory, the hub or the package, and back to a directory.
+
+Weights are safetensors only, code from a model repository is never run, master weights are float32 and dropout is
+off everywhere, so that a forward pass is a deterministic function of the weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from rayrlhf.batching import TokenBatch
+from rayrlhf.errors import UserError
+from rayrlhf.logprobs import hidden_states
+from rayrlhf.run import replacing
+
+_ASSETS = Path(__file__).parent.parent / "assets"
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+_SPARE_TOKENS = (
+    "<pad>", "<|pad|>", "[PAD]", "<PAD>", "<|padding|>", "<|finetune_right_pad_id|>", "<|extratoken_1|>",
+    "<|reserved_special_token_0|>",
+)  # fmt: skip
+"""Tokens that published vocabularies keep for padding or leave unused."""
+_CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_sequence_length")
+
+
+def resolve_model(path: str) -> str:
+    """Where the model lies: an absolute directory, or a hub name as it is.
+
+    Raises:
+        UserError: no such embedded model or directory, or a directory without config, safetensors or tokenizer.
+    """
+    if path.startswith("embedded:"):
+        directory = _ASSETS / path.removeprefix("embedded:")
+        if not (directory / "config.json").is_file():
+            known = ", ".join(sorted(f"embedded:{p.parent.name}" for p in _ASSETS.glob("*/config.json")))
+            raise UserError(f"model {path!r}: no such embedded model; known: {known}")
+        return str(directory)
+    directory = Path(path).expanduser()
+    if not directory.is_dir():
+        if _HUB_NAME.fullmatch(path) and not directory.exists():
+            return path
+        raise UserError(f"model {path!r}: no such directory, and not a hub name (organisation/name)")
+    if not (directory / "config.json").is_file():
+        raise UserError(f"model {path!r}: the directory has no config.json; point at a Hugging Face model directory")
+    if not any(directory.glob("*.safetensors")):
+        raise UserError(f"model {path!r}: no *.safetensors file; convert the weights with save_pretrained first")
+    if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
+        raise UserError(f"model {path!r}: no tokenizer files; save the tokenizer into the same directory")
+    return str(directory.resolve())
+
+
+def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """Tokenizer with an EOS and a PAD that differs from it. The vocabulary never outgrows the model's embeddings.
+
+    Without a PAD of its own it gets, in this order: a token the vocabulary keeps for such ends, a new name for an
+    unused row of the embedding matrix, the unknown token.
+
+    Raises:
+        UserError: not to be had, no EOS, or no token that could serve as PAD.
+    """
+    with _one_line_errors(path):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            path, revision=revision, trust_remote_code=False
+        )
+    tokenizer.padding_side = "right"
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"model {path!r}: the tokenizer has no eos_token; set it in tokenizer_config.json")
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        vocabulary = tokenizer.get_vocab()
+        spare = next((token for token in _SPARE_TOKENS if vocabulary.get(token, tokenizer.eos_token_id)
+                      != tokenizer.eos_token_id), None)  # fmt: skip
+        if spare is not None:
+            tokenizer.pad_token = spare
+        elif max(vocabulary.values()) + 1 < _config(path, revision).get_text_config().vocab_size:
+            tokenizer.add_special_tokens({"pad_token": "<pad>"})
+        elif tokenizer.unk_token_id is not None and tokenizer.unk_token_id != tokenizer.eos_token_id:
+            tokenizer.pad_token = tokenizer.unk_token
+        else:
+            raise UserError(
+                f"model {path!r}: the tokenizer has no pad_token other than its EOS and no spare token; add one, "
+                "resize the model's embeddings to match, save both and point model.path at that directory"
+            )
+    return tokenizer
+
+
+def load_policy(path: str, revision: str | None = None, device: torch.device | str = "cpu") -> PreTrainedModel:
+    """Causal language model for `rayrlhf.logprobs`: float32, no dropout, eval mode, gradients on.
+
+    Raises:
+        UserError: not to be had, not a causal language model, incomplete weights, or logits that are not
+            lm_head(last hidden state) (scaled or soft-capped): token_logprobs would be silently wrong.
+    """
+    model, info = _load(AutoModelForCausalLM, path, revision)
+    if info["missing_keys"]:
+        raise UserError(f"model {path!r}: weights are missing ({_some(info['missing_keys'])}); not a language model")
+    if "score.weight" in info["unexpected_keys"]:
+        raise UserError(f"model {path!r}: this is a reward model (it has a score head); give a language model instead")
+    _require_plain_logits(model, path)
+    return model.to(device)
+
+
+def load_reward_model(
+    path: str,
+    revision: str | None = None,
+    device: torch.device | str = "cpu",
+    *,
+    fresh_head_seed: int | None = None,
+) -> PreTrainedModel:
+    """Model with a scalar `score` head: float32, no dropout, eval mode, gradients on.
+
+    With `fresh_head_seed` a model without a head gets one drawn from N(0, 1 / (hidden + 1)) without bias
+    (Stiennon et al. 2020, appendix B.1; Huang et al. 2024); a head that is there is kept.
+
+    Raises:
+        UserError: not to be had, another number of labels, no head and no seed, an architecture without `score`.
+    """
+    config = _config(path, revision)
+    if "ForSequenceClassification" in "".join(config.architectures or []) and config.num_labels != 1:
+        raise UserError(f"model {path!r}: its head has {config.num_labels} labels; a reward model has one scalar score")
+    model, info = _load(AutoModelForSequenceClassification, path, revision, num_labels=1)
+    head = getattr(model, "score", None)
+    if not isinstance(head, nn.Linear):
+        raise UserError(f"model {path!r}: {type(model).__name__} has no linear `score` head; use a decoder-only model")
+    missing = set(info["missing_keys"])
+    if missing - {"score.weight", "score.bias"}:
+        raise UserError(f"model {path!r}: weights are missing ({_some(missing)})")
+    if missing:
+        if fresh_head_seed is None:
+            raise UserError(f"model {path!r}: no score head, this is not a reward model; train one with reward_model")
+        generator = torch.Generator().manual_seed(fresh_head_seed)
+        with torch.no_grad():
+            head.weight.normal_(0.0, (head.in_features + 1) ** -0.5, generator=generator)
+            if head.bias is not None:
+                head.bias.zero_()
+    return model.to(device)
+
+
+def save_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: str | Path, **config_fields: Any
+) -> None:
+    """Write a Hugging Face directory (float32 safetensors) that transformers and vLLM load; replaces an older one.
+
+    `config_fields` go into config.json (such as `reward_bias`). The generation config holds the special tokens and
+    nothing else: vLLM would silently sample with a top-p or a temperature that a model brought along.
+    """
+    directory = Path(directory)
+    for key, value in {"pad_token_id": tokenizer.pad_token_id, **config_fields}.items():
+        setattr(model.config, key, value)
+    if model.can_generate():
+        model.generation_config = GenerationConfig(
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    with replacing(directory, directory=True) as partial, _quiet():
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+
+
+def check_vocabulary(policy_path: str, reward_path: str) -> None:
+    """Token ids travel from the policy to the reward model, so both must mean the same by them.
+
+    Raises:
+        UserError: the token -> id mappings differ, or the vocabulary sizes do.
+    """
+    policy, reward = load_tokenizer(policy_path).get_vocab(), load_tokenizer(reward_path).get_vocab()
+    remedy = "train the reward model from a model with the policy's tokenizer"
+    if policy != reward:
+        differing = {t for t in policy.keys() | reward.keys() if policy.get(t) != reward.get(t)}
+        raise UserError(
+            f"reward model {reward_path!r} and policy {policy_path!r} have different tokenizers "
+            f"({len(differing)} tokens differ, such as {min(differing)!r}); {remedy}"
+        )
+    sizes = [_config(path, None).get_text_config().vocab_size for path in (policy_path, reward_path)]
+    if sizes[0] != sizes[1]:
+        raise UserError(
+            f"reward model {reward_path!r} has a vocabulary of {sizes[1]} rows, policy {policy_path!r} of {sizes[0]}; "
+            + remedy
+        )
+
+
+def context_length(model: str | PreTrainedConfig) -> int:
+    """Longest sequence in tokens. Models without a limit in their config (BLOOM) count as 2048, as vLLM counts them."""
+    config = _config(model, None) if isinstance(model, str) else model
+    config = config.get_text_config()
+    lengths = [getattr(config, key, None) for key in _CONTEXT_KEYS]
+    return min((length for length in lengths if isinstance(length, int) and length > 0), default=2048)
+
+
+def autocast(device: torch.device | str, dtype: str) -> contextlib.AbstractContextManager[Any]:
+    """bfloat16 autocast where `dtype` asks for it, else nothing."""
+    if dtype != "bfloat16":
+        return contextlib.nullcontext()
+    return torch.autocast(torch.device(device).type, torch.bfloat16)
+
+
+def _config(path: str, revision: str | None) -> PreTrainedConfig:
+    with _one_line_errors(path):
+        config: PreTrainedConfig = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
+    return config
+
+
+def _load(auto: Any, path: str, revision: str | None, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+    config = _config(path, revision)
+    for part in {id(c): c for c in (config, config.get_text_config())}.values():
+        for key, value in part.to_dict().items():
+            if ("dropout" in key or "pdrop" in key or key == "layerdrop") and isinstance(value, float):
+                setattr(part, key, 0.0)
+    with _one_line_errors(path), _quiet():
+        model, info = auto.from_pretrained(
+            path, config=config, revision=revision, dtype=torch.float32, use_safetensors=True,
+            trust_remote_code=False, output_loading_info=True, **_labels(config, options),
+        )  # fmt: skip
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model.eval(), info
+
+
+def _labels(config: PreTrainedConfig, options: dict[str, Any]) -> dict[str, Any]:
+    # Beside an explicit config from_pretrained hands num_labels on to the model's constructor: set it here instead.
+    if "num_labels" in options:
+        config.num_labels = options.pop("num_labels")
+    return options
+
+
+def _require_plain_logits(model: PreTrainedModel, path: str) -> None:
+    """Compare the model's logits with lm_head(hidden), enlarged on the way so that even a soft cap shows."""
+    head = model.get_output_embeddings()
+    ids = torch.arange(1, 6).unsqueeze(0)
+    batch = TokenBatch(ids, torch.ones_like(ids, dtype=torch.bool), torch.tensor([5]))
+    handle = head.register_forward_hook(lambda _module, _inputs, output: output * 1e3) if head is not None else None
+    try:
+        with torch.no_grad():
+            plain = head is not None and torch.allclose(
+                model(input_ids=ids, use_cache=False).logits, head(hidden_states(model, batch)), rtol=1e-3, atol=1e-2
+            )
+    finally:
+        if handle is not None:
+            handle.remove()
+    if not plain:
+        raise UserError(
+            f"model {path!r}: {type(model).__name__} scales or caps its logits after lm_head, which the log-probs here "
+            "do not; use a model without (OPT, GPT-J, GPT-NeoX, BLOOM, Llama, Mistral, Qwen and the like)"
+        )
+
+
+@contextlib.contextmanager
+def _one_line_errors(path: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        text = " ".join(str(error).split())
+        if "couldn't connect" in text.lower() or "offline" in text.lower():
+            reason = "not on this machine and the hub cannot be reached; give a local directory or download it first"
+        elif "gated repo" in text or "401" in text or "is not a valid model identifier" in text:
+            reason = "no such model on the hub, or no access to it; check the name, or log in with `hf auth login`"
+        elif "safetensors" in text:
+            reason = "no safetensors weights; convert them with save_pretrained first"
+        else:
+            reason = f"cannot be loaded: {text[:300]}"
+        raise UserError(f"model {path!r}: {reason}") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' loading report (missing heads are judged here) and progress bars for seconds of work."""
+    from transformers.utils import logging as transformers_logging
+
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _some(keys: set[str]) -> str:
+    return ", ".join(sorted(keys)[:3]) + (" ..." if len(keys) > 3 else "")

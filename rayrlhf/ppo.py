@@ -1,0 +1,200 @@
+"""One PPO step on a batch of scored trajectories: experience, then epochs of clipped updates.
+
+The equations live in `rayrlhf.advantages` and `rayrlhf.losses`; this file is their order. Every rank knows the whole
+batch but computes only its own rows. Losses are divided by the token count of the *global* mini-batch, so gradients
+do not depend on micro-batch size or on the number of workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
+
+from rayrlhf.advantages import generalized_advantages, kl_penalised_rewards, whiten
+from rayrlhf.batching import Row, TokenBatch, collate, micro_batches, shard
+from rayrlhf.config import PPOConfig
+from rayrlhf.distributed import Ranks
+from rayrlhf.errors import UserError
+from rayrlhf.kl import KLController
+from rayrlhf.logprobs import token_logprobs, token_values
+from rayrlhf.losses import policy_loss, value_loss
+from rayrlhf.models.loading import autocast
+from rayrlhf.optimizer import Optimizer
+from rayrlhf.ppo_metrics import BATCH_SUMS, UPDATE_SUMS, batch_metrics, batch_sums, reduce_sums, update_metrics
+from rayrlhf.rewards import scores
+from rayrlhf.trajectory import Trajectory, derive_seed
+
+
+class Experience(NamedTuple):
+    """What stays fixed over the epochs, for one trajectory of R response tokens; the tensors are [R]."""
+
+    row: Row
+    old_logprobs: Tensor
+    old_values: Tensor
+    advantages: Tensor
+    returns: Tensor
+
+
+class PPO:
+    """The policy, the value model, and how a batch of trajectories changes them."""
+
+    def __init__(
+        self,
+        policy: PreTrainedModel,
+        value_model: PreTrainedModel,
+        config: PPOConfig,
+        ranks: Ranks,
+        *,
+        pad_token_id: int,
+        dtype: str,
+        seed: int,
+    ) -> None:
+        self.policy, self.value_model = policy, value_model
+        self.config, self.ranks, self.seed = config, ranks, seed
+        self.pad_token_id, self.dtype = pad_token_id, dtype
+        updates = config.steps * config.epochs * config.minibatches
+        self.policy_optimizer = Optimizer(policy, config.optimizer, updates)
+        self.value_optimizer = Optimizer(value_model, config.optimizer, updates, lr=config.value_lr)
+        self.kl = KLController(config.kl)
+
+    def step(self, trajectories: Sequence[Trajectory], step: int) -> dict[str, float]:
+        """Learn from one batch. Returns metrics over the global batch, the same on every rank.
+
+        Raises:
+            FloatingPointError: a gradient is not finite; the weights are those before the failing update.
+        """
+        own = shard([t.length for t in trajectories], self.ranks.world)[self.ranks.rank]
+        experience, metrics = self.make_experience([trajectories[i] for i in own])
+        by_index = dict(zip(own, experience, strict=True))
+        # Every rank draws the same permutations of the global batch, so mini-batches do not depend on the sharding.
+        permutations = np.random.default_rng(derive_seed(self.seed, "permutation", step))
+        train_policy = step >= self.config.critic_warmup_steps
+        sums: list[dict[str, Tensor]] = []
+        norms: list[tuple[float, float]] = []
+        for _ in range(self.config.epochs):
+            for minibatch in np.array_split(permutations.permutation(len(trajectories)), self.config.minibatches):
+                tokens = sum(len(trajectories[i].response_ids) for i in minibatch)
+                rows = [by_index[i] for i in minibatch if i in by_index]
+                update_sums, norm = self.update(rows, tokens, train_policy)
+                sums.append(update_sums)
+                norms.append(norm)
+        first = reduce_sums(sums[0], UPDATE_SUMS, self.ranks)
+        total = {name: torch.stack([s[name] for s in sums]).sum() for name in UPDATE_SUMS}
+        metrics |= update_metrics(reduce_sums(total, UPDATE_SUMS, self.ranks))
+        metrics["ppo/first_ratio_off_one"] = first["ratio_off_one"] / first["tokens"]
+        metrics["ppo/grad_norm"], metrics["ppo/value_grad_norm"] = (float(x) for x in np.mean(norms, axis=0))
+        metrics["ppo/lr"] = self.policy_optimizer.lr
+        self.kl.update(metrics["ppo/kl"], len(trajectories))
+        return metrics
+
+    def make_experience(self, trajectories: Sequence[Trajectory]) -> tuple[list[Experience], dict[str, float]]:
+        """Old log-probs and values (one pass without gradient), KL-penalised rewards, advantages and returns."""
+        if not trajectories:
+            raise UserError("a learner worker got no trajectory; use fewer workers or more prompts_per_step")
+        rows = [Row.completion(t.prompt_ids, t.response_ids) for t in trajectories]
+        logprobs, values = [torch.empty(0)] * len(rows), [torch.empty(0)] * len(rows)
+        entropy = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
+        for indices, batch in self._micro_batches(rows):
+            with torch.no_grad(), autocast(self.ranks.device, self.dtype):
+                policy = token_logprobs(self.policy, batch, self.config.temperature)
+                value = token_values(self.value_model, batch)
+            entropy += policy.entropy.sum()
+            split = zip(indices, policy.logprobs.split(batch.counts), value.split(batch.counts), strict=True)
+            for i, logprob_row, value_row in split:
+                logprobs[i], values[i] = logprob_row, value_row
+
+        old_logprobs, mask = self._pad(logprobs)
+        old_values, _ = self._pad(values)
+        ref_logprobs, _ = self._pad([torch.from_numpy(_scored(t)) for t in trajectories])
+        generator_logprobs, _ = self._pad([torch.from_numpy(t.generator_logprobs) for t in trajectories])
+        score = scores(trajectories, self.config.missing_eos_reward).to(self.ranks.device)
+
+        rewards = kl_penalised_rewards(score, old_logprobs, ref_logprobs, mask, self.kl.beta)
+        if self.config.whiten_rewards:
+            rewards = whiten(rewards, mask, self.ranks.sum, shift_mean=False)
+        advantages, returns = generalized_advantages(rewards, old_values, mask, self.config.gamma, self.config.lam)
+        gap = (generator_logprobs - old_logprobs).abs()
+        ended = torch.tensor([t.finish_reason == "eos" for t in trajectories])
+        sums = batch_sums(score, old_logprobs - ref_logprobs, gap, mask, returns, old_values, ended, entropy)
+        metrics = batch_metrics(reduce_sums(sums, BATCH_SUMS, self.ranks), self.kl.beta)
+        metrics["ppo/logprob_gap/max"] = self.ranks.max(float(gap[mask].max()))
+
+        if self.config.whiten_advantages:
+            advantages = whiten(advantages, mask, self.ranks.sum)
+        fixed = zip(rows, mask, old_logprobs, old_values, advantages, returns, strict=True)
+        return [Experience(row, o[m], v[m], a[m], r[m]) for row, m, o, v, a, r in fixed], metrics
+
+    def update(
+        self, rows: Sequence[Experience], tokens: int, train_policy: bool
+    ) -> tuple[dict[str, Tensor], tuple[float, float]]:
+        """One optimiser step of both models on this rank's rows of a mini-batch of `tokens` tokens over all ranks.
+
+        Returns this rank's sums (`UPDATE_SUMS`) and the two gradient norms over all ranks.
+        """
+        config = self.config
+        sums = {name: torch.zeros((), dtype=torch.float64, device=self.ranks.device) for name in UPDATE_SUMS}
+        for indices, batch in self._micro_batches([e.row for e in rows]):
+            chosen = [rows[i] for i in indices]
+            old_logprobs = torch.cat([e.old_logprobs for e in chosen])
+            old_values = torch.cat([e.old_values for e in chosen])
+            advantages = torch.cat([e.advantages for e in chosen])
+            returns = torch.cat([e.returns for e in chosen])
+
+            with torch.set_grad_enabled(train_policy), autocast(self.ranks.device, self.dtype):
+                logprobs = token_logprobs(self.policy, batch, config.temperature).logprobs
+            surrogate = policy_loss(logprobs, old_logprobs, advantages, config.clip_range)
+            if train_policy:
+                (surrogate.loss.sum() / tokens).backward()
+
+            with autocast(self.ranks.device, self.dtype):
+                values = token_values(self.value_model, batch)
+            regression = value_loss(values, old_values, returns, config.value_clip_range)
+            (config.value_coefficient * regression.loss.sum() / tokens).backward()
+
+            log_ratio = (logprobs - old_logprobs).detach()
+            sums["tokens"] += len(log_ratio)
+            sums["policy_loss"] += surrogate.loss.detach().sum()
+            sums["value_loss"] += regression.loss.detach().sum()
+            sums["squared_log_ratio"] += log_ratio.square().sum()
+            sums["ratio"] += surrogate.ratio.sum()
+            sums["ratio_off_one"] += (surrogate.ratio - 1.0).abs().sum()
+            sums["clipped"] += surrogate.clipped.sum()
+            sums["value_clipped"] += regression.clipped.sum()
+        policy_norm = self.policy_optimizer.step(self.ranks) if train_policy else 0.0
+        return sums, (policy_norm, self.value_optimizer.step(self.ranks))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Optimisers, schedules and the KL controller; the models are saved beside it."""
+        return {
+            "policy_optimizer": self.policy_optimizer.state_dict(),
+            "value_optimizer": self.value_optimizer.state_dict(),
+            "beta": self.kl.beta,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.policy_optimizer.load_state_dict(state["policy_optimizer"])
+        self.value_optimizer.load_state_dict(state["value_optimizer"])
+        self.kl.beta = float(state["beta"])
+
+    def _micro_batches(self, rows: Sequence[Row]) -> Iterator[tuple[list[int], TokenBatch]]:
+        for indices in micro_batches([len(row.ids) for row in rows], self.config.micro_batch_tokens):
+            yield indices, collate([rows[i] for i in indices], self.pad_token_id, self.ranks.device)
+
+    def _pad(self, rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """[B, R] rows padded on the right with zeros, and the mask of what is real."""
+        mask = pad_sequence([torch.ones(len(row), dtype=torch.bool) for row in rows], batch_first=True)
+        return pad_sequence([row.float() for row in rows], batch_first=True).to(self.ranks.device), mask.to(
+            self.ranks.device
+        )
+
+
+def _scored(trajectory: Trajectory) -> Any:
+    if trajectory.ref_logprobs is None:
+        raise UserError(f"trajectory {trajectory.prompt_id}/{trajectory.sample_index} has no reference log-probs")
+    return trajectory.ref_logprobs

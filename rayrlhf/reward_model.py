@@ -1,0 +1,130 @@
+"""One pass of a reward model over ranked answers: loss and gradient, margins, scores, and what is reported of them.
+
+Every function is called on all ranks and returns the same on all of them.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rayrlhf.batching import Row, collate, micro_batches, shard
+from rayrlhf.config import Config
+from rayrlhf.data.comparisons import RankedAnswers
+from rayrlhf.distributed import Ranks
+from rayrlhf.logprobs import sequence_scores
+from rayrlhf.models.loading import autocast
+from rayrlhf.ranking import (
+    MARGIN_EDGES,
+    accuracy_by_confidence,
+    flatten_pairs,
+    margin_histogram,
+    prompt_micro_batches,
+    ranking_accuracy,
+    ranking_loss,
+)
+
+
+class Measured(NamedTuple):
+    """What a pass over comparisons found, on all ranks together."""
+
+    loss: float
+    """mean over prompts, nats"""
+    margins: Tensor
+    """[m] score(better) - score(worse) of every pair, CPU float32"""
+    sources: list[str]
+    """[m] where each pair came from"""
+
+
+def rows_of(comparison: RankedAnswers) -> list[Row]:
+    """[K] the prompt with each of its answers."""
+    return [Row.completion(comparison.prompt_ids, response) for response in comparison.response_ids]
+
+
+def ranked_pass(
+    model: PreTrainedModel, comparisons: Sequence[RankedAnswers], pad_token_id: int, config: Config, ranks: Ranks,
+    scale: float | None,
+) -> Measured:  # fmt: skip
+    """Loss and margins of all pairs of `comparisons` (each of which has some), over all ranks.
+
+    With `scale` the gradient of scale * summed loss is added up on each rank's own prompts; summed over ranks it is
+    the gradient of the whole batch, however it was cut. Without, no gradient is computed.
+    """
+    rows = [rows_of(c) for c in comparisons]
+    lengths = [[len(row.ids) for row in answers] for answers in rows]
+    own = shard([sum(each) for each in lengths], ranks.world)[ranks.rank]
+    margins: dict[int, list[float]] = {}
+    total = 0.0
+    for piece in prompt_micro_batches([lengths[i] for i in own], config.reward_model.micro_batch_tokens):
+        chosen = [own[i] for i in piece]
+        batch = collate([row for i in chosen for row in rows[i]], pad_token_id, ranks.device)
+        pairs = flatten_pairs([comparisons[i].pairs for i in chosen], [len(rows[i]) for i in chosen])
+        with torch.set_grad_enabled(scale is not None):
+            with autocast(ranks.device, config.model.dtype):
+                scores = sequence_scores(model, batch)
+            found = ranking_loss(scores, pairs.indices.to(ranks.device), pairs.weights.to(ranks.device))
+            if scale is not None:
+                (found.loss * scale).backward()
+        total += float(found.loss.detach())
+        split = found.margins.split([len(comparisons[i].pairs) for i in chosen])
+        margins |= {i: part.tolist() for i, part in zip(chosen, split, strict=True)}
+    gathered = _gather(ranks, (total, margins))
+    everywhere = {i: part for _, each in gathered for i, part in each.items()}
+    return Measured(
+        sum(loss for loss, _ in gathered) / len(comparisons),
+        torch.tensor([margin for i in range(len(comparisons)) for margin in everywhere[i]]),
+        [c.source for c in comparisons for _ in c.pairs],
+    )
+
+
+def score_rows(
+    model: PreTrainedModel, rows: Sequence[Row], pad_token_id: int, config: Config, ranks: Ranks
+) -> NDArray[np.float64]:
+    """[n] float64 scores of all rows, on every rank, in the order of `rows`."""
+    own = shard([len(row.ids) for row in rows], ranks.world)[ranks.rank]
+    scores: dict[int, float] = {}
+    for piece in micro_batches([len(rows[i].ids) for i in own], config.reward_model.micro_batch_tokens):
+        chosen = [own[i] for i in piece]
+        with torch.no_grad(), autocast(ranks.device, config.model.dtype):
+            found = sequence_scores(model, collate([rows[i] for i in chosen], pad_token_id, ranks.device))
+        scores |= dict(zip(chosen, found.tolist(), strict=True))
+    everywhere = {i: score for each in _gather(ranks, scores) for i, score in each.items()}
+    return np.array([everywhere[i] for i in range(len(rows))])
+
+
+def summary(measured: Measured) -> dict[str, float]:
+    """Metrics of held-out pairs: accuracy (overall, by source, by confidence), loss, margins and their histogram."""
+    margins = measured.margins
+    metrics = {
+        "rm/heldout_accuracy": ranking_accuracy(margins),
+        "rm/heldout_loss": measured.loss,
+        "rm/heldout_margin": float(margins.mean()),
+    }
+    by_source = defaultdict(list)
+    for margin, source in zip(margins, measured.sources, strict=True):
+        by_source[source].append(margin)
+    if len(by_source) > 1:
+        metrics |= {f"rm/source/{s}/accuracy": ranking_accuracy(torch.stack(each)) for s, each in by_source.items()}
+    for part in accuracy_by_confidence(margins):
+        if part.pairs:
+            metrics[f"rm/confidence/{part.low:g}-{part.high:g}/accuracy"] = part.accuracy
+        metrics[f"rm/confidence/{part.low:g}-{part.high:g}/pairs"] = float(part.pairs)
+    names = ["-inf", *(f"{edge:g}" for edge in MARGIN_EDGES)]
+    histogram = zip(names, margin_histogram(margins), strict=True)
+    return metrics | {f"rm/margin_from/{name}": float(count) for name, count in histogram}
+
+
+def _gather(ranks: Ranks, value: Any) -> list[Any]:
+    """Every rank's value, on every rank."""
+    if ranks.world == 1:
+        return [value]
+    values: list[Any] = [None] * ranks.world
+    torch.distributed.all_gather_object(values, value)
+    return values

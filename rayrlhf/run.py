@@ -1,0 +1,234 @@
+"""One run, one folder: paths, what is already done, atomic publication, the config of record and the lock.
+
+A stage is done exactly if its output exists; outputs appear by one rename, so a killed stage leaves nothing that
+looks finished. Only the process that holds `RunFolder.lock` writes into the folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import shutil
+import socket
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rayrlhf.config import Config, dump_config, parse_config
+from rayrlhf.errors import UserError
+
+log = logging.getLogger(__name__)
+
+OUTPUTS = {
+    "sft": "sft",
+    "collect": "comparisons.parquet",
+    "reward_model": "reward_model",
+    "ppo": "policy",
+    "evaluate": "evaluation.json",
+}
+"""Stages in the order in which each builds on those before it, and the output that makes each done."""
+
+STAGES = tuple(OUTPUTS)
+_DIRECTORIES = {"sft", "reward_model", "ppo"}
+_FREE_KEYS = {"name", "runs_dir", "resources"}
+"""Top-level keys that do not change results."""
+
+_held: dict[Path, int] = {}
+"""Run folders that this process has locked, and how many times."""
+
+
+class RunFolder:
+    """`runs_dir/name` on a file system that every node of the run shares."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_absolute():
+            raise UserError(f"run folder {str(path)!r} is relative; give an absolute runs_dir (runs_dir=/abs/path)")
+        self.config = self.path / "config.yaml"
+        self.metrics = self.path / "metrics.jsonl"
+        self.report = self.path / "report.html"
+        self.sft = self.path / "sft"
+        self.reward_model = self.path / "reward_model"
+        self.policy = self.path / "policy"
+        self.comparisons = self.path / "comparisons.parquet"
+        self.samples = self.path / "samples.parquet"
+        self.evaluation = self.path / "evaluation.json"
+        self.checkpoints = self.path / "checkpoints"
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    def output(self, stage: str) -> Path:
+        """Where `stage` (one of `STAGES`) publishes its result."""
+        return self.path / OUTPUTS[stage]
+
+    def done(self, stage: str) -> bool:
+        """Whether the output of `stage` exists."""
+        return self.output(stage).exists()
+
+    @contextlib.contextmanager
+    def writing(self, stage: str) -> Iterator[Path]:
+        """A temporary beside the stage's output that takes its place when the block ends well.
+
+        For `sft`, `reward_model` and `ppo` it is an empty directory; for `collect` and `evaluate` the path of a file
+        that the block creates. If the block raises, the temporary is removed and an earlier output stays.
+        """
+        with replacing(self.output(stage), directory=stage in _DIRECTORIES) as temporary:
+            yield temporary
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the folder for writing; one process may take it again inside (a pipeline calls its stages).
+
+        Raises:
+            UserError: another process holds it; the message names it.
+        """
+        if self.path in _held:
+            _held[self.path] += 1
+            try:
+                yield
+            finally:
+                _held[self.path] -= 1
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("a+", encoding="utf-8") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                handle.seek(0)
+                holder = handle.read().strip() or "another process"
+                raise UserError(
+                    f"{self.path} is being written by {holder}; wait for it, end it, or choose another name"
+                ) from None
+            handle.truncate(0)
+            handle.write(f"process {os.getpid()} on {socket.gethostname()}")
+            handle.flush()
+            _held[self.path] = 1
+            try:
+                yield
+            finally:
+                del _held[self.path]
+                handle.truncate(0)
+
+
+def open_or_create(config: Config, runs_dir: Path, redo: Collection[str] = ()) -> RunFolder:
+    """The folder of this run, with `config` as its config.yaml.
+
+    A stored config must agree with `config` in every key that went into a finished stage: `model`, `data` and `seed`
+    went into all of them, a stage's own section into that stage and those after it. Other keys may change; the new
+    config is stored then.
+
+    Args:
+        config: what this run is to do.
+        runs_dir: absolute, see `resolve_runs_dir`.
+        redo: stages whose output is about to be written anew, and so does not bind.
+
+    Raises:
+        UserError: a key that went into a finished stage has changed, the stored config cannot be read, or another
+            process holds the folder.
+    """
+    run = RunFolder(runs_dir / config.name)
+    with run.lock():
+        if run.config.exists():
+            _refuse_changes_of_finished_stages(run, config, redo)
+        text = yaml.safe_dump(dump_config(config), sort_keys=False, allow_unicode=True)
+        with replacing(run.config) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    return run
+
+
+def resolve_runs_dir(runs_dir: str, inside_job: bool) -> Path:
+    """An absolute `runs_dir`; a relative one counts from the current directory.
+
+    Raises:
+        UserError: relative inside a job, whose working directory is a temporary copy; or a URI.
+    """
+    if "://" in runs_dir:
+        raise UserError(f"runs_dir={runs_dir}: a run folder is a directory; mount the storage on every node")
+    path = Path(runs_dir).expanduser()
+    if not path.is_absolute() and inside_job:
+        raise UserError(
+            f"runs_dir={runs_dir} is relative, and a job's working directory is a temporary copy; "
+            "submit with runs_dir=/abs/path"
+        )
+    return Path(os.path.abspath(path))
+
+
+@contextlib.contextmanager
+def replacing(target: Path, directory: bool = False) -> Iterator[Path]:
+    """A temporary sibling of `target` that is renamed to `target` when the block ends well.
+
+    Temporaries that killed processes left behind are removed first, so there is one writer at a time (see `lock`).
+    """
+    _remove_stale(target)
+    temporary = target.parent / f".{target.name}.tmp-{os.getpid()}"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if directory:
+        temporary.mkdir()
+    try:
+        yield temporary
+        if target.is_dir():
+            # A directory cannot be renamed over one with contents: for a moment there is none, which reads as not done.
+            target.rename(target.parent / f".{target.name}.old-{os.getpid()}")
+        temporary.rename(target)
+    finally:
+        _remove_stale(target)
+
+
+def _remove_stale(target: Path) -> None:
+    for kind in ("tmp", "old"):
+        for stale in target.parent.glob(f".{target.name}.{kind}-*"):
+            if stale.is_dir():
+                shutil.rmtree(stale)
+            else:
+                stale.unlink()
+
+
+def _refuse_changes_of_finished_stages(run: RunFolder, config: Config, redo: Collection[str]) -> None:
+    changed = _differences(dump_config(_read_stored(run.config)), dump_config(config))
+    bound = [(key, old, new, stage) for key, old, new in changed if (stage := _binding_stage(run, key, redo))]
+    if bound:
+        what = ", ".join(f"{key} was {old!r} and is now {new!r}" for key, old, new, _ in bound[:3])
+        more = f" (and {len(bound) - 3} more)" if len(bound) > 3 else ""
+        raise UserError(
+            f"{run.config}: {what}{more}, but stage {bound[0][3]!r} is already done with the old value; "
+            f"choose another name (name=...) or delete {run.path}"
+        )
+    for key, old, new in changed:
+        log.info("%s: %s changes from %r to %r", run.name, key, old, new)
+
+
+def _read_stored(path: Path) -> Config:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError:
+        tree = None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: the stored config is not readable; delete it, or choose another name (name=...)")
+    return parse_config(tree, str(path))
+
+
+def _binding_stage(run: RunFolder, key: str, redo: Collection[str]) -> str | None:
+    """The first finished stage that the value of `key` went into."""
+    section = key.split(".")[0]
+    if section in _FREE_KEYS:
+        return None
+    first = STAGES.index(section) if section in STAGES else 0
+    return next((stage for stage in STAGES[first:] if stage not in redo and run.done(stage)), None)
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """Dotted keys whose values differ, with both values, in the order of `new`."""
+    found: list[tuple[str, Any, Any]] = []
+    for key in [*new, *(k for k in old if k not in new)]:
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            found += _differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            found.append((prefix + key, before, after))
+    return found

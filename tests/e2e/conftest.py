@@ -1,0 +1,156 @@
+"""The documented commands as a user types them, and one finished run that many tests look at."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+QUICKSTART = "configs/quickstart.yaml"
+SHRUNKEN = [
+    "sft.max_demonstrations=96",
+    "sft.epochs=1",
+    "sft.eval_prompts=8",
+    "collect.prompts=24",
+    "ppo.steps=3",
+    "ppo.prompts_per_step=16",
+    "evaluate.max_prompts=16",
+    "resources.dashboard=false",
+    "resources.learner.threads=1",
+]
+"""The quick start with every stage cut to a few steps."""
+MARK = "RAYRLHF_TEST_COMMAND"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    code: int
+    out: str
+    err: str
+    seconds: float
+
+
+class Command:
+    """A command under way in a session of its own, with all processes that it starts."""
+
+    def __init__(self, arguments: list[str], directory: Path) -> None:
+        self.mark = uuid.uuid4().hex
+        self.ray_directory = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))  # short: it holds Unix sockets
+        self._out, self._err = directory / f"{self.mark}.out", directory / f"{self.mark}.err"
+        self._started = time.monotonic()
+        self.arguments = arguments
+        with self._out.open("w") as out, self._err.open("w") as err:
+            self.process = subprocess.Popen(
+                arguments,
+                cwd=ROOT,
+                env={**os.environ, MARK: self.mark, "RAY_TMPDIR": str(self.ray_directory)},
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                start_new_session=True,
+            )
+
+    def wait(self, timeout_s: float) -> Outcome:
+        """The finished command; a failed test if it takes longer."""
+        try:
+            code = self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"{self.arguments} took more than {timeout_s:.0f} s\n{self._texts()}")
+        return Outcome(code, self._out.read_text(), self._err.read_text(), time.monotonic() - self._started)
+
+    def wait_for_line(self, pattern: str, timeout_s: float) -> None:
+        """Returns once a line of standard output matches from its start."""
+        deadline = time.monotonic() + timeout_s
+        while not re.search(pattern, self._out.read_text(), re.MULTILINE):
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                pytest.fail(f"{self.arguments}: no line {pattern!r}\n{self._texts()}")
+            time.sleep(0.05)
+
+    def processes(self) -> dict[int, str]:
+        """Command lines of all living processes that descend from this command, by pid: their environment says so."""
+        found = {}
+        for directory in Path("/proc").glob("[0-9]*"):
+            try:
+                marked = f"{MARK}={self.mark}".encode() in (directory / "environ").read_bytes().split(b"\0")
+                alive = "\nState:\tZ" not in (directory / "status").read_text()
+                if marked and alive:
+                    found[int(directory.name)] = (directory / "cmdline").read_text().replace("\0", " ")
+            except OSError:
+                continue  # gone meanwhile, or not ours to read
+        return found
+
+    def end(self) -> None:
+        """Kill whatever is left."""
+        while left := self.processes():
+            for pid in left:
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    pass
+            time.sleep(0.05)
+        self.process.wait()
+        shutil.rmtree(self.ray_directory, ignore_errors=True)
+
+    def _texts(self) -> str:
+        return f"--- stdout\n{self._out.read_text()[-3000:]}\n--- stderr\n{self._err.read_text()[-3000:]}"
+
+
+Start = Callable[..., Command]
+
+
+@pytest.fixture(scope="session")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+    """`start("rayrlhf", "run", ...)` or `start("python", "-m", ...)`: this environment's commands, from the root."""
+    directory, commands = tmp_path_factory.mktemp("output"), []
+
+    def start_command(program: str, *arguments: str) -> Command:
+        command = Command([str(Path(sys.executable).parent / program), *arguments], directory)
+        commands.append(command)
+        return command
+
+    yield start_command
+    for command in commands:
+        command.end()
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    path: Path
+    outcome: Outcome
+    arguments: list[str]
+    """What follows `rayrlhf run`."""
+
+
+@pytest.fixture(scope="session")
+def finished(start: Start, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+    """The shrunken quick start, run once. Tests only look at it; who wants to change it makes a copy."""
+    runs = tmp_path_factory.mktemp("runs")
+    arguments = [QUICKSTART, f"runs_dir={runs}", "name=quick", *SHRUNKEN]
+    outcome = start("rayrlhf", "run", *arguments).wait(900)
+    assert outcome.code == 0, f"{outcome.out[-3000:]}\n{outcome.err[-3000:]}"
+    return FinishedRun(runs / "quick", outcome, arguments)
+
+
+@pytest.fixture
+def before_ppo(finished: FinishedRun, tmp_path: Path) -> Path:
+    """A copy of the finished run as it was when PPO began."""
+    run = tmp_path / "quick"
+    shutil.copytree(finished.path, run)
+    shutil.rmtree(run / "policy")
+    for name in ("evaluation.json", "samples.parquet", "report.html"):
+        (run / name).unlink()
+    metrics = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(line for line in metrics if '"stage": "ppo"' not in line))
+    return run

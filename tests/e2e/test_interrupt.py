@@ -1,0 +1,57 @@
+"""Ctrl-C in the middle of PPO, and the same command again."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rayrlhf.metrics import read_metrics
+
+STEPS = 6
+
+
+def ppo_lines(run: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if line]
+    return [line for line in lines if line["stage"] == "ppo"]
+
+
+@pytest.mark.timeout(900)
+def test_an_interrupted_run_continues_from_its_checkpoint(finished: Any, before_ppo: Path, start: Any) -> None:
+    changes = [f"runs_dir={before_ppo.parent}", f"ppo.steps={STEPS}", "ppo.checkpoint_every=1"]
+    arguments = ["ppo", *finished.arguments, *changes]
+    command = start("rayrlhf", *arguments)
+    command.wait_for_line(rf"ppo 2/{STEPS} ", 300)
+    os.kill(command.process.pid, signal.SIGINT)
+    outcome = command.wait(90)
+    assert outcome.code == 130, outcome.err
+    assert outcome.err == "interrupted: finished stages and checkpoints are kept; the same command continues\n"
+    deadline = time.monotonic() + 15
+    while command.processes() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert command.processes() == {}
+    assert not (before_ppo / "policy").exists()
+    assert not [p for p in before_ppo.iterdir() if p.name.startswith(".policy")]
+
+    written = len(ppo_lines(before_ppo))
+    assert 2 <= written < STEPS
+    second = start("rayrlhf", *arguments).wait(400)
+    assert second.code == 0, second.err
+    assert (before_ppo / "policy" / "model.safetensors").is_file()
+    lines = ppo_lines(before_ppo)
+    assert 0 < lines[written]["step"] <= written
+    assert [line["step"] for line in read_metrics(before_ppo, "ppo")] == list(range(STEPS))
+    versions = [line["ppo/weight_version"] for line in lines]
+    assert all(a < b for a, b in itertools.pairwise(versions)), versions
+    # The weights that the continued run publishes are those that it learns with.
+    assert all(line["ppo/logprob_gap/mean"] < 1e-3 for line in lines)
+    # It is the step that was asked for, not the first one again: the policy has moved away from the reference.
+    assert lines[written]["ppo/kl_k3"] > 10 * abs(lines[0]["ppo/kl_k3"])
+    assert f"ppo {lines[written]['step'] + 1}/{STEPS} " in second.out
+    assert f"ppo {lines[written]['step']}/{STEPS} " not in second.out

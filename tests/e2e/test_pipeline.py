@@ -1,0 +1,153 @@
+"""`rayrlhf run` on the shrunken quick start: what a finished run is."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from rayrlhf.config import load_config
+from rayrlhf.data.tokens import encode_prompts, encode_responses
+from rayrlhf.models.loading import load_tokenizer
+
+pytestmark = pytest.mark.timeout(900)
+
+MEASURES = {"reward", "gold", "rouge1", "rouge2", "rougeL", "length", "eos_rate", "win_rate_vs_reference"}
+
+
+@pytest.fixture(scope="module")
+def evaluation(finished: Any) -> dict[str, Any]:
+    return json.loads((finished.path / "evaluation.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def metrics(finished: Any) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (finished.path / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_run_folder_holds_what_the_design_says(finished: Any) -> None:
+    names = {path.name for path in finished.path.iterdir() if not path.name.startswith(".")}
+    documented = {"config.yaml", "metrics.jsonl", "report.html", "sft", "reward_model", "policy", "comparisons.parquet"}
+    assert names == documented | {"samples.parquet", "evaluation.json", "checkpoints", "tensorboard"}
+    assert [p.name for p in finished.path.iterdir() if p.name.startswith(".")] == [".lock"]  # no temporaries
+    stored = yaml.safe_load((finished.path / "config.yaml").read_text())
+    assert stored["ppo"]["steps"] == 3 and stored["ppo"]["epochs"] == 4  # an override and a key of the file
+    assert "<html" in (finished.path / "report.html").read_text().lower()
+
+
+def test_what_the_terminal_shows(finished: Any) -> None:
+    lines = finished.outcome.out.splitlines()
+    for stage, total, shown in (
+        ("sft", 3, ("loss", "s", "tok/s")),
+        ("reward_model", 2, ("loss", "accuracy", "margin")),
+        ("ppo", 3, ("score", "reward", "KL", "nats", "length", "EOS", "log-prob gap", "(generate", "learn", "tok/s")),
+    ):
+        for step in range(1, total + 1):
+            own = [line for line in lines if line.startswith(f"{stage} {step}/{total} ")]
+            assert any(all(word in line for word in shown) for line in own), (stage, step, own)
+        assert all("ETA" in line for line in own)
+        assert re.search(rf"^{stage}: done in .*, see {finished.path}/", finished.outcome.out, re.MULTILINE)
+    assert lines[-1] == f"finished: {finished.path}"
+    assert "Traceback" not in finished.outcome.out + finished.outcome.err
+    assert finished.outcome.err == ""
+
+
+def test_metrics_are_complete_and_say_that_ppo_starts_on_policy(metrics: list[dict[str, Any]]) -> None:
+    assert {line["stage"] for line in metrics} == {"sft", "reward_model", "ppo"}
+    assert all(line["time"] > 1.7e9 and not line.get("non_finite") for line in metrics)
+    assert all(a["time"] <= b["time"] for a, b in itertools.pairwise(metrics))
+    ppo = [line for line in metrics if line["stage"] == "ppo"]
+    assert [line["step"] for line in ppo] == [0, 1, 2]
+    versions = [line["ppo/weight_version"] for line in ppo]
+    assert all(a < b for a, b in itertools.pairwise(versions))
+    assert abs(ppo[0]["ppo/kl"]) < 1e-3
+    assert all(line["ppo/first_ratio_off_one"] < 1e-4 for line in ppo)
+    # One learning rate of 1e-4 and 12 updates later, stale weights would show here.
+    assert all(line["ppo/logprob_gap/mean"] < 1e-3 for line in ppo)
+    assert ppo[-1]["ppo/kl_k3"] > 1e-3
+    assert all(0 < line["ppo/length/mean"] <= 48 and 0 <= line["ppo/eos_rate"] <= 1 for line in ppo)
+    assert all(line["ppo/reward/mean"] == pytest.approx(line["ppo/score/mean"] - 0.05 * line["ppo/kl"]) for line in ppo)
+    assert all(line["rollout/replacements"] == 0 for line in ppo)
+
+
+def test_evaluation_has_exactly_the_documented_keys(evaluation: dict[str, Any]) -> None:
+    assert set(evaluation) == {"sft", "policy", "title", "reference", "differences", "metadata"}
+    assert set(evaluation["sft"]) == set(evaluation["title"]) == set(evaluation["reference"]) == MEASURES
+    assert set(evaluation["policy"]) == MEASURES | {"win_rate_vs_sft", "kl"}
+    assert set(evaluation["differences"]["policy_minus_sft"]) == MEASURES - {"win_rate_vs_reference"}
+    for source in ("sft", "policy"):
+        for name, interval in evaluation[source].items():
+            if name == "win_rate_vs_reference":
+                assert interval is None  # the labeller is the reference itself
+                continue
+            assert set(interval) == {"mean", "low", "high", "n"}
+            assert interval["n"] == 16
+            assert interval["low"] <= interval["mean"] <= interval["high"]
+            assert all(math.isfinite(value) for value in interval.values())
+    assert evaluation["metadata"]["prompts"] == 16
+    assert evaluation["metadata"]["temperature"] == 0.01
+
+
+def test_samples_agree_with_the_evaluation(finished: Any, evaluation: dict[str, Any]) -> None:
+    table = pq.read_table(finished.path / "samples.parquet")
+    texts = ["id", "post", "reference", "sft", "policy"]
+    numbers = ["reward_reference", "reward_sft", "reward_policy", "gold_sft", "gold_policy"]
+    assert sorted(table.column_names) == sorted(texts + numbers)
+    assert table.num_rows == len(set(table["id"].to_pylist())) == 16
+    for source in ("sft", "policy"):
+        for measure in ("reward", "gold"):
+            mean = np.mean(table[f"{measure}_{source}"].to_numpy())
+            assert evaluation[source][measure]["mean"] == pytest.approx(mean, abs=1e-6)
+    wins = table["reward_policy"].to_numpy() - table["reward_sft"].to_numpy()
+    assert evaluation["policy"]["win_rate_vs_sft"]["mean"] == pytest.approx(np.mean((np.sign(wins) + 1) / 2))
+
+
+def test_models_load_with_plain_transformers(finished: Any) -> None:
+    """And they differ: PPO moved the policy, a little."""
+    models = {name: AutoModelForCausalLM.from_pretrained(finished.path / name) for name in ("sft", "policy")}
+    tokenizer = AutoTokenizer.from_pretrained(finished.path / "policy")
+    ids = tokenizer("SUBREDDIT: r/tifu\n\nTITLE: a cat\n\nPOST: My cat slept.\n\nTL;DR:", return_tensors="pt").input_ids
+    with torch.no_grad():
+        logprobs = {name: model(ids).logits.log_softmax(-1) for name, model in models.items()}
+    difference = (logprobs["sft"] - logprobs["policy"]).abs()
+    assert 1e-4 < float(difference.max()) < 3.0
+    answer = models["policy"].generate(ids, max_new_tokens=5, do_sample=False)
+    assert answer.shape[1] > ids.shape[1]
+
+
+def test_our_scores_are_those_of_a_plain_loader_plus_the_stored_bias(finished: Any) -> None:
+    path = finished.path / "reward_model"
+    model = AutoModelForSequenceClassification.from_pretrained(path)
+    bias = json.loads((path / "config.json").read_text())["reward_bias"]
+    assert bias != 0.0
+    config, tokenizer = load_config(finished.path / "config.yaml"), load_tokenizer(str(path))
+    table = pq.read_table(finished.path / "samples.parquet").slice(0, 5)
+    posts, references = table["post"].to_pylist(), table["reference"].to_pylist()
+    responses = encode_responses(tokenizer, references, config.data.max_response_tokens, posts)
+    for prompt, response, ours in zip(
+        encode_prompts(tokenizer, posts), responses, table["reward_reference"].to_pylist(), strict=True
+    ):
+        with torch.no_grad():
+            plain = float(model(torch.tensor([[*prompt, *response]])).logits[0, 0])
+        assert ours == pytest.approx(plain + bias, abs=1e-5)
+
+
+def test_a_finished_run_says_so_within_seconds(finished: Any, start: Any) -> None:
+    before = (finished.path / "metrics.jsonl").read_bytes()
+    again = start("rayrlhf", "run", *finished.arguments)
+    outcome = again.wait(120)
+    assert outcome.code == 0
+    assert "is finished" in outcome.out and str(finished.path / "evaluation.json") in outcome.out
+    assert not any(again.ray_directory.iterdir()), "no cluster is needed to say this"
+    assert (finished.path / "metrics.jsonl").read_bytes() == before
+    stage = start("python", "-m", "jobs.sft", "--config", *finished.arguments).wait(120)
+    assert stage.code == 0 and "sft: already done" in stage.out

@@ -1,0 +1,229 @@
+"""The real coordinator as a Ray actor, with one vLLM generator and one scorer on the embedded model.
+
+The tests share it and follow one another: versions rise, and the last two kill the generator.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from actors.coordinator import Batch, Coordinator
+from actors.remote import ActorFailure, Call, Remote, wait
+from actors.weight_sync import publish, publish_directory
+from rayrlhf.config import Config, parse_config
+from rayrlhf.data.sources import read_demonstrations
+from rayrlhf.data.tokens import encode_prompts
+from rayrlhf.models.loading import load_policy, load_reward_model, load_tokenizer, resolve_model, save_model
+from rayrlhf.prompts import EncodedPrompt, prompts_of_step, requests_for
+from rayrlhf.trajectory import Sampling, Trajectory, derive_seed
+
+pytestmark = [pytest.mark.timeout(400), pytest.mark.usefixtures("ray_cluster")]
+
+TINY = resolve_model("embedded:opt-tiny")
+TEMPERATURE = 0.7
+MAX_PROMPT, MAX_RESPONSE = 96, 40
+BIAS = 0.25
+
+
+@pytest.fixture(scope="module")
+def config() -> Config:
+    settings = {
+        "name": "coordinator",
+        "seed": 5,
+        "data": {"max_prompt_tokens": MAX_PROMPT, "max_response_tokens": MAX_RESPONSE},
+        "ppo": {"prompts_per_step": 6, "samples_per_prompt": 2, "temperature": TEMPERATURE},
+        "resources": {
+            "generators": {"kv_cache_mib": 64, "max_num_seqs": 32},
+            "scorers": {"micro_batch_tokens": 600},
+            "start_timeout_s": 200,
+            "call_timeout_s": 200,
+        },
+    }
+    return parse_config(settings, "test")
+
+
+@pytest.fixture(scope="module")
+def reward_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model with a fresh head and a bias."""
+    path = tmp_path_factory.mktemp("reward") / "model"
+    save_model(load_reward_model(TINY, fresh_head_seed=0), load_tokenizer(TINY), path, reward_bias=BIAS)
+    return path
+
+
+@pytest.fixture(scope="module")
+def prompts(config: Config) -> list[EncodedPrompt]:
+    tokenizer = load_tokenizer(TINY)
+    records = read_demonstrations(config.data.demonstrations, "train", tokenizer, MAX_PROMPT)[:40]
+    ids = encode_prompts(tokenizer, [r.prompt for r in records])
+    return [EncodedPrompt(r.id, tuple(own)) for r, own in zip(records, ids, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def sampling() -> Sampling:
+    return Sampling(TEMPERATURE, MAX_RESPONSE, load_tokenizer(TINY).eos_token_id)
+
+
+@pytest.fixture(scope="module")
+def coordinator(
+    ray_cluster: None, config: Config, reward_model: Path, prompts: list[EncodedPrompt], sampling: Sampling
+) -> Iterator[Remote]:
+    """Ready for `next_batch(step, 1)`: the policy is the reference itself."""
+    arguments = (config, TINY, MAX_PROMPT + MAX_RESPONSE, load_tokenizer(TINY).pad_token_id, False)
+    remote = Remote.spawn("coordinator", Coordinator, *arguments, local=False, options={"num_cpus": 0})
+    started = remote.submit("start_generators")
+    scorers = remote.call("start_scorers", str(reward_model), TINY, timeout_s=300)
+    assert [s["name"] for s in scorers] == ["scorer-0"]
+    assert len(wait([started], 300)[0]) == 1
+    remote.call("set_prompts", prompts, sampling, timeout_s=60)
+    version = remote.call("next_version", timeout_s=60)
+    assert version == remote.call("load_weights", publish_directory(TINY, version, local=False), timeout_s=60) == 1
+    yield remote
+    remote.kill()
+
+
+@pytest.fixture(scope="module")
+def first(coordinator: Remote) -> Batch:
+    return coordinator.call("next_batch", 0, 1, timeout_s=200)
+
+
+def generated_tokens(coordinator: Remote) -> int:
+    return int(coordinator.call("stats", timeout_s=60)[0]["tokens"])
+
+
+def generator_pid(coordinator: Remote) -> int:
+    return int(coordinator.call("start_generators", timeout_s=200)[0]["pid"])
+
+
+def kill(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+
+
+def running(call: Call) -> bool:
+    return not ray.wait([call.ref], timeout=0)[0]
+
+
+def assert_same_samples(ours: Sequence[Trajectory], theirs: Sequence[Trajectory]) -> None:
+    """The same prompts, seeds and tokens, in the same order."""
+    assert [(t.prompt_id, t.sample_index, t.seed) for t in ours] == [
+        (t.prompt_id, t.sample_index, t.seed) for t in theirs
+    ]
+    for one, other in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(one.token_ids, other.token_ids)
+        np.testing.assert_allclose(one.generator_logprobs, other.generator_logprobs, atol=1e-4)
+
+
+def test_a_batch_holds_the_prompts_of_its_step(
+    coordinator: Remote, first: Batch, config: Config, prompts: list[EncodedPrompt]
+) -> None:
+    assert (first.step, first.version) == (0, 1)
+    chosen = [prompts[i] for i in prompts_of_step(len(prompts), 5, 0, 6)]
+    assert [t.prompt_id for t in first.trajectories] == [p.id for p in chosen for _ in range(2)]
+    for trajectory, prompt in zip(first.trajectories[::2], chosen, strict=True):
+        assert tuple(trajectory.prompt_ids) == prompt.ids
+    seeds = [derive_seed(5, "ppo", 0, t.prompt_id, t.sample_index) for t in first.trajectories]
+    assert [t.seed for t in first.trajectories] == seeds and len(set(seeds)) == 12
+    for t in first.trajectories:
+        assert set(t.versions.tolist()) == {1} and len(t.versions) == len(t.response_ids) <= MAX_RESPONSE
+    assert first.metrics["rollout/replacements"] == 0
+    assert first.metrics["time/generate"] > 0 and first.metrics["time/score"] > 0
+
+
+def test_asking_again_gives_the_same_batch(coordinator: Remote, first: Batch) -> None:
+    before = generated_tokens(coordinator)
+    again = coordinator.call("next_batch", 0, 1, timeout_s=60)
+    assert_same_samples(again.trajectories, first.trajectories)
+    assert again.metrics == first.metrics
+    assert generated_tokens(coordinator) == before, "nothing is to be generated again"
+
+
+def test_reference_logprobs_equal_the_generators_own(first: Batch) -> None:
+    """Policy and reference are the same model: vLLM and the scorer must agree on every token; so must transformers."""
+    model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval()
+    for t in first.trajectories:
+        assert t.ref_logprobs is not None
+        np.testing.assert_allclose(t.ref_logprobs, t.generator_logprobs, atol=1e-4)
+        with torch.no_grad():
+            logits = model(torch.tensor(t.token_ids)[None]).logits[0, len(t.prompt_ids) - 1 : -1] / TEMPERATURE
+        plain = logits.log_softmax(-1).gather(1, torch.tensor(t.response_ids)[:, None])[:, 0]
+        np.testing.assert_allclose(t.ref_logprobs, plain.numpy(), atol=1e-4)
+
+
+def test_rewards_do_not_depend_on_the_batch(coordinator: Remote, first: Batch, reward_model: Path) -> None:
+    """Scored among others of other lengths, alone, and by a plain loader row by row."""
+    plain = AutoModelForSequenceClassification.from_pretrained(reward_model, dtype=torch.float32).eval()
+    for t in first.trajectories:
+        ((name, ours),) = t.rewards.items()
+        alone = coordinator.call("score", [t], TEMPERATURE, timeout_s=60)[0]
+        assert alone.rewards[name] == pytest.approx(ours, abs=1e-5)
+        with torch.no_grad():
+            score = float(plain(torch.tensor(t.token_ids)[None]).logits[0, 0])
+        assert ours == pytest.approx(score + BIAS, abs=1e-5)
+    assert np.std([sum(t.rewards.values()) for t in first.trajectories]) > 1e-3
+
+
+def test_versions_that_no_generator_holds_are_refused(coordinator: Remote, first: Batch) -> None:
+    for version in (0, 2):
+        with pytest.raises(ActorFailure, match=f"generator-0 has version 1, wanted is {version}"):
+            coordinator.call("next_batch", 3, version, timeout_s=60)
+    stale = publish_directory(TINY, 1, local=False)
+    with pytest.raises(ActorFailure, match="generator-0 has version 1, refuses 1"):
+        coordinator.call("load_weights", stale, timeout_s=60)
+    assert coordinator.call("next_version", timeout_s=60) == 2
+    assert coordinator.call("next_version", 10, timeout_s=60) == 11  # a restored learner knows of later ones
+
+
+def test_a_generator_killed_at_work_is_replaced_and_its_work_done_again(
+    coordinator: Remote, prompts: list[EncodedPrompt], sampling: Sampling
+) -> None:
+    publication = publish_directory(TINY, 12, local=False)
+    coordinator.call("load_weights", publication, timeout_s=60)
+    requests = requests_for(prompts, 6, 5, "killed")
+    undisturbed = coordinator.call("generate", requests, sampling, 12, timeout_s=200)
+    pid = generator_pid(coordinator)
+    call = coordinator.submit("generate", requests, sampling, 12)
+    ray.wait([call.ref], timeout=0.3)
+    assert running(call), "too late to kill anybody at work"
+    kill(pid)
+    assert_same_samples(wait([call], 300)[0], undisturbed)
+    assert generator_pid(coordinator) != pid
+
+
+def test_a_generator_killed_before_a_weight_load(coordinator: Remote, reward_model: Path) -> None:
+    """The replacement gets the weights of the load, once. A scorer dies, too; the next batch counts them both."""
+    scorer_pid = coordinator.call("start_scorers", str(reward_model), TINY, timeout_s=200)[0]["pid"]
+    policy = load_policy(TINY)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.02)
+    publication = publish(policy.named_parameters(), 13, local=False)
+    coordinator.call("next_batch", 7, 12, timeout_s=200)  # reports what died before
+    kill(generator_pid(coordinator))
+    assert coordinator.call("load_weights", publication, timeout_s=300) == 13
+    kill(scorer_pid)
+    batch = coordinator.call("next_batch", 1, 13, timeout_s=300)
+    assert batch.metrics["rollout/replacements"] == 2
+    assert all(t.rewards and t.ref_logprobs is not None for t in batch.trajectories)
+    for t in batch.trajectories:
+        with torch.no_grad():
+            logits = policy(torch.tensor(t.token_ids)[None]).logits[0, len(t.prompt_ids) - 1 : -1] / TEMPERATURE
+        own = logits.log_softmax(-1).gather(1, torch.tensor(t.response_ids)[:, None])[:, 0].numpy()
+        np.testing.assert_allclose(t.generator_logprobs, own, atol=1e-4)
+    gap = np.concatenate([np.abs(t.generator_logprobs - t.ref_logprobs) for t in batch.trajectories])
+    assert gap.mean() > 1e-2, "the new weights must differ from the reference, or this test shows nothing"
+
+
+def test_a_coordinator_without_scorers_says_so(config: Config) -> None:
+    own: Any = Coordinator(config, TINY, 100, 1, True)
+    with pytest.raises(ActorFailure, match="before start_scorers"):
+        own.score([], 1.0)

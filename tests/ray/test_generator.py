@@ -1,0 +1,376 @@
+"""Real vLLM against transformers: the same log-probs after every sync, and never a response of other weights.
+
+Three engines in all, because each takes tens of seconds to start: the embedded model (OPT, tied head) and a random
+untied OPT with hardly any KV cache in this process, and a random tied Qwen2 as a Ray actor. The vocabulary of the
+random models is no multiple of 64, so that vLLM pads their embeddings.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+from numpy.typing import NDArray
+from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+
+import rayrlhf
+from actors.engine import environment
+from actors.generator import Generator
+from actors.remote import ActorFailure, Remote
+from actors.weight_sync import WeightSyncError, publish, publish_directory
+from rayrlhf.config import GeneratorConfig, ModelConfig
+from rayrlhf.errors import UserError
+from rayrlhf.trajectory import GenerationRequest, Sampling, Trajectory
+
+EMBEDDED = Path(rayrlhf.__file__).parent / "assets" / "opt-tiny"
+TOLERANCE = 1e-4
+MAX_LENGTH = 192
+NEVER = 0
+"""An id that these models hardly ever sample, as EOS of responses that shall run to their full length."""
+
+
+def _perturbed(model: PreTrainedModel, seed: int) -> PreTrainedModel:
+    """A copy whose distribution is far from the original's, in every parameter."""
+    generator = torch.Generator().manual_seed(seed)
+    changed = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in changed.parameters():
+            scale = parameter.std().clamp_min(0.02) if parameter.numel() > 1 else torch.tensor(0.02)
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * scale * 0.5)
+    return changed
+
+
+def _reference_logprobs(model: PreTrainedModel, trajectory: Trajectory, temperature: float) -> NDArray[np.float32]:
+    """[R] by transformers, in float32."""
+    ids = torch.from_numpy(trajectory.token_ids)
+    with torch.no_grad():
+        logits = model(ids[None]).logits[0, len(trajectory.prompt_ids) - 1 : -1].float()
+    logprobs = torch.log_softmax(logits / temperature, dim=-1)
+    return logprobs.gather(1, ids[len(trajectory.prompt_ids) :, None])[:, 0].numpy()
+
+
+def _gap(model: PreTrainedModel, trajectories: Sequence[Trajectory], temperature: float) -> float:
+    """Largest difference of any sampled token's log-prob between generator and transformers, in nats."""
+    return max(
+        float(np.abs(t.generator_logprobs - _reference_logprobs(model, t, temperature)).max()) for t in trajectories
+    )
+
+
+def _requests(count: int, *, length: int, samples: int = 1, vocabulary: int = 1000) -> list[GenerationRequest]:
+    """`count` samples of `count / samples` prompts of mixed lengths; the prompts contain id 2, OPT's BOS and EOS."""
+    requests = []
+    for i in range(count):
+        prompt = i // samples
+        generator = np.random.default_rng(prompt)
+        ids = generator.integers(3, vocabulary, size=length + prompt % 5)
+        ids[0] = ids[length // 2] = 2
+        requests.append(GenerationRequest(f"prompt-{prompt}", tuple(int(x) for x in ids), i % samples, seed=1000 + i))
+    return requests
+
+
+def _sampling(temperature: float, max_tokens: int = 16, eos: int = NEVER) -> Sampling:
+    return Sampling(temperature=temperature, max_tokens=max_tokens, eos_token_id=eos)
+
+
+def _version(generator: Generator) -> int:
+    return int(generator.stats()["version"])
+
+
+def _sync(generator: Generator, model: PreTrainedModel) -> int:
+    """Publish the model as the learner does, under the next version."""
+    version = generator.load_weights(publish(model.named_parameters(), _version(generator) + 1, local=True))
+    assert version == _version(generator)
+    return version
+
+
+def _untied_model() -> PreTrainedModel:
+    torch.manual_seed(1)
+    size = {"hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 128, "num_hidden_layers": 2}
+    config = OPTConfig(vocab_size=1000, num_attention_heads=2, max_position_embeddings=256, **size)
+    config.tie_word_embeddings = False
+    config.init_std = 0.2
+    return OPTForCausalLM(config).eval()
+
+
+def _tied_qwen2() -> PreTrainedModel:
+    torch.manual_seed(2)
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    config = Qwen2Config(vocab_size=1000, hidden_size=128, intermediate_size=192, max_position_embeddings=256, **heads)
+    config.tie_word_embeddings = True
+    config.initializer_range = 0.2
+    return Qwen2ForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def embedded() -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def tied() -> Iterator[Generator]:
+    model = ModelConfig(path=str(EMBEDDED))
+    generator = Generator("generator-0", model, GeneratorConfig(threads=1, kv_cache_mib=64), MAX_LENGTH, 0)
+    yield generator
+    generator.engine.close()
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Generator, PreTrainedModel]]:
+    """With 1 MiB of KV cache: 1024 tokens, so that eight long responses cannot be under way at once."""
+    path = tmp_path_factory.mktemp("untied")
+    model = _untied_model()
+    model.save_pretrained(path)
+    settings = GeneratorConfig(threads=1, kv_cache_mib=1)
+    generator = Generator("generator-1", ModelConfig(path=str(path)), settings, MAX_LENGTH, 0)
+    yield generator, model
+    generator.engine.close()
+
+
+def test_tied_weights_after_every_sync(tied: Generator, embedded: PreTrainedModel) -> None:
+    # The same prompts every time: blocks of the previous weights' keys and values are in the prefix cache.
+    requests = _requests(8, length=100, samples=2)
+    for seed in range(3):
+        model = _perturbed(embedded, seed)
+        trajectories = tied.generate(requests, _sampling(1.0), _sync(tied, model))
+        assert _gap(embedded, trajectories, 1.0) > 1.0, "the weights must differ, or this test shows nothing"
+        assert _gap(model, trajectories, 1.0) < TOLERANCE
+
+
+def test_untied_weights_after_every_sync(untied: tuple[Generator, PreTrainedModel]) -> None:
+    generator, initial = untied
+    requests = _requests(4, length=60, samples=2)
+    for seed in range(3):
+        model = _perturbed(initial, seed)
+        trajectories = generator.generate(requests, _sampling(1.0), _sync(generator, model))
+        assert _gap(initial, trajectories, 1.0) > 1.0, "the weights must differ, or this test shows nothing"
+        assert _gap(model, trajectories, 1.0) < TOLERANCE
+
+
+def test_a_model_directory_can_be_published(tied: Generator, embedded: PreTrainedModel) -> None:
+    _sync(tied, _perturbed(embedded, 9))
+    version = tied.load_weights(publish_directory(EMBEDDED, _version(tied) + 1, local=True))
+    assert _gap(embedded, tied.generate(_requests(4, length=40), _sampling(1.0), version), 1.0) < TOLERANCE
+
+
+def test_prompt_logprobs(tied: Generator, embedded: PreTrainedModel) -> None:
+    _sync(tied, embedded)
+    ids = list(_requests(1, length=80)[0].prompt_ids)
+    with torch.no_grad():
+        logprobs = torch.log_softmax(embedded(torch.tensor([ids])).logits[0, :-1].float(), dim=-1)
+    expected = logprobs.gather(1, torch.tensor(ids[1:])[:, None])[:, 0].numpy()
+    np.testing.assert_allclose(tied.engine.prompt_logprobs(ids), expected, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("temperature", [0.7, 0.01])
+def test_logprobs_are_of_the_sampling_temperature(
+    tied: Generator, embedded: PreTrainedModel, temperature: float
+) -> None:
+    version = _sync(tied, embedded)
+    requests = _requests(6, length=50)
+    trajectories = tied.generate(requests, _sampling(temperature), version)
+    # Dividing the logits magnifies their rounding errors.
+    assert _gap(embedded, trajectories, temperature) < max(TOLERANCE, 2e-5 / temperature)
+    assert _gap(embedded, trajectories, 1.0) > 0.1
+    for request, trajectory in zip(requests, trajectories, strict=True):
+        assert (trajectory.prompt_id, trajectory.seed) == (request.prompt_id, request.seed)
+        assert trajectory.prompt_ids.tolist() == list(request.prompt_ids)
+        assert trajectory.versions.tolist() == [version] * len(trajectory.response_ids)
+        assert len(trajectory.generator_logprobs) == len(trajectory.response_ids)
+
+
+def test_samples_follow_the_distribution(untied: tuple[Generator, PreTrainedModel]) -> None:
+    generator, model = untied
+    version = _sync(generator, model)
+    prompt = _requests(1, length=20)[0].prompt_ids
+    count = 2000
+    requests = [GenerationRequest("p", prompt, i, seed=i) for i in range(count)]
+    trajectories = generator.generate(requests, _sampling(0.7, max_tokens=1), version)
+    with torch.no_grad():
+        expected = torch.softmax(model(torch.tensor([prompt])).logits[0, -1].float() / 0.7, dim=-1).numpy()
+    observed = np.bincount([t.response_ids[0] for t in trajectories], minlength=len(expected)) / count
+    top = np.argsort(-expected)[:5]
+    assert expected[top[0]] > 0.02
+    standard_error = np.sqrt(expected[top] * (1 - expected[top]) / count)
+    assert np.all(np.abs(observed[top] - expected[top]) < 5 * standard_error)
+
+
+def test_the_seed_decides_the_sample(tied: Generator, embedded: PreTrainedModel) -> None:
+    version = _sync(tied, embedded)
+    requests = _requests(6, length=70, samples=3)
+    sampling = _sampling(1.0)
+    first = [t.response_ids.tolist() for t in tied.generate(requests, sampling, version)]
+    reverse = [t.response_ids.tolist() for t in tied.generate(requests[::-1], sampling, version)][::-1]
+    alone = [tied.generate([request], sampling, version)[0].response_ids.tolist() for request in requests]
+    assert first == reverse == alone
+    assert len({tuple(ids) for ids in first}) == len(requests)
+    reseeded = [GenerationRequest(r.prompt_id, r.prompt_ids, r.sample_index, r.seed + 1) for r in requests]
+    assert all(
+        t.response_ids.tolist() != ids for t, ids in zip(tied.generate(reseeded, sampling, version), first, strict=True)
+    )
+
+
+def test_a_response_ends_with_its_first_eos(tied: Generator, embedded: PreTrainedModel) -> None:
+    version = _sync(tied, embedded)
+    requests = _requests(8, length=40)
+    free = [t.response_ids.tolist() for t in tied.generate(requests, _sampling(1.0, 24), version)]
+    eos = free[0][5]
+    # The id is in every prompt as well, where it means nothing.
+    requests = [GenerationRequest(r.prompt_id, (eos, *r.prompt_ids, eos), 0, r.seed) for r in requests]
+    free = [t.response_ids.tolist() for t in tied.generate(requests, _sampling(1.0, 24), version)]
+    eos_of_each = [ids[5] for ids in free]
+    reasons = set()
+    for request, ids, stop in zip(requests, free, eos_of_each, strict=True):
+        trajectory = tied.generate([request], _sampling(1.0, 24, eos=stop), version)[0]
+        assert trajectory.response_ids.tolist() == ids[: ids.index(stop) + 1]
+        assert trajectory.finish_reason == "eos"
+        trajectory = tied.generate([request], _sampling(1.0, 5, eos=stop), version)[0]
+        assert trajectory.response_ids.tolist() == ids[: min(5, ids.index(stop) + 1)]
+        assert trajectory.finish_reason == ("eos" if ids.index(stop) < 5 else "length")
+        reasons.add(trajectory.finish_reason)
+    assert "length" in reasons
+
+
+def test_no_kv_cache_for_all_at_once(untied: tuple[Generator, PreTrainedModel]) -> None:
+    generator, model = untied
+    version = _sync(generator, model)
+    requests = _requests(16, length=110)
+    together = generator.generate(requests, _sampling(1.0, 60), version)
+    assert _gap(model, together, 1.0) < TOLERANCE
+    alone = [generator.generate([request], _sampling(1.0, 60), version)[0] for request in requests[::5]]
+    assert [t.response_ids.tolist() for t in alone] == [t.response_ids.tolist() for t in together[::5]]
+
+
+def test_more_prompt_tokens_than_one_step_takes(tied: Generator, embedded: PreTrainedModel) -> None:
+    version = _sync(tied, embedded)
+    requests = _requests(48, length=110)
+    assert sum(len(request.prompt_ids) for request in requests) > 4096
+    assert _gap(embedded, tied.generate(requests, _sampling(1.0, 2), version), 1.0) < TOLERANCE
+
+
+def test_versions_rise_strictly_and_stale_weights_are_refused(tied: Generator, embedded: PreTrainedModel) -> None:
+    held = _sync(tied, embedded)
+    for version in (held, held - 1):
+        with pytest.raises(WeightSyncError, match=f"^generator-0 has version {held}, refuses {version}$"):
+            tied.load_weights(publish(embedded.named_parameters(), version, local=True))
+    for version in (held + 1, held - 1):
+        with pytest.raises(WeightSyncError, match=f"^generator-0 has version {held}, wanted is {version}: sync it"):
+            tied.generate(_requests(1, length=10), _sampling(1.0), version)
+
+
+def test_weights_that_do_not_fit_leave_the_old_ones_whole(tied: Generator, embedded: PreTrainedModel) -> None:
+    version = _sync(tied, embedded)
+    new = dict(_perturbed(embedded, 3).named_parameters())
+    bias = "model.decoder.layers.0.fc1.bias"
+    cases = {
+        rf"1 missing \({bias}\)": {name: tensor for name, tensor in new.items() if name != bias},
+        r"1 unknown \(stranger\)": new | {"stranger": torch.zeros(1)},
+        rf"1 of another shape \({bias}\)": new | {bias: torch.zeros(3)},
+    }
+    for message, tensors in cases.items():
+        with pytest.raises(WeightSyncError, match=rf"nothing was loaded: {message}$"):
+            tied.load_weights(publish(tensors.items(), version + 1, local=True))
+    with pytest.raises(WeightSyncError, match=rf"1 given twice \({bias}\)$"):
+        tied.load_weights(publish([*new.items(), (bias, new[bias])], version + 1, local=True))
+    assert _version(tied) == version
+    assert _gap(embedded, tied.generate(_requests(4, length=40), _sampling(1.0), version), 1.0) < TOLERANCE
+
+
+def test_the_tied_head_may_be_published_under_its_second_name(tied: Generator, embedded: PreTrainedModel) -> None:
+    model = _perturbed(embedded, 4)
+    version = _version(tied) + 1
+    tied.load_weights(publish(model.state_dict().items(), version, local=True))
+    assert _gap(model, tied.generate(_requests(2, length=40), _sampling(1.0), version), 1.0) < TOLERANCE
+
+
+def test_impossible_requests_are_user_errors(tied: Generator, embedded: PreTrainedModel) -> None:
+    version = _sync(tied, embedded)
+
+    def generate(ids: tuple[int, ...], sampling: Sampling) -> None:
+        tied.generate([GenerationRequest("post-1", ids)], sampling, version)
+
+    with pytest.raises(UserError, match=r"prompt post-1: it has no tokens"):
+        generate((), _sampling(1.0))
+    with pytest.raises(UserError, match=r"prompt post-1: 180 tokens and a response of 16 exceed the generator's 192"):
+        generate((5,) * 180, _sampling(1.0))
+    with pytest.raises(UserError, match=r"prompt post-1: token ids 5..8192 do not fit the vocabulary of 8192"):
+        generate((5, 8192), _sampling(1.0))
+    with pytest.raises(UserError, match=r"temperature 0.001 is too low"):
+        generate((5,), _sampling(0.001))
+
+
+def test_a_model_that_cannot_be_served_is_a_user_error(tied: Generator) -> None:
+    with pytest.raises(UserError, match=rf"model {EMBEDDED}: vLLM cannot serve it: .*max_model_len"):
+        Generator("generator-2", ModelConfig(path=str(EMBEDDED)), GeneratorConfig(kv_cache_mib=64), 4096, 0)
+
+
+def test_the_process_keeps_its_thread_count(tied: Generator, embedded: PreTrainedModel) -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        tied.generate(_requests(1, length=10), _sampling(1.0), _sync(tied, embedded))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_ray_actor_from_start_to_resync(ray_cluster: None, tmp_path: Path) -> None:
+    initial = _tied_qwen2()
+    initial.save_pretrained(tmp_path)
+    settings = GeneratorConfig(threads=1, kv_cache_mib=64)
+    options: dict[str, Any] = {"num_cpus": 1, "runtime_env": {"env_vars": environment(settings)}}
+    model = ModelConfig(path=str(tmp_path))
+    generator = Remote.spawn(
+        "generator-7", Generator, "generator-7", model, settings, 128, 0, local=False, options=options
+    )
+    try:
+        ready = generator.call("ready", timeout_s=300)
+        assert ready["version"] == -1
+        assert ready["pid"] != os.getpid()
+        assert ready["node"] == ray.get_runtime_context().get_node_id()
+
+        requests = _requests(4, length=70, samples=2)
+        with pytest.raises(ActorFailure, match=r"generator-7 has version -1, wanted is 0"):
+            generator.call("generate", requests, _sampling(1.0), 0, timeout_s=120)
+
+        assert generator.call("load_weights", publish_directory(tmp_path, 0, local=False), timeout_s=120) == 0
+        trajectories = generator.call("generate", requests, _sampling(1.0), 0, timeout_s=120)
+        assert _gap(initial, trajectories, 1.0) < TOLERANCE
+        for version in (3, 4):
+            changed = _perturbed(initial, version)
+            publication = publish(changed.named_parameters(), version, local=False, bucket_bytes=100_000)
+            assert len(publication.buckets) > 1
+            assert generator.call("load_weights", publication, timeout_s=120) == version
+            trajectories = generator.call("generate", requests, _sampling(1.0), version, timeout_s=120)
+            assert _gap(initial, trajectories, 1.0) > 1.0
+            assert _gap(changed, trajectories, 1.0) < TOLERANCE
+
+        stats = generator.call("stats", timeout_s=120)
+        assert stats["version"] == 4
+        assert stats["tokens"] == 3 * sum(len(t.response_ids) for t in trajectories)
+        assert stats["busy_s"] > 0
+        with pytest.raises(UserError, match="prompt prompt-0: "):
+            generator.call("generate", requests[:1], _sampling(1.0, 128), 4, timeout_s=120)
+    finally:
+        generator.kill()
+
+
+def test_a_load_that_fails_half_way_ends_the_engine(untied: tuple[Generator, PreTrainedModel]) -> None:
+    """Last in this file, because no use of that engine can follow."""
+    generator, model = untied
+    held = _sync(generator, model)
+    tensors = dict(_perturbed(model, 5).named_parameters())
+    name = "model.decoder.layers.1.fc2.weight"
+    tensors[name] = torch.empty(tensors[name].shape, device="meta")  # has a shape, but nothing that could be copied
+    with pytest.raises(WeightSyncError, match=r"failed half-way \(NotImplementedError.*restart the generator"):
+        generator.engine.load_weights(tensors.items())
+    with pytest.raises(WeightSyncError, match=r"refuses to work: a weight load failed half-way"):
+        generator.generate(_requests(1, length=10), _sampling(1.0), held)
+    with pytest.raises(WeightSyncError, match=r"refuses to work: a weight load failed half-way"):
+        _sync(generator, model)

@@ -1,0 +1,185 @@
+"""The PPO loop with the real coordinator, vLLM and scorer, all in this process."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from actors.coordinator import Batch, Coordinator
+from actors.learner import LearnerArguments, ppo_loop
+from actors.remote import Remote
+from actors.train import fit
+from rayrlhf.config import Config, parse_config
+from rayrlhf.data.sources import read_demonstrations
+from rayrlhf.data.tokens import encode_prompts
+from rayrlhf.metrics import read_metrics
+from rayrlhf.models.loading import load_reward_model, load_tokenizer, resolve_model, save_model
+from rayrlhf.prompts import EncodedPrompt
+from rayrlhf.trajectory import Sampling
+
+pytestmark = pytest.mark.timeout(300)
+
+TINY = resolve_model("embedded:opt-tiny")
+MAX_PROMPT, MAX_RESPONSE = 96, 16
+STEPS = 3
+
+
+def make_config(runs_dir: Path) -> Config:
+    settings = {
+        "name": "run",
+        "runs_dir": str(runs_dir),
+        "seed": 5,
+        "data": {"max_prompt_tokens": MAX_PROMPT, "max_response_tokens": MAX_RESPONSE},
+        "ppo": {
+            "steps": STEPS,
+            "prompts_per_step": 8,
+            "samples_per_prompt": 2,
+            "epochs": 2,
+            "minibatches": 2,
+            "temperature": 0.7,
+            "checkpoint_every": 1,
+            "keep_checkpoints": 1,
+            "optimizer": {"lr": 1e-3, "eps": 1e-5, "betas": (0.9, 0.999)},
+        },
+        "resources": {"generators": {"kv_cache_mib": 64, "max_num_seqs": 32}},
+    }
+    return parse_config(settings, "test")
+
+
+class Watched(Coordinator):
+    """The coordinator; keeps a copy of every batch, and may be interrupted before it returns one."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.seen: list[Batch] = []
+        self.interrupt_at: int | None = None
+
+    def next_batch(self, step: int, version: int) -> Batch:
+        batch = super().next_batch(step, version)
+        if step == self.interrupt_at:
+            raise KeyboardInterrupt
+        self.seen.append(copy.deepcopy(batch))
+        return batch
+
+
+@pytest.fixture(scope="module")
+def reward_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("reward") / "model"
+    save_model(load_reward_model(TINY, fresh_head_seed=0), load_tokenizer(TINY), path, reward_bias=0.0)
+    return path
+
+
+@pytest.fixture(scope="module")
+def coordinator(tmp_path_factory: pytest.TempPathFactory, reward_model: Path) -> Iterator[Watched]:
+    config, tokenizer = make_config(tmp_path_factory.mktemp("unused")), load_tokenizer(TINY)
+    own = Watched(config, TINY, MAX_PROMPT + MAX_RESPONSE, tokenizer.pad_token_id, True)
+    records = read_demonstrations(config.data.demonstrations, "train", tokenizer, MAX_PROMPT)[:60]
+    ids = encode_prompts(tokenizer, [r.prompt for r in records])
+    own.start_scorers(str(reward_model), TINY)
+    own.start_generators()
+    own.set_prompts(
+        [EncodedPrompt(r.id, tuple(i)) for r, i in zip(records, ids, strict=True)],
+        Sampling(0.7, MAX_RESPONSE, tokenizer.eos_token_id),
+    )
+    yield own
+    assert own.generators is not None
+    for generator in own.generators.actors:
+        generator._target.engine.close()
+
+
+def train(runs_dir: Path, coordinator: Watched, reward_model: Path) -> tuple[Path, list[dict[str, Any]]]:
+    """Run or continue the PPO loop; the run folder and its valid metrics."""
+    config = make_config(runs_dir)
+    run_dir = runs_dir / "run"
+    arguments = LearnerArguments(
+        config, run_dir, Path(TINY), reward_model, Remote("coordinator", coordinator, local=True)
+    )
+    fit(
+        ppo_loop,
+        {"learner": arguments},
+        name="ppo",
+        storage=run_dir / "checkpoints",
+        learner=config.resources.learner,
+        keep_checkpoints=1,
+        local=True,
+    )
+    return run_dir, read_metrics(run_dir, "ppo")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    coordinator: Watched, reward_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[dict[str, Any]], list[Batch]]:
+    coordinator.seen.clear()
+    run_dir, metrics = train(tmp_path_factory.mktemp("undisturbed"), coordinator, reward_model)
+    return run_dir, metrics, list(coordinator.seen)
+
+
+def weights(directory: Path) -> torch.Tensor:
+    tensors = load_file(directory / "model.safetensors")
+    return torch.cat([tensors[name].flatten() for name in sorted(tensors)])
+
+
+def test_the_generator_follows_the_learner(undisturbed: tuple[Path, list[dict[str, Any]], list[Batch]]) -> None:
+    """The learning rate is so high that samples of stale weights would be off by whole hundredths of a nat."""
+    _, metrics, batches = undisturbed
+    assert [line["step"] for line in metrics] == list(range(STEPS))
+    assert abs(metrics[0]["ppo/kl"]) < 1e-3
+    for line, batch in zip(metrics, batches, strict=True):
+        assert line["ppo/logprob_gap/max"] < 1e-4
+        assert line["ppo/first_ratio_off_one"] < 1e-5
+        assert batch.version == line["ppo/weight_version"]
+    for batch in batches[1:]:
+        moved = [np.abs(t.generator_logprobs - t.ref_logprobs) for t in batch.trajectories]
+        assert np.concatenate(moved).mean() > 1e-2, "the policy must have moved, or this test shows nothing"
+    versions = [batch.version for batch in batches]
+    assert versions == list(range(versions[0], versions[0] + STEPS))
+
+
+def test_the_metrics_are_those_of_the_batch(undisturbed: tuple[Path, list[dict[str, Any]], list[Batch]]) -> None:
+    _, metrics, batches = undisturbed
+    for line, batch in zip(metrics, batches, strict=True):
+        own = batch.trajectories
+        assert line["ppo/length/mean"] == pytest.approx(np.mean([len(t.response_ids) for t in own]))
+        kl = np.mean([np.sum(t.generator_logprobs.astype(float) - t.ref_logprobs) for t in own])
+        assert line["ppo/kl"] == pytest.approx(kl, abs=1e-3)
+        score = np.mean([sum(t.rewards.values()) if t.finish_reason == "eos" else -1.0 for t in own])
+        assert line["ppo/score/mean"] == pytest.approx(score, abs=1e-5)
+        assert line["ppo/reward/mean"] == pytest.approx(score - 0.05 * kl, abs=1e-3)
+
+
+def test_an_interrupted_loop_ends_with_the_weights_of_an_undisturbed_one(
+    undisturbed: tuple[Path, list[dict[str, Any]], list[Batch]],
+    coordinator: Watched,
+    reward_model: Path,
+    tmp_path: Path,
+) -> None:
+    whole, metrics, batches = undisturbed
+    coordinator.seen.clear()
+    coordinator.interrupt_at = 2
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, coordinator, reward_model)
+    coordinator.interrupt_at = None
+    run_dir = tmp_path / "run"
+    assert not (run_dir / "policy").exists()
+    assert len(list((run_dir / "checkpoints" / "ppo").iterdir())) == 1  # as many as are to be kept
+    _, continued = train(tmp_path, coordinator, reward_model)
+
+    assert [batch.step for batch in coordinator.seen] == [0, 1, 2]  # none trained twice
+    versions = [batch.version for batch in coordinator.seen]
+    assert versions[0] < versions[1] < versions[2] - 1  # published anew, under a version that nobody has seen
+    for ours, theirs in zip(coordinator.seen, batches, strict=True):
+        for one, other in zip(ours.trajectories, theirs.trajectories, strict=True):
+            np.testing.assert_array_equal(one.response_ids, other.response_ids)
+    for line, expected in zip(continued, metrics, strict=True):
+        for name in ("ppo/kl", "ppo/score/mean", "ppo/policy_loss", "ppo/value_loss", "ppo/grad_norm", "ppo/lr"):
+            assert line[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-6), name
+    ours, theirs, start = (weights(path) for path in (run_dir / "policy", whole / "policy", Path(TINY)))
+    assert (ours - theirs).norm() < 1e-4 * (theirs - start).norm()

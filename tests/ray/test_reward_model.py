@@ -1,0 +1,157 @@
+"""The reward-model loop on the embedded model, in this process."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
+
+import actors.reward_model
+import actors.train
+from actors.reward_model import RewardModelArguments, reward_model_loop
+from actors.train import fit
+from rayrlhf.batching import Row
+from rayrlhf.config import Config, DatasetConfig, parse_config
+from rayrlhf.data.comparisons import RankedAnswers, from_comparisons
+from rayrlhf.data.sources import read_comparisons
+from rayrlhf.distributed import Ranks
+from rayrlhf.errors import UserError
+from rayrlhf.metrics import read_metrics
+from rayrlhf.models.loading import load_reward_model, load_tokenizer, resolve_model
+from rayrlhf.reward_model import score_rows
+
+TINY = resolve_model("embedded:opt-tiny")
+PAD, EOS = 1, 2
+HH = Path(__file__).parents[1] / "data" / "hh_harmless_small.jsonl.gz"
+
+
+def make_config(tmp_path: Path, **settings: Any) -> Config:
+    section = {"prompts_per_batch": 8, "optimizer": {"lr": 1e-3, "warmup_fraction": 0.05}} | settings
+    return parse_config(
+        {"name": "run", "runs_dir": str(tmp_path), "seed": 5, "reward_model": section}, "test"
+    )  # fmt: skip
+
+
+def toy(count: int, seed: int, heldout: bool = False) -> list[RankedAnswers]:
+    """Two to four answers; the more often token 500 stands in one in place of token 600, the better it is."""
+    generator = np.random.default_rng(seed)
+    made = []
+    for i in range(count):
+        answers = int(generator.integers(2, 5))
+        responses = []
+        for rank in range(answers):
+            good = 2 * (answers - 1 - rank)
+            tokens = (
+                [500] * good + [600] * (6 - good) + generator.integers(700, 8000, generator.integers(2, 12)).tolist()
+            )
+            responses.append((*(int(t) for t in generator.permutation(tokens)), EOS))
+        prompt = (EOS, *(int(t) for t in generator.integers(700, 8000, generator.integers(3, 30))))
+        made.append(
+            RankedAnswers(
+                f"{seed}-{i}", "", prompt, tuple(map(str, range(answers))), tuple(responses), None, "toy", heldout,
+                source=("a", "b")[i % 2],
+            )
+        )  # fmt: skip
+    return made
+
+
+def references(count: int = 12) -> list[Row]:
+    return [Row.completion(c.prompt_ids, c.response_ids[0]) for c in toy(count, seed=99)]
+
+
+def run_reward_model(config: Config, comparisons: list[RankedAnswers]) -> tuple[Path, list[dict[str, Any]]]:
+    run_dir = Path(config.runs_dir) / config.name
+    arguments = RewardModelArguments(config, str(run_dir), TINY, comparisons, references())
+    fit(
+        reward_model_loop, {"reward_model": arguments}, name="rm", storage=run_dir / "checkpoints",
+        learner=config.resources.learner, keep_checkpoints=1, local=True,
+    )  # fmt: skip
+    return run_dir, read_metrics(run_dir, "reward_model")
+
+
+def weights(directory: Path) -> torch.Tensor:
+    tensors = load_file(directory / "model.safetensors")
+    return torch.cat([tensors[name].flatten() for name in sorted(tensors)])
+
+
+def test_learns_a_separable_preference_and_centres_the_references(tmp_path: Path) -> None:
+    train, heldout = toy(96, seed=0), toy(40, seed=1, heldout=True)
+    run_dir, metrics = run_reward_model(make_config(tmp_path), train + heldout)
+    assert [m["step"] for m in metrics] == list(range(13))
+    assert metrics[0]["rm/prompts"] == 96 and metrics[0]["rm/heldout_prompts"] == 40
+    assert metrics[0]["rm/pairs"] == sum(len(c.response_ids) * (len(c.response_ids) - 1) // 2 for c in train)
+    assert metrics[-1]["rm/heldout_accuracy"] > 0.9 > metrics[0]["rm/heldout_accuracy"]
+    assert [m["step"] for m in metrics if "rm/heldout_accuracy" in m] == [0, 3, 6, 9, 12]
+    assert metrics[-1]["rm/heldout_loss"] < metrics[0]["rm/heldout_loss"]
+
+    # The saved model through transformers alone, row by row.
+    plain = AutoModelForSequenceClassification.from_pretrained(run_dir / "reward_model").eval()
+    bias = json.loads((run_dir / "reward_model" / "config.json").read_text())["reward_bias"]
+    assert bias == metrics[-1]["rm/reward_bias"]
+
+    def score(ids: Any) -> float:
+        with torch.no_grad():
+            return float(plain(input_ids=torch.tensor([list(ids)])).logits) + bias
+
+    assert np.mean([score(row.ids.tolist()) for row in references()]) == pytest.approx(0.0, abs=1e-4)
+    right = []
+    for c in heldout:
+        scores = [score((*c.prompt_ids, *answer)) for answer in c.response_ids]
+        right += [scores[better] > scores[worse] for better, worse in c.pairs]
+    assert metrics[-1]["rm/heldout_accuracy"] == pytest.approx(np.mean(right))
+    ours = score_rows(
+        load_reward_model(str(run_dir / "reward_model")), references(), PAD, make_config(tmp_path), Ranks(1)
+    )
+    assert ours == pytest.approx([score(row.ids.tolist()) for row in references()], abs=1e-4)
+
+
+def test_a_killed_run_continues_and_ends_as_if_nothing_had_happened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    comparisons = toy(40, seed=6) + toy(8, seed=7, heldout=True)
+    whole, _ = run_reward_model(make_config(tmp_path / "whole"), comparisons)
+    reported: list[int] = []
+    report = actors.train.report
+
+    def dying(ranks: Ranks, metrics: dict[str, float], write: Callable[[Path], None]) -> None:
+        report(ranks, metrics, write)
+        reported.append(int(metrics["step"]))
+        if len(reported) == 2:
+            raise KeyboardInterrupt
+
+    config = make_config(tmp_path / "broken")
+    monkeypatch.setattr(actors.reward_model, "report", dying)
+    with pytest.raises(KeyboardInterrupt):
+        run_reward_model(config, comparisons)
+    assert not (Path(config.runs_dir) / "run" / "reward_model").exists()
+    run_dir, metrics = run_reward_model(config, comparisons)
+    assert reported == [2, 3, 4, 5]
+    assert [m["step"] for m in metrics] == list(range(6))
+    assert torch.equal(weights(run_dir / "reward_model"), weights(whole / "reward_model"))
+
+
+def test_people_s_comparisons_of_harmlessness_train(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(TINY)
+    found, _ = read_comparisons(DatasetConfig(format="hh_rlhf", path=str(HH)), "train", tokenizer, 160)
+    comparisons = from_comparisons(found[:24], tokenizer, 48) + from_comparisons(
+        found[24:32], tokenizer, 48, heldout=True
+    )
+    _, metrics = run_reward_model(make_config(tmp_path, epochs=3), comparisons)
+    last = metrics[-1]
+    assert last["rm/loss"] < metrics[1]["rm/loss"]
+    assert sum(v for k, v in last.items() if k.startswith("rm/margin_from/")) == metrics[0]["rm/heldout_pairs"]
+
+
+def test_bad_data_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no comparison with a preference"):
+        run_reward_model(make_config(tmp_path), toy(2, seed=0, heldout=True))
+    long = RankedAnswers("x", "", (2,) * 1020, ("a", "b"), ((5,) * 9, (6,) * 3), None, "toy")
+    with pytest.raises(UserError, match="1029 tokens and the model's context is 1024"):
+        run_reward_model(make_config(tmp_path), [long])

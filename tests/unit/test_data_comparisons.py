@@ -1,0 +1,130 @@
+"""Ranked answers: pairs, dropping, the Parquet file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from rayrlhf.data.comparisons import (
+    RankedAnswers,
+    from_comparisons,
+    rank_answers,
+    read_comparisons,
+    usable_answers,
+    write_comparisons,
+)
+from rayrlhf.data.records import Comparison
+from rayrlhf.data.tokens import encode_prompt, encode_response
+from rayrlhf.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(Path(__file__).parents[2] / "rayrlhf/assets/opt-tiny")
+
+
+def ranked(scores: tuple[float, ...] | None, ids: list[list[int]], order: list[int]) -> RankedAnswers:
+    return rank_answers(
+        id="a",
+        prompt="What?",
+        prompt_ids=[2, 5],
+        responses=[f"answer {i}" for i in range(len(ids))],
+        response_ids=ids,
+        order=order,
+        scores=scores,
+        labeller="reference",
+        heldout=True,
+    )
+
+
+def test_answers_are_sorted_best_first() -> None:
+    record = ranked((0.1, 0.9, 0.5), [[1], [2], [3, 4]], [1, 2, 0])
+    assert record.responses == ("answer 1", "answer 2", "answer 0")
+    assert record.response_ids == ((2,), (3, 4), (1,))
+    assert record.scores == (0.9, 0.5, 0.1)
+    assert record.pairs == ((0, 1), (0, 2), (1, 2))
+
+
+def test_ties_and_equal_tokens_are_no_pairs() -> None:
+    assert ranked((0.5, 0.9, 0.5), [[1], [2], [3]], [1, 0, 2]).pairs == ((0, 1), (0, 2))
+    assert ranked((0.5, 0.5), [[1], [2]], [0, 1]).pairs == ()
+    assert ranked(None, [[1], [2], [1]], [0, 1, 2]).pairs == ((0, 1), (1, 2))
+
+
+def test_order_must_be_a_permutation() -> None:
+    with pytest.raises(ValueError, match=r"\[0, 0\] is not a ranking of 2 answers"):
+        ranked(None, [[1], [2]], [0, 0])
+
+
+def test_useless_answers_are_dropped_and_counted() -> None:
+    kept, dropped = usable_answers(["one two three four", "a b c d e", " a b c d e ", "", "f g h i j"])
+    assert kept == [1, 4] and dropped == {"nearly_empty": 2, "identical": 1}
+
+
+def test_published_comparisons(tokenizer: PreTrainedTokenizerBase) -> None:
+    same = "the first ten words of these two answers are equal "
+    comparisons = [
+        Comparison("a", "What?\n\nTL;DR:", ("good tea is hot tea", "bad tea is cold", "no"), "us"),
+        Comparison("b", "Why?\n\nTL;DR:", (same + "yes", same + "no")),
+    ]
+    records = from_comparisons(comparisons, tokenizer, 8, heldout=True)
+    assert [r.id for r in records] == ["a"]  # cut to 8 tokens, the answers of b are the same
+    record = records[0]
+    assert record.pairs == ((0, 1), (0, 2), (1, 2)) and record.scores is None
+    assert (record.labeller, record.source, record.heldout) == ("people", "us", True)
+    assert list(record.prompt_ids) == encode_prompt(tokenizer, "What?\n\nTL;DR:")
+    assert [list(ids) for ids in record.response_ids] == [
+        encode_response(tokenizer, text, 8, "TL;DR:") for text in comparisons[0].responses
+    ]
+    assert len(from_comparisons(comparisons, tokenizer, 48)) == 2
+
+
+def test_parquet_round_trip(tmp_path: Path) -> None:
+    records = [ranked((0.1, 0.9), [[1, 2], [2]], [1, 0]), ranked(None, [[1], [2], [3]], [2, 0, 1])]
+    path = tmp_path / "comparisons.parquet"
+    write_comparisons(path, records)
+    assert read_comparisons(path) == records
+    write_comparisons(path, records[:1])
+    assert read_comparisons(path) == records[:1]
+    assert [p.name for p in tmp_path.iterdir()] == ["comparisons.parquet"]
+
+
+def test_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "comparisons.parquet"
+    records = [ranked(None, [[1], [2]], [0, 1])]
+    write_comparisons(path, records)
+    bad = RankedAnswers("b", "p", (2,), ("x", "y"), (("no id",), (2,)), None, "people")  # type: ignore[arg-type]
+    with pytest.raises((pa.ArrowException, TypeError)):
+        write_comparisons(path, [bad])
+    assert read_comparisons(path) == records
+    assert [p.name for p in tmp_path.iterdir()] == ["comparisons.parquet"]
+
+
+def test_file_of_others_is_sorted_by_its_ranking(tmp_path: Path) -> None:
+    path = tmp_path / "comparisons.parquet"
+    write_comparisons(path, [ranked((3.0, 2.0, 1.0), [[1], [2], [3]], [0, 1, 2])])
+    row = pq.read_table(path).to_pylist()[0]
+    pq.write_table(pa.Table.from_pylist([row | {"ranking": [2, 0, 1], "scores": None}]), path)
+    assert read_comparisons(path)[0].response_ids == ((3,), (1,), (2,))
+    pq.write_table(pa.Table.from_pylist([row | {"ranking": [2, 0, 0]}]), path)
+    with pytest.raises(UserError, match=r"comparisons.parquet row 1: \[2, 0, 0\] is not a ranking of 3 answers"):
+        read_comparisons(path)
+    pq.write_table(pa.Table.from_pylist([row | {"scores": [1.0]}]), path)
+    with pytest.raises(UserError, match="row 1: responses, response_ids and scores differ in length"):
+        read_comparisons(path)
+
+
+def test_missing_or_foreign_file(tmp_path: Path) -> None:
+    path = tmp_path / "comparisons.parquet"
+    with pytest.raises(UserError, match="no such file; the collect stage writes it"):
+        read_comparisons(path)
+    path.write_bytes(b"PAR1")
+    with pytest.raises(UserError, match="cannot be read"):
+        read_comparisons(path)
+    pq.write_table(pa.table({"id": ["a"]}), path)
+    with pytest.raises(UserError, match="no column 'prompt'; there are: id"):
+        read_comparisons(path)

@@ -1,0 +1,58 @@
+"""The shipped configs: valid, complete, and with the settings that were published."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from transformers import AutoConfig
+
+from rayrlhf.config import load_config
+from rayrlhf.data.formats import FORMATS
+from rayrlhf.data.tokens import check_context
+from rayrlhf.labellers import LABELLERS
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+CONTEXT = {"embedded:opt-tiny": 256, "facebook/opt-125m": 2048, "facebook/opt-1.3b": 2048}
+"""Tokens; opt-tiny's positions beyond 256 are untrained."""
+
+
+def test_all_examples_are_there() -> None:
+    assert {path.name for path in CONFIGS} >= {"quickstart.yaml", "tldr_opt_125m.yaml", "hh_rlhf_opt_1b.yaml"}
+    assert AutoConfig.from_pretrained(ROOT / "rayrlhf/assets/opt-tiny").max_position_embeddings >= 256
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_config_is_valid_and_names_what_exists(path: Path) -> None:
+    config = load_config(path)
+    sources = [config.data.demonstrations, *([config.data.comparisons] if config.data.comparisons else [])]
+    assert FORMATS[sources[0].format].demonstration
+    assert all(FORMATS[source.format].comparison for source in sources[1:])
+    assert config.collect.labeller.kind in LABELLERS
+    # Without comparisons of its own, the reward model needs a share of the posts.
+    assert config.data.comparisons is not None or config.data.reward_model_fraction > 0
+    check_context(config.data.max_prompt_tokens, config.data.max_response_tokens, CONTEXT[config.model.path])
+
+
+def test_quickstart_needs_nothing_but_two_cores() -> None:
+    config = load_config(ROOT / "configs/quickstart.yaml")
+    assert config.model.path.startswith("embedded:") and config.data.demonstrations.path.startswith("embedded:")
+    roles = (config.resources.generators, config.resources.scorers, config.resources.learner)
+    assert all(role.gpus == 0 for role in roles) and sum(role.cpus for role in roles) <= 2
+
+
+def test_tldr_has_the_published_settings() -> None:
+    """Huang et al. 2024, The N+ Implementation Details of RLHF with PPO."""
+    config = load_config(ROOT / "configs/tldr_opt_125m.yaml")
+    ppo = config.ppo
+    assert {config.sft.optimizer, config.reward_model.optimizer, ppo.optimizer} == {ppo.optimizer}
+    assert (ppo.optimizer.lr, ppo.optimizer.eps, ppo.optimizer.weight_decay) == (3e-6, 1e-5, 0.0)
+    assert (ppo.optimizer.schedule, ppo.optimizer.max_grad_norm) == ("linear", 1.0)
+    assert (config.sft.batch_size, config.reward_model.prompts_per_batch, config.reward_model.epochs) == (128, 64, 1)
+    assert ppo.prompts_per_step * ppo.samples_per_prompt == 512 and ppo.steps * 512 == pytest.approx(1e6, rel=1e-3)
+    assert (ppo.epochs, ppo.minibatches, ppo.temperature) == (4, 1, 0.7)
+    assert (ppo.clip_range, ppo.value_clip_range, ppo.value_coefficient) == (0.2, 0.2, 0.1)
+    assert (ppo.gamma, ppo.lam, ppo.missing_eos_reward) == (1.0, 0.95, -1.0)
+    assert (ppo.kl.coefficient, ppo.kl.adaptive) == (0.05, False)
+    assert (config.data.max_prompt_tokens, config.data.max_response_tokens) == (512, 53)

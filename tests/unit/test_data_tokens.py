@@ -1,0 +1,232 @@
+"""Prompts and responses as token ids, with the shipped tokenizer and one that has a chat template."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from rayrlhf.data.template import (
+    ChatPrompt,
+    Message,
+    PromptParts,
+    TextPrompt,
+    fit_prompts,
+    plain_prompt,
+    render,
+    tldr_prompt,
+)
+from rayrlhf.data.tokens import (
+    check_context,
+    decode_response,
+    encode_prompt,
+    encode_prompts,
+    encode_response,
+    special_text_remover,
+)
+from rayrlhf.errors import UserError
+
+OPT_TINY = Path(__file__).parents[2] / "rayrlhf/assets/opt-tiny"
+EOS = 2
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(OPT_TINY)
+
+
+@pytest.fixture(scope="module")
+def chat_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    chat = copy.deepcopy(tokenizer)
+    chat.chat_template = CHAT_TEMPLATE
+    return chat
+
+
+def fit(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[PromptParts], limit: int) -> list[str]:
+    return fit_prompts(tokenizer, prompts, limit, [f"row {i}" for i in range(1, len(prompts) + 1)])
+
+
+# ---- ids
+
+
+def test_prompt_starts_with_the_bos_once(
+    tokenizer: PreTrainedTokenizerBase, chat_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    assert encode_prompt(tokenizer, "Hello world.") == [2, 43, 1887, 1198, 17]
+    rendered = render(chat_tokenizer, ChatPrompt((Message("user", "Hello"),)))
+    assert rendered == "</s><|user|>\nHello\n<|assistant|>\n"
+    assert encode_prompt(chat_tokenizer, rendered).count(EOS) == 1
+    assert encode_prompts(tokenizer, ["Hello world.", rendered])[0] == [2, 43, 1887, 1198, 17]
+
+
+def test_response_is_a_space_the_text_and_eos(tokenizer: PreTrainedTokenizerBase) -> None:
+    ids = encode_response(tokenizer, "a quiet town", 48, "TL;DR:")
+    assert tokenizer.convert_ids_to_tokens(ids)[0] == "Ġa"
+    assert ids[-1] == EOS and ids.count(EOS) == 1
+    assert ids == encode_response(tokenizer, "  a quiet town\n", 48)
+
+
+def test_no_space_after_a_chat_template(chat_tokenizer: PreTrainedTokenizerBase) -> None:
+    ids = encode_response(chat_tokenizer, "a quiet town", 48, "<|assistant|>\n")
+    assert chat_tokenizer.convert_ids_to_tokens(ids)[0] == "a"
+    assert ids == encode_response(chat_tokenizer, "a quiet town", 48)
+    assert encode_response(chat_tokenizer, "a quiet town", 48, "TL;DR:") != ids
+    assert encode_response(chat_tokenizer, "a quiet town", 48, "<|assistant|></s>") == ids
+
+
+def test_prompt_and_response_ids_are_those_of_the_joint_text(tokenizer: PreTrainedTokenizerBase) -> None:
+    """The seam must not matter: what the model sees in training is what it sees when it continues the prompt."""
+    prompt = tldr_prompt("tea", "Cold tea", "It was cold.").text
+    joint = tokenizer(prompt + " It is cold.")["input_ids"]
+    assert encode_prompt(tokenizer, prompt) + encode_response(tokenizer, "It is cold.", 48, prompt) == [*joint, EOS]
+
+
+def test_long_response_is_cut_without_eos(tokenizer: PreTrainedTokenizerBase) -> None:
+    whole = encode_response(tokenizer, "one two three four five six seven", 48)
+    assert encode_response(tokenizer, "one two three four five six seven", len(whole)) == whole
+    cut = encode_response(tokenizer, "one two three four five six seven", len(whole) - 1)
+    assert cut == whole[:-1] and EOS not in cut
+
+
+def test_decode_stops_at_the_first_eos(tokenizer: PreTrainedTokenizerBase) -> None:
+    ids = encode_response(tokenizer, "the end", 48)
+    assert decode_response(tokenizer, ids) == "the end"
+    assert decode_response(tokenizer, [*ids, *ids]) == "the end"
+    assert decode_response(tokenizer, [*ids[:-1], tokenizer.pad_token_id]) == "the end"
+    assert decode_response(tokenizer, [EOS]) == ""
+
+
+@settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.text(st.characters(codec="utf-8", exclude_characters="\x00"), max_size=40))
+def test_response_survives_encoding_and_decoding(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
+    clean = special_text_remover(tokenizer)(text)
+    assert decode_response(tokenizer, encode_response(tokenizer, clean, 4096)) == clean.strip()
+
+
+def test_spelled_out_special_tokens_are_taken_out(tokenizer: PreTrainedTokenizerBase) -> None:
+    remove = special_text_remover(tokenizer)
+    assert remove("the <b><s>old</s></b> price <pad>") == "the <b>old</b> price "
+    assert remove("a<</s>/s>b") == "ab"  # taking out the inner one makes another
+    assert EOS not in encode_response(tokenizer, remove("old</s> price"), 48)[:-1]
+
+
+def test_context_must_hold_prompt_and_response() -> None:
+    check_context(200, 56, 256)
+    with pytest.raises(UserError, match=r"200 \+ 57 = 257 exceeds the model's context of 256"):
+        check_context(200, 57, 256)
+
+
+# ---- templates and cutting
+
+
+def test_tldr_template_is_the_published_one() -> None:
+    assert tldr_prompt("r/tea", " Cold tea ", " It was cold. ").text == (
+        "SUBREDDIT: r/tea\n\nTITLE: Cold tea\n\nPOST: It was cold.\n\nTL;DR:"
+    )
+
+
+def best_cut(tokenizer: PreTrainedTokenizerBase, prompt: TextPrompt, limit: int) -> str | None:
+    """Oracle: every cut at a newline, longest first, then every cut at a space, measured one by one."""
+    candidates = [prompt.text]
+    for mark in "\n ":
+        places = [i for i, c in enumerate(prompt.body) if c == mark and prompt.body[:i].strip()]
+        candidates += [prompt.head + prompt.body[:i].rstrip() + prompt.tail for i in reversed(places)]
+    return next((text for text in candidates if len(tokenizer(text)["input_ids"]) <= limit), None)
+
+
+POST = (
+    "My old kettle whistles an octave too low — it did so for years.\n\n\nYesterday   it stopped:\n"
+    "no whistle, no steam; only lukewarm water (17.5 degrees).  Did I break it?\n \n"
+    "I tried vinegar, twice, and then citric acid, and shouting at it, which my neighbours did not like at all"
+)
+
+
+@pytest.mark.parametrize("limit", range(25, 150, 3))
+def test_post_is_cut_where_an_exhaustive_search_cuts_it(tokenizer: PreTrainedTokenizerBase, limit: int) -> None:
+    prompt = tldr_prompt("tea", "My kettle", POST)
+    text = fit(tokenizer, [prompt], limit)[0]
+    assert text == best_cut(tokenizer, prompt, limit)
+    assert len(encode_prompt(tokenizer, text)) <= limit
+    assert text.endswith("\n\nTL;DR:")
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    post=st.text(st.sampled_from(list("abc déW1 .,\n")), min_size=1, max_size=200).filter(lambda t: bool(t.strip())),
+    limit=st.integers(25, 60),
+)
+def test_any_post_is_cut_like_the_search(tokenizer: PreTrainedTokenizerBase, post: str, limit: int) -> None:
+    prompt = tldr_prompt("x", "y", post)
+    text = fit(tokenizer, [prompt], limit)[0]
+    expected = best_cut(tokenizer, prompt, limit)
+    assert len(encode_prompt(tokenizer, text)) <= limit
+    if expected is not None:
+        assert text == expected
+    else:  # one endless word: cut inside it
+        assert text.startswith(prompt.head) and text.endswith(prompt.tail)
+
+
+def test_cutting_in_a_batch_equals_cutting_alone(tokenizer: PreTrainedTokenizerBase) -> None:
+    prompts: list[PromptParts] = [tldr_prompt("tea", "k" * i, POST * (1 + i % 3)) for i in range(1, 12)]
+    assert fit(tokenizer, prompts, 90) == [fit(tokenizer, [prompt], 90)[0] for prompt in prompts]
+
+
+def test_title_that_leaves_no_room_is_an_error_that_names_the_row(tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(UserError, match=r"row 2: the prompt does not fit data.max_prompt_tokens=40"):
+        fit(tokenizer, [tldr_prompt("a", "b", "c"), tldr_prompt("tea", "very long title " * 20, POST)], 40)
+
+
+def test_plain_prompt_keeps_its_last_line(tokenizer: PreTrainedTokenizerBase) -> None:
+    text = fit(tokenizer, [plain_prompt(POST + "\n\nHow do I mend it?\n")], 40)[0]
+    assert text.startswith("My old kettle") and text.endswith("\n\nHow do I mend it?\n")
+
+
+DIALOGUE = ChatPrompt(
+    (
+        Message("user", "What is the capital of Peru?"),
+        Message("assistant", "Lima is the capital of Peru."),
+        Message("user", "How many people live there?"),
+        Message("assistant", "About ten million people live there."),
+        Message("user", "And in Quito?"),
+    )
+)
+
+
+def test_dialogue_without_chat_template_is_rendered_like_hh_rlhf(tokenizer: PreTrainedTokenizerBase) -> None:
+    expected = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Bye\n\nAssistant:"
+    messages = (Message("user", "Hi"), Message("assistant", "Hello"), Message("user", "Bye"))
+    assert render(tokenizer, ChatPrompt(messages)) == expected
+
+
+@pytest.mark.parametrize("kind", ["tokenizer", "chat_tokenizer"])
+def test_long_dialogue_drops_its_oldest_turns(kind: str, request: pytest.FixtureRequest) -> None:
+    tokenizer = request.getfixturevalue(kind)
+    for first, dropped in ((0, "capital"), (2, "people"), (4, None)):
+        shorter = ChatPrompt(DIALOGUE.messages[first:])
+        limit = len(encode_prompt(tokenizer, render(tokenizer, shorter)))
+        assert fit(tokenizer, [DIALOGUE], limit) == [render(tokenizer, shorter)]
+        if dropped is not None:
+            assert dropped not in fit(tokenizer, [DIALOGUE], limit - 1)[0]
+
+
+def test_system_message_stays_and_the_last_turn_is_cut(chat_tokenizer: PreTrainedTokenizerBase) -> None:
+    prompt = ChatPrompt((Message("system", "Be kind."), *DIALOGUE.messages, Message("user", POST)))
+    text = fit(chat_tokenizer, [prompt], 60)[0]
+    assert text.startswith("</s><|system|>\nBe kind.\n<|user|>\nMy old kettle") and text.endswith("\n<|assistant|>\n")
+    assert "Quito" not in text and len(encode_prompt(chat_tokenizer, text)) <= 60
+
+
+def test_messages_that_the_chat_template_refuses_are_an_error(tokenizer: PreTrainedTokenizerBase) -> None:
+    strict = copy.deepcopy(tokenizer)
+    strict.chat_template = "{{ raise_exception('no system role') }}"
+    with pytest.raises(UserError, match="row 1: .*no system role"):
+        fit(strict, [DIALOGUE], 50)

@@ -1,0 +1,118 @@
+"""What every stage has around it: skipping, refusing, exit codes, one line on standard error."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from ray.train import TrainingFailedError
+
+from actors.remote import ActorDied, ActorFailure
+from jobs.entry import guarded, run, stage
+from jobs.session import Session
+from rayrlhf.config import Config, parse_config
+from rayrlhf.errors import UserError
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    return parse_config({"name": "one", "runs_dir": str(tmp_path)}, "test")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (UserError("row 3 is bad; mend it"), 2, "error: row 3 is bad; mend it"),
+        (ActorFailure("generator-0 is late"), 1, "failed: generator-0 is late"),
+        (ActorDied("scorer-1 died"), 1, "failed: scorer-1 died"),
+        (KeyboardInterrupt(), 130, "interrupted: finished stages and checkpoints are kept; the same command continues"),
+    ],
+)
+def test_errors_are_one_line_and_an_exit_code(
+    capsys: pytest.CaptureFixture[str], error: BaseException, code: int, line: str
+) -> None:
+    def fail() -> None:
+        raise error
+
+    assert guarded(fail) == code
+    assert capsys.readouterr() == ("", f"{line}\n")
+
+
+def test_ray_trains_own_words_follow_the_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        raise TrainingFailedError("rank 0: boom")
+
+    assert guarded(fail) == 1
+    first, *rest = capsys.readouterr().err.splitlines()
+    assert first == "failed: Ray Train gave up; finished stages and checkpoints are kept"
+    assert "boom" in "".join(rest)
+
+
+def test_success_is_0_and_silent(capsys: pytest.CaptureFixture[str]) -> None:
+    assert guarded(lambda: None) == 0
+    assert capsys.readouterr() == ("", "")
+
+
+def test_errors_of_the_program_itself_keep_their_traceback() -> None:
+    def fail() -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        guarded(fail)
+
+
+def test_a_stage_runs_once_and_says_where_its_output_is(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    ran = []
+
+    @stage("sft")
+    def train(session: Session) -> None:
+        """Train."""
+        ran.append(session.config.name)
+        with session.run.writing("sft") as directory:
+            (directory / "config.json").write_text("{}")
+
+    assert train.__doc__ == "Train."
+    run(config, [train, train], local=True)
+    output = Path(config.runs_dir) / "one" / "sft"
+    assert ran == ["one"] and output.is_dir()
+    said = capsys.readouterr().out
+    assert f"sft: already done, see {output}" in said and f"see {output}" in said.split("already")[0]
+    run(config, [train], local=True)
+    assert ran == ["one"]
+
+
+def test_a_stage_may_run_again_for_something_else(config: Config) -> None:
+    ran = []
+
+    @stage("evaluate", again=lambda session: session.config.evaluate.prompts is not None)
+    def evaluate(session: Session) -> None:
+        ran.append(session.config.evaluate.prompts)
+        session.run.evaluation.write_text("{}")
+
+    run(config, [evaluate, evaluate], local=True)
+    other = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"prompts": "other.jsonl"})})
+    run(other, [evaluate], local=True)
+    run(config, [evaluate], local=True)
+    assert ran == [None, "other.jsonl"]
+
+
+def test_a_stage_waits_for_those_before_it(config: Config) -> None:
+    @stage("ppo", needs=("sft", "reward_model"))
+    def ppo(session: Session) -> None:
+        pytest.fail("must not run")
+
+    with pytest.raises(UserError, match=r"stage 'ppo' needs .*/one/sft, which stage 'sft' writes; run that first"):
+        run(config, [ppo], local=True)
+    (Path(config.runs_dir) / "one" / "sft").mkdir()
+    with pytest.raises(UserError, match=r"needs .*/one/reward_model, which stage 'reward_model' writes"):
+        run(config, [ppo], local=True)
+
+
+def test_the_folder_is_free_again_after_a_failed_stage(config: Config) -> None:
+    @stage("sft")
+    def fail(session: Session) -> None:
+        raise RuntimeError("boom")
+
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="boom"):
+            run(config, [fail], local=True)

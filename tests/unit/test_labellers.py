@@ -1,0 +1,114 @@
+"""Labellers: the stand-in by ROUGE-L, and people's rankings from a file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rayrlhf.config import LabellerConfig
+from rayrlhf.data.records import Prompt
+from rayrlhf.errors import UserError
+from rayrlhf.labellers import FileLabeller, Unranked, ask_people, make_labeller, read_unranked
+
+PROMPT = Prompt("a", "What?\n\nTL;DR:", "the cat sat on the mat")
+
+
+def rouge_l(reference: str, answer: str) -> float:
+    """Oracle without a stemmer: F1 of the longest common subsequence of words."""
+    x, y = reference.split(), answer.split()
+    table = [[0] * (len(y) + 1) for _ in range(len(x) + 1)]
+    for i, a in enumerate(x):
+        for j, b in enumerate(y):
+            table[i + 1][j + 1] = table[i][j] + 1 if a == b else max(table[i][j + 1], table[i + 1][j])
+    common = table[-1][-1]
+    return 2 * common / (len(x) + len(y))
+
+
+def test_reference_labeller_ranks_by_rouge_l() -> None:
+    labeller = make_labeller(LabellerConfig(kind="reference"))
+    answers = ["a dog ran", "mat the on cat", "the cat lay on the mat", "the cat sat on the mat"]
+    verdict = labeller.rank(PROMPT, answers)
+    assert verdict.scores == pytest.approx([rouge_l(PROMPT.reference or "", a) for a in answers])
+    assert verdict.order == (3, 2, 1, 0)
+    assert labeller.measure(PROMPT, answers[2]) == pytest.approx(5 / 6)
+
+
+def test_reference_labeller_stems_and_keeps_ties_in_order() -> None:
+    verdict = make_labeller(LabellerConfig()).rank(
+        Prompt("a", "p", "cats running"), ["no", "cat runs", "cat run", "no"]
+    )
+    assert verdict.scores == (0.0, 1.0, 1.0, 0.0) and verdict.order == (1, 2, 0, 3)
+
+
+def test_reference_labeller_needs_a_reference() -> None:
+    with pytest.raises(UserError, match="prompt 'b' has no reference"):
+        make_labeller(LabellerConfig()).rank(Prompt("b", "p"), ["x", "y"])
+
+
+def test_unknown_kind_and_missing_path() -> None:
+    with pytest.raises(UserError, match="kind 'oracle' is unknown; there are: reference, file"):
+        make_labeller(LabellerConfig(kind="oracle"))
+    with pytest.raises(UserError, match=r"collect.labeller.path is missing"):
+        make_labeller(LabellerConfig(kind="file"))
+
+
+def test_people_rank_what_was_written_for_them(tmp_path: Path) -> None:
+    config = LabellerConfig(kind="file", path=str(tmp_path / "rankings.jsonl"))
+    to_rank = tmp_path / "to_rank.jsonl"
+    waiting = [
+        Unranked("a", "What?\n\nTL;DR:", ("hot tea", "cold téa\n", "no tea"), (2, 7), ((1, 2), (3,), (4, 2))),
+        Unranked("b", "Why?\n\nTL;DR:", ("yes", "no"), (2, 8), ((5,), (6, 2))),
+    ]
+    error = ask_people(to_rank, waiting, config)
+    assert "2 prompts with answers to rank were written to" in str(error) and "\n" not in str(error)
+    assert str(to_rank) in str(error) and str(config.path) in str(error)
+    assert read_unranked(to_rank) == waiting
+    assert [p.name for p in tmp_path.iterdir()] == ["to_rank.jsonl"]
+
+    (tmp_path / "rankings.jsonl").write_text('{"id": "b", "ranking": [1, 0]}\n\n{"id": "a", "ranking": [2, 0, 1]}\n')
+    labeller = make_labeller(config)
+    assert isinstance(labeller, FileLabeller)
+    labeller.check({item.id: len(item.answers) for item in read_unranked(to_rank)})
+    verdict = labeller.rank(Prompt("a", waiting[0].prompt), waiting[0].answers)
+    assert verdict.order == (2, 0, 1) and verdict.scores is None
+    assert labeller.measure(PROMPT, "hot tea") is None
+
+
+GOOD = {"id": "a", "ranking": [0, 1]}
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([GOOD, {"id": "c", "ranking": [0, 1]}], r"rankings.jsonl line 2: id 'c' is not among the prompts"),
+        ([GOOD], r"1 of 2 prompts have no ranking, first 'b'"),
+        ([GOOD, {"id": "b", "ranking": [0, 0, 1]}], r"line 2: ranking \[0, 0, 1\] of 'b' must hold each of 0..2 once"),
+        ([GOOD, {"id": "b", "ranking": [1, 2, 3]}], r"line 2: ranking \[1, 2, 3\]"),
+        ([GOOD, {"id": "b", "ranking": [0, 1]}], r"line 2: ranking \[0, 1\]"),
+        ([GOOD, {"id": "b", "ranking": "012"}], r"line 2: ranking '012'"),
+        ([GOOD, {"id": "b", "ranking": [0, True, 2]}], r"line 2: ranking \[0, True, 2\]"),
+        ([GOOD, GOOD], r"line 2: id 'a' was ranked before, in line 1"),
+        ([GOOD, {"id": "b"}], r'line 2: expected {"id"'),
+        ([GOOD, ["b"]], r"line 2: expected an object, found list"),
+    ],
+)
+def test_mistakes_name_file_and_line(tmp_path: Path, lines: list[object], message: str) -> None:
+    path = tmp_path / "rankings.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(UserError, match=message) as error:
+        FileLabeller(path).check({"a": 2, "b": 3})
+    assert "\n" not in str(error.value) and "rankings.jsonl" in str(error.value)
+
+
+def test_files_that_are_missing_or_not_json(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such file"):
+        FileLabeller(tmp_path / "none.jsonl")
+    path = tmp_path / "rankings.jsonl"
+    path.write_text('{"id": "a", "ranking": [0, 1]}\n{"id"')
+    with pytest.raises(UserError, match="rankings.jsonl line 2: not valid JSON"):
+        FileLabeller(path)
+    path.write_text('{"id": "a"}')
+    with pytest.raises(UserError, match="rankings.jsonl line 1: not as collect wrote it"):
+        read_unranked(path)

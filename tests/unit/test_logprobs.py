@@ -1,0 +1,106 @@
+"""Log-probs, entropies and their gradients on the embedded model; families are in test_models.py."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from rayrlhf.batching import Row, collate, micro_batches
+from rayrlhf.logprobs import sequence_scores, token_logprobs, token_values
+from rayrlhf.models.loading import autocast, load_policy, load_reward_model, resolve_model
+
+TINY = resolve_model("embedded:opt-tiny")
+PAD = 1
+
+
+@pytest.fixture(scope="module")
+def policy() -> PreTrainedModel:
+    return load_policy(TINY)
+
+
+def rows(count: int = 7) -> list[Row]:
+    generator = torch.Generator().manual_seed(4)
+    made = []
+    for i in range(count):
+        ids = torch.randint(3, 8000, (10 + 7 * i,), generator=generator).tolist()
+        made.append(Row.completion(ids[: 3 + 2 * i], ids[3 + 2 * i :]))
+    return made
+
+
+def test_all_tokens_at_once_equal_cross_entropy_of_the_model(policy: PreTrainedModel) -> None:
+    row = rows()[-1]
+    with torch.no_grad():
+        found = token_logprobs(policy, collate([row], PAD)).logprobs
+        ids = torch.from_numpy(row.ids)[None]
+        labels = torch.where(torch.from_numpy(row.mask), ids, -100)
+        loss = policy(input_ids=ids, labels=labels).loss
+    assert -float(found.mean()) == pytest.approx(float(loss), rel=1e-5)
+
+
+def test_probabilities_of_all_tokens_sum_to_one(policy: PreTrainedModel) -> None:
+    vocabulary = policy.config.vocab_size
+    made = [Row.completion([2, 100], [token]) for token in range(vocabulary)]
+    total = 0.0
+    with torch.no_grad():
+        for start in range(0, vocabulary, 512):
+            found = token_logprobs(policy, collate(made[start : start + 512], PAD), 0.7).logprobs
+            total += float(found.double().exp().sum())
+    assert total == pytest.approx(1.0, abs=1e-4)
+
+
+def test_entropy_is_that_of_a_uniform_distribution_at_high_temperature(policy: PreTrainedModel) -> None:
+    with torch.no_grad():
+        hot = token_logprobs(policy, collate(rows(), PAD), temperature=1e6)
+    assert torch.allclose(hot.entropy, torch.tensor(math.log(policy.config.vocab_size)), atol=1e-3)
+    assert not hot.entropy.requires_grad
+
+
+def test_results_lie_in_row_major_order(policy: PreTrainedModel) -> None:
+    with torch.no_grad():
+        together = token_logprobs(policy, collate(rows(), PAD))
+        alone = torch.cat([token_logprobs(policy, collate([row], PAD)).logprobs for row in rows()])
+    torch.testing.assert_close(together.logprobs, alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("max_tokens", [1, 100, 10_000])
+def test_gradient_of_a_sum_does_not_depend_on_the_cut(policy: PreTrainedModel, max_tokens: int) -> None:
+    def gradient(limit: int) -> torch.Tensor:
+        policy.zero_grad(set_to_none=True)
+        for piece in micro_batches([len(row.ids) for row in rows()], limit):
+            token_logprobs(policy, collate([rows()[i] for i in piece], PAD)).logprobs.sum().backward()
+        return torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None])
+
+    expected, found = gradient(300), gradient(max_tokens)
+    assert float((found - expected).norm() / expected.norm()) < 1e-5
+
+
+def test_rows_without_predicted_tokens_give_nothing(policy: PreTrainedModel) -> None:
+    row = rows()[0]
+    batch = collate([Row(row.ids, row.mask & False), row], PAD)
+    found = token_logprobs(policy, batch).logprobs
+    assert batch.counts == [0, 7] and found.shape == (7,)
+
+
+def test_value_of_the_state_before_a_token_sees_nothing_of_it() -> None:
+    model = load_reward_model(TINY, fresh_head_seed=0)
+    one, other = Row.completion([2, 50, 60], [70, 80]), Row.completion([2, 50, 60], [99, 80])
+    with torch.no_grad():
+        values = token_values(model, collate([one, other], PAD)).reshape(2, 2)
+        scores = sequence_scores(model, collate([one, other], PAD))
+    assert values[0, 0] == pytest.approx(float(values[1, 0]), abs=1e-6)
+    assert abs(float(values[0, 1] - values[1, 1])) > 1e-4
+    assert abs(float(scores[0] - scores[1])) > 1e-4
+
+
+def test_bfloat16_autocast_stays_close_and_returns_float32(policy: PreTrainedModel) -> None:
+    batch = collate(rows(), PAD)
+    with torch.no_grad():
+        exact = token_logprobs(policy, batch).logprobs
+        with autocast("cpu", "bfloat16"):
+            rough = token_logprobs(policy, batch).logprobs
+    assert rough.dtype == torch.float32
+    gap = float((rough - exact).abs().mean())
+    assert 0 < gap < 0.1

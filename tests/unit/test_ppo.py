@@ -1,0 +1,219 @@
+"""One PPO step with real (tiny, random) models: what has to hold whatever the data."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import OPTConfig, OPTForCausalLM, OPTForSequenceClassification
+
+from rayrlhf.config import OptimizerConfig, PPOConfig
+from rayrlhf.distributed import Ranks
+from rayrlhf.ppo import PPO
+from rayrlhf.prompts import prompts_of_step
+from rayrlhf.trajectory import Trajectory
+
+EOS, PAD, VOCABULARY = 2, 1, 50
+TEMPERATURE = 0.7
+
+
+@pytest.fixture
+def models() -> tuple[OPTForCausalLM, OPTForSequenceClassification]:
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        ffn_dim=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        word_embed_proj_dim=32,
+        dropout=0.0,
+        num_labels=1,
+        init_std=0.2,
+    )
+    return OPTForCausalLM(config), OPTForSequenceClassification(config)
+
+
+def config(**changes: Any) -> PPOConfig:
+    optimizer = OptimizerConfig(lr=1e-3, betas=(0.9, 0.999), eps=1e-5, max_grad_norm=1e9, schedule="constant")
+    base = PPOConfig(prompts_per_step=4, samples_per_prompt=2, epochs=1, temperature=TEMPERATURE, optimizer=optimizer)
+    return base.model_copy(update=changes)
+
+
+def trajectories(policy: OPTForCausalLM, count: int = 8, seed: int = 0) -> list[Trajectory]:
+    """Random prompts and responses of mixed lengths with log-probs from full, unpadded transformers passes."""
+    rng = np.random.default_rng(seed)
+    out = []
+    for i in range(count):
+        prompt = rng.integers(3, VOCABULARY, rng.integers(2, 12))
+        response = rng.integers(3, VOCABULARY, rng.integers(1, 9))
+        ended = i % 3 != 0
+        if ended:
+            response[-1] = EOS
+        with torch.no_grad():
+            logits = policy(torch.from_numpy(np.concatenate([prompt, response]))[None]).logits[0]
+        logprobs = (logits / TEMPERATURE).log_softmax(-1)[len(prompt) - 1 : -1]
+        chosen = logprobs[torch.arange(len(response)), torch.from_numpy(response)].numpy()
+        out.append(
+            Trajectory(
+                f"p{i // 2}",
+                i % 2,
+                i,
+                prompt,
+                response,
+                chosen,
+                np.zeros(len(response), np.int64),
+                "eos" if ended else "length",
+                {"reward_model": float(rng.normal())},
+                chosen.copy(),
+            )
+        )
+    return out
+
+
+def learner(models: tuple[Any, Any], cfg: PPOConfig) -> PPO:
+    policy, value = copy.deepcopy(models)
+    return PPO(policy, value, cfg, Ranks(threads=1), pad_token_id=PAD, dtype="float32", seed=0)
+
+
+def with_sgd(ppo: PPO) -> PPO:
+    """Plain gradient descent shows the gradient itself; Adam would blow rounding up to the size of a step."""
+    for optimizer in (ppo.policy_optimizer, ppo.value_optimizer):
+        optimizer.adamw = torch.optim.SGD(optimizer.parameters, lr=1.0)  # type: ignore[assignment]
+        optimizer.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer.adamw, lambda step: 1.0)
+    return ppo
+
+
+def weights(ppo: PPO) -> torch.Tensor:
+    models = (ppo.policy, ppo.value_model)
+    return torch.cat([p.detach().flatten().clone() for model in models for p in model.parameters()])
+
+
+def test_first_update_of_the_reference_itself(models: tuple[Any, Any]) -> None:
+    """Policy equal to the reference: KL 0; first mini-batch: ratio 1; the generator agrees with the learner."""
+    batch = trajectories(models[0])
+    metrics = learner(models, config(epochs=1)).step(batch, 0)
+    assert metrics["ppo/kl"] == pytest.approx(0.0, abs=1e-4)
+    assert metrics["ppo/logprob_gap/max"] < 1e-4
+    assert metrics["ppo/first_ratio_off_one"] < 1e-6
+    assert metrics["ppo/approx_kl"] < 1e-10
+    assert metrics["ppo/clip_fraction"] == 0.0
+    ended = [t.finish_reason == "eos" for t in batch]
+    expected = [t.rewards["reward_model"] if e else -1.0 for t, e in zip(batch, ended, strict=True)]
+    assert metrics["ppo/score/mean"] == pytest.approx(np.mean(expected), abs=1e-6)
+    assert metrics["ppo/reward/mean"] == pytest.approx(np.mean(expected), abs=1e-4)
+    assert metrics["ppo/length/mean"] == pytest.approx(np.mean([len(t.response_ids) for t in batch]))
+    assert metrics["ppo/eos_rate"] == pytest.approx(np.mean(ended))
+
+
+def test_kl_is_the_sum_over_tokens_averaged_over_responses(models: tuple[Any, Any]) -> None:
+    batch = trajectories(models[0])
+    rng = np.random.default_rng(5)
+    for t in batch:
+        assert t.ref_logprobs is not None
+        t.ref_logprobs = (t.ref_logprobs - rng.normal(0.1, 0.3, len(t.response_ids))).astype(np.float32)
+    metrics = learner(models, config()).step(batch, 0)
+    kl = np.mean([(t.generator_logprobs - t.ref_logprobs).sum() for t in batch if t.ref_logprobs is not None])
+    assert metrics["ppo/kl"] == pytest.approx(kl, abs=1e-4)
+    assert metrics["ppo/reward/mean"] == pytest.approx(metrics["ppo/score/mean"] - 0.05 * kl, abs=1e-4)
+
+
+@pytest.mark.parametrize("minibatches", [1, 2])
+def test_update_does_not_depend_on_micro_batches_or_order(models: tuple[Any, Any], minibatches: int) -> None:
+    batch = trajectories(models[0])
+    whole = with_sgd(learner(models, config(micro_batch_tokens=100_000, minibatches=minibatches)))
+    pieces = with_sgd(learner(models, config(micro_batch_tokens=1, minibatches=minibatches)))
+    start = weights(whole)
+    whole.step(batch, 0)
+    pieces.step(batch, 0)
+    change = weights(whole) - start
+    assert change.norm() > 0.1
+    assert (weights(pieces) - start - change).norm() < 1e-5 * change.norm()
+
+
+def test_gradient_equals_autograd_of_the_written_out_objective(models: tuple[Any, Any]) -> None:
+    """The first policy gradient is that of -sum(A log pi) / tokens with whitened GAE advantages, row by row."""
+    batch = trajectories(models[0])
+    ppo = with_sgd(learner(models, config()))
+    before = [p.detach().clone() for p in ppo.policy.parameters()]
+    ppo.step(batch, 0)
+    gradient = [old - new.detach() for old, new in zip(before, ppo.policy.parameters(), strict=True)]
+
+    policy, value = copy.deepcopy(models)
+    logprobs, advantages = [], []
+    for t in batch:
+        ids, p = torch.from_numpy(t.token_ids), len(t.prompt_ids)
+        logits = policy(ids[None]).logits[0, p - 1 : -1] / TEMPERATURE
+        logprobs.append(logits.log_softmax(-1)[torch.arange(len(ids) - p), ids[p:]])
+        with torch.no_grad():
+            v = value.score(value.model(ids[None]).last_hidden_state)[0, p - 1 : -1, 0].double().numpy()
+        rewards = np.zeros(len(v))
+        rewards[-1] = t.rewards["reward_model"] if t.finish_reason == "eos" else -1.0
+        deltas = rewards + np.append(v[1:], 0.0) - v
+        advantages.append([sum(0.95**k * d for k, d in enumerate(deltas[i:])) for i in range(len(v))])
+    flat = np.concatenate(advantages)
+    white = torch.tensor((flat - flat.mean()) / flat.std(ddof=1), dtype=torch.float32)
+    (-(white * torch.cat(logprobs)).sum() / len(flat)).backward()
+    for parameter, own in zip(policy.parameters(), gradient, strict=True):
+        assert parameter.grad is not None
+        torch.testing.assert_close(own, parameter.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_critic_warmup_leaves_the_policy_alone(models: tuple[Any, Any]) -> None:
+    ppo = learner(models, config(critic_warmup_steps=1))
+    policy = [p.detach().clone() for p in ppo.policy.parameters()]
+    value = [p.detach().clone() for p in ppo.value_model.parameters()]
+    ppo.step(trajectories(models[0]), 0)
+    assert all(torch.equal(a, b) for a, b in zip(policy, ppo.policy.parameters(), strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(value, ppo.value_model.parameters(), strict=True))
+    ppo.step(trajectories(models[0]), 1)
+    assert any(not torch.equal(a, b) for a, b in zip(policy, ppo.policy.parameters(), strict=True))
+
+
+def test_policy_learns_to_end_early(models: tuple[Any, Any]) -> None:
+    """A reward for short responses, on policy: with sampling and learning in a loop the mean length falls."""
+    ppo = learner(models, config(epochs=4, missing_eos_reward=None))
+    generator = torch.Generator().manual_seed(0)
+    lengths = []
+    for step in range(12):
+        batch = []
+        for i in range(16):
+            ids = torch.tensor([5, 6, 7])
+            logprobs: list[float] = []
+            while len(logprobs) < 12 and (not logprobs or ids[-1] != EOS):
+                with torch.no_grad():
+                    row = (ppo.policy(ids[None]).logits[0, -1] / TEMPERATURE).log_softmax(-1)
+                token = torch.multinomial(row.exp(), 1, generator=generator)
+                logprobs.append(row[token].item())
+                ids = torch.cat([ids, token])
+            response = ids[3:].numpy()
+            own = np.array(logprobs, np.float32)
+            batch.append(
+                Trajectory(
+                    f"{i}",
+                    0,
+                    i,
+                    np.array([5, 6, 7]),
+                    response,
+                    own,
+                    np.zeros(len(own), np.int64),
+                    "eos" if response[-1] == EOS else "length",
+                    {"short": -len(own) / 4},
+                    own,
+                )
+            )
+        lengths.append(ppo.step(batch, step)["ppo/length/mean"])
+    assert np.mean(lengths[-3:]) < 0.7 * np.mean(lengths[:3]), lengths
+
+
+def test_prompts_of_a_step_are_slices_of_permutations() -> None:
+    seen = [i for step in range(5) for i in prompts_of_step(10, seed=3, step=step, per_step=4)]
+    assert sorted(seen[:10]) == list(range(10))
+    assert sorted(seen[10:]) == list(range(10))
+    assert seen[:10] != seen[10:]
+    assert prompts_of_step(10, 3, 2, 4) == seen[8:12]
+    assert prompts_of_step(10, 4, 0, 4) != seen[:4]

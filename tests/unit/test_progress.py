@@ -1,0 +1,120 @@
+"""The numbers a person plans with: batch arithmetic by hand, ETA by a hand-wound clock, lines that stay lines."""
+
+import io
+
+import pytest
+from rich.console import Console, RenderableType
+
+from rayrlhf.config import Config, parse_config
+from rayrlhf.progress import Progress, StageLoad, batch_table, duration, sample_panel, stage_loads, step_line
+
+
+def render(thing: RenderableType, width: int = 120) -> str:
+    console = Console(file=io.StringIO(), width=width)
+    console.print(thing)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def config(**sections: object) -> Config:
+    data = {"max_prompt_tokens": 100, "max_response_tokens": 28}
+    return parse_config({"name": "one", "data": data, **sections}, "test")
+
+
+def test_stage_loads_by_hand() -> None:
+    given = config(
+        sft={"epochs": 3, "batch_size": 32, "micro_batch_tokens": 1024, "max_demonstrations": 100},
+        collect={"prompts": 200, "answers_per_prompt": 4, "include_reference": True, "heldout_fraction": 0.1},
+        reward_model={"prompts_per_batch": 16, "micro_batch_tokens": 1000},
+        ppo={"steps": 10, "prompts_per_step": 30, "samples_per_prompt": 2, "epochs": 4, "minibatches": 2,
+             "micro_batch_tokens": 512},
+        evaluate={"max_prompts": 50},
+        resources={"learner": {"workers": 2}},
+    )  # fmt: skip
+    assert stage_loads(given, n_sft=1000, n_prompts=700, n_comparisons=None, n_test=80) == [
+        # 100 records / 32 = 4 steps x 3 epochs; 16 rows a worker, 1024 // 128 = 8 rows a pass
+        StageLoad("sft", 100, 32, 32, 12, 2, 32 * 128),
+        StageLoad("collect", 200, 200, 800, None, None, 800 * 128),
+        # 180 train prompts / 16 = 12 steps; 16 x 5 rows, 40 a worker, 1000 // 128 = 7 rows a pass
+        StageLoad("reward_model", 180, 16, 80, 12, 6, 80 * 128),
+        # 60 samples, mini-batches of 30, 15 a worker, 512 // 128 = 4 rows a pass
+        StageLoad("ppo", 700, 30, 60, 80, 4, 60 * 128),
+        StageLoad("evaluate", 50, 50, 100, None, None, 100 * 128),
+    ]
+
+
+def test_given_comparisons_replace_the_collect_stage() -> None:
+    loads = {load.stage: load for load in stage_loads(config(), 10, 10, n_comparisons=33, n_test=5)}
+    assert list(loads) == ["sft", "reward_model", "ppo", "evaluate"]
+    assert loads["reward_model"].optimiser_steps == 3
+    assert loads["sft"].samples_a_step == 10  # fewer records than the batch size
+
+
+def test_a_pass_holds_at_least_one_row() -> None:
+    loads = stage_loads(config(sft={"micro_batch_tokens": 5}), 64, 10, None, 5)
+    assert loads[0].micro_batches == 32
+
+
+def test_batch_table_shows_the_numbers() -> None:
+    text = render(batch_table(config(ppo={"steps": 7, "prompts_per_step": 64}), 5000, 900, None, 80, parameters=2**27))
+    assert "run one" in text
+    assert "448 samples in all" in text
+    assert "4.00 GiB" in text  # 2 models x 16 bytes x 2^27
+    row = next(line for line in text.splitlines() if "ppo" in line)
+    assert [cell.strip() for cell in row.strip("│").split("│")] == ["ppo", "900", "64", "64", "28", "2", "8,192"]
+
+
+def test_step_line_of_ppo() -> None:
+    metrics = {
+        "ppo/score/mean": 0.12345,
+        "ppo/reward/mean": 0.1,
+        "ppo/kl": 1.5,
+        "ppo/length/mean": 31.25,
+        "ppo/eos_rate": 0.75,
+        "ppo/policy_loss": -0.01,
+        "ppo/value_loss": None,
+        "time/step": 12.3,
+        "time/generate": 4.1,
+        "time/learn": 6.0,
+        "throughput/tokens_per_s": 1234.5,
+    }
+    assert step_line("ppo", 3, 20, metrics, eta_s=200) == (
+        "ppo  3/20  score 0.123  reward 0.100  KL 1.500 nats  length 31.2  EOS 75%  "
+        "policy loss -0.0100  value loss n/a  12.3 s (generate 4.1, learn 6.0)  1,234 tok/s  ETA 3 min 20 s"
+    )
+    assert step_line("sft", 1, 5, {"sft/loss": 2.0, "sft/lr": 1e-4}) == "sft 1/5  loss 2.0000  lr 1.00e-04"
+    assert step_line("reward_model", 1, 5, {"rm/loss": float("nan")}) == "reward_model 1/5  loss n/a"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0 s"), (59.4, "59 s"), (59.6, "1 min 00 s"), (200, "3 min 20 s"), (7500, "2 h 05 min"), (-3, "0 s")],
+)
+def test_duration(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_eta_counts_only_the_steps_of_this_process() -> None:
+    now = [100.0]
+    out = io.StringIO()
+    progress = Progress("ppo", total=20, done=10, console=Console(file=out, width=40), clock=lambda: now[0])
+    assert progress.eta_s is None
+    now[0] += 30.0
+    progress.update(11, {"ppo/kl": 1.0})
+    assert progress.eta_s == pytest.approx(9 * 30.0)
+    now[0] += 10.0
+    progress.update(12, {"ppo/kl": 1.0, "ppo/length/mean": 30.0, "time/step": 10.0})
+    assert progress.steps_per_s == pytest.approx(2 / 40)
+    assert progress.eta_s == pytest.approx(8 * 20.0)
+    lines = out.getvalue().splitlines()
+    assert lines == [
+        "ppo 11/20  KL 1.000 nats  ETA 4 min 30 s",
+        "ppo 12/20  KL 1.000 nats  length 30.0  10.0 s  ETA 2 min 40 s",  # longer than the width, one line
+    ]
+
+
+def test_sample_panel_shows_text_as_it_is() -> None:
+    text = render(sample_panel("POST: [bold]I am 5[/bold] [/oops]\n", " ref", "", title="step [3]"))
+    for part in ("[bold]I am 5[/bold] [/oops]", "reference: ref", "answer: (empty)", "step [3]"):
+        assert part in text
+    assert "reference" not in render(sample_panel("POST", None, "x"))

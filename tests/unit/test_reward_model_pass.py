@@ -1,0 +1,113 @@
+"""The reward model's pass over ranked answers: against a loop over transformers, micro-batch sizes and two ranks."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch.multiprocessing.spawn import spawn
+from torch.nn.functional import logsigmoid
+
+from rayrlhf.batching import Row
+from rayrlhf.config import Config, parse_config
+from rayrlhf.data.comparisons import RankedAnswers
+from rayrlhf.distributed import Ranks
+from rayrlhf.models.loading import load_reward_model, resolve_model
+from rayrlhf.reward_model import Measured, ranked_pass, score_rows, summary
+
+TINY = resolve_model("embedded:opt-tiny")
+PAD, EOS = 1, 2
+
+
+def make_config(**settings: Any) -> Config:
+    return parse_config({"name": "run", "reward_model": settings}, "test")
+
+
+def comparisons_of(count: int, seed: int) -> list[RankedAnswers]:
+    """Two to four random answers of mixed lengths to random prompts."""
+    generator = np.random.default_rng(seed)
+
+    def tokens(low: int, high: int) -> tuple[int, ...]:
+        return tuple(int(t) for t in generator.integers(3, 8000, generator.integers(low, high)))
+
+    made = []
+    for i in range(count):
+        answers = tuple((*tokens(2, 20), EOS) for _ in range(generator.integers(2, 5)))
+        names = tuple(map(str, range(len(answers))))
+        made.append(RankedAnswers(str(i), "", (EOS, *tokens(3, 30)), names, answers, None, "toy"))
+    return made
+
+
+def references(count: int = 12) -> list[Row]:
+    return [Row.completion(c.prompt_ids, c.response_ids[0]) for c in comparisons_of(count, seed=99)]
+
+
+def test_the_loss_is_the_papers_and_its_gradient_does_not_depend_on_the_cut() -> None:
+    comparisons = comparisons_of(9, seed=3)
+    model = load_reward_model(TINY, fresh_head_seed=0)
+
+    def by_hand() -> torch.Tensor:
+        losses = []
+        for c in comparisons:
+            scores = [model(input_ids=torch.tensor([[*c.prompt_ids, *a]])).logits[0, 0] for a in c.response_ids]
+            losses.append(-torch.stack([logsigmoid(scores[b] - scores[w]) for b, w in c.pairs]).mean())
+        return torch.stack(losses).mean()
+
+    expected = by_hand()
+    expected.backward()
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    for micro_batch_tokens in (1, 150, 100_000):
+        model.zero_grad(set_to_none=True)
+        config = make_config(micro_batch_tokens=micro_batch_tokens)
+        found = ranked_pass(model, comparisons, PAD, config, Ranks(1), scale=1 / len(comparisons))
+        ours = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        assert found.loss == pytest.approx(float(expected.detach()), rel=1e-5)
+        assert float((ours - gradient).norm() / gradient.norm()) < 1e-5
+
+
+def _two_ranks(rank: int, port: int, out: str) -> None:
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    _one_rank(f"{out}-{rank}")
+    dist.destroy_process_group()
+
+
+def _one_rank(out: str) -> None:
+    """Loss, margins, scores and the gradient summed over ranks, as this rank sees them."""
+    ranks, comparisons = Ranks(1), comparisons_of(7, seed=4)
+    config = make_config(micro_batch_tokens=200)
+    model = load_reward_model(TINY, fresh_head_seed=0)
+    found = ranked_pass(model, comparisons, PAD, config, ranks, scale=1 / len(comparisons))
+    ranks.sum_gradients(list(model.parameters()))
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    scores = torch.from_numpy(score_rows(model, references(5), PAD, config, ranks))
+    torch.save({"loss": found.loss, "margins": found.margins, "gradient": gradient, "scores": scores}, out)
+
+
+def test_two_ranks_find_what_one_finds(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    spawn(_two_ranks, args=(port, str(tmp_path / "two")), nprocs=2)
+    _one_rank(str(tmp_path / "one"))
+    one = torch.load(tmp_path / "one", weights_only=True)
+    for rank in (0, 1):
+        two = torch.load(tmp_path / f"two-{rank}", weights_only=True)
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+        torch.testing.assert_close(two["margins"], one["margins"], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(two["scores"], one["scores"], rtol=1e-4, atol=1e-5)
+        assert float((two["gradient"] - one["gradient"]).norm() / one["gradient"].norm()) < 1e-5
+
+
+def test_summary_by_source_and_confidence() -> None:
+    margins = torch.tensor([2.0, -1.0, 0.1, 3.0])
+    found = summary(Measured(0.4, margins, ["a", "a", "b", "b"]))
+    assert found["rm/heldout_accuracy"] == 0.75
+    assert (found["rm/source/a/accuracy"], found["rm/source/b/accuracy"]) == (0.5, 1.0)
+    assert found["rm/confidence/0.8-0.9/accuracy"] == 1.0 and found["rm/confidence/0.7-0.8/accuracy"] == 0.0
+    assert found["rm/confidence/0.9-1/pairs"] == 1 and "rm/confidence/0.6-0.7/accuracy" not in found
+    assert found["rm/margin_from/2"] == 2 and found["rm/margin_from/-1"] == 1
