@@ -39,7 +39,7 @@ def _command(name: str, function: Stage, text: str) -> None:
         sys.stdout.flush()
         raise typer.Exit(code)
 
-    app.command(name, help=text, short_help=text.split(".")[0] + ".")(command)
+    app.command(name, help=text, short_help=text.split(". ")[0])(command)
 
 
 _command("run", pipeline, "All stages, one after the other. Finished stages are skipped; an interrupted run continues.")
@@ -48,7 +48,9 @@ _command("collect", collect, "Sample answers from the SFT model and have a label
 _command("reward-model", reward_model, "Train a reward model on ranked answers, starting from the SFT model.")
 _command("ppo", ppo, "Optimise the SFT policy with PPO against the reward model. Continues from its last checkpoint.")
 _command(
-    "evaluate", evaluate, "Compare SFT model and policy on the test split; writes evaluation.json and report.html."
+    "evaluate",
+    evaluate,
+    "Compare SFT model and policy on the test split. Writes evaluation.json, samples.parquet and report.html.",
 )
 
 

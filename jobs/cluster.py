@@ -16,6 +16,7 @@ from rayrlhf.errors import UserError
 LOCAL_ENVIRONMENT = {
     "RAY_AUTH_MODE": "disabled",  # a loopback cluster; otherwise Ray writes a token file and later asks for it
     "RAY_USAGE_STATS_ENABLED": "0",
+    "OMP_WAIT_POLICY": "passive",  # roles take turns on the same cores: threads that wait must not spin
 }
 
 

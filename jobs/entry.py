@@ -19,10 +19,13 @@ from actors.remote import ActorFailure
 from jobs.session import Session, opened
 from rayrlhf.config import Config, load_config
 from rayrlhf.errors import UserError
+from rayrlhf.metrics import MetricsWriter
 from rayrlhf.progress import duration
+from rayrlhf.run import STAGES
 
 Stage = Callable[[Session], None]
-console = Console(soft_wrap=True)
+# A log has no width of its own, and tables need one.
+console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120)
 
 
 def stage(
@@ -45,11 +48,15 @@ def stage(
                     raise UserError(
                         f"stage {name!r} needs {run.output(earlier)}, which stage {earlier!r} writes; run that first"
                     )
-            session.start()
+            if session.start():
+                console.print(session.overview())
             console.rule(f"[bold]{name}", align="left")
             started = time.monotonic()
             function(session)
-            console.print(f"{name}: done in {duration(time.monotonic() - started)}, see {run.output(name)}")
+            seconds = time.monotonic() - started
+            with MetricsWriter(run.path) as metrics:
+                metrics.write("run", STAGES.index(name), {f"time/{name}": seconds})
+            console.print(f"{name}: done in {duration(seconds)}, see {run.output(name)}")
 
         return run_stage
 

@@ -9,7 +9,6 @@ from jobs.ppo import ppo
 from jobs.reward_model import reward_model
 from jobs.session import Session
 from jobs.sft import sft
-from rayrlhf.progress import batch_table
 
 
 def pipeline(session: Session) -> None:
@@ -18,9 +17,6 @@ def pipeline(session: Session) -> None:
     if run.done("evaluate"):
         console.print(f"run {config.name!r} is finished: {run.evaluation}, {run.report} (another one: name=OTHER)")
         return
-    splits = session.train_splits
-    comparisons = None if config.data.comparisons is None else len(splits.reward_model)
-    console.print(batch_table(config, len(splits.sft), len(splits.ppo), comparisons, len(session.test)))
     sft(session)
     if config.data.comparisons is None:
         collect(session)

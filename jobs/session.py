@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
+from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from actors.coordinator import Coordinator
@@ -21,7 +22,8 @@ from rayrlhf.data.records import Demonstration
 from rayrlhf.data.sources import read_demonstrations
 from rayrlhf.data.splits import Splits, check_disjoint, split_train, split_valid
 from rayrlhf.data.tokens import check_context, encode_prompts
-from rayrlhf.models.loading import context_length, load_tokenizer, resolve_model
+from rayrlhf.models.loading import context_length, load_tokenizer, parameter_count, resolve_model
+from rayrlhf.progress import batch_table
 from rayrlhf.prompts import EncodedPrompt, requests_for
 from rayrlhf.run import RunFolder, open_or_create, resolve_runs_dir
 from rayrlhf.trajectory import Sampling, Trajectory
@@ -40,15 +42,26 @@ class Session:
         self._connection = contextlib.ExitStack()
         self._started = False
 
-    def start(self) -> None:
-        """Read the data, connect to Ray (not if local), once: mistakes in the data show before a cluster starts."""
+    def start(self) -> bool:
+        """Read the data, connect to Ray (not if local): mistakes in the data show before a cluster starts.
+
+        Returns whether this was the first call; later ones do nothing.
+        """
         if self._started:
-            return
+            return False
         self.train_splits  # noqa: B018
         if not self.local:
             self._connection.enter_context(connected(self.config))
             preflight(self.config)
         self._started = True
+        return True
+
+    def overview(self) -> Table:
+        """What the config's batch numbers mean in steps, samples, tokens and memory."""
+        splits = self.train_splits
+        published = None if self.config.data.comparisons is None else len(splits.reward_model)
+        parameters = parameter_count(self.model, self.config.model.revision)
+        return batch_table(self.config, len(splits.sft), len(splits.ppo), published, len(self.test), parameters)
 
     def close(self) -> None:
         """End the Ray connection, and with it all actors."""

@@ -206,6 +206,13 @@ def context_length(model: str | PreTrainedConfig) -> int:
     return min((length for length in lengths if isinstance(length, int) and length > 0), default=2048)
 
 
+def parameter_count(path: str, revision: str | None = None) -> int:
+    """Parameters of a causal language model, counted on the meta device: nothing is loaded."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(_config(path, revision), trust_remote_code=False)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def autocast(device: torch.device | str, dtype: str) -> contextlib.AbstractContextManager[Any]:
     """bfloat16 autocast where `dtype` asks for it, else nothing."""
     if dtype != "bfloat16":

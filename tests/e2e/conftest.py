@@ -20,12 +20,20 @@ import pytest
 ROOT = Path(__file__).parents[2]
 QUICKSTART = "configs/quickstart.yaml"
 SHRUNKEN = [
+    "data.max_prompt_tokens=96",
+    "data.max_response_tokens=40",
+    "sft.batch_size=32",
     "sft.max_demonstrations=96",
     "sft.epochs=1",
     "sft.eval_prompts=8",
     "collect.prompts=24",
+    "collect.heldout_fraction=0.15",
+    "reward_model.epochs=1",
+    "reward_model.prompts_per_batch=16",
     "ppo.steps=3",
-    "ppo.prompts_per_step=16",
+    "ppo.prompts_per_step=8",
+    "ppo.samples_per_prompt=2",
+    "ppo.epochs=2",
     "evaluate.max_prompts=16",
     "resources.dashboard=false",
     "resources.learner.threads=1",
@@ -55,7 +63,12 @@ class Command:
             self.process = subprocess.Popen(
                 arguments,
                 cwd=ROOT,
-                env={**os.environ, MARK: self.mark, "RAY_TMPDIR": str(self.ray_directory)},
+                env={
+                    **os.environ,
+                    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # jobs call `python`
+                    "RAY_TMPDIR": str(self.ray_directory),
+                    MARK: self.mark,
+                },
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,

@@ -140,7 +140,7 @@ def test_no_such_model(mistake: Mistake, tmp_path: Path) -> None:
 
 
 def test_prompt_and_response_beyond_the_context(mistake: Mistake) -> None:
-    line = mistake("data.max_prompt_tokens=1000")
+    line = mistake("data.max_prompt_tokens=1000", "data.max_response_tokens=48")
     assert "1000 + 48 = 1048 exceeds the model's context of 1024 tokens" in line
 
 
@@ -162,7 +162,7 @@ def test_reward_model_with_another_vocabulary(mistake: Mistake, tmp_path: Path) 
 def test_run_folder_of_another_config(mistake: Mistake, tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "bad"
     copy_of_tiny(folder / "sft")
-    mistake("ppo.steps=2", stages=[ppo], done=["sft"])  # needs a reward model; stores the config
+    mistake("seed=0", stages=[ppo], done=["sft"])  # needs a reward model; stores the config
     line = mistake("seed=1", done=["sft"])
     assert f"{folder / 'config.yaml'}: seed was 0 and is now 1, but stage 'sft' is already done" in line
     assert "choose another name" in line
@@ -177,7 +177,8 @@ def test_stage_before_its_time(mistake: Mistake, tmp_path: Path) -> None:
 @pytest.mark.timeout(120)
 def test_cluster_that_is_too_small(mistake: Mistake) -> None:
     """Said before anything is scheduled, in place of waiting for ever."""
-    line = mistake("resources.generators.count=64", "resources.dashboard=false", local=False)
+    resources = ["resources.generators.count=64", "resources.generators.cpus=1", "resources.dashboard=false"]
+    line = mistake(*resources, local=False)
     assert "generators 64 x 1" in line and "CPUs" in line and "lower resources.*.count" in line
 
 

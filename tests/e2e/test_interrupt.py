@@ -28,7 +28,7 @@ def test_an_interrupted_run_continues_from_its_checkpoint(finished: Any, before_
     arguments = ["ppo", *finished.arguments, *changes]
     command = start("rayrlhf", *arguments)
     command.wait_for_line(rf"ppo 2/{STEPS} ", 300)
-    os.kill(command.process.pid, signal.SIGINT)
+    os.killpg(command.process.pid, signal.SIGINT)  # as a terminal does: to the whole group
     outcome = command.wait(90)
     assert outcome.code == 130, outcome.err
     assert outcome.err == "interrupted: finished stages and checkpoints are kept; the same command continues\n"

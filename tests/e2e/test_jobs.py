@@ -3,57 +3,63 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 import shutil
 import socket
-import sys
-import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
-import ray
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 pytestmark = pytest.mark.timeout(600)
 
 
+class Cluster(NamedTuple):
+    address: str
+    """Of the dashboard."""
+    directory: Path
+    """Where it keeps its files."""
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
 @pytest.fixture(scope="module")
-def dashboard() -> Iterator[str]:
-    """Address of a two-CPU cluster's dashboard. Jobs find `python` on the PATH that the cluster was started with."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    assert not 10002 <= port <= 19999, "that is where Ray's workers listen"
-    directory = tempfile.mkdtemp(prefix="ray", dir="/tmp")
-    path = os.environ["PATH"]
-    os.environ["PATH"] = f"{Path(sys.executable).parent}:{path}"
-    ray.init(
-        address="local", num_cpus=2, include_dashboard=True, dashboard_port=port, _temp_dir=directory,
-        log_to_driver=False,
-    )  # fmt: skip
-    try:
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        ray.shutdown()
-        os.environ["PATH"] = path
-        shutil.rmtree(directory, ignore_errors=True)
+def cluster(start: Any) -> Iterator[Cluster]:
+    """Two CPUs and a dashboard. The agent, which takes the jobs, has a fixed port unless told: others may be using it."""
+    port = free_port()
+    ports = [f"--port={free_port()}", f"--dashboard-port={port}", "--dashboard-agent-listen-port=0"]
+    head = start("ray", "start", "--head", "--block", "--num-cpus=2", "--disable-usage-stats", *ports)
+    address = f"http://127.0.0.1:{port}"
+    deadline = time.monotonic() + 120
+    while True:
+        try:
+            JobSubmissionClient(address).submit_job(entrypoint="true")
+            break
+        except (ConnectionError, RuntimeError):
+            assert head.process.poll() is None and time.monotonic() < deadline, "no cluster that takes jobs"
+            time.sleep(0.5)
+    yield Cluster(address, head.ray_directory)
+    head.end()
 
 
-def test_a_stage_as_a_job(dashboard: str, finished: Any, start: Any, tmp_path: Path) -> None:
+def test_a_stage_as_a_job(cluster: Cluster, finished: Any, start: Any, tmp_path: Path) -> None:
     run = tmp_path / "quick"
     shutil.copytree(finished.path, run, ignore=shutil.ignore_patterns("evaluation.json", "samples.parquet"))
     arguments = ["python", "-m", "jobs.evaluate", "--config", *finished.arguments, f"runs_dir={tmp_path}"]
-    command = start("ray", "job", "submit", "--address", dashboard, "--working-dir", ".", "--", *arguments)
+    command = start("ray", "job", "submit", "--address", cluster.address, "--working-dir", ".", "--", *arguments)
     outcome = command.wait(400)
-    text = outcome.out + outcome.err
-    assert outcome.code == 0, text
-    uploaded = re.search(r"Pushing file package .* \(([\d.]+)(KiB|MiB|GiB)\)", text)
-    assert uploaded is not None, text
-    assert uploaded[2] != "GiB" and float(uploaded[1]) < 30, "the upload holds what .rayignore should leave behind"
-    assert "finished" not in outcome.out and "evaluate: done in" in outcome.out
+    assert outcome.code == 0, outcome.out + outcome.err
+    (uploaded,) = cluster.directory.glob("session_2*/runtime_resources/working_dir_files/_ray_pkg_*/")
+    names = {path.name for path in uploaded.iterdir()}
+    assert {"jobs", "actors", "rayrlhf", "configs"} <= names and not names & {".git", ".venv", "runs", "tests"}
+    assert sum(path.stat().st_size for path in uploaded.rglob("*")) < 30e6, "see .rayignore"
+    assert "evaluate: done in" in outcome.out
     here, before = (json.loads((path / "evaluation.json").read_text()) for path in (run, finished.path))
     # Near-greedy answers with the same seeds: another process gives the same evaluation.
     assert here["metadata"] == before["metadata"]
@@ -62,14 +68,13 @@ def test_a_stage_as_a_job(dashboard: str, finished: Any, start: Any, tmp_path: P
             assert here[source][name]["mean"] == pytest.approx(before[source][name]["mean"], abs=1e-3)
 
 
-def test_a_job_refuses_a_relative_run_folder(dashboard: str, start: Any) -> None:
+def test_a_job_refuses_a_relative_run_folder(cluster: Cluster, start: Any) -> None:
     """Its working directory is a temporary copy, where the results would be lost."""
     arguments = ["python", "-m", "jobs.pipeline", "--config", "configs/quickstart.yaml"]
     name = "relative"
-    submit = ["job", "submit", "--address", dashboard, "--submission-id", name, "--working-dir", ".", "--", *arguments]
-    outcome = start("ray", *submit).wait(300)
+    options = ["--address", cluster.address, "--submission-id", name, "--working-dir", "."]
+    outcome = start("ray", "job", "submit", *options, "--", *arguments).wait(300)
     assert outcome.code != 0
-    errors = [line for line in outcome.out.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1, outcome.out
-    assert "runs_dir=runs is relative" in errors[0] and "submit with runs_dir=/abs/path" in errors[0]
-    assert JobSubmissionClient(dashboard).get_job_status(name) == JobStatus.FAILED
+    (error,) = {line for line in outcome.out.splitlines() if line.startswith("error: ")}
+    assert "runs_dir=runs is relative" in error and "submit with runs_dir=/abs/path" in error
+    assert JobSubmissionClient(cluster.address).get_job_status(name) == JobStatus.FAILED

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load_file
 
 from actors.coordinator import Batch, Coordinator
@@ -22,7 +23,7 @@ from rayrlhf.data.tokens import encode_prompts
 from rayrlhf.metrics import read_metrics
 from rayrlhf.models.loading import load_reward_model, load_tokenizer, resolve_model, save_model
 from rayrlhf.prompts import EncodedPrompt
-from rayrlhf.trajectory import Sampling
+from rayrlhf.trajectory import Sampling, Trajectory
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -122,6 +123,12 @@ def undisturbed(
     return run_dir, metrics, list(coordinator.seen)
 
 
+def log_ratio(trajectory: Trajectory) -> NDArray[np.float64]:
+    """[R] of the policy that sampled it to the reference, nats."""
+    assert trajectory.ref_logprobs is not None
+    return trajectory.generator_logprobs.astype(np.float64) - trajectory.ref_logprobs
+
+
 def weights(directory: Path) -> torch.Tensor:
     tensors = load_file(directory / "model.safetensors")
     return torch.cat([tensors[name].flatten() for name in sorted(tensors)])
@@ -137,7 +144,7 @@ def test_the_generator_follows_the_learner(undisturbed: tuple[Path, list[dict[st
         assert line["ppo/first_ratio_off_one"] < 1e-5
         assert batch.version == line["ppo/weight_version"]
     for batch in batches[1:]:
-        moved = [np.abs(t.generator_logprobs - t.ref_logprobs) for t in batch.trajectories]
+        moved = [np.abs(log_ratio(t)) for t in batch.trajectories]
         assert np.concatenate(moved).mean() > 1e-2, "the policy must have moved, or this test shows nothing"
     versions = [batch.version for batch in batches]
     assert versions == list(range(versions[0], versions[0] + STEPS))
@@ -148,7 +155,7 @@ def test_the_metrics_are_those_of_the_batch(undisturbed: tuple[Path, list[dict[s
     for line, batch in zip(metrics, batches, strict=True):
         own = batch.trajectories
         assert line["ppo/length/mean"] == pytest.approx(np.mean([len(t.response_ids) for t in own]))
-        kl = np.mean([np.sum(t.generator_logprobs.astype(float) - t.ref_logprobs) for t in own])
+        kl = np.mean([log_ratio(t).sum() for t in own])
         assert line["ppo/kl"] == pytest.approx(kl, abs=1e-3)
         score = np.mean([sum(t.rewards.values()) if t.finish_reason == "eos" else -1.0 for t in own])
         assert line["ppo/score/mean"] == pytest.approx(score, abs=1e-5)
@@ -181,5 +188,5 @@ def test_an_interrupted_loop_ends_with_the_weights_of_an_undisturbed_one(
     for line, expected in zip(continued, metrics, strict=True):
         for name in ("ppo/kl", "ppo/score/mean", "ppo/policy_loss", "ppo/value_loss", "ppo/grad_norm", "ppo/lr"):
             assert line[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-6), name
-    ours, theirs, start = (weights(path) for path in (run_dir / "policy", whole / "policy", Path(TINY)))
-    assert (ours - theirs).norm() < 1e-4 * (theirs - start).norm()
+    end, expected_end, start = (weights(path) for path in (run_dir / "policy", whole / "policy", Path(TINY)))
+    assert (end - expected_end).norm() < 1e-4 * (expected_end - start).norm()

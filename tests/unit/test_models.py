@@ -36,6 +36,7 @@ from rayrlhf.models.loading import (
     load_policy,
     load_reward_model,
     load_tokenizer,
+    parameter_count,
     resolve_model,
     save_model,
 )
@@ -303,3 +304,8 @@ def test_autocast_computes_in_the_asked_type() -> None:
         assert layer(x).dtype == torch.bfloat16
     with autocast("cpu", "float32"):
         assert layer(x).dtype == torch.float32
+
+
+def test_parameters_are_counted_without_loading() -> None:
+    path = resolve_model("embedded:opt-tiny")
+    assert parameter_count(path) == sum(p.numel() for p in load_policy(path).parameters())

@@ -68,7 +68,7 @@ def work(rank: int, directory: str, count: int) -> None:
 @pytest.mark.parametrize("count", [9, 3])
 def test_two_ranks_end_with_the_weights_of_one(tmp_path: Path, count: int) -> None:
     """With 3 samples in 2 mini-batches, some rank has none of a mini-batch, and must still take part."""
-    mp.spawn(work, args=(str(tmp_path), count), nprocs=2)
+    mp.spawn(work, args=(str(tmp_path), count), nprocs=2)  # type: ignore[attr-defined, no-untyped-call]
     alone, metrics = two_steps(Ranks(threads=1), count)
     results: list[Any] = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     start = make_ppo(Ranks(threads=1), count)
