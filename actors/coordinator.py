@@ -41,6 +41,7 @@ class Coordinator:
         self.local = local
         self.generators: Pool | None = None
         self.scorers: Pool | None = None
+        self.scored_by: tuple[str, str] | None = None
         self.publication: Publication | None = None
         self.version = 0
         self.prompts: list[EncodedPrompt] = []
@@ -68,9 +69,12 @@ class Coordinator:
         return self.generators.wait_until_ready()
 
     def start_scorers(self, reward_model: str, reference: str) -> list[dict[str, Any]]:
-        """Start scorers with these two models, in place of earlier ones."""
+        """Start scorers with these two models, in place of those with others."""
+        if self.scorers is not None and self.scored_by == (reward_model, reference):
+            return self.scorers.broadcast("ready")
         if self.scorers is not None:
             self.scorers.stop()
+        self.scored_by = (reward_model, reference)
         resources = self.config.resources
         settings = resources.scorers
 

@@ -31,7 +31,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def cluster(start: Any) -> Iterator[Cluster]:
-    """Two CPUs and a dashboard. The agent, which takes the jobs, has a fixed port unless told: others may be using it."""
+    """Two CPUs and a dashboard. The agent that takes the jobs has a fixed port unless told: another may use it."""
     port = free_port()
     ports = [f"--port={free_port()}", f"--dashboard-port={port}", "--dashboard-agent-listen-port=0"]
     head = start("ray", "start", "--head", "--block", "--num-cpus=2", "--disable-usage-stats", *ports)
@@ -55,7 +55,7 @@ def test_a_stage_as_a_job(cluster: Cluster, finished: Any, start: Any, tmp_path:
     command = start("ray", "job", "submit", "--address", cluster.address, "--working-dir", ".", "--", *arguments)
     outcome = command.wait(400)
     assert outcome.code == 0, outcome.out + outcome.err
-    (uploaded,) = cluster.directory.glob("session_2*/runtime_resources/working_dir_files/_ray_pkg_*/")
+    (uploaded,) = cluster.directory.glob("ray/session_2*/runtime_resources/working_dir_files/_ray_pkg_*/")
     names = {path.name for path in uploaded.iterdir()}
     assert {"jobs", "actors", "rayrlhf", "configs"} <= names and not names & {".git", ".venv", "runs", "tests"}
     assert sum(path.stat().st_size for path in uploaded.rglob("*")) < 30e6, "see .rayignore"
