@@ -120,7 +120,7 @@ class PPO:
             rewards = whiten(rewards, mask, self.ranks.sum, shift_mean=False)
         advantages, returns = generalized_advantages(rewards, old_values, mask, self.config.gamma, self.config.lam)
         gap = (generator_logprobs - old_logprobs).abs()
-        ended = torch.tensor([t.finish_reason == "eos" for t in trajectories])
+        ended = torch.tensor([t.finish_reason == "eos" for t in trajectories], device=self.ranks.device)
         sums = batch_sums(score, old_logprobs - ref_logprobs, gap, mask, returns, old_values, ended, entropy)
         metrics = batch_metrics(reduce_sums(sums, BATCH_SUMS, self.ranks), self.kl.beta)
         metrics["ppo/logprob_gap/max"] = self.ranks.max(float(gap[mask].max()))

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.panel import Panel
 from rich.table import Table
@@ -240,7 +241,7 @@ def evaluation_table(result: Mapping[str, Any]) -> Table:
     sources = [name for name in ("title", "reference", "sft", "policy") if name in result]
     measures = list(dict.fromkeys(measure for name in ("policy", "sft") for measure in result.get(name, {})))
     prompts = result["metadata"]["prompts"]
-    table = Table(title=f"{prompts} prompts, mean [95 % interval]", title_justify="left")
+    table = Table(title=f"{prompts} prompts, mean [95 % interval]", title_justify="left", box=SIMPLE_HEAD)
     table.add_column("measure")
     for name in sources:
         table.add_column(name, justify="right")
@@ -252,7 +253,10 @@ def evaluation_table(result: Mapping[str, Any]) -> Table:
 
 
 def _interval(value: Mapping[str, float] | None) -> str:
-    return "–" if value is None else f"{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
+    if value is None:
+        return "–"
+    form = ".1f" if abs(value["mean"]) >= 10 else ".3f"
+    return f"{value['mean']:{form}} [{value['low']:{form}}, {value['high']:{form}}]"
 
 
 def _number(value: float | None, form: str) -> str:

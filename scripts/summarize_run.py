@@ -60,7 +60,8 @@ def evaluation_table(runs: Sequence[Path]) -> list[str]:
             return "–"
         if len(found) > 1:
             return spread([value["mean"] for value in found], ".3f")
-        return f"{found[0]['mean']:.3f} [{found[0]['low']:.3f}, {found[0]['high']:.3f}]"
+        form = ".1f" if measure == "length" else ".3f"
+        return f"{found[0]['mean']:{form}} [{found[0]['low']:{form}}, {found[0]['high']:{form}}]"
 
     lines = [f"| measure | {' | '.join(SOURCES)} |", "|---" * (len(SOURCES) + 1) + "|"]
     return lines + [f"| {m} | {' | '.join(cell(source, m) for source in SOURCES)} |" for m in MEASURES]
