@@ -7,6 +7,7 @@ from actors.train import fit
 from jobs.entry import console, main, stage
 from jobs.follow import following
 from jobs.session import Session
+from rayrlhf.errors import UserError
 from rayrlhf.models.loading import check_vocabulary
 
 
@@ -16,6 +17,8 @@ def ppo(session: Session) -> None:
     config, run = session.config, session.run
     check_vocabulary(str(run.sft), str(run.reward_model))
     prompts = session.encode(session.train_splits.ppo)
+    if not prompts:
+        raise UserError("ppo: no prompts are left; lower data.sft_fraction or data.reward_model_fraction")
     session.wait_for_generators()
     session.start_scorers(run.reward_model, run.sft)
     session.coordinator.call(

@@ -17,14 +17,19 @@ from rayrlhf.data.tokens import encode_responses
 from rayrlhf.epochs import Epochs
 from rayrlhf.errors import UserError
 
+MAX_REFERENCES = 1000
+"""Enough for a mean; scoring all of a large data set would take longer than training."""
+
 
 @stage("reward_model", needs=("sft",))
 def reward_model(session: Session) -> None:
     """Train a scalar head on the SFT model with the collected comparisons, or with those of `data.comparisons`."""
     config = session.config
-    comparisons = collected_or_published(session)[: config.reward_model.max_comparisons]
-    # References set the score's zero: the answers of people to the prompts that the comparisons are about.
-    records = session.train_splits.reward_model
+    found = collected_or_published(session)
+    train, heldout = ([c for c in found if c.heldout is kept] for kept in (False, True))
+    comparisons = train[: config.reward_model.max_comparisons] + heldout
+    # References set the score's zero: people's own answers, to prompts of this stage's split where it has some.
+    records = (session.train_splits.reward_model or session.train_splits.sft)[:MAX_REFERENCES]
     prompts = session.encode(records)
     responses = encode_responses(
         session.tokenizer, [r.response for r in records], config.data.max_response_tokens, [r.prompt for r in records]

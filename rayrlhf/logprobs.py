@@ -48,8 +48,11 @@ def token_logprobs(model: PreTrainedModel, batch: TokenBatch, temperature: float
 
 
 def token_values(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
-    """[N] float32 value of the state in which each predicted token was chosen. `model` has a scalar `score` head."""
-    return model.score(states_before_tokens(model, batch)).squeeze(-1).float()
+    """[N] float32 value of the state in which each predicted token was chosen. `model` has a scalar `score` head.
+
+    A value model that starts as a reward model starts with its scores, `reward_bias` included.
+    """
+    return _scalar_head(model, states_before_tokens(model, batch))
 
 
 def sequence_scores(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
@@ -59,5 +62,11 @@ def sequence_scores(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
     saved model differs from this function by exactly that constant.
     """
     hidden = hidden_states(model, batch)
-    last = hidden[torch.arange(len(hidden), device=hidden.device), batch.lengths - 1]
-    return model.score(last).squeeze(-1).float() + float(getattr(model.config, "reward_bias", 0.0))
+    return _scalar_head(model, hidden[torch.arange(len(hidden), device=hidden.device), batch.lengths - 1])
+
+
+def _scalar_head(model: PreTrainedModel, states: Tensor) -> Tensor:
+    # In float32 also under autocast: bfloat16 would round scores to three digits.
+    with torch.autocast(states.device.type, enabled=False):
+        scores: Tensor = model.score(states.float()).squeeze(-1)
+    return scores + float(getattr(model.config, "reward_bias", 0.0))

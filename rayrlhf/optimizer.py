@@ -38,16 +38,29 @@ class Optimizer:
         Raises:
             FloatingPointError: a gradient is not finite; the weights are left as they were.
         """
+        norm = self.clip(ranks)
+        self.apply()
+        return norm
+
+    def clip(self, ranks: Ranks) -> float:
+        """The first half of `step`: nothing is changed yet. Where two models learn together, both are clipped first."""
         ranks.sum_gradients(self.parameters)
         norm = float(nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm))
         if not np.isfinite(norm):
             raise FloatingPointError(
                 f"the gradient norm is {norm}; the weights were left as they were before this step"
             )
+        return norm
+
+    def apply(self) -> None:
+        """The second half of `step`."""
         self.adamw.step()
+        self.skip()
+
+    def skip(self) -> None:
+        """Advance the schedule without an update."""
         self.schedule.step()
         self.adamw.zero_grad(set_to_none=True)
-        return norm
 
     def state_dict(self) -> dict[str, Any]:
         return {"adamw": self.adamw.state_dict(), "schedule": self.schedule.state_dict()}

@@ -166,8 +166,15 @@ class PPO:
             sums["ratio_off_one"] += (surrogate.ratio - 1.0).abs().sum()
             sums["clipped"] += surrogate.clipped.sum()
             sums["value_clipped"] += regression.clipped.sum()
-        policy_norm = self.policy_optimizer.step(self.ranks) if train_policy else 0.0
-        return sums, (policy_norm, self.value_optimizer.step(self.ranks))
+        # Both gradients are checked before either model moves: a failing update leaves both as they were.
+        policy_norm = self.policy_optimizer.clip(self.ranks) if train_policy else 0.0
+        value_norm = self.value_optimizer.clip(self.ranks)
+        if train_policy:
+            self.policy_optimizer.apply()
+        else:
+            self.policy_optimizer.skip()
+        self.value_optimizer.apply()
+        return sums, (policy_norm, value_norm)
 
     def state_dict(self) -> dict[str, Any]:
         """Optimisers, schedules and the KL controller; the models are saved beside it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,9 +30,15 @@ def prompts_of_step(count: int, seed: int, step: int, per_step: int) -> list[int
 
 
 def requests_for(prompts: Sequence[EncodedPrompt], samples: int, *seed_parts: int | str) -> list[GenerationRequest]:
-    """`samples` requests per prompt; each one's seed derives from `seed_parts`, the prompt and the sample's index."""
-    return [
-        GenerationRequest(prompt.id, prompt.ids, index, derive_seed(*seed_parts, prompt.id, index))
-        for prompt in prompts
-        for index in range(samples)
-    ]
+    """`samples` requests per prompt; each one's seed derives from `seed_parts`, the prompt and the sample's index.
+
+    A prompt that comes again (where two passes over the data meet in one step) goes on counting its samples.
+    """
+    drawn: Counter[str] = Counter()
+    requests = []
+    for prompt in prompts:
+        for index in range(drawn[prompt.id], drawn[prompt.id] + samples):
+            seed = derive_seed(*seed_parts, prompt.id, index)
+            requests.append(GenerationRequest(prompt.id, prompt.ids, index, seed))
+        drawn[prompt.id] += samples
+    return requests

@@ -10,10 +10,12 @@ import pytest
 import torch
 from transformers import OPTConfig, OPTForCausalLM, OPTForSequenceClassification
 
+from rayrlhf.batching import Row, collate
 from rayrlhf.config import OptimizerConfig, PPOConfig
 from rayrlhf.distributed import Ranks
+from rayrlhf.logprobs import sequence_scores, token_values
 from rayrlhf.ppo import PPO
-from rayrlhf.prompts import prompts_of_step
+from rayrlhf.prompts import EncodedPrompt, prompts_of_step, requests_for
 from rayrlhf.trajectory import Trajectory
 
 EOS, PAD, VOCABULARY = 2, 1, 50
@@ -208,6 +210,39 @@ def test_policy_learns_to_end_early(models: tuple[Any, Any]) -> None:
             )
         lengths.append(ppo.step(batch, step)["ppo/length/mean"])
     assert np.mean(lengths[-3:]) < 0.7 * np.mean(lengths[:3]), lengths
+
+
+def test_a_failing_value_gradient_leaves_both_models_alone(models: tuple[Any, Any]) -> None:
+    ppo = learner(models, config())
+    batch = trajectories(models[0])
+    before = weights(ppo)
+    head = ppo.value_model.score.weight
+    head.register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(FloatingPointError, match="nan"):
+        ppo.step(batch, 0)
+    assert torch.equal(weights(ppo), before)
+
+
+def test_the_value_model_starts_with_the_reward_models_scores(models: tuple[Any, Any]) -> None:
+    """Bias included: the value of the state after the last token but one is what the reward model would score."""
+    value = copy.deepcopy(models[1])
+    value.config.reward_bias = -0.5
+    rows = [Row.completion([5, 6, 7], [8, 9, 10])]
+    cut = [Row.completion([5, 6, 7], [8, 9])]
+    with torch.no_grad():
+        values = token_values(value, collate(rows, PAD))
+        score = sequence_scores(value, collate(cut, PAD))
+    torch.testing.assert_close(values[-1:], score)
+
+
+def test_repeated_prompts_of_a_step_draw_other_samples() -> None:
+    one, other = EncodedPrompt("a", (5, 6)), EncodedPrompt("b", (7,))
+    requests = requests_for([one, other, one], 2, 0, "ppo", 3)
+    assert [(r.prompt_id, r.sample_index) for r in requests] == [
+        ("a", 0), ("a", 1), ("b", 0), ("b", 1), ("a", 2), ("a", 3),
+    ]  # fmt: skip
+    assert len({r.seed for r in requests}) == 6
+    assert requests[:2] == requests_for([one], 2, 0, "ppo", 3)
 
 
 def test_prompts_of_a_step_are_slices_of_permutations() -> None:
