@@ -83,7 +83,7 @@ def ppo_loop(arguments: dict[str, Any]) -> None:
     version = publish_weights(policy, coordinator, config, ranks, after=state.version if state else 0)
     for step in range(first, config.ppo.steps):
         started = time.perf_counter()
-        batch = coordinator.call("next_batch", step, version, timeout_s=2 * config.resources.call_timeout_s)
+        batch = coordinator.call("next_batch", step, version, timeout_s=config.resources.coordinator_timeout_s)
         learning = time.perf_counter()
         metrics = ppo.step(batch.trajectories, step)
         syncing = time.perf_counter()
@@ -106,13 +106,15 @@ def ppo_loop(arguments: dict[str, Any]) -> None:
     if ranks.first:
         with RunFolder(args.run_dir).writing("ppo") as directory:
             save_model(policy, tokenizer, directory)
+    if log:
+        log.close()
 
 
 def publish_weights(policy: PreTrainedModel, coordinator: Remote, config: Config, ranks: Ranks, after: int) -> int:
     """Send the policy to all generators; returns its version, which is above `after`, once all of them have it."""
     version = 0
     if ranks.first:
-        timeout = config.resources.call_timeout_s
+        timeout = config.resources.coordinator_timeout_s
         version = coordinator.call("next_version", after, timeout_s=timeout)
         publication = publish(policy.named_parameters(), version, local=coordinator.local)
         coordinator.call("load_weights", publication, timeout_s=timeout)

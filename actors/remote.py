@@ -5,6 +5,7 @@ Every wait has a time-out, and its error names the actor, the method and what to
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from rayrlhf.errors import UserError
+
+ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
 class ActorFailure(RuntimeError):
@@ -84,7 +87,7 @@ def wait(calls: Sequence[Call], timeout_s: float) -> list[Any]:
         except GetTimeoutError:
             raise _late(call, timeout_s) from None
         except RayActorError as error:
-            cause = " ".join(str(error).split())[:600]
+            cause = " ".join(ANSI.sub("", str(error)).split())[-600:]  # the reason stands at the end
             raise ActorDied(f"{call.actor} died during {call.method}: {cause}") from error
         except RayTaskError as error:
             if isinstance(error.cause, UserError):

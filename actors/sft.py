@@ -201,14 +201,14 @@ def answer_dev_prompts(
     """
     coordinator, config, resources = args.coordinator, args.config, args.config.resources
     assert coordinator is not None
-    state.version = coordinator.call("next_version", state.version, timeout_s=resources.call_timeout_s)
+    state.version = coordinator.call("next_version", state.version, timeout_s=resources.coordinator_timeout_s)
     publication = publish(model.named_parameters(), state.version, local=coordinator.local)
     # The first load also starts the generators.
-    coordinator.call("load_weights", publication, timeout_s=resources.start_timeout_s + resources.call_timeout_s)
+    coordinator.call("load_weights", publication, timeout_s=resources.coordinator_timeout_s)
     asked = dev[: config.sft.eval_prompts]
     requests = [GenerationRequest(p.id, p.prompt_ids, 0, derive_seed(config.seed, "sft-eval", p.id)) for p in asked]
     sampling = Sampling(config.evaluate.temperature, config.data.max_response_tokens, int(tokenizer.eos_token_id))
-    answers = coordinator.call("generate", requests, sampling, state.version, timeout_s=resources.call_timeout_s)
+    answers = coordinator.call("generate", requests, sampling, state.version, timeout_s=resources.coordinator_timeout_s)
     texts = [decode_response(tokenizer, answer.response_ids) for answer in answers]
     scores = rouge(texts, [p.reference for p in asked])
     metrics = {
@@ -217,8 +217,8 @@ def answer_dev_prompts(
         "sft/length": float(np.mean([len(answer.response_ids) for answer in answers])),
         "sft/eos_rate": float(np.mean([answer.finish_reason == "eos" for answer in answers])),
     }
-    first = {"prompt": decode_response(tokenizer, asked[0].prompt_ids[1:]), "reference": asked[0].reference}
-    return metrics, first | {"answer": texts[0]}
+    prompt = str(tokenizer.decode(asked[0].prompt_ids, skip_special_tokens=True))
+    return metrics, {"prompt": prompt, "reference": asked[0].reference, "answer": texts[0]}
 
 
 def _check(train: Sequence[Row], dev: Sequence[Row], context: int) -> None:

@@ -43,7 +43,7 @@ class _LocalCheckpoints:
     keep: int
 
     def all(self) -> list[Path]:
-        return sorted(self.directory.glob("checkpoint_[0-9]*"))
+        return sorted(self.directory.glob("checkpoint_" + 6 * "[0-9]"))
 
     def save(self, write: Callable[[Path], None]) -> None:
         number = int(self.all()[-1].name.split("_")[1]) + 1 if self.all() else 0

@@ -28,6 +28,7 @@ def collect(session: Session) -> None:
     asks_people = config.collect.labeller.kind == "file"
     if asks_people and to_rank.is_file():
         answers = read_unranked(to_rank)  # people rank these answers: sampling again would give them others
+        console.print(f"collect: the answers of {to_rank} are used again (delete it to have others sampled)")
     else:
         answers, dropped = sample_answers(session, records)
         counts = ", ".join(f"{n} {reason}" for reason, n in sorted(dropped.items())) or "none"
@@ -45,7 +46,7 @@ def collect(session: Session) -> None:
     labeller = make_labeller(config.collect.labeller)
     if isinstance(labeller, FileLabeller):
         labeller.check({a.id: len(a.answers) for a in answers})
-    prompts: dict[str, Prompt] = {prompt.id: prompt for prompt in as_prompts(records)}
+    prompts: dict[str, Prompt] = {p.id: p for p in as_prompts(session.train_splits.reward_model)}
     ranked = []
     for answer in answers:
         verdict = labeller.rank(prompts[answer.id], answer.answers)

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
+from ray.exceptions import RayError
 from ray.train import TrainingFailedError
 from rich.console import Console
 
@@ -85,6 +86,9 @@ def guarded(action: Callable[[], None]) -> int:
         print(
             f"failed: Ray Train gave up; finished stages and checkpoints are kept\n{error}", file=sys.stderr, flush=True
         )
+        return 1
+    except (OSError, RayError, FloatingPointError) as error:
+        print(f"failed: {type(error).__name__}: {' '.join(str(error).split())[-600:]}", file=sys.stderr, flush=True)
         return 1
     except KeyboardInterrupt:
         print(

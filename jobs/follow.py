@@ -39,7 +39,10 @@ def following(run: RunFolder, config: Config, stage: str, total: int, console: C
 
     def show(line: bytes) -> None:
         nonlocal progress
-        metrics = json.loads(line)
+        try:
+            metrics = json.loads(line)
+        except ValueError:
+            return  # the last line of a writer that was killed
         if metrics.get("stage") != stage:
             return
         if "note" in metrics:

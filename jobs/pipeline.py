@@ -9,12 +9,15 @@ from jobs.ppo import ppo
 from jobs.reward_model import reward_model
 from jobs.session import Session
 from jobs.sft import sft
+from rayrlhf.report import write_report
 
 
 def pipeline(session: Session) -> None:
     """SFT, comparisons, reward model, PPO and evaluation; stages that are done are skipped."""
     config, run = session.config, session.run
     if run.done("evaluate"):
+        if not run.report.exists():
+            write_report(run)
         console.print(f"run {config.name!r} is finished: {run.evaluation}, {run.report} (another one: name=OTHER)")
         return
     sft(session)

@@ -9,10 +9,7 @@ from jobs.entry import console, main, stage
 from jobs.follow import following
 from jobs.session import Session
 from rayrlhf.batching import Row
-from rayrlhf.data.comparisons import RankedAnswers, from_comparisons
-from rayrlhf.data.comparisons import read_comparisons as read_collected
-from rayrlhf.data.loading import Split
-from rayrlhf.data.sources import read_comparisons
+from rayrlhf.data.comparisons import RankedAnswers, read_comparisons
 from rayrlhf.data.tokens import encode_responses
 from rayrlhf.epochs import Epochs
 from rayrlhf.errors import UserError
@@ -58,22 +55,14 @@ def reward_model(session: Session) -> None:
 
 def collected_or_published(session: Session) -> list[RankedAnswers]:
     """The comparisons of `data.comparisons` (its validation split held out), else those of the `collect` stage."""
-    data = session.config.data
-    if data.comparisons is None:
-        if not session.run.done("collect"):
-            raise UserError(
-                f"stage 'reward_model' needs {session.run.comparisons}, which stage 'collect' writes; run that first, "
-                "or name a data set in data.comparisons"
-            )
-        return read_collected(session.run.comparisons)
-    ranked = []
-    splits: tuple[Split, ...] = ("train", "valid")
-    for split in splits:
-        found, dropped = read_comparisons(data.comparisons, split, session.tokenizer, data.max_prompt_tokens)
-        counts = ", ".join(f"{n} {reason}" for reason, n in sorted(dropped.items())) or "none"
-        console.print(f"reward_model: {len(found)} {split} comparisons from {data.comparisons.path}; dropped: {counts}")
-        ranked += from_comparisons(found, session.tokenizer, data.max_response_tokens, heldout=split == "valid")
-    return ranked
+    if session.config.data.comparisons is not None:
+        return session.published_comparisons
+    if not session.run.done("collect"):
+        raise UserError(
+            f"stage 'reward_model' needs {session.run.comparisons}, which stage 'collect' writes; run that first, "
+            "or name a data set in data.comparisons"
+        )
+    return read_comparisons(session.run.comparisons)
 
 
 if __name__ == "__main__":

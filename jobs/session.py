@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, TypeVar
 
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
@@ -18,15 +18,22 @@ from actors.remote import Call, Remote, wait
 from actors.weight_sync import publish_directory
 from jobs.cluster import connected, inside_job, preflight
 from rayrlhf.config import Config, dump_config
+from rayrlhf.data.comparisons import RankedAnswers, from_comparisons
+from rayrlhf.data.loading import Split
 from rayrlhf.data.records import Demonstration
-from rayrlhf.data.sources import read_demonstrations
+from rayrlhf.data.sources import read_comparisons, read_demonstrations
 from rayrlhf.data.splits import Splits, check_disjoint, split_train, split_valid
 from rayrlhf.data.tokens import check_context, encode_prompts
+from rayrlhf.labellers import check_labeller
 from rayrlhf.models.loading import context_length, load_tokenizer, parameter_count, resolve_model
 from rayrlhf.progress import batch_table
 from rayrlhf.prompts import EncodedPrompt, requests_for
-from rayrlhf.run import RunFolder, open_or_create, resolve_runs_dir
+from rayrlhf.run import STAGES, RunFolder, open_or_create, resolve_runs_dir
 from rayrlhf.trajectory import Sampling, Trajectory
+
+T = TypeVar("T")
+SLICE = 1024
+"""Responses that one generator or scorer is asked for at a time, outside PPO."""
 
 
 class Session:
@@ -49,7 +56,9 @@ class Session:
         """
         if self._started:
             return False
-        self.train_splits  # noqa: B018
+        self.train_splits, self.published_comparisons  # noqa: B018
+        if self.config.data.comparisons is None:
+            check_labeller(self.config.collect.labeller)
         if not self.local:
             self._connection.enter_context(connected(self.config))
             preflight(self.config)
@@ -59,7 +68,9 @@ class Session:
     def overview(self) -> Table:
         """What the config's batch numbers mean in steps, samples, tokens and memory."""
         splits = self.train_splits
-        published = None if self.config.data.comparisons is None else len(splits.reward_model)
+        published = None
+        if self.config.data.comparisons is not None:
+            published = sum(not c.heldout for c in self.published_comparisons)
         parameters = parameter_count(self.model, self.config.model.revision)
         return batch_table(self.config, len(splits.sft), len(splits.ppo), published, len(self.test), parameters)
 
@@ -68,11 +79,13 @@ class Session:
         self._connection.close()
 
     def checkpoint_name(self, stage: str) -> str:
-        """Where a stage's checkpoints go: marked by everything that decides the result, so that a run whose settings
+        """Where a stage's checkpoints go: marked by everything that decides its result, so that a run whose settings
         changed starts the stage anew in place of continuing from weights of other settings."""
-        free = ("name", "runs_dir", "resources")
-        settings = {key: value for key, value in dump_config(self.config).items() if key not in free}
-        digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=4).hexdigest()
+        settings = dump_config(self.config)
+        relevant = {key: settings[key] for key in ("seed", "model", "data", *STAGES[: STAGES.index(stage) + 1])}
+        for key in ("checkpoint_every", "keep_checkpoints", "max_logprob_gap"):
+            relevant.get("ppo", {}).pop(key, None)
+        digest = hashlib.blake2b(json.dumps(relevant, sort_keys=True).encode(), digest_size=4).hexdigest()
         return f"{stage}-{digest}"
 
     # ---- data
@@ -87,6 +100,21 @@ class Session:
     def _valid(self) -> tuple[list[Demonstration], list[Demonstration]]:
         return split_valid(self._read("valid"), self.config.data)
 
+    @cached_property
+    def published_comparisons(self) -> list[RankedAnswers]:
+        """The comparisons of `data.comparisons`, its validation split held out; none without it."""
+        data = self.config.data
+        if data.comparisons is None:
+            return []
+        ranked: list[RankedAnswers] = []
+        splits: tuple[Split, ...] = ("train", "valid")
+        for split in splits:
+            found, dropped = read_comparisons(data.comparisons, split, self.tokenizer, data.max_prompt_tokens)
+            counts = ", ".join(f"{n} {reason}" for reason, n in sorted(dropped.items())) or "none"
+            print(f"{len(found)} {split} comparisons from {data.comparisons.path}; dropped: {counts}", flush=True)
+            ranked += from_comparisons(found, self.tokenizer, data.max_response_tokens, heldout=split == "valid")
+        return ranked
+
     @property
     def dev(self) -> list[Demonstration]:
         return self._valid[0]
@@ -100,7 +128,7 @@ class Session:
         ids = encode_prompts(self.tokenizer, [record.prompt for record in records])
         return [EncodedPrompt(record.id, tuple(own)) for record, own in zip(records, ids, strict=True)]
 
-    def _read(self, split: Literal["train", "valid"]) -> list[Demonstration]:
+    def _read(self, split: Split) -> list[Demonstration]:
         data = self.config.data
         return read_demonstrations(data.demonstrations, split, self.tokenizer, data.max_prompt_tokens)
 
@@ -132,12 +160,12 @@ class Session:
         """Returns when the generators are ready; raises ActorFailure naming the one that is not."""
         coordinator = self.coordinator
         assert self._starting is not None
-        wait([self._starting], self.config.resources.start_timeout_s + 30)
+        wait([self._starting], self.config.resources.coordinator_timeout_s)
         assert coordinator is not None
 
     def load_weights(self, directory: Path) -> int:
         """Put the weights of a saved model on all generators; returns their version."""
-        timeout = self.config.resources.call_timeout_s
+        timeout = self.config.resources.coordinator_timeout_s
         self.wait_for_generators()
         version: int = self.coordinator.call("next_version", timeout_s=timeout)
         publication = publish_directory(directory, version, local=self.local)
@@ -149,23 +177,35 @@ class Session:
     ) -> list[Trajectory]:
         """`samples` responses for each record's prompt, in order, from the weights of `version`."""
         requests = requests_for(self.encode(records), samples, self.config.seed, *seed_parts)
-        trajectories: list[Trajectory] = self.coordinator.call(
-            "generate", requests, self.sampling(temperature), version, timeout_s=self.config.resources.call_timeout_s
-        )
-        return trajectories
+        sampling = self.sampling(temperature)
+        done: list[Trajectory] = []
+        for piece in self._slices(requests, self.config.resources.generators.count, "sampled"):
+            done += self._call("generate", piece, sampling, version)
+        return done
 
     def start_scorers(self, reward_model: Path, reference: Path) -> None:
         resources = self.config.resources
         self.coordinator.call(
-            "start_scorers", str(reward_model), str(reference), timeout_s=resources.start_timeout_s + 30
+            "start_scorers", str(reward_model), str(reference), timeout_s=resources.coordinator_timeout_s
         )
 
     def score(self, trajectories: list[Trajectory], temperature: float) -> list[Trajectory]:
         """Rewards and reference log-probs filled in."""
-        scored: list[Trajectory] = self.coordinator.call(
-            "score", trajectories, temperature, timeout_s=self.config.resources.call_timeout_s
-        )
-        return scored
+        done: list[Trajectory] = []
+        for piece in self._slices(trajectories, self.config.resources.scorers.count, "scored"):
+            done += self._call("score", piece, temperature)
+        return done
+
+    def _call(self, method: str, *args: Any) -> Any:
+        return self.coordinator.call(method, *args, timeout_s=self.config.resources.coordinator_timeout_s)
+
+    def _slices(self, work: list[T], actors: int, done: str) -> Iterator[list[T]]:
+        """Pieces that one time-out may bound whatever the amount of work; long work says how far it is."""
+        size = SLICE * actors
+        for start in range(0, len(work), size):
+            if start:
+                print(f"{done} {start} of {len(work)}", flush=True)
+            yield work[start : start + size]
 
 
 @contextlib.contextmanager

@@ -100,7 +100,7 @@ class LabellerConfig(Section):
 class CollectConfig(Section):
     prompts: Positive = 256
     answers_per_prompt: Annotated[int, Field(ge=2)] = 4
-    temperature: Annotated[float, Field(gt=0)] = 0.7
+    temperature: Annotated[float, Field(ge=0.01)] = 0.7
     include_reference: bool = False
     """Add the author's own completion to each prompt's answers before they are ranked."""
     labeller: LabellerConfig = LabellerConfig()
@@ -133,7 +133,7 @@ class PPOConfig(Section):
     epochs: Positive = 4
     minibatches: Positive = 1
     micro_batch_tokens: Positive = 4096
-    temperature: Annotated[float, Field(gt=0)] = 0.7
+    temperature: Annotated[float, Field(ge=0.01)] = 0.7
     optimizer: OptimizerConfig = OptimizerConfig(lr=3e-6, betas=(0.9, 0.999), eps=1e-5)
     value_lr: Annotated[float, Field(gt=0)] | None = None
     """Learning rate of the value model; the policy's when absent."""
@@ -218,6 +218,12 @@ class ResourcesConfig(Section):
     dashboard: bool = True
     """Start Ray's dashboard with a local cluster."""
 
+    @property
+    def coordinator_timeout_s(self) -> int:
+        """How long a call to the coordinator may take, whose own calls may find an actor dead and replace it: longer
+        than those, so that the error names the actor that is late and not the coordinator that waits for it."""
+        return self.start_timeout_s + 3 * self.call_timeout_s
+
 
 class Config(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -245,6 +251,8 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         raise UserError(f"{path}: no such config file; the examples are in configs/")
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 text") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
     if not isinstance(tree, dict):
@@ -298,14 +306,19 @@ def _numbers(tree: Any, section: type[BaseModel] | None) -> Any:
         if nested is not None:
             value = _numbers(value, nested)
         elif "float" in annotation and isinstance(value, str) and "str" not in annotation:
-            try:
-                value = float(value)
-            except ValueError:
-                pass
+            value = _as_float(value)
         elif "tuple" in annotation and isinstance(value, list):
-            value = tuple(float(v) if isinstance(v, int | str) else v for v in value)
+            value = tuple(_as_float(v) for v in value)
         out[key] = value
     return out
+
+
+def _as_float(value: Any) -> Any:
+    """A number where there is one; what is not stays, for the validation to name it."""
+    try:
+        return float(value) if isinstance(value, int | str) and not isinstance(value, bool) else value
+    except ValueError:
+        return value
 
 
 def _nested_section(annotation: Any) -> type[BaseModel] | None:

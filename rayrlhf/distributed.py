@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -19,7 +18,7 @@ class Ranks:
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         if gpu:
-            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+            self.device = torch.device("cuda", torch.cuda.current_device())  # Ray Train has set it
         else:
             self.device = torch.device("cpu")
             torch.set_num_threads(threads)

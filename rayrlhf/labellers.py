@@ -134,14 +134,25 @@ def _file_labeller(config: LabellerConfig) -> Labeller:
 LABELLERS: dict[str, Callable[[LabellerConfig], Labeller]] = {"reference": _reference_labeller, "file": _file_labeller}
 
 
+def check_labeller(config: LabellerConfig) -> None:
+    """See that `make_labeller` will know the kind and where people's rankings will be, before answers are sampled.
+
+    Raises:
+        UserError: unknown kind, or `file` without a path.
+    """
+    if config.kind not in LABELLERS:
+        raise UserError(f"collect.labeller.kind {config.kind!r} is unknown; there are: {', '.join(LABELLERS)}")
+    if config.kind == "file":
+        rankings_path(config)
+
+
 def make_labeller(config: LabellerConfig) -> Labeller:
     """The labeller that `config.kind` names.
 
     Raises:
         UserError: unknown kind, or for `file` no path, no such file or a malformed line.
     """
-    if config.kind not in LABELLERS:
-        raise UserError(f"collect.labeller.kind {config.kind!r} is unknown; there are: {', '.join(LABELLERS)}")
+    check_labeller(config)
     return LABELLERS[config.kind](config)
 
 

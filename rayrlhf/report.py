@@ -199,7 +199,7 @@ def _evaluation(result: Mapping[str, Any]) -> str:
             rows.append(f"<tr><th>{_ROWS[name]}</th>{''.join(_cell(cell, digits) for cell in cells)}</tr>")
     facts = result.get("metadata", {})
     caption = (
-        f"{facts.get('split', 'test')} split, {facts.get('prompts', '?')} prompts; "
+        f"{facts.get('data', 'test split')}, {facts.get('prompts', '?')} prompts; "
         f"labeller: {facts.get('labeller', '?')}. "
         "Means with 95 % bootstrap intervals over prompts; win rates by the reward model, ties count half."
     )
