@@ -18,7 +18,7 @@ export UV_NO_SOURCES := 1
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test lint test-unit test-ray test-e2e clean
+.PHONY: help setup quickstart test lint test-unit test-oracles test-ray test-e2e clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,7 +31,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c "import ensurepip, venv" 2>/dev/null || { \
 	  echo "make: $(PYTHON) has no venv module; install it (Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }
 	@$(BIN)/uv --version >/dev/null 2>&1 || { $(PYTHON) -m venv .venv && $(BIN)/python -m pip install --quiet -c constraints.txt uv; }
-	$(BIN)/uv pip install --python $(BIN)/python -c constraints.txt -e ".[cpu]" --group dev
+	$(BIN)/uv pip install --python $(BIN)/python -c constraints.txt -e ".[cpu]" --group dev --group oracles
 	@touch $@
 
 quickstart: $(STAMP) ## run the whole pipeline on the embedded data and model
@@ -48,6 +48,9 @@ lint: $(STAMP) ## ruff, mypy and the import linter
 
 test-unit: $(STAMP) ## tests without Ray (fast)
 	$(BIN)/python -m pytest tests/unit $(ARGS)
+
+test-oracles: $(STAMP) ## our numbers against other people's code
+	$(BIN)/python -m pytest tests/oracles $(ARGS)
 
 test-ray: $(STAMP) ## tests with Ray and vLLM
 	$(BIN)/python -m pytest tests/ray $(ARGS)
