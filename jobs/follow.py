@@ -17,7 +17,7 @@ from rich.progress import Progress as Bar
 
 from rayrlhf.alarms import alarms
 from rayrlhf.config import Config
-from rayrlhf.progress import Progress, sample_panel
+from rayrlhf.progress import Progress, has_step_line, sample_panel
 from rayrlhf.run import RunFolder
 
 POLL_S = 0.25
@@ -50,6 +50,8 @@ def following(run: RunFolder, config: Config, stage: str, total: int, console: C
             return
         if "sample" in metrics:
             console.print(sample_panel(**metrics["sample"], title=f"{stage} step {metrics['step']}, first dev prompt"))
+            return
+        if not has_step_line(stage, metrics):
             return
         # The count of finished steps: PPO's lines are numbered by the step they describe, from 0.
         done = metrics["step"] + (stage == "ppo")

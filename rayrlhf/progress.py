@@ -172,6 +172,11 @@ def step_line(
     return "  ".join(parts)
 
 
+def has_step_line(stage: str, metrics: Mapping[str, Any]) -> bool:
+    """Whether `step_line` would have more to say than which step it is."""
+    return any(name in metrics for name, _, _ in _SHOWN.get(stage, []))
+
+
 def duration(seconds: float) -> str:
     """`8 s`, `3 min 20 s`, `2 h 05 min`."""
     whole = max(0, round(seconds))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -29,3 +30,30 @@ def test_ppo_in_one_process(finished: Any, before_ppo: Path, start: Any) -> None
     on_ray = read_metrics(finished.path, "ppo")[0]
     for name in ("ppo/length/mean", "ppo/eos_rate", "ppo/score/mean"):
         assert lines[0][name] == pytest.approx(on_ray[name], abs=1e-4)
+
+
+@pytest.mark.timeout(600)
+def test_reward_model_from_published_comparisons_without_a_split_of_its_own(
+    finished: Any, start: Any, tmp_path: Path
+) -> None:
+    """As the configs for published data have it: no post is kept for the reward model, people's pairs are given."""
+    (tmp_path / "hh").mkdir()
+    shutil.copytree(finished.path / "sft", tmp_path / "hh" / "sft")
+    pairs = Path(__file__).parents[1] / "data" / "hh_harmless_small.jsonl.gz"
+    arguments = [
+        *finished.arguments,
+        f"runs_dir={tmp_path}",
+        "name=hh",
+        "data.comparisons.format=hh_rlhf",
+        f"data.comparisons.path={pairs}",
+        "data.reward_model_fraction=0.0",
+        "reward_model.max_comparisons=16",
+    ]
+    outcome = start("rayrlhf", "reward-model", "--local", *arguments).wait(300)
+    assert outcome.code == 0, outcome.err
+    assert "train comparisons from" in outcome.out
+    lines = read_metrics(tmp_path / "hh", "reward_model")
+    assert lines[0]["rm/prompts"] == 16
+    assert lines[0]["rm/heldout_prompts"] > 0, "max_comparisons is about training"
+    assert lines[-1]["rm/reward_bias"] != 0.0
+    assert (tmp_path / "hh" / "reward_model" / "model.safetensors").is_file()
