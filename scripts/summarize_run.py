@@ -54,8 +54,8 @@ def evaluation_table(runs: Sequence[Path]) -> list[str]:
     """Means with 95 % intervals of one run; of several, medians and ranges of the means."""
     results: list[dict[str, Any]] = [json.loads((run / "evaluation.json").read_text()) for run in runs]
 
-    def cell(source: str, measure: str) -> str:
-        found = [value for result in results if (value := result[source].get(measure))]
+    def cell(measure: str, values: Sequence[dict[str, float] | None]) -> str:
+        found = [value for value in values if value]
         if not found:
             return "–"
         if len(found) > 1:
@@ -63,8 +63,12 @@ def evaluation_table(runs: Sequence[Path]) -> list[str]:
         form = ".1f" if measure == "length" else ".3f"
         return f"{found[0]['mean']:{form}} [{found[0]['low']:{form}}, {found[0]['high']:{form}}]"
 
-    lines = [f"| measure | {' | '.join(SOURCES)} |", "|---" * (len(SOURCES) + 1) + "|"]
-    return lines + [f"| {m} | {' | '.join(cell(source, m) for source in SOURCES)} |" for m in MEASURES]
+    lines = [f"| measure | {' | '.join(SOURCES)} | policy - sft, paired |", "|---" * (len(SOURCES) + 2) + "|"]
+    for measure in MEASURES:
+        cells = [cell(measure, [result[source].get(measure) for result in results]) for source in SOURCES]
+        cells.append(cell(measure, [result["differences"]["policy_minus_sft"].get(measure) for result in results]))
+        lines.append(f"| {measure} | {' | '.join(cells)} |")
+    return lines
 
 
 def main(arguments: Sequence[str]) -> None:
