@@ -140,10 +140,10 @@ def test_values_and_scores_equal_transformers_own_classifier_on_unpadded_rows(fa
             ids = torch.from_numpy(row.ids)[None]
             plain = theirs(input_ids=ids).logits[0, 0]
             torch.testing.assert_close(score, plain + 0.75, rtol=1e-5, atol=1e-5)
-            # The value of a state is the score of the sequence that ends there: cut the row before each token.
+            # The value of a state is the score of the sequence that ends there, bias included: cut before each token.
             ends = [int(t) for t in torch.from_numpy(row.mask).nonzero()[:, 0]]
             prefixes = torch.stack([theirs(input_ids=ids[:, :t]).logits[0, 0] for t in ends])
-            torch.testing.assert_close(row_values, prefixes, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(row_values, prefixes + 0.75, rtol=1e-5, atol=1e-5)
 
 
 def test_no_dropout_even_in_training_mode_and_gradients_flow(family: Path) -> None:
