@@ -6,6 +6,7 @@ for good: prompts are a function of (seed, step), and the learner publishes its 
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,11 +15,12 @@ from typing import Any
 from actors.engine import environment
 from actors.generator import Generator
 from actors.pool import Pool
-from actors.remote import ActorFailure, Remote
+from actors.remote import ActorFailure, Remote, put
 from actors.scorer import Scorer
 from actors.weight_sync import Publication
 from rayrlhf.batching import shard
 from rayrlhf.config import Config
+from rayrlhf.gold import Gold
 from rayrlhf.prompts import EncodedPrompt, prompts_of_step, requests_for
 from rayrlhf.trajectory import GenerationRequest, Sampling, Trajectory
 
@@ -68,13 +70,18 @@ class Coordinator:
             )
         return self.generators.wait_until_ready()
 
-    def start_scorers(self, reward_model: str, reference: str) -> list[dict[str, Any]]:
-        """Start scorers with these two models, in place of those with others."""
-        if self.scorers is not None and self.scored_by == (reward_model, reference):
+    def start_scorers(self, reward_model: str, reference: str, gold: Gold | None = None) -> list[dict[str, Any]]:
+        """Start scorers with these two models, in place of those with others.
+
+        With `gold` they also have the labeller's measure of what they score.
+        """
+        models = (reward_model, reference)
+        if self.scorers is not None and self.scored_by == models and gold is None:
             return self.scorers.broadcast("ready")
         if self.scorers is not None:
             self.scorers.stop()
-        self.scored_by = (reward_model, reference)
+        self.scored_by = models
+        shared = put(gold, self.local)
         resources = self.config.resources
         settings = resources.scorers
 
@@ -88,6 +95,7 @@ class Coordinator:
                 settings,
                 local=self.local,
                 options={"num_cpus": settings.cpus, "num_gpus": settings.gpus},
+                gold=shared,  # Ray hands the actor what is behind a reference
                 pad_token_id=self.pad_token_id,
                 dtype=self.config.model.dtype,
             )
@@ -167,6 +175,9 @@ class Coordinator:
             # Since the last batch: also those that died while weights were loaded.
             "rollout/replacements": float(self._replacements() - self.reported_replacements),
         }
+        gold = [t.gold for t in trajectories if t.gold is not None]
+        if gold:
+            metrics |= {"ppo/gold/mean": statistics.fmean(gold), "ppo/gold/std": statistics.pstdev(gold)}
         self.reported_replacements = self._replacements()
         self.batch = Batch(step, version, trajectories, metrics)
         return self.batch

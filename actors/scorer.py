@@ -11,6 +11,7 @@ import torch
 
 from rayrlhf.batching import Row, collate, micro_batches
 from rayrlhf.config import ScorerConfig
+from rayrlhf.gold import Gold
 from rayrlhf.logprobs import token_logprobs
 from rayrlhf.models.loading import autocast, load_policy, load_reward_model
 from rayrlhf.rewards import RewardModelFunction
@@ -18,10 +19,18 @@ from rayrlhf.trajectory import Trajectory
 
 
 class Scorer:
-    """Adds rewards and reference log-probs to trajectories."""
+    """Adds rewards and reference log-probs to trajectories, and the gold measure where there is one."""
 
     def __init__(
-        self, name: str, reward_model: str, reference: str, settings: ScorerConfig, *, pad_token_id: int, dtype: str
+        self,
+        name: str,
+        reward_model: str,
+        reference: str,
+        settings: ScorerConfig,
+        *,
+        gold: Gold | None = None,
+        pad_token_id: int,
+        dtype: str,
     ) -> None:
         self.name, self.settings, self.pad_token_id, self.dtype = name, settings, pad_token_id, dtype
         self.device = torch.device("cuda" if settings.gpus else "cpu")
@@ -33,6 +42,7 @@ class Scorer:
             dtype=dtype,
         )
         self.reference = load_policy(reference, device=self.device).requires_grad_(False)
+        self.gold = gold
 
     def __repr__(self) -> str:
         return self.name
@@ -46,11 +56,12 @@ class Scorer:
         return {"name": self.name, "pid": os.getpid(), "node": socket.gethostname()}
 
     def score(self, trajectories: Sequence[Trajectory], temperature: float) -> list[Trajectory]:
-        """The trajectories with `rewards` and `ref_logprobs` filled in, in order."""
+        """The trajectories with `rewards`, `ref_logprobs` and `gold` filled in, in order."""
         self.limit_threads()
         rewards = self.reward(trajectories)
         for i, trajectory in enumerate(trajectories):
             trajectory.rewards = {name: values[i] for name, values in rewards.items()}
+            trajectory.gold = self.gold(trajectory) if self.gold else None
         for indices in micro_batches([t.length for t in trajectories], self.settings.micro_batch_tokens):
             rows = [Row.completion(trajectories[i].prompt_ids, trajectories[i].response_ids) for i in indices]
             batch = collate(rows, self.pad_token_id, self.device)

@@ -5,6 +5,7 @@ What the loops themselves share lives in `rayrlhf.distributed` (Ranks) and `rayr
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import signal
@@ -72,6 +73,7 @@ def fit(
 
     Raises:
         UserError: raised by the loop on any worker, passed on as it is.
+        FloatingPointError: raised by the loop on all workers alike; it names the last good checkpoint.
         ray.train.TrainingFailedError: workers failed more often than `learner.max_failures`.
         KeyboardInterrupt: Ctrl-C; the workers are gone then.
     """
@@ -81,16 +83,18 @@ def fit(
         # Not Ray Train's own local mode, which ends torch's process group: an engine in this process still needs it.
         _local = _LocalCheckpoints(storage / name, keep_checkpoints)
         try:
-            loop(arguments)
+            not_finite = _until_not_finite(loop, arguments)
+            newest = _local.all()[-1:]
         finally:
             _local = None
+        _raise_not_finite(not_finite, str(newest[0]) if newest else None)
         return
     os.environ.update(TRAIN_ENVIRONMENT)
     resources: dict[str, float] = {"CPU": learner.cpus}
     if learner.gpus:
         resources["GPU"] = learner.gpus
     trainer = TorchTrainer(
-        loop,
+        functools.partial(_until_not_finite, loop),
         train_loop_config=arguments,
         torch_config=TorchConfig(backend="nccl" if learner.gpus else "gloo"),
         scaling_config=ScalingConfig(
@@ -105,13 +109,33 @@ def fit(
     )
     try:
         with _interruptible():
-            trainer.fit()
+            result = trainer.fit()
     except WorkerGroupError as error:
         for failure in error.worker_failures.values():
             cause = getattr(failure, "_base_exc", failure)
             if isinstance(cause, UserError):
                 raise UserError(str(cause)) from None
         raise
+    _raise_not_finite(result.return_value, result.checkpoint.path if result.checkpoint else None)
+
+
+def _until_not_finite(loop: Callable[[dict[str, Any]], None], arguments: dict[str, Any]) -> str | None:
+    """Run the loop; a FloatingPointError comes back as its message.
+
+    It is the same on all workers, since norms and means are of all of them. To Ray Train it is not a failure: a worker
+    group that starts anew from the last checkpoint would arrive at the same numbers.
+    """
+    try:
+        loop(arguments)
+    except FloatingPointError as error:
+        return str(error)
+    return None
+
+
+def _raise_not_finite(message: str | None, checkpoint: str | None) -> None:
+    if message is not None:
+        kept = f"the last good checkpoint is {checkpoint}" if checkpoint else "there was no checkpoint yet"
+        raise FloatingPointError(f"{message}; {kept}")
 
 
 @contextmanager

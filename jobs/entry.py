@@ -87,7 +87,10 @@ def guarded(action: Callable[[], None]) -> int:
             f"failed: Ray Train gave up; finished stages and checkpoints are kept\n{error}", file=sys.stderr, flush=True
         )
         return 1
-    except (OSError, RayError, FloatingPointError) as error:
+    except FloatingPointError as error:
+        print(f"failed: {error}", file=sys.stderr, flush=True)
+        return 1
+    except (OSError, RayError) as error:
         print(f"failed: {type(error).__name__}: {' '.join(str(error).split())[-600:]}", file=sys.stderr, flush=True)
         return 1
     except KeyboardInterrupt:

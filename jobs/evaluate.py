@@ -14,7 +14,8 @@ from rayrlhf.data.sources import as_prompts, read_demonstrations
 from rayrlhf.data.tokens import decode_response, encode_responses
 from rayrlhf.errors import UserError
 from rayrlhf.evaluation import Answers, samples_table, summarize, write_evaluation, write_samples
-from rayrlhf.labellers import Labeller, ReferenceLabeller, make_labeller
+from rayrlhf.gold import gold_labeller
+from rayrlhf.labellers import Labeller
 from rayrlhf.progress import evaluation_table, sample_panel
 from rayrlhf.report import write_report
 from rayrlhf.trajectory import Trajectory
@@ -30,7 +31,7 @@ def evaluate(session: Session) -> None:
     prompts = as_prompts(records)
     session.wait_for_generators()
     session.start_scorers(run.reward_model, run.sft)
-    labeller = gold_labeller(session)
+    labeller = gold_labeller(config)
 
     sft = model_answers(session, "sft", run.sft, records, prompts, labeller)
     policy = model_answers(session, "policy", run.policy, records, prompts, labeller, with_kl=True)
@@ -88,14 +89,6 @@ def evaluation_records(session: Session) -> list[Demonstration]:
     if not records:
         raise UserError("evaluate: the test split is empty; lower data.dev_fraction or name a file in evaluate.prompts")
     return records[: config.evaluate.max_prompts]
-
-
-def gold_labeller(session: Session) -> Labeller:
-    """Whose measure is `gold`: the labeller that ranked the answers; ROUGE-L with the reference where people did."""
-    config = session.config
-    if config.data.comparisons is None and config.collect.labeller.kind != "file":
-        return make_labeller(config.collect.labeller)
-    return ReferenceLabeller()
 
 
 def model_answers(
@@ -167,7 +160,7 @@ def text_answers(
 
 def gold_measures(labeller: Labeller, prompts: Sequence[Prompt], texts: Sequence[str | None]) -> list[float]:
     """[n] the labeller's own measure of each answer; NaN where it has none."""
-    measured = [labeller.measure(p, text) if text else None for p, text in zip(prompts, texts, strict=True)]
+    measured = [None if text is None else labeller.measure(p, text) for p, text in zip(prompts, texts, strict=True)]
     return [np.nan if value is None else value for value in measured]
 
 

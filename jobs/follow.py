@@ -17,6 +17,7 @@ from rich.progress import Progress as Bar
 
 from rayrlhf.alarms import alarms
 from rayrlhf.config import Config
+from rayrlhf.metrics import read_metrics
 from rayrlhf.progress import Progress, has_step_line, sample_panel
 from rayrlhf.run import RunFolder
 
@@ -27,6 +28,7 @@ POLL_S = 0.25
 def following(run: RunFolder, config: Config, stage: str, total: int, console: Console) -> Iterator[None]:
     """Print a line for each step of `stage` (of `total`) written during the block; on a terminal a bar, too."""
     offset = run.metrics.stat().st_size if run.metrics.exists() else 0
+    start = next(iter(read_metrics(run.path, stage)), None)  # of an earlier attempt that this one continues
     progress: Progress | None = None
     stop = threading.Event()
     columns = (
@@ -38,7 +40,7 @@ def following(run: RunFolder, config: Config, stage: str, total: int, console: C
     )
 
     def show(line: bytes) -> None:
-        nonlocal progress
+        nonlocal progress, start
         try:
             metrics = json.loads(line)
         except ValueError:
@@ -59,7 +61,9 @@ def following(run: RunFolder, config: Config, stage: str, total: int, console: C
             progress = Progress(stage, total, done=done, console=console)  # the pace counts from the first line
         progress.update(done, metrics)
         bar.update(task, completed=done)
-        for warning in alarms(metrics, config):
+        if start is None or metrics["step"] <= start["step"]:
+            start = metrics
+        for warning in alarms(metrics, config, start):
             console.print(f"[bold yellow]warning:[/] {stage} step {done}: {warning}", soft_wrap=True)
 
     def read() -> None:

@@ -20,7 +20,7 @@ def ppo(session: Session) -> None:
     if not prompts:
         raise UserError("ppo: no prompts are left; lower data.sft_fraction or data.reward_model_fraction")
     session.wait_for_generators()
-    session.start_scorers(run.reward_model, run.sft)
+    session.start_scorers(run.reward_model, run.sft, measured=session.train_splits.ppo)
     sampling, timeout_s = session.sampling(config.ppo.temperature), config.resources.coordinator_timeout_s
     session.coordinator.call("set_prompts", prompts, sampling, timeout_s=timeout_s)
     arguments = LearnerArguments(config, run.path, run.sft, run.reward_model, session.coordinator)

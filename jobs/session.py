@@ -21,9 +21,10 @@ from rayrlhf.config import Config, dump_config
 from rayrlhf.data.comparisons import RankedAnswers, from_comparisons
 from rayrlhf.data.loading import Split
 from rayrlhf.data.records import Demonstration
-from rayrlhf.data.sources import read_comparisons, read_demonstrations
+from rayrlhf.data.sources import as_prompts, read_comparisons, read_demonstrations
 from rayrlhf.data.splits import Splits, check_disjoint, split_train, split_valid
 from rayrlhf.data.tokens import check_context, encode_prompts
+from rayrlhf.gold import Gold, gold_labeller
 from rayrlhf.labellers import check_labeller
 from rayrlhf.models.loading import context_length, load_tokenizer, parameter_count, resolve_model
 from rayrlhf.progress import batch_table
@@ -83,7 +84,7 @@ class Session:
         changed starts the stage anew in place of continuing from weights of other settings."""
         settings = dump_config(self.config)
         relevant = {key: settings[key] for key in ("seed", "model", "data", *STAGES[: STAGES.index(stage) + 1])}
-        for key in ("checkpoint_every", "keep_checkpoints", "max_logprob_gap"):
+        for key in ("checkpoint_every", "keep_checkpoints"):
             relevant.get("ppo", {}).pop(key, None)
         digest = hashlib.blake2b(json.dumps(relevant, sort_keys=True).encode(), digest_size=4).hexdigest()
         return f"{stage}-{digest}"
@@ -183,11 +184,10 @@ class Session:
             done += self._call("generate", piece, sampling, version)
         return done
 
-    def start_scorers(self, reward_model: Path, reference: Path) -> None:
-        resources = self.config.resources
-        self.coordinator.call(
-            "start_scorers", str(reward_model), str(reference), timeout_s=resources.coordinator_timeout_s
-        )
+    def start_scorers(self, reward_model: Path, reference: Path, measured: list[Demonstration] | None = None) -> None:
+        """Scorers with these models; those of `measured` also have the gold measure of responses to these records."""
+        gold = Gold(gold_labeller(self.config), as_prompts(measured), self.tokenizer) if measured else None
+        self._call("start_scorers", str(reward_model), str(reference), gold)
 
     def score(self, trajectories: list[Trajectory], temperature: float) -> list[Trajectory]:
         """Rewards and reference log-probs filled in."""

@@ -1,24 +1,135 @@
-"""What a step's metrics warn of, in one line each that says what it usually means."""
+"""What a step's metrics warn of, in one line each that says what it usually means. The limits are `config.alarms`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from rayrlhf.config import Config
 
 
-def alarms(metrics: Mapping[str, Any], config: Config) -> list[str]:
-    """Warnings about one step (a line of metrics.jsonl)."""
+class Alarm(NamedTuple):
+    """A limit of `AlarmsConfig`, the metric that it holds for, and what to say beyond it.
+
+    `beyond(value, start, limit)` gets the metric's value in this step, the start's metrics (the first PPO step, whose
+    batch the SFT model sampled) and the limit.
+    """
+
+    limit: str
+    metric: str
+    beyond: Callable[[float, Mapping[str, Any], float], bool]
+    means: str
+    """Has the fields `value`, `start` (of the same metric) and `limit`."""
+
+
+def _above(value: float, start: Mapping[str, Any], limit: float) -> bool:
+    return value > limit
+
+
+def _below(value: float, start: Mapping[str, Any], limit: float) -> bool:
+    return value < limit
+
+
+def _below_share_of(metric: str) -> Callable[[float, Mapping[str, Any], float], bool]:
+    def beyond(value: float, start: Mapping[str, Any], limit: float) -> bool:
+        return start.get(metric) is not None and value < limit * start[metric]
+
+    return beyond
+
+
+def _fell(value: float, start: Mapping[str, Any], limit: float) -> bool:
+    mean, deviation = start.get("ppo/score/mean"), start.get("ppo/score/std")
+    return mean is not None and deviation is not None and value < mean - limit * deviation
+
+
+ALARMS = (
+    Alarm(
+        "max_logprob_gap",
+        "ppo/logprob_gap/mean",
+        _above,
+        "generator and learner differ by {value:.3g} nats a token on the tokens that were sampled; usually stale "
+        "weights, or another dtype or temperature on one side",
+    ),
+    Alarm(
+        "max_first_ratio_off_one",
+        "ppo/first_ratio_off_one",
+        _above,
+        "the first mini-batch's ratios are off 1 by {value:.3g}; old and new log-probs are computed differently "
+        "(dropout, precision): no figure of this run can be trusted until that is found",
+    ),
+    Alarm(
+        "max_kl",
+        "ppo/kl",
+        _above,
+        "the policy is {value:.1f} nats a response from the reference (limit {limit:g}); usually it exploits the "
+        "reward model: read samples, raise ppo.kl.coefficient or take fewer steps",
+    ),
+    Alarm(
+        "max_negative_kl",
+        "ppo/kl",
+        lambda value, start, limit: value < -limit,
+        "the KL to the reference is {value:.2f} nats, and a KL is never negative; usually policy and reference are "
+        "read at different temperatures or in different precision",
+    ),
+    Alarm(
+        "max_score_drop",
+        "ppo/score/mean",
+        _fell,
+        "the mean score fell to {value:.3f} from {start:.3f} at the start; usually the learning rate is too high",
+    ),
+    Alarm(
+        "min_score_spread",
+        "ppo/score/std",
+        _below_share_of("ppo/score/std"),
+        "the scores hardly differ any more (standard deviation {value:.3g}, {start:.3g} at the start); usually all "
+        "answers have become the same text",
+    ),
+    Alarm(
+        "min_length",
+        "ppo/length/mean",
+        _below_share_of("ppo/length/mean"),
+        "responses shrank to {value:.1f} tokens from {start:.1f} at the start; usually the reward model prefers "
+        "short answers, or ending early escapes the KL penalty",
+    ),
+    Alarm(
+        "min_eos_rate",
+        "ppo/eos_rate",
+        _below,
+        "only {value:.0%} of the responses end with EOS; usually data.max_response_tokens is too small, or "
+        "ppo.missing_eos_reward too mild for answers that ramble",
+    ),
+    Alarm(
+        "min_entropy",
+        "ppo/entropy",
+        _below_share_of("ppo/entropy"),
+        "the policy's entropy fell to {value:.3f} nats a token from {start:.3f}; usually it has collapsed onto a few "
+        "answers: raise ppo.kl.coefficient or lower the learning rate",
+    ),
+    Alarm(
+        "max_clip_fraction",
+        "ppo/clip_fraction",
+        _above,
+        "{value:.0%} of the tokens were clipped; usually the learning rate is too high, or ppo.epochs too many "
+        "(ppo.max_approx_kl ends them early)",
+    ),
+)
+
+
+def alarms(metrics: Mapping[str, Any], config: Config, start: Mapping[str, Any]) -> list[str]:
+    """Warnings about one step (a line of metrics.jsonl).
+
+    Args:
+        metrics: the step's metrics; a value that was not finite is None.
+        config: its `alarms` section holds the limits.
+        start: metrics of the stage's first step, this step's own in the first.
+    """
     warnings = []
     if metrics.get("non_finite"):
         warnings.append(f"not finite: {', '.join(metrics['non_finite'])}; usually a learning rate that is too high")
-    gap = metrics.get("ppo/logprob_gap/mean")
-    if gap is not None and gap > config.ppo.max_logprob_gap:
-        warnings.append(
-            f"generator and learner differ by {gap:.3g} nats a token on the tokens that were sampled; "
-            "usually stale weights, or another dtype or temperature on one side"
-        )
+    for alarm in ALARMS:
+        value, limit = metrics.get(alarm.metric), getattr(config.alarms, alarm.limit)
+        if value is not None and limit is not None and alarm.beyond(value, start, limit):
+            warnings.append(alarm.means.format(value=value, start=start.get(alarm.metric), limit=limit))
     if metrics.get("rollout/replacements"):
         warnings.append(
             f"{metrics['rollout/replacements']:.0f} actor(s) died and were replaced in this step; their logs say why "

@@ -144,6 +144,10 @@ class PPOConfig(Section):
     lam: Fraction = 0.95
     whiten_advantages: bool = True
     whiten_rewards: bool = False
+    reward_clip: Annotated[float, Field(gt=0)] | None = None
+    """Scores are clipped to [-reward_clip, reward_clip] before the KL penalty is added."""
+    max_approx_kl: Annotated[float, Field(gt=0)] | None = None
+    """A step's epochs end when a mini-batch's approx_kl to the sampling policy (nats a token) is above this."""
     critic_warmup_steps: Annotated[int, Field(ge=0)] = 0
     """First steps in which only the value model is updated."""
     missing_eos_reward: float | None = -1.0
@@ -151,14 +155,43 @@ class PPOConfig(Section):
     kl: KLConfig = KLConfig()
     checkpoint_every: Positive = 10
     keep_checkpoints: Positive = 1
-    max_logprob_gap: Annotated[float, Field(gt=0)] = 0.1
-    """Warn when the mean |generator - learner| log-prob gap of a step exceeds this (nats)."""
 
     @model_validator(mode="after")
     def _minibatches_fit(self) -> PPOConfig:
         if self.minibatches > self.prompts_per_step * self.samples_per_prompt:
             raise ValueError("minibatches must not exceed prompts_per_step * samples_per_prompt")
         return self
+
+
+Limit = Annotated[float, Field(ge=0)] | None
+
+
+class AlarmsConfig(Section):
+    """Limits beyond which a PPO step prints a one-line warning; null turns a warning off. Training is not changed.
+
+    "Start" is the run's first step, whose batch was sampled by the SFT model.
+    """
+
+    max_logprob_gap: Limit = 0.1
+    """Mean |generator - learner| log-prob gap, nats a token."""
+    max_kl: Limit = 30.0
+    """KL to the reference, nats a response."""
+    max_negative_kl: Limit = 1.0
+    """How far the KL estimate may fall below 0, nats a response."""
+    max_first_ratio_off_one: Limit = 0.01
+    """Mean |ratio - 1| in the first mini-batch."""
+    max_score_drop: Limit = 1.0
+    """How far the mean score may fall below the start's, in standard deviations of the start's scores."""
+    min_score_spread: Limit = 0.1
+    """Standard deviation of the scores as a share of the start's."""
+    min_length: Limit = 0.5
+    """Mean response length as a share of the start's."""
+    min_eos_rate: Limit = 0.5
+    """Share of responses that end with EOS."""
+    min_entropy: Limit = 0.2
+    """Entropy of the policy as a share of the start's."""
+    max_clip_fraction: Limit = 0.5
+    """Share of tokens whose ratio was clipped."""
 
 
 class EvaluateConfig(Section):
@@ -237,6 +270,7 @@ class Config(Section):
     reward_model: RewardModelConfig = RewardModelConfig()
     ppo: PPOConfig = PPOConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    alarms: AlarmsConfig = AlarmsConfig()
     resources: ResourcesConfig = ResourcesConfig()
 
 

@@ -48,7 +48,8 @@ class Optimizer:
         norm = float(nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm))
         if not np.isfinite(norm):
             raise FloatingPointError(
-                f"the gradient norm is {norm}; the weights were left as they were before this step"
+                f"the gradient norm is {norm} (usually a learning rate that is too high); training stopped before the "
+                "update"
             )
         return norm
 

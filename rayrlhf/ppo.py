@@ -67,7 +67,8 @@ class PPO:
         """Learn from one batch. Returns metrics over the global batch, the same on every rank.
 
         Raises:
-            FloatingPointError: a gradient is not finite; the weights are those before the failing update.
+            FloatingPointError: a score or a gradient is not finite, on every rank; the weights are those before the
+                failing update.
         """
         own = shard([t.length for t in trajectories], self.ranks.world)[self.ranks.rank]
         experience, metrics = self.make_experience([trajectories[i] for i in own])
@@ -77,19 +78,27 @@ class PPO:
         train_policy = step >= self.config.critic_warmup_steps
         sums: list[dict[str, Tensor]] = []
         norms: list[tuple[float, float]] = []
+        stopped = False
         for _ in range(self.config.epochs):
             for minibatch in np.array_split(permutations.permutation(len(trajectories)), self.config.minibatches):
+                if stopped:
+                    self._skip()  # the schedule counts updates that the config asks for, made or not
+                    continue
                 tokens = sum(len(trajectories[i].response_ids) for i in minibatch)
                 rows = [by_index[i] for i in minibatch if i in by_index]
                 update_sums, norm = self.update(rows, tokens, train_policy)
                 sums.append(update_sums)
-                norms.append(norm)
+                if norm is None:
+                    stopped = True
+                else:
+                    norms.append(norm)
         first = reduce_sums(sums[0], UPDATE_SUMS, self.ranks)
         total = {name: torch.stack([s[name] for s in sums]).sum() for name in UPDATE_SUMS}
         metrics |= update_metrics(reduce_sums(total, UPDATE_SUMS, self.ranks))
         metrics["ppo/first_ratio_off_one"] = first["ratio_off_one"] / first["tokens"]
         metrics["ppo/grad_norm"], metrics["ppo/value_grad_norm"] = (float(x) for x in np.mean(norms, axis=0))
         metrics["ppo/lr"] = self.policy_optimizer.lr
+        metrics["ppo/updates"] = float(len(norms))
         self.kl.update(metrics["ppo/kl"], len(trajectories))
         return metrics
 
@@ -115,14 +124,19 @@ class PPO:
         generator_logprobs, _ = self._pad([torch.from_numpy(t.generator_logprobs) for t in trajectories])
         score = scores(trajectories, self.config.missing_eos_reward).to(self.ranks.device)
 
-        rewards = kl_penalised_rewards(score, old_logprobs, ref_logprobs, mask, self.kl.beta)
+        limit = self.config.reward_clip
+        clipped_score = score if limit is None else score.clamp(-limit, limit)
+        rewards = kl_penalised_rewards(clipped_score, old_logprobs, ref_logprobs, mask, self.kl.beta)
         if self.config.whiten_rewards:
             rewards = whiten(rewards, mask, self.ranks.sum, shift_mean=False)
         advantages, returns = generalized_advantages(rewards, old_values, mask, self.config.gamma, self.config.lam)
         gap = (generator_logprobs - old_logprobs).abs()
         ended = torch.tensor([t.finish_reason == "eos" for t in trajectories], device=self.ranks.device)
-        sums = batch_sums(score, old_logprobs - ref_logprobs, gap, mask, returns, old_values, ended, entropy)
+        log_ratio = old_logprobs - ref_logprobs
+        sums = batch_sums(score, clipped_score, log_ratio, gap, mask, returns, old_values, ended, entropy)
         metrics = batch_metrics(reduce_sums(sums, BATCH_SUMS, self.ranks), self.kl.beta)
+        if not np.isfinite(metrics["ppo/score/mean"]):  # of all ranks, so that all of them stop
+            raise FloatingPointError("a score of the batch is not finite; look at the reward model or function")
         metrics["ppo/logprob_gap/max"] = self.ranks.max(float(gap[mask].max()))
 
         if self.config.whiten_advantages:
@@ -132,10 +146,11 @@ class PPO:
 
     def update(
         self, rows: Sequence[Experience], tokens: int, train_policy: bool
-    ) -> tuple[dict[str, Tensor], tuple[float, float]]:
+    ) -> tuple[dict[str, Tensor], tuple[float, float] | None]:
         """One optimiser step of both models on this rank's rows of a mini-batch of `tokens` tokens over all ranks.
 
-        Returns this rank's sums (`UPDATE_SUMS`) and the two gradient norms over all ranks.
+        Returns this rank's sums (`UPDATE_SUMS`) and the two gradient norms over all ranks. The norms are None, and no
+        model has moved, if the policy is further than `max_approx_kl` from the one that sampled the mini-batch.
         """
         config = self.config
         sums = {name: torch.zeros((), dtype=torch.float64, device=self.ranks.device) for name in UPDATE_SUMS}
@@ -166,6 +181,11 @@ class PPO:
             sums["ratio_off_one"] += (surrogate.ratio - 1.0).abs().sum()
             sums["clipped"] += surrogate.clipped.sum()
             sums["value_clipped"] += regression.clipped.sum()
+        if config.max_approx_kl is not None:
+            approx_kl = 0.5 * float(self.ranks.sum(sums["squared_log_ratio"])) / tokens
+            if approx_kl > config.max_approx_kl:
+                self._skip()
+                return sums, None
         # Both gradients are checked before either model moves: a failing update leaves both as they were.
         policy_norm = self.policy_optimizer.clip(self.ranks) if train_policy else 0.0
         value_norm = self.value_optimizer.clip(self.ranks)
@@ -175,6 +195,10 @@ class PPO:
             self.policy_optimizer.skip()
         self.value_optimizer.apply()
         return sums, (policy_norm, value_norm)
+
+    def _skip(self) -> None:
+        self.policy_optimizer.skip()
+        self.value_optimizer.skip()
 
     def state_dict(self) -> dict[str, Any]:
         """Optimisers, schedules and the KL controller; the models are saved beside it."""

@@ -15,9 +15,13 @@ from rayrlhf.distributed import Ranks
 BATCH_SUMS = (
     "responses",
     "tokens",
+    "tokens_squared",
     "score",
     "score_squared",
+    "reward",
+    "score_clipped",
     "log_ratio",
+    "log_ratio_squared",
     "k3",
     "ended",
     "gap",
@@ -48,6 +52,7 @@ def reduce_sums(sums: Mapping[str, Tensor], names: tuple[str, ...], ranks: Ranks
 
 def batch_sums(
     score: Tensor,
+    reward: Tensor,
     log_ratio: Tensor,
     generator_gap: Tensor,
     mask: Tensor,
@@ -56,15 +61,21 @@ def batch_sums(
     ended: Tensor,
     entropy: Tensor,
 ) -> dict[str, Tensor]:
-    """Sums over this rank's responses. score, ended [B]; entropy the sum over tokens; the rest [B, R]."""
+    """Sums over this rank's responses. score, reward (the clipped score), ended [B]; entropy the sum over tokens; the
+    rest [B, R]."""
+    response_log_ratio = torch.where(mask, log_ratio, 0.0).double().sum(1)
     log_ratio, returns = log_ratio[mask].double(), returns[mask].double()
     residual = returns - values[mask].double()
     return {
         "responses": mask.any(1).sum(),
         "tokens": mask.sum(),
+        "tokens_squared": mask.sum(1).double().square().sum(),
         "score": score.double().sum(),
         "score_squared": score.double().square().sum(),
-        "log_ratio": log_ratio.sum(),
+        "reward": reward.double().sum(),
+        "score_clipped": (reward != score).sum(),
+        "log_ratio": response_log_ratio.sum(),
+        "log_ratio_squared": response_log_ratio.square().sum(),
         "k3": (torch.expm1(-log_ratio) + log_ratio).sum(),
         "ended": ended.sum(),
         "gap": generator_gap[mask].double().sum(),
@@ -77,19 +88,24 @@ def batch_sums(
 
 
 def batch_metrics(s: Mapping[str, float], beta: float) -> dict[str, float]:
-    """What the batch looked like before the update. `reward` is the score less the KL penalty, per response."""
+    """What the batch looked like before the update. `reward` is the clipped score less the KL penalty, and
+    standard deviations are over responses."""
     n, tokens = s["responses"], s["tokens"]
-    score, kl = s["score"] / n, s["log_ratio"] / n
+    score, kl, length = s["score"] / n, s["log_ratio"] / n, tokens / n
     return_variance = s["returns_squared"] / tokens - (s["returns"] / tokens) ** 2
     residual_variance = s["residual_squared"] / tokens - (s["residual"] / tokens) ** 2
     return {
-        "ppo/reward/mean": score - beta * kl,
+        "ppo/responses": n,
+        "ppo/reward/mean": s["reward"] / n - beta * kl,
         "ppo/score/mean": score,
         "ppo/score/std": max(0.0, s["score_squared"] / n - score**2) ** 0.5,
+        "ppo/score/clip_fraction": s["score_clipped"] / n,
         "ppo/kl": kl,
+        "ppo/kl_std": max(0.0, s["log_ratio_squared"] / n - kl**2) ** 0.5,
         "ppo/kl_k3": s["k3"] / n,
         "ppo/kl_coefficient": beta,
-        "ppo/length/mean": tokens / n,
+        "ppo/length/mean": length,
+        "ppo/length/std": max(0.0, s["tokens_squared"] / n - length**2) ** 0.5,
         "ppo/eos_rate": s["ended"] / n,
         "ppo/entropy": s["entropy"] / tokens,
         "ppo/logprob_gap/mean": s["gap"] / tokens,

@@ -34,7 +34,7 @@ OUTPUTS = {
 
 STAGES = tuple(OUTPUTS)
 _DIRECTORIES = {"sft", "reward_model", "ppo"}
-_FREE_KEYS = {"name", "runs_dir", "resources"}
+_FREE_KEYS = {"name", "runs_dir", "alarms", "resources"}
 """Top-level keys that do not change results."""
 
 _held: dict[Path, int] = {}

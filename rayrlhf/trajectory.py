@@ -55,6 +55,8 @@ class Trajectory:
     """Scores by name, of the whole response."""
     ref_logprobs: NDArray[np.float32] | None = None
     """[R] log-probs of the same tokens under the reference policy at the same temperature."""
+    gold: float | None = None
+    """The labeller's own measure of the response, where it has one: watched, never trained on."""
 
     @property
     def length(self) -> int:

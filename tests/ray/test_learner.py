@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from rouge_score.rouge_scorer import RougeScorer
 from safetensors.torch import load_file
 
 from actors.coordinator import Batch, Coordinator
@@ -18,8 +19,10 @@ from actors.learner import LearnerArguments, ppo_loop
 from actors.remote import Remote
 from actors.train import fit
 from rayrlhf.config import Config, parse_config
-from rayrlhf.data.sources import read_demonstrations
+from rayrlhf.data.sources import as_prompts, read_demonstrations
 from rayrlhf.data.tokens import encode_prompts
+from rayrlhf.gold import Gold
+from rayrlhf.labellers import ReferenceLabeller
 from rayrlhf.metrics import read_metrics
 from rayrlhf.models.loading import load_reward_model, load_tokenizer, resolve_model, save_model
 from rayrlhf.prompts import EncodedPrompt
@@ -83,7 +86,7 @@ def coordinator(tmp_path_factory: pytest.TempPathFactory, reward_model: Path) ->
     own = Watched(config, TINY, MAX_PROMPT + MAX_RESPONSE, tokenizer.pad_token_id, True)
     records = read_demonstrations(config.data.demonstrations, "train", tokenizer, MAX_PROMPT)[:60]
     ids = encode_prompts(tokenizer, [r.prompt for r in records])
-    own.start_scorers(str(reward_model), TINY)
+    own.start_scorers(str(reward_model), TINY, Gold(ReferenceLabeller(), as_prompts(records), tokenizer))
     own.start_generators()
     own.set_prompts(
         [EncodedPrompt(r.id, tuple(i)) for r, i in zip(records, ids, strict=True)],
@@ -160,6 +163,24 @@ def test_the_metrics_are_those_of_the_batch(undisturbed: tuple[Path, list[dict[s
         score = np.mean([sum(t.rewards.values()) if t.finish_reason == "eos" else -1.0 for t in own])
         assert line["ppo/score/mean"] == pytest.approx(score, abs=1e-5)
         assert line["ppo/reward/mean"] == pytest.approx(score - 0.05 * kl, abs=1e-3)
+
+
+def test_the_gold_measure_is_rouge_of_the_sampled_texts(
+    undisturbed: tuple[Path, list[dict[str, Any]], list[Batch]],
+) -> None:
+    _, metrics, batches = undisturbed
+    tokenizer = load_tokenizer(TINY)
+    data = parse_config({"name": "x"}, "test").data.demonstrations
+    references = {d.id: d.response for d in read_demonstrations(data, "train", tokenizer, MAX_PROMPT)}
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    for line, batch in zip(metrics, batches, strict=True):
+        gold = []
+        for t in batch.trajectories:
+            text = tokenizer.decode(t.response_ids, skip_special_tokens=True)
+            gold.append(scorer.score(references[t.prompt_id], text)["rougeL"].fmeasure)
+        assert len(set(gold)) > 1
+        assert line["ppo/gold/mean"] == pytest.approx(np.mean(gold), abs=1e-9)
+        assert line["ppo/gold/std"] == pytest.approx(np.std(gold), abs=1e-9)
 
 
 def test_an_interrupted_loop_ends_with_the_weights_of_an_undisturbed_one(

@@ -1,4 +1,4 @@
-"""What a step's numbers warn of."""
+"""What a step's numbers warn of: at a limit nothing, beyond it one line with the numbers in it."""
 
 from __future__ import annotations
 
@@ -6,13 +6,20 @@ from typing import Any
 
 import pytest
 
-from rayrlhf.alarms import alarms
-from rayrlhf.config import Config, parse_config
+from rayrlhf.alarms import ALARMS, alarms
+from rayrlhf.config import AlarmsConfig, Config, parse_config
+
+START: dict[str, Any] = {
+    "ppo/score/mean": 0.5,
+    "ppo/score/std": 0.4,
+    "ppo/length/mean": 20.0,
+    "ppo/entropy": 3.0,
+    "ppo/kl": 0.0,
+}
 
 
-@pytest.fixture
-def config() -> Config:
-    return parse_config({"name": "one", "ppo": {"max_logprob_gap": 0.05}}, "test")
+def with_limits(**limits: float | None) -> Config:
+    return parse_config({"name": "one", "alarms": limits}, "test")
 
 
 @pytest.mark.parametrize(
@@ -20,33 +27,60 @@ def config() -> Config:
     [
         {},
         {"sft/loss": 3.0},
-        {"ppo/logprob_gap/mean": 0.05, "rollout/replacements": 0.0},  # at the limit, not above it
         {"ppo/logprob_gap/mean": None},  # not finite: that is another warning
-        {"non_finite": {}},
+        {"non_finite": {}, "rollout/replacements": 0.0},
+        START,
     ],
 )
-def test_nothing_to_warn_of(config: Config, metrics: dict[str, Any]) -> None:
-    assert alarms(metrics, config) == []
+def test_nothing_to_warn_of(metrics: dict[str, Any]) -> None:
+    assert alarms(metrics, with_limits(), START) == []
 
 
-def test_a_gap_between_generator_and_learner(config: Config) -> None:
-    (line,) = alarms({"ppo/logprob_gap/mean": 0.0512}, config)
-    assert "0.0512 nats a token" in line and "stale weights" in line
-    assert alarms({"ppo/logprob_gap/mean": 0.0512}, parse_config({"name": "one"}, "test")) == []  # the default is 0.1
+@pytest.mark.parametrize(
+    ("limit", "value", "metric", "healthy", "beyond", "said"),
+    [
+        ("max_logprob_gap", 0.05, "ppo/logprob_gap/mean", 0.05, 0.0512, "0.0512 nats a token"),
+        ("max_first_ratio_off_one", 0.01, "ppo/first_ratio_off_one", 0.01, 0.011, "off 1 by 0.011"),
+        ("max_kl", 10.0, "ppo/kl", 10.0, 10.1, "10.1 nats a response"),
+        ("max_negative_kl", 1.0, "ppo/kl", -1.0, -1.01, "-1.01 nats"),
+        ("max_score_drop", 1.0, "ppo/score/mean", 0.11, 0.09, "to 0.090 from 0.500"),  # 0.5 - 1.0 x 0.4
+        ("min_score_spread", 0.1, "ppo/score/std", 0.041, 0.039, "0.039, 0.4 at the start"),
+        ("min_length", 0.5, "ppo/length/mean", 10.0, 9.9, "9.9 tokens from 20.0"),
+        ("min_eos_rate", 0.5, "ppo/eos_rate", 0.5, 0.48, "only 48% of"),
+        ("min_entropy", 0.2, "ppo/entropy", 0.61, 0.59, "0.590 nats a token from 3.000"),
+        ("max_clip_fraction", 0.5, "ppo/clip_fraction", 0.5, 0.55, "55% of the tokens"),
+    ],
+)
+def test_each_limit(limit: str, value: float, metric: str, healthy: float, beyond: float, said: str) -> None:
+    config = with_limits(**{limit: value})
+    assert alarms({metric: healthy}, config, START) == []
+    (line,) = alarms({metric: beyond}, config, START)
+    assert (said in line and "usually" in line) or "precision" in line
+    assert alarms({metric: beyond}, with_limits(**{limit: None}), START) == [], "null turns the warning off"
 
 
-def test_numbers_that_are_not_finite_are_named(config: Config) -> None:
-    (line,) = alarms(
-        {"ppo/kl": None, "ppo/value_loss": None, "non_finite": {"ppo/kl": "nan", "ppo/value_loss": "inf"}}, config
-    )
+def test_every_limit_of_the_config_is_watched() -> None:
+    assert [alarm.limit for alarm in ALARMS if alarm.limit not in AlarmsConfig.model_fields] == []
+    assert set(AlarmsConfig.model_fields) == {alarm.limit for alarm in ALARMS}
+
+
+def test_a_run_without_its_first_step_is_not_compared_with_it() -> None:
+    metrics = {"ppo/score/mean": -9.0, "ppo/score/std": 0.0, "ppo/length/mean": 1.0, "ppo/entropy": 0.0}
+    assert alarms(metrics, with_limits(), {}) == []
+
+
+def test_numbers_that_are_not_finite_are_named() -> None:
+    metrics = {"ppo/kl": None, "ppo/value_loss": None, "non_finite": {"ppo/kl": "nan", "ppo/value_loss": "inf"}}
+    (line,) = alarms(metrics, with_limits(), START)
     assert "ppo/kl, ppo/value_loss" in line and "learning rate" in line
 
 
-def test_replaced_actors_are_counted(config: Config) -> None:
-    (line,) = alarms({"rollout/replacements": 2.0}, config)
+def test_replaced_actors_are_counted() -> None:
+    (line,) = alarms({"rollout/replacements": 2.0}, with_limits(), START)
     assert line.startswith("2 actor(s) died")
 
 
-def test_several_at_once_are_several_lines(config: Config) -> None:
-    lines = alarms({"ppo/logprob_gap/mean": 1.0, "rollout/replacements": 1.0, "non_finite": {"ppo/kl": "nan"}}, config)
+def test_several_at_once_are_several_lines() -> None:
+    metrics = {"ppo/logprob_gap/mean": 1.0, "rollout/replacements": 1.0, "non_finite": {"ppo/kl": "nan"}}
+    lines = alarms(metrics, with_limits(), START)
     assert len(lines) == 3 and not any("\n" in line for line in lines)

@@ -165,6 +165,73 @@ def test_gradient_equals_autograd_of_the_written_out_objective(models: tuple[Any
         torch.testing.assert_close(own, parameter.grad, rtol=1e-3, atol=1e-6)
 
 
+def test_scores_are_clipped_before_the_penalty(models: tuple[Any, Any]) -> None:
+    """Clipping is that of the scores given: the update equals that of scores which were small from the start."""
+    batch = trajectories(models[0])
+    wild = copy.deepcopy(batch)
+    for t, raw in zip(wild, batch, strict=True):
+        t.rewards = {"reward_model": 100.0 * raw.rewards["reward_model"]}
+        raw.rewards = {"reward_model": float(np.clip(t.rewards["reward_model"], -0.5, 0.5))}
+    clipped = with_sgd(learner(models, config(reward_clip=0.5, missing_eos_reward=-0.5)))
+    small = with_sgd(learner(models, config(missing_eos_reward=-0.5)))
+    metrics, expected = clipped.step(wild, 0), small.step(batch, 0)
+    torch.testing.assert_close(weights(clipped), weights(small), rtol=0, atol=0)
+    assert metrics["ppo/reward/mean"] == expected["ppo/reward/mean"]
+    ended = [t for t in wild if t.finish_reason == "eos"]
+    raw_scores = [t.rewards["reward_model"] if t in ended else -0.5 for t in wild]
+    assert metrics["ppo/score/mean"] == pytest.approx(np.mean(raw_scores), rel=1e-5)
+    assert metrics["ppo/score/clip_fraction"] == np.mean([abs(s) > 0.5 for s in raw_scores]) > 0.5
+    assert expected["ppo/score/clip_fraction"] == 0.0
+
+
+def test_epochs_end_when_the_policy_has_moved_too_far(models: tuple[Any, Any]) -> None:
+    """The refused update and all after it change nothing; the schedule goes on as if they had been made."""
+    batch = trajectories(models[0])
+    optimizer = OptimizerConfig(lr=1e-2, max_grad_norm=1e9, schedule="linear")
+    two = learner(models, config(epochs=2, optimizer=optimizer))
+    free = learner(models, config(epochs=4, optimizer=optimizer))
+    far = two.step(batch, 0)["ppo/approx_kl"]  # the mean of 0, the first epoch's, and that of the second
+    kl_after_first = 2 * far
+    stopped = learner(models, config(epochs=4, optimizer=optimizer, max_approx_kl=0.5 * kl_after_first))
+    loose = learner(models, config(epochs=4, optimizer=optimizer, max_approx_kl=1e9))
+    one = learner(models, config(epochs=4, optimizer=optimizer))
+    one.config = config(epochs=1)
+    metrics = stopped.step(batch, 0)
+    assert metrics["ppo/updates"] == 1.0
+    assert metrics["ppo/approx_kl"] == pytest.approx(far, rel=1e-5), "what was measured is reported"
+    one.step(batch, 0)
+    assert torch.equal(weights(stopped), weights(one))
+    assert free.step(batch, 0)["ppo/updates"] == loose.step(batch, 0)["ppo/updates"] == 4.0
+    assert torch.equal(weights(free), weights(loose))
+    assert stopped.policy_optimizer.lr == free.policy_optimizer.lr
+    assert stopped.value_optimizer.lr == free.value_optimizer.lr
+    assert stopped.step(batch, 1)["ppo/updates"] >= 1.0, "the next step begins anew"
+
+
+@pytest.mark.parametrize("score", [float("nan"), float("inf")])
+def test_a_score_that_is_not_finite_stops_before_the_update(models: tuple[Any, Any], score: float) -> None:
+    ppo, batch = learner(models, config()), trajectories(models[0])
+    before = weights(ppo)
+    ended = next(t for t in batch if t.finish_reason == "eos")
+    ended.rewards = {"reward_model": score}
+    with pytest.raises(FloatingPointError, match="a score of the batch is not finite"):
+        ppo.step(batch, 0)
+    assert torch.equal(weights(ppo), before)
+
+
+def test_spreads_are_over_responses(models: tuple[Any, Any]) -> None:
+    batch = trajectories(models[0])
+    rng = np.random.default_rng(5)
+    for t in batch:
+        assert t.ref_logprobs is not None
+        t.ref_logprobs = (t.ref_logprobs - rng.normal(0.1, 0.3, len(t.response_ids))).astype(np.float32)
+    metrics = learner(models, config()).step(batch, 0)
+    kl = [float((t.generator_logprobs - t.ref_logprobs).sum()) for t in batch if t.ref_logprobs is not None]
+    assert metrics["ppo/responses"] == len(batch)
+    assert metrics["ppo/kl_std"] == pytest.approx(np.std(kl), rel=1e-4)
+    assert metrics["ppo/length/std"] == pytest.approx(np.std([len(t.response_ids) for t in batch]))
+
+
 def test_critic_warmup_leaves_the_policy_alone(models: tuple[Any, Any]) -> None:
     ppo = learner(models, config(critic_warmup_steps=1))
     policy = [p.detach().clone() for p in ppo.policy.parameters()]
