@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
 
+from rayrlhf.alarms import alarms
+from rayrlhf.config import Config, load_config
 from rayrlhf.evaluation import MEASURES
 from rayrlhf.metrics import read_metrics
 from rayrlhf.run import STAGES, RunFolder, replacing
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MAX_SAMPLES = 12
+MAX_WARNINGS = 12
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,9 @@ def write_report(run: RunFolder) -> Path:
     parts = [f"<h1>{escape(run.name)}</h1>", f'<p class="sub">done: {", ".join(done) or "nothing yet"}</p>']
     if run.evaluation.exists():
         parts.append(_evaluation(json.loads(run.evaluation.read_text(encoding="utf-8"))))
+    ppo = [line for line in metrics if line["stage"] == "ppo"]
+    if ppo and run.config.exists():
+        parts.append(_warnings(ppo, load_config(run.config)))
     for stage in ("ppo", "reward_model", "sft"):
         lines = [line for line in metrics if line["stage"] == stage]
         figure = stage_figure(stage, lines)
@@ -215,6 +221,15 @@ def _cell(value: Mapping[str, float] | None, digits: int) -> str:
         return "<td>–</td>"
     mean, low, high = (f"{value[key]:z.{digits}f}".replace("-", "−") for key in ("mean", "low", "high"))
     return f'<td title="n = {value["n"]}">{mean}<br><span class="ci">{low} to {high}</span></td>'
+
+
+def _warnings(lines: Sequence[Mapping[str, Any]], config: Config) -> str:
+    found = [(line["step"], warning) for line in lines for warning in alarms(line, config, lines[0])]
+    if not found:
+        return "<h2>Warnings</h2><p class='sub'>none of the PPO steps passed a limit of the config's alarms</p>"
+    shown = "".join(f"<li>step {step + 1}: {escape(warning)}</li>" for step, warning in found[:MAX_WARNINGS])
+    more = f"<p class='sub'>and {len(found) - MAX_WARNINGS} more</p>" if len(found) > MAX_WARNINGS else ""
+    return f"<h2>Warnings</h2><ul>{shown}</ul>{more}"
 
 
 def _samples(table: Any) -> str:

@@ -35,7 +35,7 @@ MAX_PROMPT, MAX_RESPONSE = 96, 16
 STEPS = 3
 
 
-def make_config(runs_dir: Path) -> Config:
+def make_config(runs_dir: Path, lr: float = 1e-3) -> Config:
     settings = {
         "name": "run",
         "runs_dir": str(runs_dir),
@@ -50,7 +50,7 @@ def make_config(runs_dir: Path) -> Config:
             "temperature": 0.7,
             "checkpoint_every": 1,
             "keep_checkpoints": 1,
-            "optimizer": {"lr": 1e-3, "eps": 1e-5, "betas": (0.9, 0.999)},
+            "optimizer": {"lr": lr, "eps": 1e-5, "betas": (0.9, 0.999)},
         },
         "resources": {"generators": {"kv_cache_mib": 64, "max_num_seqs": 32}},
     }
@@ -98,9 +98,11 @@ def coordinator(tmp_path_factory: pytest.TempPathFactory, reward_model: Path) ->
         generator._target.engine.close()
 
 
-def train(runs_dir: Path, coordinator: Watched, reward_model: Path) -> tuple[Path, list[dict[str, Any]]]:
+def train(
+    runs_dir: Path, coordinator: Watched, reward_model: Path, lr: float = 1e-3
+) -> tuple[Path, list[dict[str, Any]]]:
     """Run or continue the PPO loop; the run folder and its valid metrics."""
-    config = make_config(runs_dir)
+    config = make_config(runs_dir, lr)
     run_dir = runs_dir / "run"
     arguments = LearnerArguments(
         config, run_dir, Path(TINY), reward_model, Remote("coordinator", coordinator, local=True)
@@ -211,3 +213,12 @@ def test_an_interrupted_loop_ends_with_the_weights_of_an_undisturbed_one(
             assert line[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-6), name
     end, expected_end, start = (weights(path) for path in (run_dir / "policy", whole / "policy", Path(TINY)))
     assert (end - expected_end).norm() < 1e-4 * (expected_end - start).norm()
+
+
+def test_a_learning_rate_that_is_far_too_high_ends_in_one_line(
+    coordinator: Watched, reward_model: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(FloatingPointError, match=r"is not finite|norm is (nan|inf)") as raised:
+        train(tmp_path, coordinator, reward_model, lr=1e18)
+    assert not (tmp_path / "run" / "policy").exists()
+    assert "there was no checkpoint yet" in str(raised.value), "the second update of the first step is refused"
