@@ -77,6 +77,7 @@ def test_metrics_are_complete_and_say_that_ppo_starts_on_policy(metrics: list[di
     assert all(line["ppo/logprob_gap/mean"] < 1e-3 for line in ppo)
     assert ppo[-1]["ppo/kl_k3"] > 1e-3
     assert all(0 < line["ppo/length/mean"] <= 40 and 0 <= line["ppo/eos_rate"] <= 1 for line in ppo)
+    assert all(0 < line["ppo/gold/mean"] < 1 and line["ppo/gold/std"] > 0 for line in ppo), "the labeller watches"
     for line in ppo:
         penalty = line["ppo/kl_coefficient"] * line["ppo/kl"]
         assert line["ppo/reward/mean"] == pytest.approx(line["ppo/score/mean"] - penalty, abs=1e-6)
