@@ -15,7 +15,7 @@ from typing import Any
 from actors.engine import environment
 from actors.generator import Generator
 from actors.pool import Pool
-from actors.remote import ActorFailure, Remote, put
+from actors.remote import ActorFailure, Remote, namespace, put
 from actors.scorer import Scorer
 from actors.weight_sync import Publication
 from rayrlhf.batching import shard
@@ -94,7 +94,11 @@ class Coordinator:
                 reference,
                 settings,
                 local=self.local,
-                options={"num_cpus": settings.cpus, "num_gpus": settings.gpus},
+                options={
+                    "num_cpus": settings.cpus,
+                    "num_gpus": settings.gpus,
+                    "namespace": namespace(self.config),
+                },
                 gold=shared,  # Ray hands the actor what is behind a reference
                 pad_token_id=self.pad_token_id,
                 dtype=self.config.model.dtype,
@@ -211,6 +215,7 @@ class Coordinator:
             options={
                 "num_cpus": settings.cpus,
                 "num_gpus": settings.gpus,
+                "namespace": namespace(self.config),
                 "runtime_env": {"env_vars": environment(settings)},  # OpenMP reads its settings as a process starts
             },
         )

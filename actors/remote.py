@@ -14,9 +14,15 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
+from rayrlhf.config import Config
 from rayrlhf.errors import UserError
 
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
+
+
+def namespace(config: Config) -> str:
+    """Where a run's actors have their names: other runs on the same cluster name theirs alike."""
+    return f"rayrlhf-{config.runs_dir}/{config.name}"
 
 
 class ActorFailure(RuntimeError):

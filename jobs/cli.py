@@ -15,7 +15,9 @@ from jobs.pipeline import pipeline
 from jobs.ppo import ppo
 from jobs.reward_model import reward_model
 from jobs.sft import sft
+from jobs.sweep import sweep
 from rayrlhf.config import load_config
+from rayrlhf.sweep import load_sweep
 
 app = typer.Typer(
     help="RLHF on Ray: supervised fine-tuning, a reward model from ranked answers, and PPO against it.",
@@ -52,6 +54,19 @@ _command(
     evaluate,
     "Compare SFT model and policy on the test split. Writes evaluation.json, samples.parquet and report.html.",
 )
+
+
+@app.command("sweep")
+def sweep_command(
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="The sweep's YAML file; an example is in configs/sweeps/.")
+    ],
+    overrides: Overrides = None,
+) -> None:
+    """Try hyper-parameters on Ray Tune and rank them. Finished trials are skipped; the same command continues."""
+    code = guarded(lambda: sweep(load_sweep(file, overrides or [])))
+    sys.stdout.flush()
+    raise typer.Exit(code)
 
 
 def main() -> None:

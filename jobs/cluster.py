@@ -36,15 +36,13 @@ def connected(config: Config) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    namespace = f"rayrlhf-{config.name}"
     if "RAY_ADDRESS" in os.environ:  # set by the user, or by Ray for a job
-        ray.init(namespace=namespace, log_to_driver=False)
+        ray.init(log_to_driver=False)
     else:
         for key, value in LOCAL_ENVIRONMENT.items():
             os.environ.setdefault(key, value)
         ray.init(
             address="local",
-            namespace=namespace,
             include_dashboard=config.resources.dashboard,
             log_to_driver=False,
             logging_level="warning",
@@ -55,8 +53,8 @@ def connected(config: Config) -> Iterator[None]:
         ray.shutdown()
 
 
-def preflight(config: Config) -> None:
-    """Compare what the run asks for with what the cluster has.
+def preflight(config: Config, runs: int = 1) -> None:
+    """Compare what the run asks for, or `runs` of them at a time, with what the cluster has.
 
     Raises:
         UserError: one sentence that says what is missing and which key to change.
@@ -69,15 +67,16 @@ def preflight(config: Config) -> None:
     }
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     for kind, column in (("CPU", 1), ("GPU", 2)):
-        needed = sum(role[0] * role[column] for role in roles.values())
+        needed = runs * sum(role[0] * role[column] for role in roles.values())
         present = sum(node.get(kind, 0.0) for node in nodes)
         largest = max((node.get(kind, 0.0) for node in nodes), default=0.0)
         if needed > present:
             parts = " + ".join(
                 f"{name} {role[0]} x {role[column]:g}" for name, role in roles.items() if role[0] * role[column]
             )
+            who, lower = ("this run needs", "") if runs == 1 else (f"{runs} runs at a time need", "concurrent, ")
             raise UserError(
-                f"this run needs {needed:g} {kind}s ({parts}) and the cluster has {present:g}; add nodes, or lower "
+                f"{who} {needed:g} {kind}s ({parts}) and the cluster has {present:g}; add nodes, or lower {lower}"
                 f"resources.*.count, resources.learner.workers or resources.*.{kind.lower()}s"
             )
         for name, role in roles.items():

@@ -1,4 +1,4 @@
-"""Stage `evaluate`: SFT and policy side by side on the test split. `... -- python -m jobs.evaluate --config FILE`."""
+"""Stage `evaluate`: SFT and policy side by side on held-out records. `... -- python -m jobs.evaluate --config FILE`."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def evaluate(session: Session) -> None:
         if config.data.comparisons is None and config.collect.labeller.kind == "reference"
         else "people",
         metadata={
-            "data": config.evaluate.prompts or f"{config.data.demonstrations.path}, test split",
+            "data": config.evaluate.prompts or f"{config.data.demonstrations.path}, {config.evaluate.split} split",
             "temperature": config.evaluate.temperature,
             "kl_temperature": config.ppo.temperature,
             "seed": config.seed,
@@ -64,30 +64,33 @@ def evaluate(session: Session) -> None:
         write_evaluation(run.evaluation, result)
         write_report(run)
         console.print(f"report: {run.report}")
-    else:  # the run's own evaluation stays that of its test split
+    else:  # the run's own evaluation stays that of its split
         other = Path(config.evaluate.prompts).stem
         write_samples(run.path / f"samples-{other}.parquet", table)
         write_evaluation(run.path / f"evaluation-{other}.json", result)
         console.print(f"evaluation of {config.evaluate.prompts}: {run.path / f'evaluation-{other}.json'}")
     console.print(
         sample_panel(
-            prompts[0].text, prompts[0].reference, policy.texts[0] or "", title="first test post, policy's answer"
+            prompts[0].text, prompts[0].reference, policy.texts[0] or "", title="first of these posts, policy's answer"
         )
     )
     console.print(evaluation_table(result))
 
 
 def evaluation_records(session: Session) -> list[Demonstration]:
-    """The test split, or the posts and references of `evaluate.prompts`."""
+    """The records of `evaluate.split`, or the posts and references of `evaluate.prompts`."""
     config = session.config
     if config.evaluate.prompts is None:
-        session.train_splits  # noqa: B018  (checks that test overlaps with nothing that was trained on)
-        records = session.test
+        session.train_splits  # noqa: B018  (checks that they overlap with nothing that was trained on)
+        records = session.evaluated
     else:
         source = config.data.demonstrations.model_copy(update={"path": config.evaluate.prompts})
         records = read_demonstrations(source, "all", session.tokenizer, config.data.max_prompt_tokens)
     if not records:
-        raise UserError("evaluate: the test split is empty; lower data.dev_fraction or name a file in evaluate.prompts")
+        raise UserError(
+            f"evaluate: the {config.evaluate.split} split is empty; change data.dev_fraction or name a file in "
+            "evaluate.prompts"
+        )
     return records[: config.evaluate.max_prompts]
 
 

@@ -14,7 +14,7 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from actors.coordinator import Coordinator
-from actors.remote import Call, Remote, wait
+from actors.remote import Call, Remote, namespace, wait
 from actors.weight_sync import publish_directory
 from jobs.cluster import connected, inside_job, preflight
 from rayrlhf.config import Config, dump_config
@@ -73,10 +73,12 @@ class Session:
         if self.config.data.comparisons is not None:
             published = sum(not c.heldout for c in self.published_comparisons)
         parameters = parameter_count(self.model, self.config.model.revision)
-        return batch_table(self.config, len(splits.sft), len(splits.ppo), published, len(self.test), parameters)
+        return batch_table(self.config, len(splits.sft), len(splits.ppo), published, len(self.evaluated), parameters)
 
     def close(self) -> None:
-        """End the Ray connection, and with it all actors."""
+        """End the actors, and the Ray connection if it is this session's own."""
+        if self._coordinator is not None:
+            self._coordinator.kill()  # and with it generators and scorers, which it owns
         self._connection.close()
 
     def checkpoint_name(self, stage: str) -> str:
@@ -124,6 +126,11 @@ class Session:
     def test(self) -> list[Demonstration]:
         return self._valid[1]
 
+    @property
+    def evaluated(self) -> list[Demonstration]:
+        """The records of `evaluate.split`."""
+        return self.dev if self.config.evaluate.split == "dev" else self.test
+
     def encode(self, records: list[Demonstration]) -> list[EncodedPrompt]:
         """The prompts of `records` as token ids."""
         ids = encode_prompts(self.tokenizer, [record.prompt for record in records])
@@ -152,7 +159,8 @@ class Session:
                 self.tokenizer.pad_token_id,
                 self.local,
                 local=self.local,
-                options={"num_cpus": 0},
+                # Not in the placement group of a Tune trial, which holds no CPUs for generators and scorers.
+                options={"num_cpus": 0, "namespace": namespace(self.config), "scheduling_strategy": "DEFAULT"},
             )
             self._starting = self._coordinator.submit("start_generators")
         return self._coordinator

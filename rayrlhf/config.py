@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -24,6 +24,9 @@ class Section(BaseModel):
     """Base of all sections: unknown keys are errors, values are not coerced from other types."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+
+
+AnySection = TypeVar("AnySection", bound=Section)
 
 
 class ModelConfig(Section):
@@ -195,8 +198,10 @@ class AlarmsConfig(Section):
 
 
 class EvaluateConfig(Section):
+    split: Literal["test", "dev"] = "test"
+    """Which share of the validation records: `dev` where something is chosen by the result, as a sweep does."""
     prompts: str | None = None
-    """Another file of posts and references (same format as the demonstrations) in place of the test split."""
+    """Another file of posts and references (same format as the demonstrations) in place of the split."""
     max_prompts: Positive | None = None
     temperature: Annotated[float, Field(ge=0.01)] = 0.01
     """Near-greedy; vLLM raises lower temperatures to 0.01."""
@@ -280,9 +285,21 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     Raises:
         UserError: missing or malformed file, unknown key, wrong type, impossible value.
     """
+    tree = read_yaml(path, "config file; the examples are in configs/")
+    for override in overrides or []:
+        set_key(tree, *parse_override(override), f"override {override!r}")
+    return parse_config(tree, str(path))
+
+
+def read_yaml(path: str | Path, what: str) -> dict[str, Any]:
+    """The mapping that a YAML file holds; `what` completes "no such".
+
+    Raises:
+        UserError: missing or malformed file.
+    """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: no such config file; the examples are in configs/")
+        raise UserError(f"{path}: no such {what}")
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError:
@@ -291,17 +308,20 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected a mapping of config keys, found {type(tree).__name__}")
-    for override in overrides or []:
-        _apply_override(tree, override)
-    return parse_config(tree, str(path))
+    return tree
 
 
 def parse_config(tree: dict[str, Any], where: str) -> Config:
     """Validate a plain mapping; `where` names its origin in error messages."""
+    return parse_section(Config, tree, where)
+
+
+def parse_section(section: type[AnySection], tree: Any, where: str) -> AnySection:
+    """Validate what YAML holds as a `section`; `where` names its origin in error messages."""
     try:
-        return Config.model_validate(_numbers(tree, Config), strict=True)
+        return section.model_validate(_numbers(tree, section), strict=True)
     except ValidationError as error:
-        raise UserError(f"{where}: " + "; ".join(_explain(e) for e in error.errors()[:3])) from None
+        raise UserError(f"{where}: " + "; ".join(_explain(e, section) for e in error.errors()[:3])) from None
 
 
 def dump_config(config: Config) -> dict[str, Any]:
@@ -309,23 +329,29 @@ def dump_config(config: Config) -> dict[str, Any]:
     return config.model_dump(mode="json")
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> None:
+def parse_override(override: str) -> tuple[str, Any]:
+    """The dotted key and the value of ``key.sub=value``."""
     key, separator, text = override.partition("=")
     if not separator or not key.strip():
         raise UserError(f"override {override!r}: write key.sub=value, for example ppo.steps=3")
+    try:
+        return key.strip(), yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"override {override!r}: the value is not valid YAML") from None
+
+
+def set_key(tree: dict[str, Any], key: str, value: Any, where: str) -> None:
+    """Set a dotted key, making the sections on the way; `where` names its origin in error messages."""
+    *sections, last = key.split(".")
     node = tree
-    parts = key.strip().split(".")
-    for part in parts[:-1]:
+    for part in sections:
         child = node.setdefault(part, {})
         if child is None:
             child = node[part] = {}
         if not isinstance(child, dict):
-            raise UserError(f"override {override!r}: {part!r} is a value, not a section")
+            raise UserError(f"{where}: {part!r} is a value, not a section")
         node = child
-    try:
-        node[parts[-1]] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"override {override!r}: the value is not valid YAML") from None
+    node[last] = value
 
 
 def _numbers(tree: Any, section: type[BaseModel] | None) -> Any:
@@ -362,10 +388,10 @@ def _nested_section(annotation: Any) -> type[BaseModel] | None:
     return None
 
 
-def _explain(error: Any) -> str:
+def _explain(error: Any, root: type[BaseModel]) -> str:
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        section: type[BaseModel] | None = Config
+        section: type[BaseModel] | None = root
         for part in error["loc"][:-1]:
             field = section.model_fields.get(str(part)) if section else None
             section = _nested_section(field.annotation) if field else None

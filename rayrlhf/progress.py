@@ -71,7 +71,7 @@ def stage_loads(config: Config, n_sft: int, n_prompts: int, n_comparisons: int |
         n_sft: demonstrations in the SFT split.
         n_prompts: prompts in the PPO split.
         n_comparisons: ranked prompts for the reward model; None if the `collect` stage makes them.
-        n_test: prompts in the test split.
+        n_test: prompts in the split that is evaluated.
     """
     longest = config.data.max_prompt_tokens + config.data.max_response_tokens
     workers = config.resources.learner.workers
@@ -245,19 +245,21 @@ def evaluation_table(result: Mapping[str, Any]) -> Table:
     """evaluation.json as a table: a column a source, means with their 95 % intervals."""
     sources = [name for name in ("title", "reference", "sft", "policy") if name in result]
     measures = list(dict.fromkeys(measure for name in ("policy", "sft") for measure in result.get(name, {})))
-    prompts = result["metadata"]["prompts"]
-    table = Table(title=f"{prompts} prompts, mean [95 % interval]", title_justify="left", box=SIMPLE_HEAD)
+    facts = result["metadata"]
+    title = f"{facts['data']}: {facts['prompts']} prompts, mean [95 % interval]"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     table.add_column("measure")
     for name in sources:
         table.add_column(name, justify="right")
     for measure in measures:
         row = [result[name].get(measure) for name in sources]
         if any(row):
-            table.add_row(measure, *(_interval(value) for value in row))
+            table.add_row(measure, *(interval_text(value) for value in row))
     return table
 
 
-def _interval(value: Mapping[str, float] | None) -> str:
+def interval_text(value: Mapping[str, float] | None) -> str:
+    """`mean [low, high]`; a dash where nothing was measured."""
     if value is None:
         return "–"
     form = ".1f" if abs(value["mean"]) >= 10 else ".3f"

@@ -142,6 +142,12 @@ def open_or_create(config: Config, runs_dir: Path, redo: Collection[str] = ()) -
     return run
 
 
+def stages_from(key: str) -> tuple[str, ...]:
+    """The stages that the value of a dotted config key goes into: its own and those after it, or all."""
+    section = key.split(".")[0]
+    return STAGES[STAGES.index(section) if section in STAGES else 0 :]
+
+
 def resolve_runs_dir(runs_dir: str, inside_job: bool) -> Path:
     """An absolute `runs_dir`; a relative one counts from the current directory.
 
@@ -215,11 +221,9 @@ def _read_stored(path: Path) -> Config:
 
 def _binding_stage(run: RunFolder, key: str, redo: Collection[str]) -> str | None:
     """The first finished stage that the value of `key` went into."""
-    section = key.split(".")[0]
-    if section in _FREE_KEYS:
+    if key.split(".")[0] in _FREE_KEYS:
         return None
-    first = STAGES.index(section) if section in STAGES else 0
-    return next((stage for stage in STAGES[first:] if stage not in redo and run.done(stage)), None)
+    return next((stage for stage in stages_from(key) if stage not in redo and run.done(stage)), None)
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:

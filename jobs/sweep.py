@@ -1,0 +1,216 @@
+"""A sweep on Ray Tune: `rayrlhf sweep FILE`, or `... -- python -m jobs.sweep --config FILE` as a job.
+
+Tune draws the points and runs the trials; a trial is the ordinary pipeline, in a run folder of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+import os
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from ray import tune
+from ray.tune.search.basic_variant import BasicVariantGenerator
+from ray.tune.search.variant_generator import generate_variants
+
+from actors.remote import ANSI, ActorFailure
+from jobs.cluster import connected, inside_job, preflight
+from jobs.collect import collect
+from jobs.entry import Stage, console, guarded, run
+from jobs.pipeline import pipeline
+from jobs.ppo import ppo
+from jobs.reward_model import reward_model
+from jobs.sft import sft
+from rayrlhf.config import Config
+from rayrlhf.progress import duration, interval_text
+from rayrlhf.run import RunFolder, open_or_create, resolve_runs_dir
+from rayrlhf.sweep import BASE, Space, Sweep, Trial, Value, load_sweep, share
+from rayrlhf.sweep_results import Result, ranked, read_result, results_table, write_results
+
+STAGE_FUNCTIONS: dict[str, Stage] = {"sft": sft, "collect": collect, "reward_model": reward_model, "ppo": ppo}
+TUNE_ENVIRONMENT = {
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is a KeyboardInterrupt here as elsewhere
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # a trial's record is its run folder
+    "RAY_AIR_NEW_OUTPUT": "0",  # the old output is silent at verbose=0, the new one is not
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths of the config count from where the command was started
+}
+LOG = "log.txt"
+"""What a trial prints, in its run folder."""
+
+
+def sweep(plan: Sweep) -> None:
+    """Run the stages that the trials share, then the trials that are not finished; rank them all.
+
+    Raises:
+        UserError: a value or a finished run that does not fit; more at a time than the cluster holds.
+        ActorFailure: trials failed; the others are finished and in the table.
+    """
+    folder = resolve_runs_dir(plan.base.runs_dir, inside_job()) / plan.settings.name
+    base = plan.base.model_copy(update={"name": BASE, "runs_dir": str(folder)})
+    trials = plan.trials(draw(plan.search, plan.settings.samples, base.seed), folder)
+    with RunFolder(folder).lock():
+        base_run = open_or_create(base, folder) if plan.shared else None
+        runs = {trial.name: open_or_create(trial.config, folder) for trial in trials}
+        left = [trial for trial in trials if not runs[trial.name].done("evaluate")]
+        board = Board(plan, trials, runs, folder)
+        if left:
+            console.print(
+                f"sweep {plan.settings.name!r}: {len(trials)} trials, {len(trials) - len(left)} finished; "
+                f"shared: {', '.join(plan.shared) or 'nothing'}; results in {folder}"
+            )
+            if base_run is not None:
+                run(base, [STAGE_FUNCTIONS[stage] for stage in plan.shared], local=False)
+                for trial in left:
+                    share(base_run, runs[trial.name], plan.shared)
+            with connected(base):
+                preflight(base, min(plan.settings.concurrent, len(left)))
+                run_trials(left, plan.settings.concurrent, board)
+        results = board.results()
+        write_results(folder, plan, results)
+        console.print(results_table(plan, results))
+        if not left:
+            console.print(f"sweep {plan.settings.name!r} is finished: all {len(trials)} trials were done before")
+        if results[0].interval(plan.settings.metric):
+            console.print(f"the best one, on the test split: {plan.command(results[0].trial)}", soft_wrap=True)
+        console.print(f"{folder / 'sweep.md'}, {folder / 'sweep.json'}", soft_wrap=True)
+        failed = [result for result in results if result.error]
+        if failed:
+            raise ActorFailure(f"{len(failed)} of {len(trials)} trials failed; the same command tries them again")
+
+
+def draw(search: Mapping[str, Space], samples: int, seed: int) -> list[dict[str, Value]]:
+    """The points of a search: dotted key to value. More samples of the same seed add to the points of fewer."""
+    spec = {key: _tune_space(space) for key, space in search.items()}
+    rng = np.random.default_rng(seed)
+    points = []
+    for _ in range(samples):
+        for _, point in generate_variants({"point": spec}, random_state=rng):
+            points.append({key: _rounded(value, search[key]) for key, value in point["point"].items()})
+    return points
+
+
+def _tune_space(space: Space) -> Any:
+    if space.grid is not None:
+        return tune.grid_search(space.grid)
+    if space.choice is not None:
+        return tune.choice(space.choice)
+    return tune.uniform(*space.uniform) if space.uniform is not None else tune.loguniform(*space.loguniform or ())
+
+
+def _rounded(value: Any, space: Space) -> Value:
+    """Three digits of a number from a range: the run folder's name says exactly what ran."""
+    return value if space.uniform is None and space.loguniform is None else float(f"{value:.3g}")
+
+
+def run_trials(trials: Sequence[Trial], concurrent: int, board: Board) -> None:
+    """Run the pipeline of each trial under Ray Tune; what becomes of each is told to `board`."""
+    os.environ.update(TUNE_ENVIRONMENT)
+    configs = {trial.name: trial.config for trial in trials}
+    # The trial itself only drives its roles: no CPU of its own, but the machine where this command runs.
+    here = {"CPU": 0, f"node:{ray.util.get_node_ip_address()}": 0.001}
+    with tempfile.TemporaryDirectory() as scratch:
+        tune.Tuner(
+            tune.with_resources(_trainable(configs, os.getcwd()), here),
+            param_space={"trial": tune.grid_search(list(configs))},
+            tune_config=tune.TuneConfig(search_alg=BasicVariantGenerator(max_concurrent=concurrent)),
+            run_config=tune.RunConfig(name="sweep", storage_path=scratch, verbose=0, callbacks=[board]),
+        ).fit()
+
+
+def _trainable(configs: Mapping[str, Config], directory: str) -> Callable[[dict[str, Any]], None]:
+    def run_trial(point: dict[str, Any]) -> None:
+        config = configs[point["trial"]]
+        os.chdir(directory)
+        log = Path(config.runs_dir, config.name, LOG)
+        with (
+            log.open("a", buffering=1, encoding="utf-8") as file,
+            contextlib.redirect_stdout(file),
+            contextlib.redirect_stderr(file),
+        ):
+            try:
+                run(config, [pipeline], local=False)
+            except Exception:
+                traceback.print_exc()
+                raise
+
+    return run_trial
+
+
+class Board(tune.Callback):
+    """What has become of the trials; told by Tune, it prints a line when one starts and ends and keeps the results."""
+
+    def __init__(self, plan: Sweep, trials: Sequence[Trial], runs: Mapping[str, RunFolder], folder: Path) -> None:
+        self.plan, self.folder = plan, folder
+        self.trials = {trial.name: trial for trial in trials}
+        self.runs = runs
+        self.errors: dict[str, str] = {}
+        self.took: list[float] = []
+        self.started: dict[str, float] = {}
+
+    def results(self) -> list[Result]:
+        """All trials, best first."""
+        found = [
+            read_result(trial, self.runs[name], self.plan.shared, self.errors.get(name))
+            for name, trial in self.trials.items()
+        ]
+        return ranked(found, self.plan.settings.metric, self.plan.settings.mode)
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        name = trial.config["trial"]
+        self.started[name] = time.monotonic()
+        self._say(name, f"started, see {self.runs[name].path / LOG}")
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        name, metric = trial.config["trial"], self.plan.settings.metric
+        result = read_result(self.trials[name], self.runs[name], self.plan.shared)
+        self._end(name, f"{metric} {interval_text(result.interval(metric))}", trials)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        name = trial.config["trial"]
+        self.errors[name] = one_line(trial.get_error())
+        self._end(name, f"failed: {self.errors[name]}", trials)
+
+    def _end(self, name: str, what: str, trials: Iterable[Any]) -> None:
+        seconds = time.monotonic() - self.started[name]
+        self.took.append(seconds)
+        left = sum(name not in self.errors and not run.done("evaluate") for name, run in self.runs.items())
+        rounds = math.ceil(left / self.plan.settings.concurrent)
+        eta = duration(rounds * sum(self.took) / len(self.took))
+        self._say(name, f"{what}, took {duration(seconds)}, ETA {eta}")
+        write_results(self.folder, self.plan, self.results())
+
+    def _say(self, name: str, what: str) -> None:
+        number = list(self.trials).index(name) + 1
+        console.print(f"trial {number}/{len(self.trials)} {name}: {what}", soft_wrap=True, markup=False)
+
+
+def one_line(error: Any) -> str:
+    """A trial's error without Ray's traceback around it."""
+    cause = getattr(error, "cause", None) or error
+    text = " ".join(ANSI.sub("", str(cause)).split())
+    return f"{type(cause).__name__}: {text[:300]}"
+
+
+def main() -> None:
+    """The command line of `python -m jobs.sweep`."""
+    parser = argparse.ArgumentParser(description=sweep.__doc__)
+    parser.add_argument("--config", required=True, help="the sweep's YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changes to the sweep or its config")
+    arguments = parser.parse_args()
+    code = guarded(lambda: sweep(load_sweep(arguments.config, arguments.overrides)))
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
