@@ -15,6 +15,7 @@ from jobs.pipeline import pipeline
 from jobs.ppo import ppo
 from jobs.reward_model import reward_model
 from jobs.sft import sft
+from rayrlhf import compare as comparison
 from rayrlhf.config import load_config
 
 app = typer.Typer(
@@ -52,6 +53,24 @@ _command(
     evaluate,
     "Compare SFT model and policy on the test split. Writes evaluation.json, samples.parquet and report.html.",
 )
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN_FOLDER...", help="Finished runs, for example one a seed.")],
+    output: Annotated[Path | None, typer.Option(help="Folder for compare.md and curves.png.")] = None,
+) -> None:
+    """Tables of one or more finished runs, with intervals; with --output curves, too. Needs no Ray."""
+
+    def action() -> None:
+        found = comparison.read_runs(runs)
+        print(comparison.markdown(found))
+        if output is not None:
+            print("written:", *comparison.write(found, output))
+
+    code = guarded(action)
+    sys.stdout.flush()
+    raise typer.Exit(code)
 
 
 def main() -> None:
