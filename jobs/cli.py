@@ -16,6 +16,7 @@ from jobs.ppo import ppo
 from jobs.reward_model import reward_model
 from jobs.sft import sft
 from jobs.sweep import sweep
+from rayrlhf import compare as comparison
 from rayrlhf.config import load_config
 from rayrlhf.sweep import load_sweep
 
@@ -65,6 +66,24 @@ def sweep_command(
 ) -> None:
     """Try hyper-parameters on Ray Tune and rank them. Finished trials are skipped; the same command continues."""
     code = guarded(lambda: sweep(load_sweep(file, overrides or [])))
+    sys.stdout.flush()
+    raise typer.Exit(code)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN_FOLDER...", help="Finished runs, for example one a seed.")],
+    output: Annotated[Path | None, typer.Option(help="Folder for compare.md and curves.png.")] = None,
+) -> None:
+    """Tables of one or more finished runs, with intervals; with --output curves, too. Needs no Ray."""
+
+    def action() -> None:
+        found = comparison.read_runs(runs)
+        print(comparison.markdown(found))
+        if output is not None:
+            print("written:", *comparison.write(found, output))
+
+    code = guarded(action)
     sys.stdout.flush()
     raise typer.Exit(code)
 

@@ -1,14 +1,13 @@
-"""What an evaluation says: means over prompts with bootstrap intervals, win rates, and the tables that hold them.
+"""What an evaluation says of two models, and the tables that hold it.
 
-Pure functions of numpy arrays with one entry a prompt ([n]). A NaN entry means "not measured for this prompt": it is
-left out, and the interval's `n` counts the prompts that remain. A measure that is not defined at all is None, and
-null in evaluation.json. An infinite entry is an error of the caller and raises ValueError.
+Arrays have one entry a prompt ([n]); NaN means "not measured for this prompt" (see `rayrlhf.statistics`). A measure
+that is not defined at all is None, and null in evaluation.json.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,21 +20,28 @@ from numpy.typing import ArrayLike, NDArray
 from rayrlhf.data.records import Prompt
 from rayrlhf.rouge import rouge_per_example
 from rayrlhf.run import replacing
+from rayrlhf.statistics import (
+    CONFIDENCE,
+    Interval,
+    bootstrap,
+    length_controlled_difference,
+    length_controlled_win_rate,
+    paired_difference,
+    win_rate,
+)
 
-CONFIDENCE = 0.95
 _ROUGE = ("rouge1", "rouge2", "rougeL")
-_BLOCK = 4_000_000
-"""Resampled values held at once, to bound memory."""
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean over `n` prompts and its percentile-bootstrap interval."""
-
-    mean: float
-    low: float
-    high: float
-    n: int
+MEASURES = ("reward", "gold", *_ROUGE, "length", "eos_rate")
+Statistic = Callable[..., Interval | None]
+WIN_RATES: dict[str, tuple[Statistic, tuple[str, ...]]] = {
+    "win_rate_vs_sft": (win_rate, ("reward",)),
+    "lc_win_rate_vs_sft": (length_controlled_win_rate, ("reward", "length")),
+    "gold_win_rate_vs_sft": (win_rate, ("gold",)),
+    "gold_lc_win_rate_vs_sft": (length_controlled_win_rate, ("gold", "length")),
+}
+"""The policy's win rates over SFT, and from which measures of the two; `lc` is length-controlled."""
+AT_EQUAL_LENGTH = ("reward", "gold")
+"""Measures whose paired difference is also given for answers of equal length."""
 
 
 @dataclass(frozen=True)
@@ -73,51 +79,6 @@ class Answers:
         return np.where([text is None for text in self.texts], np.nan, values)
 
 
-MEASURES = ("reward", "gold", *_ROUGE, "length", "eos_rate")
-
-
-def bootstrap(values: ArrayLike, samples: int = 2000, seed: int = 0, confidence: float = CONFIDENCE) -> Interval | None:
-    """Mean of `values` [n] with a percentile-bootstrap interval over prompts; None if no value is measured.
-
-    Equal `seed` and n give equal resamples, so that measures of the same prompts are resampled alike.
-
-    Source: Efron & Tibshirani 1993, An Introduction to the Bootstrap, ch. 13.
-
-    Raises:
-        ValueError: an infinite value, or not one dimension.
-    """
-    given = np.asarray(values, dtype=np.float64)
-    if given.ndim != 1 or np.isinf(given).any():
-        raise ValueError("bootstrap needs finite values (or NaN for not measured) in one dimension")
-    measured = given[~np.isnan(given)]
-    n = len(measured)
-    if n == 0:
-        return None
-    rng = np.random.default_rng(seed)
-    block = max(1, _BLOCK // n)
-    sizes = [min(block, samples - start) for start in range(0, samples, block)]
-    means = np.concatenate([measured[rng.integers(0, n, (size, n))].mean(axis=1) for size in sizes])
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Interval(float(measured.mean()), float(low), float(high), n)
-
-
-def paired_difference(
-    a: ArrayLike, b: ArrayLike, samples: int = 2000, seed: int = 0, confidence: float = CONFIDENCE
-) -> Interval | None:
-    """Mean of a - b with its interval, resampling prompts, not answers: both [n], same prompts in the same order."""
-    left, right = _same_prompts(a, b)
-    return bootstrap(left - right, samples, seed, confidence)
-
-
-def win_rate(
-    a: ArrayLike, b: ArrayLike, samples: int = 2000, seed: int = 0, confidence: float = CONFIDENCE
-) -> Interval | None:
-    """Share of prompts on which a scores above b, a tie counting half; both [n], same prompts in the same order."""
-    left, right = _same_prompts(a, b)
-    wins = np.where(left > right, 1.0, np.where(left == right, 0.5, 0.0))
-    return bootstrap(np.where(np.isnan(left) | np.isnan(right), np.nan, wins), samples, seed, confidence)
-
-
 def with_rouge(answers: Answers, references: Sequence[str | None]) -> Answers:
     """The same answers with ROUGE F1 against `references` [n]; NaN where either text is missing."""
     pairs = [
@@ -150,10 +111,12 @@ def summarize(
     """The contents of evaluation.json, from answers to the same n prompts.
 
     Each of `sft`, `policy`, `title` and `reference` maps every name of `MEASURES` to
-    `{"mean", "low", "high", "n"}` or null. Win rates are by the reward model. `win_rate_vs_reference` is null for the
+    `{"mean", "low", "high", "n"}` or null. `win_rate_vs_reference` is by the reward model; it is null for the
     reference itself, and for all where the labeller is the reference: a reward model that learnt "closer to the
-    reference is better" says nothing about beating it. ROUGE and gold of the reference against itself are null.
-    `differences.policy_minus_sft` holds paired differences, of which gold tells reward hacking from progress.
+    reference is better" says nothing about beating it. The policy has the `WIN_RATES`, too. ROUGE and gold of the
+    reference against itself are null. `differences.policy_minus_sft` holds paired differences with their p-values
+    `p`, of which gold tells reward hacking from progress; `differences.policy_minus_sft_at_equal_length` those that
+    are left at equal length (null where no lengths were measured, or nothing is known of equal lengths).
 
     Args:
         prompts: the n prompts; their `reference` is what ROUGE compares with.
@@ -179,33 +142,44 @@ def summarize(
     def interval(values: NDArray[np.float64] | None) -> dict[str, float] | None:
         return None if values is None else _as_dict(bootstrap(values, samples, seed))
 
-    def compare(function: Any, a: Answers, b: Answers, measure: str) -> dict[str, float] | None:
-        left, right = a.measure(measure), b.measure(measure)
-        return None if left is None or right is None else _as_dict(function(left, right, samples, seed))
+    def compare(statistic: Statistic, a: Answers, b: Answers, *measures: str) -> dict[str, float] | None:
+        pairs = [answers.measure(measure) for measure in measures for answers in (a, b)]
+        arrays = [values for values in pairs if values is not None]
+        return _as_dict(statistic(*arrays, samples=samples, seed=seed)) if len(arrays) == len(pairs) else None
 
     result: dict[str, Any] = {}
     for name, answers in present.items():
         row: dict[str, Any] = {measure: interval(answers.measure(measure)) for measure in MEASURES}
         meaningful = name != "reference" and labeller != "reference"
         row["win_rate_vs_reference"] = compare(win_rate, answers, reference, "reward") if meaningful else None
-        if name == "policy":
-            row["win_rate_vs_sft"] = compare(win_rate, answers, sft, "reward")
-            row["kl"] = interval(answers.measure("kl"))
         result[name] = row
     if "policy" in present:
-        changes = {m: compare(paired_difference, present["policy"], present["sft"], m) for m in MEASURES}
-        result["differences"] = {"policy_minus_sft": changes}
+        pair = present["policy"], present["sft"]
+        for name, (statistic, measures) in WIN_RATES.items():
+            result["policy"][name] = compare(statistic, *pair, *measures)
+        result["policy"]["kl"] = interval(present["policy"].measure("kl"))
+        result["differences"] = {
+            "policy_minus_sft": {m: compare(paired_difference, *pair, m) for m in MEASURES},
+            "policy_minus_sft_at_equal_length": {
+                m: compare(length_controlled_difference, *pair, m, "length") for m in AT_EQUAL_LENGTH
+            },
+        }
     bootstrap_facts = {"samples": samples, "seed": seed, "confidence": CONFIDENCE, "unit": "prompt"}
     result["metadata"] = {"labeller": labeller, "prompts": len(prompts), "bootstrap": bootstrap_facts, **metadata}
     return result
 
 
 def samples_table(prompts: Sequence[Prompt], answers: Sequence[Answers]) -> pa.Table:
-    """One row a prompt: `id`, `post`, a text column named after each source, `reward_NAME` and `gold_NAME`."""
+    """One row a prompt: `id`, `post`, a text column named after each source, `MEASURE_SOURCE` for all that is measured.
+
+    Measures are `MEASURES` and `kl`; null is "not measured for this prompt".
+    """
+    references = [prompt.reference for prompt in prompts]
+    measured = [source if source.name == "reference" else with_rouge(source, references) for source in answers]
     columns: dict[str, Any] = {"id": [p.id for p in prompts], "post": [p.text for p in prompts]}
     columns |= {source.name: pa.array(source.texts, pa.string()) for source in answers}
-    for measure in ("reward", "gold"):
-        for source in answers:
+    for measure in (*MEASURES, "kl"):
+        for source in measured:
             values = source.measure(measure)
             if values is not None:
                 columns[f"{measure}_{source.name}"] = pa.array(values, pa.float64(), from_pandas=True)  # NaN is null
@@ -226,13 +200,6 @@ def write_evaluation(path: Path, result: Mapping[str, Any]) -> None:
     """
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def _same_prompts(a: ArrayLike, b: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    left, right = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
-    if left.shape != right.shape:
-        raise ValueError(f"a pair needs the same prompts: shapes {left.shape} and {right.shape}")
-    return left, right
 
 
 def _as_dict(interval: Interval | None) -> dict[str, float] | None:

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rayrlhf.config import Config
+from rayrlhf.statistics import p_text
 
 _SHOWN: dict[str, list[tuple[str, str, str]]] = {
     "sft": [
@@ -241,8 +242,8 @@ def sample_panel(prompt: str, reference: str | None, answer: str, title: str = "
     return Panel(Group(*parts), title=Text(title), title_align="left")
 
 
-def evaluation_table(result: Mapping[str, Any]) -> Table:
-    """evaluation.json as a table: a column a source, means with their 95 % intervals."""
+def evaluation_table(result: Mapping[str, Any]) -> Group:
+    """evaluation.json as tables: a column a source, means with their 95 % intervals; then policy minus SFT."""
     sources = [name for name in ("title", "reference", "sft", "policy") if name in result]
     measures = list(dict.fromkeys(measure for name in ("policy", "sft") for measure in result.get(name, {})))
     facts = result["metadata"]
@@ -255,7 +256,18 @@ def evaluation_table(result: Mapping[str, Any]) -> Table:
         row = [result[name].get(measure) for name in sources]
         if any(row):
             table.add_row(measure, *(interval_text(value) for value in row))
-    return table
+    differences = result.get("differences", {})
+    if not differences:
+        return Group(table)
+    pairs = Table(title="policy minus SFT on the same prompts", title_justify="left", box=SIMPLE_HEAD)
+    for heading in ("measure", "difference", "sign-flip test", "at equal length"):
+        pairs.add_column(heading, justify="left" if heading == "measure" else "right")
+    controlled = differences.get("policy_minus_sft_at_equal_length", {})
+    for measure, value in differences["policy_minus_sft"].items():
+        if value is not None:
+            p = p_text(value["p"]) if "p" in value else "–"
+            pairs.add_row(measure, interval_text(value), p, interval_text(controlled.get(measure)))
+    return Group(table, pairs)
 
 
 def interval_text(value: Mapping[str, float] | None) -> str:

@@ -15,9 +15,11 @@ import pyarrow.parquet as pq
 
 from rayrlhf.alarms import alarms
 from rayrlhf.config import Config, load_config
-from rayrlhf.evaluation import MEASURES
+from rayrlhf.curves import over_kl_figure, style
+from rayrlhf.evaluation import MEASURES, WIN_RATES
 from rayrlhf.metrics import read_metrics
 from rayrlhf.run import STAGES, RunFolder, replacing
+from rayrlhf.statistics import p_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -71,6 +73,10 @@ PANELS: dict[str, list[Panel]] = {
 
 _HEADINGS = {"sft": "Supervised fine-tuning", "reward_model": "Reward model", "ppo": "PPO"}
 _SOURCES = {"policy": "policy (PPO)", "sft": "SFT", "title": "post's title", "reference": "reference"}
+_DIFFERENCES = {
+    "policy_minus_sft": "policy − SFT, paired",
+    "policy_minus_sft_at_equal_length": "the same at equal length",
+}
 _ROWS = {
     "reward": "reward model's score",
     "gold": "labeller's measure (gold)",
@@ -81,6 +87,9 @@ _ROWS = {
     "eos_rate": "ends with EOS",
     "win_rate_vs_reference": "win rate against the reference",
     "win_rate_vs_sft": "win rate against SFT",
+    "lc_win_rate_vs_sft": "the same at equal length",
+    "gold_win_rate_vs_sft": "win rate against SFT by gold",
+    "gold_lc_win_rate_vs_sft": "the same at equal length, gold",
     "kl": "KL to SFT, nats per response",
 }
 _COLOURS = ["#3b6fb6", "#d1772e", "#4a9a62", "#8d5fa8"]
@@ -120,6 +129,9 @@ def write_report(run: RunFolder) -> Path:
         if figure is not None:
             words = f"{_HEADINGS[stage]}: curves over {len(lines)} steps"
             parts.append(f'<h2>{_HEADINGS[stage]}</h2><img alt="{words}" src="{_inline(figure)}">')
+        over_kl = over_kl_figure(lines) if stage == "ppo" else None
+        if over_kl is not None:
+            parts.append(f'<img alt="gains of proxy and gold against KL" src="{_inline(over_kl)}">')
     if run.samples.exists():
         parts.append(_samples(pq.read_table(run.samples)))
     if run.config.exists():
@@ -169,15 +181,8 @@ def _draw(axes: Axes, panel: Panel, lines: Sequence[Mapping[str, Any]]) -> None:
         for colour, (label, points) in zip(_COLOURS, series.items(), strict=False):
             marker = "o" if len(points) <= 25 else None
             axes.plot(*zip(*points, strict=True), label=label, color=colour, linewidth=1.6, marker=marker, markersize=3)
-    axes.set_title(panel.title, fontsize=10, loc="left")
-    axes.set_ylabel(panel.unit, fontsize=8, color="#677083")
-    axes.set_xlabel("step", fontsize=8, color="#677083")
+    style(axes, panel.title, panel.unit, "step")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-    axes.tick_params(labelsize=8, colors="#677083")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color("#b9c0cd")
-    axes.grid(axis="y", color="#eceef3", linewidth=0.8)
-    axes.set_axisbelow(True)
     if len(series) > 1:
         if panel.stacked:
             axes.legend(fontsize=8, frameon=False, loc="upper left", ncols=len(series), handlelength=1, columnspacing=1)
@@ -194,11 +199,12 @@ def _inline(figure: Figure) -> str:
 
 def _evaluation(result: Mapping[str, Any]) -> str:
     sources = [name for name in _SOURCES if name in result]
-    change = result.get("differences", {}).get("policy_minus_sft")
-    heads = [_SOURCES[name] for name in sources] + (["policy − SFT, paired"] if change else [])
+    differences = result.get("differences", {})
+    changes = {head: differences[name] for name, head in _DIFFERENCES.items() if name in differences}
+    heads = [*(_SOURCES[name] for name in sources), *changes]
     rows = []
-    for name in (*MEASURES, "win_rate_vs_reference", "win_rate_vs_sft", "kl"):
-        cells = [result[source].get(name) for source in sources] + ([change.get(name)] if change else [])
+    for name in (*MEASURES, "win_rate_vs_reference", *WIN_RATES, "kl"):
+        cells = [row.get(name) for row in (*(result[source] for source in sources), *changes.values())]
         means = [abs(cell["mean"]) for cell in cells if cell is not None]
         if means:
             digits = 1 if max(means) >= 10 else 3
@@ -207,7 +213,8 @@ def _evaluation(result: Mapping[str, Any]) -> str:
     caption = (
         f"{facts.get('data', 'test split')}, {facts.get('prompts', '?')} prompts; "
         f"labeller: {facts.get('labeller', '?')}. "
-        "Means with 95 % bootstrap intervals over prompts; win rates by the reward model, ties count half."
+        "Means with 95 % bootstrap intervals over prompts; win rates by the reward model unless it says gold, ties "
+        "count half; p of the paired sign-flip test; at equal length: by regression on the difference in length."
     )
     head = "".join(f"<th>{escape(words)}</th>" for words in ("", *heads))
     return (
@@ -220,7 +227,8 @@ def _cell(value: Mapping[str, float] | None, digits: int) -> str:
     if value is None:
         return "<td>–</td>"
     mean, low, high = (f"{value[key]:z.{digits}f}".replace("-", "−") for key in ("mean", "low", "high"))
-    return f'<td title="n = {value["n"]}">{mean}<br><span class="ci">{low} to {high}</span></td>'
+    p = f"<br>{escape(p_text(value['p']))}" if "p" in value else ""
+    return f'<td title="n = {value["n"]}">{mean}<br><span class="ci">{low} to {high}{p}</span></td>'
 
 
 def _warnings(lines: Sequence[Mapping[str, Any]], config: Config) -> str:

@@ -22,6 +22,7 @@ from rayrlhf.models.loading import load_tokenizer
 pytestmark = pytest.mark.timeout(900)
 
 MEASURES = {"reward", "gold", "rouge1", "rouge2", "rougeL", "length", "eos_rate", "win_rate_vs_reference"}
+WIN_RATES = {"win_rate_vs_sft", "lc_win_rate_vs_sft", "gold_win_rate_vs_sft", "gold_lc_win_rate_vs_sft"}
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +88,12 @@ def test_metrics_are_complete_and_say_that_ppo_starts_on_policy(metrics: list[di
 def test_evaluation_has_exactly_the_documented_keys(evaluation: dict[str, Any]) -> None:
     assert set(evaluation) == {"sft", "policy", "title", "reference", "differences", "metadata"}
     assert set(evaluation["sft"]) == set(evaluation["title"]) == set(evaluation["reference"]) == MEASURES
-    assert set(evaluation["policy"]) == MEASURES | {"win_rate_vs_sft", "kl"}
-    assert set(evaluation["differences"]["policy_minus_sft"]) == MEASURES - {"win_rate_vs_reference"}
+    assert set(evaluation["policy"]) == MEASURES | WIN_RATES | {"kl"}
+    differences = evaluation["differences"]
+    assert set(differences) == {"policy_minus_sft", "policy_minus_sft_at_equal_length"}
+    assert set(differences["policy_minus_sft"]) == MEASURES - {"win_rate_vs_reference"}
+    assert all(0 < change["p"] <= 1 for change in differences["policy_minus_sft"].values())
+    assert set(differences["policy_minus_sft_at_equal_length"]) == {"reward", "gold"}
     for source in ("sft", "policy"):
         for name, interval in evaluation[source].items():
             if name == "win_rate_vs_reference":
@@ -105,11 +110,12 @@ def test_evaluation_has_exactly_the_documented_keys(evaluation: dict[str, Any]) 
 def test_samples_agree_with_the_evaluation(finished: Any, evaluation: dict[str, Any]) -> None:
     table = pq.read_table(finished.path / "samples.parquet")
     texts = ["id", "post", "reference", "sft", "policy"]
-    numbers = ["reward_reference", "reward_sft", "reward_policy", "gold_sft", "gold_policy"]
-    assert sorted(table.column_names) == sorted(texts + numbers)
+    measured = MEASURES - {"win_rate_vs_reference"}
+    numbers = [f"{measure}_{source}" for measure in measured for source in ("sft", "policy")]
+    assert sorted(table.column_names) == sorted(texts + numbers + ["reward_reference", "length_reference", "kl_policy"])
     assert table.num_rows == len(set(table["id"].to_pylist())) == 16
     for source in ("sft", "policy"):
-        for measure in ("reward", "gold"):
+        for measure in measured:
             mean = np.mean(table[f"{measure}_{source}"].to_numpy())
             assert evaluation[source][measure]["mean"] == pytest.approx(mean, abs=1e-6)
     wins = table["reward_policy"].to_numpy() - table["reward_sft"].to_numpy()

@@ -1,6 +1,7 @@
-"""Intervals against scipy and known coverage; evaluation.json key by key against numpy on the same arrays."""
+"""evaluation.json key by key, and samples.parquet, against numpy on the same arrays."""
 
 import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -8,91 +9,17 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from rouge_score import rouge_scorer
-from scipy import stats
 
-from rayrlhf import evaluation
 from rayrlhf.data.records import Prompt
 from rayrlhf.evaluation import (
     Answers,
-    bootstrap,
-    paired_difference,
     samples_table,
     summarize,
-    win_rate,
     with_rouge,
     write_evaluation,
     write_samples,
 )
-
-
-@pytest.mark.parametrize(("n", "confidence"), [(200, 0.95), (37, 0.8)])
-def test_bootstrap_equals_scipy(n: int, confidence: float) -> None:
-    values = np.random.default_rng(1).exponential(size=n)
-    expected = stats.bootstrap(
-        (values,), np.mean, n_resamples=2000, confidence_level=confidence, method="percentile", random_state=7
-    ).confidence_interval
-    got = bootstrap(values, 2000, seed=7, confidence=confidence)
-    assert got is not None
-    assert got.mean == pytest.approx(values.mean())
-    # Independent resamples: the quantiles agree up to Monte-Carlo noise, a small share of the interval's width.
-    width = expected.high - expected.low
-    assert got.low == pytest.approx(expected.low, abs=0.08 * width)
-    assert got.high == pytest.approx(expected.high, abs=0.08 * width)
-    assert got.n == n
-
-
-def test_bootstrap_covers_the_true_mean_as_often_as_it_says() -> None:
-    rng = np.random.default_rng(0)
-    hits = 0
-    for trial in range(400):
-        got = bootstrap(rng.normal(3.0, 2.0, size=60), 400, seed=trial)
-        assert got is not None
-        hits += got.low <= 3.0 <= got.high
-    assert 0.90 <= hits / 400 <= 0.98
-
-
-def test_bootstrap_does_not_depend_on_its_block_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    values = np.random.default_rng(3).normal(size=50)
-    whole = bootstrap(values, 301, seed=5)
-    monkeypatch.setattr(evaluation, "_BLOCK", 50 * 7)
-    assert bootstrap(values, 301, seed=5) == whole
-
-
-def test_bootstrap_of_degenerate_input() -> None:
-    one = bootstrap([2.5], 100, 0)
-    assert one == evaluation.Interval(2.5, 2.5, 2.5, 1)
-    assert bootstrap([np.nan, np.nan], 100, 0) is None
-    assert bootstrap([], 100, 0) is None
-    some = bootstrap([1.0, np.nan, 3.0], 100, 0)
-    assert some == bootstrap([1.0, 3.0], 100, 0)
-    with pytest.raises(ValueError, match="finite"):
-        bootstrap([1.0, np.inf], 100, 0)
-    with pytest.raises(ValueError, match="one dimension"):
-        bootstrap([[1.0, 2.0]], 100, 0)
-
-
-def test_pairing_removes_what_the_prompts_have_in_common() -> None:
-    rng = np.random.default_rng(2)
-    difficulty = rng.normal(0, 10, size=300)
-    a, b = difficulty + 0.5 + rng.normal(0, 0.1, 300), difficulty + rng.normal(0, 0.1, 300)
-    got = paired_difference(a, b, 1000, 0)
-    assert got is not None
-    assert got.mean == pytest.approx((a - b).mean())
-    half = 1.96 * (a - b).std(ddof=1) / np.sqrt(300)  # normal theory
-    assert got.high - got.low == pytest.approx(2 * half, rel=0.15)
-    with pytest.raises(ValueError, match="same prompts"):
-        paired_difference(a, b[:-1])
-
-
-def test_win_rate_counts_ties_half_and_skips_the_unmeasured() -> None:
-    got = win_rate([1.0, 2.0, 3.0, np.nan, 0.0], [0.0, 2.0, 4.0, 1.0, -1.0], 500, 0)
-    assert got is not None
-    assert got.mean == pytest.approx((1 + 0.5 + 0 + 1) / 4)
-    assert got.n == 4
-    assert 0.0 <= got.low < got.mean < got.high <= 1.0
-    certain = win_rate(np.ones(20), np.zeros(20), 500, 0)
-    assert certain == evaluation.Interval(1.0, 1.0, 1.0, 20)
-
+from rayrlhf.statistics import length_controlled_win_rate
 
 PROMPTS = [
     Prompt("a", "post a", reference=" the cat sat on the mat", title="cat"),
@@ -131,7 +58,13 @@ def test_keys_are_those_of_the_design() -> None:
     common = {"reward", "gold", "rouge1", "rouge2", "rougeL", "length", "eos_rate", "win_rate_vs_reference"}
     assert set(result) == {"sft", "policy", "title", "reference", "differences", "metadata"}
     assert set(result["sft"]) == set(result["title"]) == set(result["reference"]) == common
-    assert set(result["policy"]) == common | {"win_rate_vs_sft", "kl"}
+    win_rates = {"win_rate_vs_sft", "lc_win_rate_vs_sft", "gold_win_rate_vs_sft", "gold_lc_win_rate_vs_sft"}
+    assert set(result["policy"]) == common | win_rates | {"kl"}
+    assert set(result["differences"]) == {"policy_minus_sft", "policy_minus_sft_at_equal_length"}
+    assert set(result["differences"]["policy_minus_sft"]) == common - {"win_rate_vs_reference"}
+    for value in result["differences"]["policy_minus_sft"].values():
+        assert set(value) == {"mean", "low", "high", "n", "p"}
+    assert set(result["differences"]["policy_minus_sft_at_equal_length"]) == {"reward", "gold"}
     for row in (result[name] for name in ("sft", "policy", "title", "reference")):
         for value in row.values():
             assert value is None or set(value) == {"mean", "low", "high", "n"}
@@ -164,7 +97,27 @@ def test_means_and_counts_against_hand_computation() -> None:
     assert mean("title", "gold") == (0.15, 2)
     assert mean("reference", "reward") == ((0.5 + 0.5 + 4.0) / 3, 3)
     assert mean("reference", "length") == (17 / 3, 3)
-    assert result["differences"]["policy_minus_sft"]["gold"]["mean"] == pytest.approx(0.25)
+    assert mean("policy", "gold_win_rate_vs_sft") == (1.0, 3)
+    gold = result["differences"]["policy_minus_sft"]["gold"]
+    assert gold["mean"] == pytest.approx(0.25)
+    assert gold["p"] == 2 / 2**3  # all three differences are equal: only the flips of all and of none are as extreme
+
+
+def test_equal_length_uses_the_lengths_of_both() -> None:
+    result = summary("file")
+    longer, rewards = np.array([3, 1, 0, 1]), np.array([1, 0, -1, 1])
+    intercept = np.polyfit(longer, rewards, 1)[1]
+    assert result["differences"]["policy_minus_sft_at_equal_length"]["reward"]["mean"] == pytest.approx(intercept)
+    sft, policy = ([0.0, 1.0, 2.0, 3.0], [4, 2, 2, 2]), ([1.0, 1.0, 1.0, 4.0], [7, 3, 2, 3])
+    expected = length_controlled_win_rate(policy[0], sft[0], policy[1], sft[1], 200)
+    assert expected is not None
+    assert result["policy"]["lc_win_rate_vs_sft"] == asdict(expected)
+    assert result["policy"]["gold_lc_win_rate_vs_sft"]["n"] == 3
+    unmeasured = summarize(
+        PROMPTS, replace(SFT, lengths=None), POLICY, REFERENCE, None, labeller="file", metadata={}, samples=20
+    )
+    assert unmeasured["policy"]["lc_win_rate_vs_sft"] is None
+    assert unmeasured["differences"]["policy_minus_sft_at_equal_length"] == {"reward": None, "gold": None}
 
 
 def test_rouge_is_against_the_reference_of_the_same_prompt() -> None:
@@ -219,16 +172,15 @@ def test_files(tmp_path: Path) -> None:
     write_samples(tmp_path / "samples.parquet", samples_table(PROMPTS, [REFERENCE, SFT, POLICY]))
     rows = pq.read_table(tmp_path / "samples.parquet").to_pylist()
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
-    assert rows[2] == {
-        "id": "c",
-        "post": "post c",
-        "reference": None,
-        "sft": " something",
-        "policy": " thing",
-        "reward_reference": None,
-        "reward_sft": 2.0,
-        "reward_policy": 1.0,
-        "gold_sft": None,
-        "gold_policy": None,
-    }
+    measures = ("reward", "gold", "rouge1", "rouge2", "rougeL", "length", "eos_rate")
+    columns = {f"{measure}_{source}" for measure in measures for source in ("sft", "policy")}
+    columns |= {"kl_policy", "reward_reference", "length_reference"}
+    assert set(rows[0]) == {"id", "post", "reference", "sft", "policy"} | columns
+    third: dict[str, Any] = {"id": "c", "post": "post c", "reference": None, "sft": " something", "policy": " thing"}
+    third |= {"reward_reference": None, "reward_sft": 2.0, "reward_policy": 1.0, "gold_sft": None, "gold_policy": None}
+    third |= {"rouge1_policy": None, "length_sft": 2.0, "eos_rate_policy": 0.0, "kl_policy": 0.0}
+    assert {name: rows[2][name] for name in third} == third
+    assert [row["rouge1_policy"] for row in rows if row["reference"]] == pytest.approx(
+        [2 * 4 / (6 + 6), 2 * 2 / (2 + 3), 2 * 2 / (2 + 4)]
+    )
     assert (rows[0]["reward_policy"], rows[0]["gold_policy"]) == (1.0, 0.75)

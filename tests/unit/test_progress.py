@@ -6,7 +6,16 @@ import pytest
 from rich.console import Console, RenderableType
 
 from rayrlhf.config import Config, parse_config
-from rayrlhf.progress import Progress, StageLoad, batch_table, duration, sample_panel, stage_loads, step_line
+from rayrlhf.progress import (
+    Progress,
+    StageLoad,
+    batch_table,
+    duration,
+    evaluation_table,
+    sample_panel,
+    stage_loads,
+    step_line,
+)
 
 
 def render(thing: RenderableType, width: int = 120) -> str:
@@ -118,3 +127,30 @@ def test_sample_panel_shows_text_as_it_is() -> None:
     for part in ("[bold]I am 5[/bold] [/oops]", "reference: ref", "answer: (empty)", "step [3]"):
         assert part in text
     assert "reference" not in render(sample_panel("POST", None, "x"))
+
+
+def test_evaluation_table_shows_pairs_with_their_tests() -> None:
+    def interval(mean: float) -> dict[str, float]:
+        return {"mean": mean, "low": mean - 0.5, "high": mean + 0.25, "n": 9}
+
+    result = {
+        "sft": {"reward": interval(0.5), "gold": None},
+        "policy": {"reward": interval(1.5), "gold": None, "gold_lc_win_rate_vs_sft": interval(0.6)},
+        "differences": {
+            "policy_minus_sft": {
+                "reward": {**interval(1.0), "p": 0.0002},
+                "length": {**interval(12.0), "p": 0.04},
+                "gold": None,
+            },
+            "policy_minus_sft_at_equal_length": {"reward": interval(0.75), "gold": None},
+        },
+        "metadata": {"prompts": 9},
+    }
+    lines = [" ".join(line.split()) for line in render(evaluation_table(result)).splitlines()]
+    assert "gold_lc_win_rate_vs_sft – 0.600 [0.100, 0.850]" in lines
+    pairs = lines[lines.index("policy minus SFT on the same prompts") :]
+    assert "reward 1.000 [0.500, 1.250] p < 0.001 0.750 [0.250, 1.000]" in pairs
+    assert "length 12.0 [11.5, 12.2] p = 0.040 –" in pairs
+    assert not any(line.startswith("gold") for line in pairs)
+    del result["differences"]
+    assert "policy minus SFT" not in render(evaluation_table(result))

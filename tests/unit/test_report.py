@@ -67,9 +67,8 @@ def finished_run(tmp_path: Path) -> tuple[RunFolder, dict[str, Any]]:
     n = len(prompts)
     rewards = np.linspace(-20, 0, n)
     sft = Answers("sft", [f" sft {EVIL}"] * n, rewards, rewards / 40, np.full(n, 9), np.full(n, True))
-    policy = Answers(
-        "policy", [" a b"] * n, rewards + 2, rewards / 50, np.full(n, 9), np.full(n, True), np.full(n, 4.5)
-    )
+    longer = np.arange(n) % 3 + 9
+    policy = Answers("policy", [" a b"] * n, rewards + 2, rewards / 50, longer, np.full(n, True), np.full(n, 4.5))
     reference = Answers("reference", [" a b c"] * n, rewards + 1)
     result = summarize(prompts, sft, policy, reference, None, labeller="file", metadata={"split": "test"}, samples=50)
     write_evaluation(run.evaluation, result)
@@ -92,13 +91,18 @@ def test_page_of_a_finished_run(tmp_path: Path) -> None:
     assert "max_prompt_tokens: 160" in page.text
 
     rows = {row[0].strip(): [cell.split() for cell in row[1:]] for row in page.rows}
-    assert page.rows[0] == ["", "policy (PPO) ", "SFT ", "reference ", "policy − SFT, paired "]
+    heads = ["", "policy (PPO) ", "SFT ", "reference ", "policy − SFT, paired ", "the same at equal length "]
+    assert page.rows[0] == heads
     sft = result["sft"]["reward"]
     want = [f"{sft['mean']:.1f}", f"{sft['low']:.1f}", "to", f"{sft['high']:.1f}"]
     assert rows["reward model's score"][1] == [word.replace("-", "−") for word in want]
-    assert rows["reward model's score"][3] == ["2.0", "2.0", "to", "2.0"]
-    assert rows["KL to SFT, nats per response"] == [["4.500", "4.500", "to", "4.500"], ["–"], ["–"], ["–"]]
+    assert rows["reward model's score"][3] == ["2.0", "2.0", "to", "2.0", "p", "<", "0.001"]
+    assert rows["reward model's score"][4] == ["2.0", "2.0", "to", "2.0"]
+    assert rows["ROUGE-1"][4] == ["–"]
+    assert rows["KL to SFT, nats per response"] == [["4.500", "4.500", "to", "4.500"], *[["–"]] * 4]
     assert rows["win rate against SFT"][0][0] == "1.000"
+    assert rows["win rate against SFT by gold"][0][0] == f"{19.5 / 20:.3f}"  # all gains but the last, which is a tie
+    assert "the same at equal length" in rows
 
 
 def test_figures_are_valid_svg_that_needs_nothing(tmp_path: Path) -> None:
@@ -111,6 +115,16 @@ def test_figures_are_valid_svg_that_needs_nothing(tmp_path: Path) -> None:
         assert root.tag.endswith("svg")
         references = [value for node in root.iter() for name, value in node.attrib.items() if name.endswith("href")]
         assert all(value.startswith("#") for value in references)
+
+
+def test_proxy_and_gold_over_kl_where_they_were_measured(tmp_path: Path) -> None:
+    run = open_or_create(parse_config({"name": "demo"}, "test"), tmp_path)
+    with MetricsWriter(run.path) as writer:
+        for step in range(4):
+            values = {f"ppo/{name}/{kind}": 1.0 + step for name in ("score", "gold") for kind in ("mean", "std")}
+            writer.write("ppo", step, {**values, "ppo/kl": 1.0 * step, "ppo/responses": 8})
+    images = [tag for tag, _ in Page(write_report(run).read_text(encoding="utf-8")).tags if tag == "img"]
+    assert len(images) == 2
 
 
 def test_curves_hold_the_written_numbers_and_gaps() -> None:
