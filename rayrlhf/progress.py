@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rayrlhf.config import Config
+from rayrlhf.reward_accuracy import SCORERS
 
 _SHOWN: dict[str, list[tuple[str, str, str]]] = {
     "sft": [
@@ -254,6 +255,18 @@ def evaluation_table(result: Mapping[str, Any]) -> Table:
         row = [result[name].get(measure) for name in sources]
         if any(row):
             table.add_row(measure, *(_interval(value) for value in row))
+    return table
+
+
+def reward_accuracy_table(result: Mapping[str, Any]) -> Table:
+    """reward_model.json as a table: a row a scorer, with the paired difference to the reward model."""
+    title = f"{result['pairs']} held-out pairs of {result['prompts']} prompts, mean [95 % interval]"
+    table = Table("ordered by", title=title, title_justify="left", box=SIMPLE_HEAD)
+    for heading in ("accuracy", "reward model minus it"):
+        table.add_column(heading, justify="right")
+    for name, words in SCORERS.items():
+        difference = result["reward_model_minus"].get(name)
+        table.add_row(words, _interval(result["accuracy"][name]), _interval(difference))
     return table
 
 

@@ -17,6 +17,7 @@ from rayrlhf.alarms import alarms
 from rayrlhf.config import Config, load_config
 from rayrlhf.evaluation import MEASURES
 from rayrlhf.metrics import read_metrics
+from rayrlhf.reward_accuracy import SCORERS
 from rayrlhf.run import STAGES, RunFolder, replacing
 
 if TYPE_CHECKING:
@@ -120,6 +121,8 @@ def write_report(run: RunFolder) -> Path:
         if figure is not None:
             words = f"{_HEADINGS[stage]}: curves over {len(lines)} steps"
             parts.append(f'<h2>{_HEADINGS[stage]}</h2><img alt="{words}" src="{_inline(figure)}">')
+        if stage == "reward_model" and run.reward_accuracy.exists():
+            parts.append(_reward_accuracy(json.loads(run.reward_accuracy.read_text(encoding="utf-8"))))
     if run.samples.exists():
         parts.append(_samples(pq.read_table(run.samples)))
     if run.config.exists():
@@ -213,6 +216,19 @@ def _evaluation(result: Mapping[str, Any]) -> str:
     return (
         f"<h2>Evaluation</h2><table><caption>{escape(caption)}</caption>"
         f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    )
+
+
+def _reward_accuracy(result: Mapping[str, Any]) -> str:
+    cells = {name: (result["accuracy"][name], result["reward_model_minus"].get(name)) for name in SCORERS}
+    rows = [f"<tr><th>{SCORERS[name]}</th>{''.join(_cell(c, 3) for c in both)}</tr>" for name, both in cells.items()]
+    caption = (
+        f"{result['pairs']} held-out pairs of {result['prompts']} prompts: share ordered rightly, ties count half, "
+        "with 95 % bootstrap intervals over prompts."
+    )
+    return (
+        f"<table><caption>{caption}</caption><thead><tr><th>ordered by</th><th>accuracy</th>"
+        f"<th>reward model − it, paired</th></tr></thead><tbody>{''.join(rows)}</tbody></table>"
     )
 
 
