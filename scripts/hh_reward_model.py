@@ -1,10 +1,11 @@
 """Cross-validated accuracy of reward models on a file of human pairs, as Markdown.
 
-    python scripts/hh_reward_model.py PAIRS.jsonl.gz [--folds 5] [--only 1] [--runs-dir DIR] [key.sub=value ...]
+    python scripts/hh_reward_model.py PAIRS.jsonl.gz [--folds 5] [--runs-dir DIR] [--local] [key.sub=value ...]
 
 Every fold fine-tunes on the preferred replies of the other folds and trains a reward model on their pairs with the
 ordinary commands, then all held-out pairs are pooled. Dialogues with the same opening lie in the same fold. Finished
-folds are not run again. `--only 1` runs one fold: to try settings on a training part (`DIR/fold-1/train.jsonl`).
+folds are not run again. To try settings on a training part alone, run one fold of it, with folds of another seed:
+`python scripts/hh_reward_model.py DIR/fold-1/train.jsonl --only 1 --folds-seed 1 --runs-dir OTHER key.sub=value`.
 """
 
 from __future__ import annotations
@@ -33,14 +34,14 @@ from rayrlhf.run import replacing
 CONFIG = Path("configs/hh_harmless_tiny.yaml")
 
 
-def write_folds(data: Path, folds: int, directory: Path) -> None:
+def write_folds(data: Path, folds: int, seed: int, directory: Path) -> None:
     """`fold-K/train.jsonl` and `fold-K/validation.jsonl` for K = 1 .. folds; ids are `OPENING:LINE`.
 
-    A pair's fold follows from a hash of its dialogue's first turn, so that no dialogue is on both sides.
+    A pair's fold follows from a hash of `seed` and its dialogue's first turn: no dialogue is on both sides.
     """
     lines: list[tuple[int, str]] = []
     for number, row in enumerate(read_file(data), start=1):
-        opening = hash_fraction(row.text("chosen").strip().split("\n\nAssistant:")[0], "fold")
+        opening = hash_fraction(row.text("chosen").strip().split("\n\nAssistant:")[0], f"folds-{seed}")
         pair = {"id": f"{opening:.12f}:{number}", "chosen": row.text("chosen"), "rejected": row.text("rejected")}
         lines.append((int(opening * folds), json.dumps(pair) + "\n"))
     for k in range(folds):
@@ -49,7 +50,7 @@ def write_folds(data: Path, folds: int, directory: Path) -> None:
                 temporary.write_text("".join(line for fold, line in lines if (fold == k) is heldout))
 
 
-def run_fold(fold: Path, overrides: Sequence[str]) -> pa.Table:
+def run_fold(fold: Path, options: Sequence[str]) -> pa.Table:
     """SFT and reward model on the fold's training part; returns its held-out pairs."""
     own = [
         f"runs_dir={fold.parent.resolve()}",
@@ -58,7 +59,7 @@ def run_fold(fold: Path, overrides: Sequence[str]) -> pa.Table:
         f"data.comparisons.path={fold}",
     ]
     for stage in ("sft", "reward-model"):
-        command = [sys.executable, "-m", "jobs.cli", stage, str(CONFIG), *own, *overrides]
+        command = [sys.executable, "-m", "jobs.cli", stage, str(CONFIG), *own, *options]
         if subprocess.run(command, stdout=sys.stderr).returncode:
             sys.exit(f"{fold.name}: stage {stage} failed")
     return pq.read_table(fold.parent / f"{fold.name}-run" / "heldout_pairs.parquet")
@@ -107,13 +108,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="a file of HH-RLHF pairs: `chosen` and `rejected` dialogues")
     parser.add_argument("--folds", type=int, default=5)
+    parser.add_argument("--folds-seed", type=int, default=0, help="another way to cut into folds")
     parser.add_argument("--only", type=int, help="run this fold alone")
+    parser.add_argument("--local", action="store_true", help="every stage in one process, without Ray")
     parser.add_argument("--runs-dir", type=Path, default=Path("runs/hh-harmless"))
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changes to the config")
     arguments = parser.parse_intermixed_args()
-    write_folds(arguments.data, arguments.folds, arguments.runs_dir)
+    write_folds(arguments.data, arguments.folds, arguments.folds_seed, arguments.runs_dir)
+    options = [*arguments.overrides, *(["--local"] if arguments.local else [])]
     chosen = [arguments.only] if arguments.only else range(1, arguments.folds + 1)
-    tables = [run_fold(arguments.runs_dir / f"fold-{k}", arguments.overrides) for k in chosen]
+    tables = [run_fold(arguments.runs_dir / f"fold-{k}", options) for k in chosen]
     print("\n".join([*pooled_table(tables), "", usage_of(arguments.data, arguments.overrides)]))
 
 
