@@ -3,7 +3,7 @@
     { global batch of prompts with all their answers, ranking loss over all pairs, AdamW } per step
 
 It starts from the SFT model with a fresh scalar head (Stiennon et al. 2020) and ends with a bias under which people's
-reference answers score 0 on average.
+reference answers score 0 on average. At last its accuracy on held-out pairs is measured, beside trivial baselines.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from actors.remote import fetch
 from actors.train import report, restored
@@ -25,10 +27,11 @@ from rayrlhf.distributed import Ranks
 from rayrlhf.epochs import Epochs
 from rayrlhf.errors import UserError
 from rayrlhf.metrics import MetricsWriter
-from rayrlhf.models.loading import context_length, load_reward_model, load_tokenizer, save_model
+from rayrlhf.models.loading import context_length, load_policy, load_reward_model, load_tokenizer, save_model
 from rayrlhf.optimizer import Optimizer
 from rayrlhf.ranking import ranking_accuracy
-from rayrlhf.reward_model import Measured, ranked_pass, rows_of, score_rows, summary
+from rayrlhf.reward_accuracy import heldout_pairs, write_accuracy
+from rayrlhf.reward_model import Measured, answer_logprobs, ranked_pass, rows_of, score_rows, summary
 from rayrlhf.run import RunFolder
 
 EVALS_PER_EPOCH = 4
@@ -53,7 +56,8 @@ def reward_model_loop(arguments: dict[str, Any]) -> None:
     """Train on ranked answers; `arguments["reward_model"]` is a `RewardModelArguments`.
 
     A restart continues from the last of `EVALS_PER_EPOCH` checkpoints an epoch. The finished model, with its
-    `reward_bias`, appears in the run folder's `reward_model/`.
+    `reward_bias`, appears in the run folder's `reward_model/`; its accuracy on held-out pairs, if there are any, in
+    `reward_model.json`.
 
     Raises:
         UserError: no pairs to learn from, no reference answers, or rows longer than the model's context.
@@ -65,9 +69,11 @@ def reward_model_loop(arguments: dict[str, Any]) -> None:
     train, heldout = [c for c in usable if not c.heldout], [c for c in usable if c.heldout]
     references: list[Row] = fetch(args.references)
     tokenizer = load_tokenizer(args.model)
+    _check(train, [*references, *(row for c in usable for row in rows_of(c))], references, context_length(args.model))
+    # First, and the SFT model is gone before the reward model and its optimiser take their memory.
+    sft_logprobs = _sft_logprobs(args.model, heldout, tokenizer.pad_token_id, config, ranks) if heldout else None
     model = load_reward_model(args.model, device=ranks.device, fresh_head_seed=config.seed)
     model.config.reward_bias = 0.0
-    _check(train, [*references, *(row for c in usable for row in rows_of(c))], references, context_length(model.config))
 
     epochs = Epochs(len(train), settings.prompts_per_batch, settings.epochs, EVALS_PER_EPOCH, config.seed)
     optimizer = Optimizer(model, settings.optimizer, epochs.steps)
@@ -123,10 +129,25 @@ def reward_model_loop(arguments: dict[str, Any]) -> None:
             report(ranks, {"step": step} | metrics, write)
     bias = -float(score_rows(model, references, tokenizer.pad_token_id, config, ranks).mean())
     log({"rm/reward_bias": bias})
+    final = measure(heldout) if heldout else None
     if writer:
+        for stale in (run.reward_accuracy, run.heldout_pairs):
+            stale.unlink(missing_ok=True)
+        if final and sft_logprobs is not None:
+            pairs = heldout_pairs(heldout, final.margins, sft_logprobs)
+            samples = config.evaluate.bootstrap_samples
+            write_accuracy(run.heldout_pairs, run.reward_accuracy, pairs, summary(final), samples, config.seed)
         with run.writing("reward_model") as directory:
             save_model(model, tokenizer, directory, reward_bias=bias)
         writer.close()
+
+
+def _sft_logprobs(
+    path: str, comparisons: Sequence[RankedAnswers], pad_token_id: int, config: Config, ranks: Ranks
+) -> NDArray[np.float64]:
+    """[n] log-prob of every answer, in order, under the model that training starts from; it is not kept."""
+    rows = [row for c in comparisons for row in rows_of(c)]
+    return answer_logprobs(load_policy(path, device=ranks.device), rows, pad_token_id, config, ranks)
 
 
 def _check(train: Sequence[RankedAnswers], rows: Sequence[Row], references: Sequence[Row], context: int) -> None:

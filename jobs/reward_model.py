@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from actors.remote import put
 from actors.reward_model import RewardModelArguments, reward_model_loop
 from actors.train import fit
@@ -13,6 +15,7 @@ from rayrlhf.data.comparisons import RankedAnswers, read_comparisons
 from rayrlhf.data.tokens import encode_responses
 from rayrlhf.epochs import Epochs
 from rayrlhf.errors import UserError
+from rayrlhf.progress import reward_accuracy_table
 
 MAX_REFERENCES = 1000
 """Enough for a mean; scoring all of a large data set would take longer than training."""
@@ -51,6 +54,8 @@ def reward_model(session: Session) -> None:
             keep_checkpoints=1,
             local=session.local,
         )
+    if session.run.reward_accuracy.exists():
+        console.print(reward_accuracy_table(json.loads(session.run.reward_accuracy.read_text(encoding="utf-8"))))
 
 
 def collected_or_published(session: Session) -> list[RankedAnswers]:

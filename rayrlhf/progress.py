@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rayrlhf.config import Config
+from rayrlhf.reward_accuracy import SCORERS
 from rayrlhf.statistics import p_text
 
 _SHOWN: dict[str, list[tuple[str, str, str]]] = {
@@ -268,6 +269,18 @@ def evaluation_table(result: Mapping[str, Any]) -> Group:
             p = p_text(value["p"]) if "p" in value else "–"
             pairs.add_row(measure, interval_text(value), p, interval_text(controlled.get(measure)))
     return Group(table, pairs)
+
+
+def reward_accuracy_table(result: Mapping[str, Any]) -> Table:
+    """reward_model.json as a table: a row a scorer, with the paired difference to the reward model."""
+    title = f"{result['pairs']} held-out pairs of {result['prompts']} prompts, mean [95 % interval]"
+    table = Table("ordered by", title=title, title_justify="left", box=SIMPLE_HEAD)
+    for heading in ("accuracy", "reward model minus it"):
+        table.add_column(heading, justify="right")
+    for name, words in SCORERS.items():
+        difference = result["reward_model_minus"].get(name)
+        table.add_row(words, interval_text(result["accuracy"][name]), interval_text(difference))
+    return table
 
 
 def interval_text(value: Mapping[str, float] | None) -> str:

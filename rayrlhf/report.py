@@ -18,6 +18,7 @@ from rayrlhf.config import Config, load_config
 from rayrlhf.curves import over_kl_figure, style
 from rayrlhf.evaluation import MEASURES, WIN_RATES
 from rayrlhf.metrics import read_metrics
+from rayrlhf.reward_accuracy import SCORERS
 from rayrlhf.run import STAGES, RunFolder, replacing
 from rayrlhf.statistics import p_text
 
@@ -132,6 +133,8 @@ def write_report(run: RunFolder) -> Path:
         over_kl = over_kl_figure(lines) if stage == "ppo" else None
         if over_kl is not None:
             parts.append(f'<img alt="gains of proxy and gold against KL" src="{_inline(over_kl)}">')
+        if stage == "reward_model" and run.reward_accuracy.exists():
+            parts.append(_reward_accuracy(json.loads(run.reward_accuracy.read_text(encoding="utf-8"))))
     if run.samples.exists():
         parts.append(_samples(pq.read_table(run.samples)))
     if run.config.exists():
@@ -220,6 +223,19 @@ def _evaluation(result: Mapping[str, Any]) -> str:
     return (
         f"<h2>Evaluation</h2><table><caption>{escape(caption)}</caption>"
         f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    )
+
+
+def _reward_accuracy(result: Mapping[str, Any]) -> str:
+    cells = {name: (result["accuracy"][name], result["reward_model_minus"].get(name)) for name in SCORERS}
+    rows = [f"<tr><th>{SCORERS[name]}</th>{''.join(_cell(c, 3) for c in both)}</tr>" for name, both in cells.items()]
+    caption = (
+        f"{result['pairs']} held-out pairs of {result['prompts']} prompts: share ordered rightly, ties count half, "
+        "with 95 % bootstrap intervals over prompts."
+    )
+    return (
+        f"<table><caption>{caption}</caption><thead><tr><th>ordered by</th><th>accuracy</th>"
+        f"<th>reward model − it, paired</th></tr></thead><tbody>{''.join(rows)}</tbody></table>"
     )
 
 

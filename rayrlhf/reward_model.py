@@ -6,7 +6,7 @@ Every function is called on all ranks and returns the same on all of them.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rayrlhf.batching import Row, collate, micro_batches, shard
+from rayrlhf.batching import Row, TokenBatch, collate, micro_batches, shard
 from rayrlhf.config import Config
 from rayrlhf.data.comparisons import RankedAnswers
 from rayrlhf.distributed import Ranks
-from rayrlhf.logprobs import sequence_scores
+from rayrlhf.logprobs import sequence_scores, token_logprobs
 from rayrlhf.models.loading import autocast
 from rayrlhf.ranking import (
     MARGIN_EDGES,
@@ -88,15 +88,19 @@ def score_rows(
     model: PreTrainedModel, rows: Sequence[Row], pad_token_id: int, config: Config, ranks: Ranks
 ) -> NDArray[np.float64]:
     """[n] float64 scores of all rows, on every rank, in the order of `rows`."""
-    own = shard([len(row.ids) for row in rows], ranks.world)[ranks.rank]
-    scores: dict[int, float] = {}
-    for piece in micro_batches([len(rows[i].ids) for i in own], config.reward_model.micro_batch_tokens):
-        chosen = [own[i] for i in piece]
-        with torch.no_grad(), autocast(ranks.device, config.model.dtype):
-            found = sequence_scores(model, collate([rows[i] for i in chosen], pad_token_id, ranks.device))
-        scores |= dict(zip(chosen, found.tolist(), strict=True))
-    everywhere = {i: score for each in _gather(ranks, scores) for i, score in each.items()}
-    return np.array([everywhere[i] for i in range(len(rows))])
+    return _row_by_row(lambda batch: sequence_scores(model, batch), rows, pad_token_id, config, ranks)
+
+
+def answer_logprobs(
+    model: PreTrainedModel, rows: Sequence[Row], pad_token_id: int, config: Config, ranks: Ranks
+) -> NDArray[np.float64]:
+    """[n] float64 log p(answer | prompt) in nats under a causal language model at temperature 1: the sum over the
+    predicted tokens of each row, on every rank, in the order of `rows`."""
+
+    def sums(batch: TokenBatch) -> Tensor:
+        return torch.stack([each.sum() for each in token_logprobs(model, batch).logprobs.split(batch.counts)])
+
+    return _row_by_row(sums, rows, pad_token_id, config, ranks)
 
 
 def summary(measured: Measured) -> dict[str, float]:
@@ -119,6 +123,21 @@ def summary(measured: Measured) -> dict[str, float]:
     names = ["-inf", *(f"{edge:g}" for edge in MARGIN_EDGES)]
     histogram = zip(names, margin_histogram(margins), strict=True)
     return metrics | {f"rm/margin_from/{name}": float(count) for name, count in histogram}
+
+
+def _row_by_row(
+    measure: Callable[[TokenBatch], Tensor], rows: Sequence[Row], pad_token_id: int, config: Config, ranks: Ranks
+) -> NDArray[np.float64]:
+    """`measure` ([B] of a batch of B rows) of all rows, without gradient, on every rank, in the order of `rows`."""
+    own = shard([len(row.ids) for row in rows], ranks.world)[ranks.rank]
+    values: dict[int, float] = {}
+    for piece in micro_batches([len(rows[i].ids) for i in own], config.reward_model.micro_batch_tokens):
+        chosen = [own[i] for i in piece]
+        with torch.no_grad(), autocast(ranks.device, config.model.dtype):
+            found = measure(collate([rows[i] for i in chosen], pad_token_id, ranks.device))
+        values |= dict(zip(chosen, found.tolist(), strict=True))
+    everywhere = {i: value for each in _gather(ranks, values) for i, value in each.items()}
+    return np.array([everywhere[i] for i in range(len(rows))])
 
 
 def _gather(ranks: Ranks, value: Any) -> list[Any]:

@@ -54,6 +54,8 @@ class RunFolder:
         self.sft = self.path / "sft"
         self.reward_model = self.path / "reward_model"
         self.policy = self.path / "policy"
+        self.reward_accuracy = self.path / "reward_model.json"
+        self.heldout_pairs = self.path / "heldout_pairs.parquet"
         self.comparisons = self.path / "comparisons.parquet"
         self.samples = self.path / "samples.parquet"
         self.evaluation = self.path / "evaluation.json"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -59,3 +60,6 @@ def test_reward_model_from_published_comparisons_without_a_split_of_its_own(
     assert lines[0]["rm/heldout_prompts"] > 0, "max_comparisons is about training"
     assert lines[-1]["rm/reward_bias"] != 0.0
     assert (tmp_path / "hh" / "reward_model" / "model.safetensors").is_file()
+    measured = json.loads((tmp_path / "hh" / "reward_model.json").read_text())
+    assert measured["accuracy"]["reward_model"]["mean"] == lines[-1]["rm/heldout_accuracy"]
+    assert f"{measured['pairs']} held-out pairs of" in outcome.out and "SFT log-prob, sum" in outcome.out

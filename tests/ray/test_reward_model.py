@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import actors.reward_model
 import actors.train
@@ -106,10 +106,42 @@ def test_learns_a_separable_preference_and_centres_the_references(tmp_path: Path
         scores = [score((*c.prompt_ids, *answer)) for answer in c.response_ids]
         right += [scores[better] > scores[worse] for better, worse in c.pairs]
     assert metrics[-1]["rm/heldout_accuracy"] == pytest.approx(np.mean(right))
+    result = json.loads((run_dir / "reward_model.json").read_text())
+    assert result["accuracy"]["reward_model"]["mean"] == pytest.approx(np.mean(right))
+    assert (result["prompts"], result["pairs"]) == (40, len(right))
+    assert result["metrics"].items() <= metrics[-1].items(), "the summary is that of the last step"
+    check_baselines(result, heldout)
     ours = score_rows(
         load_reward_model(str(run_dir / "reward_model")), references(), PAD, make_config(tmp_path), Ranks(1)
     )
     assert ours == pytest.approx([score(row.ids.tolist()) for row in references()], abs=1e-4)
+
+
+def check_baselines(result: dict[str, Any], heldout: list[RankedAnswers]) -> None:
+    """Against transformers' own log-probs of the model that training started from, and a count by hand."""
+    base = AutoModelForCausalLM.from_pretrained(TINY).eval()
+    right: dict[str, list[float]] = {"longer": [], "shorter": [], "sft_logprob_sum": [], "sft_logprob_mean": []}
+    for c in heldout:
+        sums = []
+        for answer in c.response_ids:
+            ids = torch.tensor([[*c.prompt_ids, *answer]])
+            labels = ids.clone()
+            labels[:, : len(c.prompt_ids)] = -100
+            with torch.no_grad():
+                sums.append(-float(base(input_ids=ids, labels=labels).loss) * len(answer))
+        for i, j in c.pairs:
+            a, b = len(c.response_ids[i]), len(c.response_ids[j])
+            right["longer"].append(0.5 if a == b else float(a > b))
+            right["shorter"].append(0.5 if a == b else float(a < b))
+            right["sft_logprob_sum"].append(float(sums[i] > sums[j]))
+            right["sft_logprob_mean"].append(float(sums[i] / a > sums[j] / b))
+    own = result["accuracy"]["reward_model"]["mean"]
+    for name, values in right.items():
+        accuracy, difference = result["accuracy"][name], result["reward_model_minus"][name]
+        assert accuracy["mean"] == pytest.approx(np.mean(values), abs=1e-9), name
+        assert accuracy["low"] < accuracy["mean"] < accuracy["high"] and accuracy["n"] == 40
+        assert difference["mean"] == pytest.approx(own - np.mean(values), abs=1e-9)
+    assert result["reward_model_minus"]["longer"]["low"] > 0.1, "it learnt more than length"
 
 
 def test_a_killed_run_continues_and_ends_as_if_nothing_had_happened(
@@ -135,6 +167,7 @@ def test_a_killed_run_continues_and_ends_as_if_nothing_had_happened(
     assert reported == [2, 3, 4, 5]
     assert [m["step"] for m in metrics] == list(range(6))
     assert torch.equal(weights(run_dir / "reward_model"), weights(whole / "reward_model"))
+    assert (run_dir / "reward_model.json").read_text() == (whole / "reward_model.json").read_text()
 
 
 def test_people_s_comparisons_of_harmlessness_train(tmp_path: Path) -> None:
@@ -147,6 +180,13 @@ def test_people_s_comparisons_of_harmlessness_train(tmp_path: Path) -> None:
     last = metrics[-1]
     assert last["rm/loss"] < metrics[1]["rm/loss"]
     assert sum(v for k, v in last.items() if k.startswith("rm/margin_from/")) == metrics[0]["rm/heldout_pairs"]
+
+
+def test_without_held_out_pairs_there_is_no_accuracy(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "reward_model.json").write_text("of an earlier attempt with other settings")
+    run_dir, _ = run_reward_model(make_config(tmp_path), toy(8, seed=0))
+    assert (run_dir / "reward_model").is_dir() and not (run_dir / "reward_model.json").exists()
 
 
 def test_bad_data_is_one_line(tmp_path: Path) -> None:

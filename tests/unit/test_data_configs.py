@@ -19,7 +19,12 @@ CONTEXT = {"embedded:opt-tiny": 256, "facebook/opt-125m": 2048, "facebook/opt-1.
 
 
 def test_all_examples_are_there() -> None:
-    assert {path.name for path in CONFIGS} >= {"quickstart.yaml", "tldr_opt_125m.yaml", "hh_rlhf_opt_1b.yaml"}
+    assert {path.name for path in CONFIGS} >= {
+        "quickstart.yaml",
+        "tldr_opt_125m.yaml",
+        "hh_rlhf_opt_1b.yaml",
+        "hh_harmless_tiny.yaml",
+    }
     assert AutoConfig.from_pretrained(ROOT / "rayrlhf/assets/opt-tiny").max_position_embeddings >= 256
 
 

@@ -17,8 +17,8 @@ from rayrlhf.batching import Row
 from rayrlhf.config import Config, parse_config
 from rayrlhf.data.comparisons import RankedAnswers
 from rayrlhf.distributed import Ranks
-from rayrlhf.models.loading import load_reward_model, resolve_model
-from rayrlhf.reward_model import Measured, ranked_pass, score_rows, summary
+from rayrlhf.models.loading import load_policy, load_reward_model, resolve_model
+from rayrlhf.reward_model import Measured, answer_logprobs, ranked_pass, rows_of, score_rows, summary
 
 TINY = resolve_model("embedded:opt-tiny")
 PAD, EOS = 1, 2
@@ -85,7 +85,9 @@ def _one_rank(out: str) -> None:
     ranks.sum_gradients(list(model.parameters()))
     gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     scores = torch.from_numpy(score_rows(model, references(5), PAD, config, ranks))
-    torch.save({"loss": found.loss, "margins": found.margins, "gradient": gradient, "scores": scores}, out)
+    logprobs = torch.from_numpy(answer_logprobs(load_policy(TINY), references(5), PAD, config, ranks))
+    found_here = {"margins": found.margins, "gradient": gradient, "scores": scores, "logprobs": logprobs}
+    torch.save({"loss": found.loss, **found_here}, out)
 
 
 def test_two_ranks_find_what_one_finds(tmp_path: Path) -> None:
@@ -100,7 +102,24 @@ def test_two_ranks_find_what_one_finds(tmp_path: Path) -> None:
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
         torch.testing.assert_close(two["margins"], one["margins"], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(two["scores"], one["scores"], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(two["logprobs"], one["logprobs"], rtol=1e-5, atol=1e-4)
         assert float((two["gradient"] - one["gradient"]).norm() / one["gradient"].norm()) < 1e-5
+
+
+@pytest.mark.parametrize("micro_batch_tokens", [1, 150])
+def test_answer_logprobs_are_transformers_own(micro_batch_tokens: int) -> None:
+    model, comparisons = load_policy(TINY), comparisons_of(3, seed=5)
+    rows = [row for c in comparisons for row in rows_of(c)]
+    ours = answer_logprobs(model, rows, PAD, make_config(micro_batch_tokens=micro_batch_tokens), Ranks(1))
+    expected = []
+    for c in comparisons:
+        for answer in c.response_ids:
+            ids = torch.tensor([[*c.prompt_ids, *answer]])
+            with torch.no_grad():
+                logprobs = model(input_ids=ids).logits[0].log_softmax(-1)
+            places = range(len(c.prompt_ids), ids.shape[1])
+            expected.append(sum(float(logprobs[t - 1, ids[0, t]]) for t in places))
+    assert ours == pytest.approx(expected, rel=1e-5)
 
 
 def test_summary_by_source_and_confidence() -> None:

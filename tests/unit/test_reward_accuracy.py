@@ -1,0 +1,142 @@
+"""Accuracy beside baselines: planted scores, cluster resampling against a naive loop, scipy and its true coverage."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from rich.console import Console
+from scipy import stats
+
+from rayrlhf import reward_accuracy
+from rayrlhf.config import parse_config
+from rayrlhf.data.comparisons import RankedAnswers
+from rayrlhf.evaluation import bootstrap
+from rayrlhf.progress import reward_accuracy_table
+from rayrlhf.report import write_report
+from rayrlhf.reward_accuracy import SCORERS, accuracies, cluster_bootstrap, heldout_pairs, write_accuracy
+from rayrlhf.run import open_or_create
+
+
+def planted() -> pa.Table:
+    """Four pairs of two prompts; the second and third record share a prompt."""
+    answers = [((5, 6, 7), (5, 6), (5,)), ((8, 9), (9, 8)), ((8,), (9, 9, 9))]
+    prompts = [(2, 3), (2, 4), (2, 4)]
+    scores: list[tuple[float, ...] | None] = [(3.0, 2.0, 2.0), None, None]
+    records = [
+        RankedAnswers(f"r{i}", "", prompt, ("",) * len(ids), ids, own, "people", source="s")
+        for i, (prompt, ids, own) in enumerate(zip(prompts, answers, scores, strict=True))
+    ]
+    # Sums of log-probs, answer by answer: -6, -5 and -1 for three, two and one token of the first record.
+    return heldout_pairs(records, [0.5, -0.25, 0.0, 2.0], [-6.0, -5.0, -1.0, -4.0, -4.0, -2.0, -5.0])
+
+
+def test_margins_of_planted_answers() -> None:
+    pairs = planted().to_pydict()
+    assert pairs["id"] == ["r0", "r0", "r1", "r2"] and pairs["prompt"] == [0, 0, 1, 1]
+    assert list(zip(pairs["better"], pairs["worse"], strict=True)) == [(0, 1), (0, 2), (0, 1), (0, 1)]
+    assert pairs["reward_model"] == [0.5, -0.25, 0.0, 2.0]
+    assert pairs["longer"] == [1, 2, 0, -2] and pairs["shorter"] == [-1, -2, 0, 2]
+    assert pairs["sft_logprob_sum"] == [-1, -5, 0, 3]
+    assert pairs["sft_logprob_mean"] == pytest.approx([-2 + 2.5, -2 + 1, 0, -2 + 5 / 3])
+
+
+def test_accuracies_count_ties_half_and_pair_the_differences() -> None:
+    pairs = planted()
+    found = accuracies(pairs, pairs.column("prompt").to_numpy(), samples=400, seed=1)
+    means = {name: interval["mean"] for name, interval in found["accuracy"].items()}
+    assert means == {
+        "reward_model": 0.625, "longer": 0.625, "shorter": 0.375, "sft_logprob_sum": 0.375, "sft_logprob_mean": 0.375
+    }  # fmt: skip
+    assert found["ties"] == dict.fromkeys(SCORERS, 1)
+    assert {name: each["mean"] for name, each in found["reward_model_minus"].items()} == {
+        "longer": 0.0, "shorter": 0.25, "sft_logprob_sum": 0.25, "sft_logprob_mean": 0.25
+    }  # fmt: skip
+    # Two prompts: every resample holds the one, the other or both. Reward model: 1/2, 3/4; minus longer: -1/2, 1/2.
+    accuracy, difference = found["accuracy"]["reward_model"], found["reward_model_minus"]["longer"]
+    assert (accuracy["low"], accuracy["high"], accuracy["n"]) == (0.5, 0.75, 2)
+    assert (difference["low"], difference["high"], difference["n"]) == (-0.5, 0.5, 2)
+
+
+def clustered(seed: int, clusters: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rights and wrongs that go together within a prompt; one to six pairs a prompt, in mixed order."""
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(1, 7, clusters)
+    index = np.repeat(np.arange(clusters), sizes)
+    right = (rng.random(len(index)) < np.repeat(rng.beta(1.2, 0.8, clusters), sizes)).astype(float)
+    order = rng.permutation(len(index))
+    return right[order], index[order]
+
+
+def test_cluster_bootstrap_equals_a_naive_loop_and_scipy() -> None:
+    values, clusters = clustered(seed=3, clusters=60)
+    got = cluster_bootstrap(values, [f"prompt {i}" for i in clusters], 4000, seed=0)
+    assert got.mean == pytest.approx(values.mean()) and got.n == 60
+    rng = np.random.default_rng(9)
+    groups = [values[clusters == i] for i in range(60)]
+    naive = [np.concatenate([groups[i] for i in rng.integers(0, 60, 60)]).mean() for _ in range(4000)]
+    sums, counts = np.array([g.sum() for g in groups]), np.array([float(len(g)) for g in groups])
+    scipys = stats.bootstrap(
+        (sums, counts), lambda s, c, axis: s.sum(axis=axis) / c.sum(axis=axis), paired=True, n_resamples=4000,
+        method="percentile", rng=np.random.default_rng(8),
+    ).confidence_interval  # fmt: skip
+    width = got.high - got.low
+    assert [got.low, got.high] == pytest.approx(np.quantile(naive, [0.025, 0.975]), abs=0.06 * width)
+    assert [got.low, got.high] == pytest.approx([scipys.low, scipys.high], abs=0.06 * width)
+    one_by_one = bootstrap(values, 4000)
+    assert one_by_one is not None and width > 1.15 * (one_by_one.high - one_by_one.low), "pairs of a prompt go together"
+
+
+def test_cluster_bootstrap_covers_the_true_mean_where_pairs_go_together() -> None:
+    hits = 0
+    for trial in range(300):
+        values, clusters = clustered(seed=trial, clusters=80)
+        got = cluster_bootstrap(values, clusters, 400, seed=trial)
+        hits += got.low <= 0.6 <= got.high  # the mean of Beta(1.2, 0.8)
+    assert 0.90 <= hits / 300 <= 0.98
+
+
+def test_one_value_a_cluster_is_the_ordinary_bootstrap(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.random.default_rng(5).normal(size=40)
+    expected = bootstrap(values, 301, seed=2)
+    assert cluster_bootstrap(values, np.arange(40), 301, seed=2) == expected
+    monkeypatch.setattr(reward_accuracy, "_BLOCK", 90)
+    assert cluster_bootstrap(values, np.arange(40), 301, seed=2) == expected
+
+
+@pytest.mark.parametrize("values", [[], [1.0, np.nan], [1.0, 2.0, 3.0]])
+def test_cluster_bootstrap_refuses_what_it_cannot_resample(values: list[float]) -> None:
+    with pytest.raises(ValueError, match="finite values in one dimension, and a cluster for each"):
+        cluster_bootstrap(values, [0, 1][: len(values)])
+
+
+def test_file_table_and_report_say_the_same(tmp_path: Path) -> None:
+    run = open_or_create(parse_config({"name": "demo"}, "test"), tmp_path)
+    write_accuracy(run.heldout_pairs, run.reward_accuracy, planted(), {"rm/heldout_loss": 0.7}, samples=50, seed=3)
+    result = json.loads(run.reward_accuracy.read_text())
+    assert (result["prompts"], result["pairs"], result["metrics"]) == (2, 4, {"rm/heldout_loss": 0.7})
+    assert result["bootstrap"] == {"samples": 50, "seed": 3, "confidence": 0.95, "unit": "prompt"}
+    assert pq.read_table(run.heldout_pairs).equals(planted())
+    assert {path.name for path in run.path.iterdir() if not path.name.startswith(".lock")} == {
+        "config.yaml", "reward_model.json", "heldout_pairs.parquet"
+    }  # fmt: skip
+
+    console = Console(width=120, file=(shown := io.StringIO()))
+    console.print(reward_accuracy_table(result))
+    text = shown.getvalue()
+    assert "4 held-out pairs of 2 prompts" in text
+    rows = {line.split("  ")[1].strip(): line for line in text.splitlines() if "[" in line}
+    assert "0.625 [0.500, 0.750]" in rows["reward model"] and "0.250 [0.000, 0.500]" in rows["shorter answer"]
+    html = write_report(run).read_text(encoding="utf-8")
+    for words in SCORERS.values():
+        assert f"<th>{words}</th>" in html
+    assert '<td title="n = 2">0.625<br><span class="ci">0.500 to 0.750</span></td>' in html
+
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_accuracy(run.heldout_pairs, run.reward_accuracy, planted(), {"x": float("nan")}, samples=50, seed=3)
+    assert json.loads(run.reward_accuracy.read_text()) == result
