@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 from numpy.typing import ArrayLike, NDArray
 
 from rayrlhf.data.comparisons import RankedAnswers
-from rayrlhf.evaluation import CONFIDENCE, Interval
 from rayrlhf.run import replacing
+from rayrlhf.statistics import CONFIDENCE, Interval
 
 SCORERS = {
     "reward_model": "reward model",
