@@ -34,6 +34,7 @@ def tiny_config(hidden: int = 32) -> OPTConfig:
 
 def tiny_models(hidden: int = 32, seed: int = 0) -> tuple[OPTForCausalLM, OPTForSequenceClassification]:
     """A random policy and a random model with a scalar head."""
+    torch.set_num_threads(1)  # more would only wait for each other
     torch.manual_seed(seed)
     return OPTForCausalLM(tiny_config(hidden)), OPTForSequenceClassification(tiny_config(hidden))
 
