@@ -178,6 +178,6 @@ def test_reward_model_gradients_do_not_depend_on_the_cut(
 
 
 def test_the_cuts_above_are_real_cuts() -> None:
-    """Small limits give several micro-batches, large ones a single one: the properties compare different computations."""
+    """Small limits give several micro-batches, large ones one: the properties compare different computations."""
     lengths = [5, 9, 14, 3]
     assert len(micro_batches(lengths, 1)) == 4 and len(micro_batches(lengths, 120)) == 1

@@ -27,7 +27,17 @@ from rayrlhf.config import KLConfig, OptimizerConfig, PPOConfig
 from rayrlhf.distributed import Ranks
 from rayrlhf.ppo import PPO, Experience
 from rayrlhf.trajectory import Trajectory
-from tests.tiny import PAD, TEMPERATURE, difference, flat, gradient, random_trajectories, tiny_models, with_sgd
+from tests.tiny import (
+    PAD,
+    TEMPERATURE,
+    difference,
+    flat,
+    gradient,
+    random_trajectories,
+    recorded_gradients,
+    tiny_models,
+    with_sgd,
+)
 
 WHOLE = 100_000
 RELATIVE = 1e-5
@@ -94,24 +104,20 @@ def make(case: Case, ranks: Ranks | None = None) -> PPO:
     return with_sgd(ppo, lr=0.1)
 
 
-def learn(case: Case, ranks: Ranks | None = None, batch: Sequence[Trajectory] | None = None) -> Outcome:
+def learn(case: Case, ranks: Ranks | None = None, batch: Sequence[Trajectory] | None = None, step: int = 0) -> Outcome:
     ppo = make(case, ranks)
-    done = Outcome([], [], {}, torch.empty(0), [])
-    for optimizer, record in (
-        (ppo.policy_optimizer, done.policy_gradients),
-        (ppo.value_optimizer, done.value_gradients),
-    ):
-        optimizer.adamw.register_step_pre_hook(lambda *_, of=optimizer, to=record: to.append(gradient(of.parameters)))  # type: ignore[misc]
+    policy_gradients, value_gradients = recorded_gradients(ppo)
+    minibatches: list[list[tuple[int, ...]]] = []
     update = ppo.update
 
     def recording(rows: Sequence[Experience], *rest: Any) -> Any:
-        done.minibatches.append([tuple(e.row.ids.tolist()) for e in rows])
+        minibatches.append([tuple(e.row.ids.tolist()) for e in rows])
         return update(rows, *rest)
 
     ppo.update = recording  # type: ignore[method-assign]
-    done.metrics = ppo.step(batch or case.trajectories, 0)
-    done.weights = torch.cat([flat(m.parameters()) for m in (ppo.policy, ppo.value_model)])
-    return done
+    metrics = ppo.step(batch or case.trajectories, step)
+    weights = torch.cat([flat(m.parameters()) for m in (ppo.policy, ppo.value_model)])
+    return Outcome(policy_gradients, value_gradients, metrics, weights, minibatches)
 
 
 def check_same(found: Outcome, expected: Outcome) -> None:
@@ -164,22 +170,17 @@ def test_every_epoch_is_a_fresh_permutation_of_the_batch(case: Case) -> None:
     minibatches = learn(case).minibatches
     assert len(minibatches) == 4 * count
     everything = sorted(tuple(t.token_ids.tolist()) for t in case.trajectories)
-    epochs = [sum(minibatches[i : i + count], []) for i in range(0, len(minibatches), count)]
-    assert all(sorted(epoch) == everything for epoch in epochs)
+    for start in range(0, len(minibatches), count):
+        assert sorted(row for rows in minibatches[start : start + count] for row in rows) == everything
     assert max(map(len, minibatches)) - min(map(len, minibatches)) <= 1
 
 
 def test_permutations_differ_between_epochs_and_steps_and_seeds() -> None:
     case = Case(tuple((3, n) for n in (1, 2, 3, 4, 5, 6, 7, 8)), 0, {"epochs": 3, "max_grad_norm": 1.0})
-    orders = [tuple(order) for order in learn(case).minibatches]
-    ppo = make(case)
-    orders.append(tuple(learn(replace(case, seed=1), batch=case.trajectories).minibatches[0]))
-    update, later = ppo.update, []
-    ppo.update = lambda rows, *rest: (later.append(tuple(tuple(e.row.ids.tolist()) for e in rows)), update(rows, *rest))[1]  # type: ignore[method-assign]
-    ppo.step(case.trajectories, 1)
-    orders += later
-    assert len(set(orders)) == len(orders) == 7
-    assert learn(case).minibatches == [list(order) for order in orders[:3]]
+    outcomes = [learn(case), learn(case, step=1), learn(replace(case, seed=1), batch=case.trajectories)]
+    orders = [tuple(order) for outcome in outcomes for order in outcome.minibatches]
+    assert len(set(orders)) == len(orders) == 9
+    assert learn(case).minibatches == outcomes[0].minibatches
 
 
 # ---- padding side and packing
