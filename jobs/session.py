@@ -113,9 +113,12 @@ class Session:
         splits: tuple[Split, ...] = ("train", "valid")
         for split in splits:
             found, dropped = read_comparisons(data.comparisons, split, self.tokenizer, data.max_prompt_tokens)
+            own = from_comparisons(found, self.tokenizer, data.max_response_tokens, heldout=split == "valid")
+            if len(own) < len(found):
+                dropped["equal_when_cut"] = len(found) - len(own)
             counts = ", ".join(f"{n} {reason}" for reason, n in sorted(dropped.items())) or "none"
-            print(f"{len(found)} {split} comparisons from {data.comparisons.path}; dropped: {counts}", flush=True)
-            ranked += from_comparisons(found, self.tokenizer, data.max_response_tokens, heldout=split == "valid")
+            print(f"{len(own)} {split} comparisons from {data.comparisons.path}; dropped: {counts}", flush=True)
+            ranked += own
         return ranked
 
     @property

@@ -10,6 +10,7 @@ class KLController:
 
     Adaptive (Ziegler et al. 2019, section 2.2): beta *= 1 + clip(KL / target - 1, -0.2, 0.2) * n / horizon
     after every batch of n samples; KL and target in nats per response. Fixed: beta never changes.
+    A batch of more samples than the horizon counts as the horizon: above five horizons beta would else reach 0.
     """
 
     def __init__(self, config: KLConfig) -> None:
@@ -19,4 +20,4 @@ class KLController:
     def update(self, kl: float, samples: int) -> None:
         if self.config.adaptive:
             error = min(0.2, max(-0.2, kl / self.config.target - 1.0))
-            self.beta *= 1.0 + error * samples / self.config.horizon
+            self.beta *= 1.0 + error * min(1.0, samples / self.config.horizon)

@@ -56,12 +56,13 @@ class Optimizer:
     def apply(self) -> None:
         """The second half of `step`."""
         self.adamw.step()
-        self.skip()
-
-    def skip(self) -> None:
-        """Advance the schedule without an update."""
         self.schedule.step()
         self.adamw.zero_grad(set_to_none=True)
+
+    def skip(self) -> None:
+        """Advance the schedule without an update: without gradients AdamW changes nothing."""
+        self.adamw.zero_grad(set_to_none=True)
+        self.apply()
 
     def state_dict(self) -> dict[str, Any]:
         return {"adamw": self.adamw.state_dict(), "schedule": self.schedule.state_dict()}

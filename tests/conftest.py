@@ -8,3 +8,9 @@ os.environ.update(
     RAY_USAGE_STATS_ENABLED="0",
     VLLM_NO_USAGE_STATS="1",
 )
+
+from hypothesis import settings  # after the environment above, which it may import others with
+
+# The same examples in every run, so that a failure is a change of the code; no deadline on a shared machine.
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")

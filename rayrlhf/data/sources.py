@@ -41,6 +41,7 @@ def read_demonstrations(
 
     A single file, and a data set without a validation split, gives up 10 % of its prompts for "valid", chosen by a hash
     of the prompt. "all" is the training split with nothing carved out: for a file that serves evaluation only.
+    Rows that were dropped are counted in a warning.
 
     Raises:
         UserError: a missing, empty or malformed source; the message names file, row and column.
@@ -56,7 +57,9 @@ def read_demonstrations(
         max_prompt_tokens,
         [row.where for _, row, _ in records],
     )
-    _log_dropped(source, split, len(records), dropped)
+    if dropped:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
+        _log.warning("%s, split %s: %d records; dropped: %s", source.path, split, len(records), reasons)
     return [
         Demonstration(id, prompt, _response(remove, raw.response, row), raw.title)
         for (id, row, raw), prompt in zip(records, prompts, strict=True)
@@ -90,7 +93,6 @@ def read_comparisons(
     prompts = fit_prompts(
         tokenizer, [raw.prompt for _, _, raw in usable], max_prompt_tokens, [row.where for _, row, _ in usable]
     )
-    _log_dropped(source, split, len(usable), dropped)
     comparisons = [
         Comparison(id, prompt, raw.responses, raw.source) for (id, _, raw), prompt in zip(usable, prompts, strict=True)
     ]
@@ -183,8 +185,3 @@ def _adapter(source: DatasetConfig) -> Format:
 def _cannot(source: DatasetConfig, what: str, kind: Literal["demonstration", "comparison"]) -> UserError:
     able = [name for name, adapter in FORMATS.items() if getattr(adapter, kind) is not None]
     return UserError(f"data format {source.format!r} holds no {what}; those that do: {', '.join(able)}")
-
-
-def _log_dropped(source: DatasetConfig, split: str, kept: int, dropped: Counter[str]) -> None:
-    reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items())) or "none"
-    _log.info("%s, split %s: %d records; dropped: %s", source.path, split, kept, reasons)

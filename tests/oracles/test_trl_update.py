@@ -31,7 +31,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import OPTConfig, OPTForCausalLM, OPTForSequenceClassification
+from transformers import OPTForCausalLM, OPTForSequenceClassification
 from trl.experimental.ppo import PPOConfig as TRLConfig
 from trl.experimental.ppo import PPOTrainer, ppo_trainer
 
@@ -43,11 +43,11 @@ from rayrlhf.logprobs import sequence_scores, token_logprobs, token_values
 from rayrlhf.models.loading import load_tokenizer, resolve_model
 from rayrlhf.ppo import PPO
 from rayrlhf.trajectory import Trajectory
+from tests.tiny import EOS, PAD, TEMPERATURE, VOCABULARY, difference, flat, gradient, recorded_gradients, tiny_models
 
 # TRL logs a variance over micro-batches, of which there is one.
 pytestmark = pytest.mark.filterwarnings("ignore:var.*degrees of freedom")
 
-EOS, PAD, VOCABULARY, TEMPERATURE = 2, 1, 50, 0.7
 RESPONSE_LENGTH = 6
 FIXED, RAGGED = [6, 6, 6, 6, 6, 6, 6, 6], [6, 3, 5, 2, 6, 4, 1, 6]
 
@@ -76,21 +76,7 @@ class Outcome:
 
 def problem(lengths: list[int]) -> Problem:
     """`lengths[i]` tokens in response i; one that is shorter than the longest ends with EOS."""
-    torch.manual_seed(0)
-    config = OPTConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        ffn_dim=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-        word_embed_proj_dim=32,
-        dropout=0.0,
-        num_labels=1,
-        init_std=0.2,
-        pad_token_id=PAD,
-    )
-    policy = OPTForCausalLM(config)
+    policy, value_model = tiny_models()
     reference = copy.deepcopy(policy)
     with torch.no_grad():
         for parameter in reference.parameters():
@@ -101,7 +87,7 @@ def problem(lengths: list[int]) -> Problem:
     for response in responses:
         if len(response) < RESPONSE_LENGTH:
             response[-1] = EOS
-    value_model, reward_model = (OPTForSequenceClassification(config) for _ in range(2))
+    reward_model = OPTForSequenceClassification(policy.config)
     return Problem(policy, reference, value_model, reward_model, prompts, responses)
 
 
@@ -216,37 +202,15 @@ def our_update(given: Problem, batch: list[Trajectory] | None = None, **changes:
     policy, value_model = copy.deepcopy((given.policy, given.value_model))
     start = flat(policy.parameters()), flat(value_model.parameters())
     ppo = PPO(policy, value_model, config, Ranks(threads=1), pad_token_id=PAD, dtype="float32", seed=0)
-    policy_gradients: list[Tensor] = []
-    value_gradients: list[Tensor] = []
-    ppo.policy_optimizer.adamw.register_step_pre_hook(lambda *_: policy_gradients.append(gradient(policy.parameters())))
-    ppo.value_optimizer.adamw.register_step_pre_hook(
-        lambda *_: value_gradients.append(gradient(value_model.parameters()))
-    )
+    policy_gradients, value_gradients = recorded_gradients(ppo)
     ppo.step(batch or trajectories(given), 0)
     policy_change, value_change = (flat(m.parameters()) - w for m, w in zip((policy, value_model), start, strict=True))
     return Outcome(policy_change, value_change, policy_gradients, value_gradients)
 
 
-def flat(parameters: Any) -> Tensor:
-    """[parameters] a copy of all weights in one vector."""
-    return torch.cat([p.detach().flatten().clone() for p in parameters])
-
-
-def gradient(parameters: Any) -> Tensor:
-    """[parameters] a copy of all gradients in one vector."""
-    return torch.cat(
-        [torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten().clone() for p in parameters]
-    )
-
-
 def padded(flat_rows: Tensor, batch: TokenBatch) -> Tensor:
     """[N] to [B, R], with zeros behind each row."""
     return pad_sequence(flat_rows.split(batch.counts), batch_first=True)
-
-
-def difference(ours: Tensor, theirs: Tensor) -> float:
-    """Norm of the difference, relative to theirs."""
-    return float((ours - theirs).norm() / theirs.norm())
 
 
 @pytest.mark.parametrize("epochs", [1, 4])

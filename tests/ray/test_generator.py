@@ -25,8 +25,10 @@ from actors.engine import environment
 from actors.generator import Generator
 from actors.remote import ActorFailure, Remote
 from actors.weight_sync import WeightSyncError, publish, publish_directory
+from rayrlhf.batching import Row, collate
 from rayrlhf.config import GeneratorConfig, ModelConfig
 from rayrlhf.errors import UserError
+from rayrlhf.logprobs import token_logprobs
 from rayrlhf.trajectory import GenerationRequest, Sampling, Trajectory
 
 EMBEDDED = Path(rayrlhf.__file__).parent / "assets" / "opt-tiny"
@@ -168,7 +170,7 @@ def test_prompt_logprobs(tied: Generator, embedded: PreTrainedModel) -> None:
     np.testing.assert_allclose(tied.engine.prompt_logprobs(ids), expected, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("temperature", [0.7, 0.01])
+@pytest.mark.parametrize("temperature", [1.5, 0.7, 0.01])
 def test_logprobs_are_of_the_sampling_temperature(
     tied: Generator, embedded: PreTrainedModel, temperature: float
 ) -> None:
@@ -176,7 +178,13 @@ def test_logprobs_are_of_the_sampling_temperature(
     requests = _requests(6, length=50)
     trajectories = tied.generate(requests, _sampling(temperature), version)
     # Dividing the logits magnifies their rounding errors.
-    assert _gap(embedded, trajectories, temperature) < max(TOLERANCE, 2e-5 / temperature)
+    tolerance = max(TOLERANCE, 2e-5 / temperature)
+    assert _gap(embedded, trajectories, temperature) < tolerance
+    # The learner's own pass, all rows in one padded batch.
+    batch = collate([Row.completion(t.prompt_ids, t.response_ids) for t in trajectories], pad_token_id=1)
+    with torch.no_grad():
+        learner = token_logprobs(embedded, batch, temperature).logprobs.numpy()
+    np.testing.assert_allclose(np.concatenate([t.generator_logprobs for t in trajectories]), learner, atol=tolerance)
     assert _gap(embedded, trajectories, 1.0) > 0.1
     for request, trajectory in zip(requests, trajectories, strict=True):
         assert (trajectory.prompt_id, trajectory.seed) == (request.prompt_id, request.seed)

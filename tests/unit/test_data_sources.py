@@ -277,6 +277,21 @@ def test_text_of_both_splits_without_ids_is_dropped_from_validation(
     assert [c.prompt for c in comparisons] == ["What is 3?"] and dropped == {"in_train": 1}
 
 
+def test_dropped_demonstrations_are_counted_in_a_warning(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The commands show warnings; a clean source says nothing."""
+    rows = tldr_rows(3)
+    path = write_jsonl(tmp_path / "t.jsonl", [*rows, rows[0], rows[1]])
+    assert len(read_demonstrations(source("tldr", path), "all", tokenizer, 100)) == 3
+    assert [(r.levelname, r.getMessage()) for r in caplog.records] == [
+        ("WARNING", f"{path}, split all: 3 records; dropped: 2 duplicate")
+    ]
+    caplog.clear()
+    read_demonstrations(source("tldr", "embedded:tldr"), "train", tokenizer, 192)
+    assert not caplog.records
+
+
 # ---- mistakes: one line that says what, where and how to mend it
 
 

@@ -57,6 +57,18 @@ def test_adaptive_kl_moves_by_the_clipped_proportional_error() -> None:
     before = controller.beta
     controller.update(60.0, samples=512)  # the error is clipped at +0.2
     assert controller.beta == pytest.approx(before * (1 + 0.2 * 512 / 10_000))
+    before = controller.beta
+    controller.update(0.0, samples=512)  # far below it: at -0.2
+    assert controller.beta == pytest.approx(before * (1 - 0.2 * 512 / 10_000))
     fixed = KLController(KLConfig(coefficient=0.1))
     fixed.update(60.0, samples=512)
     assert fixed.beta == 0.1
+
+
+def test_beta_stays_positive_whatever_the_batch() -> None:
+    """More samples than five horizons, all without KL, would by the bare formula make beta 0 and then negative."""
+    controller = KLController(KLConfig(coefficient=0.1, adaptive=True, horizon=100))
+    for samples in (500, 600, 100_000):
+        before = controller.beta
+        controller.update(0.0, samples)
+        assert controller.beta == pytest.approx(0.8 * before)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import OPTConfig, OPTForCausalLM, OPTForSequenceClassification
+from transformers import OPTForCausalLM, OPTForSequenceClassification
 
 from rayrlhf.batching import Row, collate
 from rayrlhf.config import OptimizerConfig, PPOConfig
@@ -17,27 +17,12 @@ from rayrlhf.logprobs import sequence_scores, token_values
 from rayrlhf.ppo import PPO
 from rayrlhf.prompts import EncodedPrompt, prompts_of_step, requests_for
 from rayrlhf.trajectory import Trajectory
-
-EOS, PAD, VOCABULARY = 2, 1, 50
-TEMPERATURE = 0.7
+from tests.tiny import EOS, PAD, TEMPERATURE, VOCABULARY, flat, tiny_models, with_sgd
 
 
 @pytest.fixture
 def models() -> tuple[OPTForCausalLM, OPTForSequenceClassification]:
-    torch.manual_seed(0)
-    config = OPTConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        ffn_dim=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-        word_embed_proj_dim=32,
-        dropout=0.0,
-        num_labels=1,
-        init_std=0.2,
-    )
-    return OPTForCausalLM(config), OPTForSequenceClassification(config)
+    return tiny_models()
 
 
 def config(**changes: Any) -> PPOConfig:
@@ -82,17 +67,8 @@ def learner(models: tuple[Any, Any], cfg: PPOConfig) -> PPO:
     return PPO(policy, value, cfg, Ranks(threads=1), pad_token_id=PAD, dtype="float32", seed=0)
 
 
-def with_sgd(ppo: PPO) -> PPO:
-    """Plain gradient descent shows the gradient itself; Adam would blow rounding up to the size of a step."""
-    for optimizer in (ppo.policy_optimizer, ppo.value_optimizer):
-        optimizer.adamw = torch.optim.SGD(optimizer.parameters, lr=1.0)  # type: ignore[assignment]
-        optimizer.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer.adamw, lambda step: 1.0)
-    return ppo
-
-
 def weights(ppo: PPO) -> torch.Tensor:
-    models = (ppo.policy, ppo.value_model)
-    return torch.cat([p.detach().flatten().clone() for model in models for p in model.parameters()])
+    return torch.cat([flat(model.parameters()) for model in (ppo.policy, ppo.value_model)])
 
 
 def test_first_update_of_the_reference_itself(models: tuple[Any, Any]) -> None:

@@ -1,0 +1,98 @@
+"""Tiny random models, and trajectories for them, that several tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import OPTConfig, OPTForCausalLM, OPTForSequenceClassification
+
+from rayrlhf.ppo import PPO
+from rayrlhf.trajectory import Trajectory
+
+EOS, PAD, VOCABULARY, TEMPERATURE = 2, 1, 50, 0.7
+
+
+def tiny_config(hidden: int = 32) -> OPTConfig:
+    """Two layers, weights large enough for every token to matter."""
+    return OPTConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=hidden,
+        ffn_dim=2 * hidden,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        word_embed_proj_dim=hidden,
+        dropout=0.0,
+        num_labels=1,
+        init_std=0.2,
+        pad_token_id=PAD,
+    )
+
+
+def tiny_models(hidden: int = 32, seed: int = 0) -> tuple[OPTForCausalLM, OPTForSequenceClassification]:
+    """A random policy and a random model with a scalar head."""
+    torch.set_num_threads(1)  # more would only wait for each other
+    torch.manual_seed(seed)
+    return OPTForCausalLM(tiny_config(hidden)), OPTForSequenceClassification(tiny_config(hidden))
+
+
+def random_trajectories(lengths: Sequence[tuple[int, int]], seed: int = 0) -> list[Trajectory]:
+    """One per (prompt tokens, response tokens), with random scores and log-probs; two in three end with EOS."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for i, (prompt_length, response_length) in enumerate(lengths):
+        prompt, response = (rng.integers(3, VOCABULARY, n) for n in (prompt_length, response_length))
+        if i % 3:
+            response[-1] = EOS
+        logprobs = rng.normal(-4.0, 0.5, (2, response_length)).astype(np.float32)
+        made.append(
+            Trajectory(
+                f"p{i}",
+                0,
+                i,
+                prompt,
+                response,
+                logprobs[0],
+                np.zeros(response_length, np.int64),
+                "eos" if i % 3 else "length",
+                {"reward": float(rng.normal())},
+                logprobs[1],
+            )
+        )
+    return made
+
+
+def with_sgd(ppo: PPO, lr: float = 1.0) -> PPO:
+    """Plain gradient descent shows the gradient itself; Adam would blow rounding up to the size of a step."""
+    for optimizer in (ppo.policy_optimizer, ppo.value_optimizer):
+        optimizer.adamw = torch.optim.SGD(optimizer.parameters, lr=lr)  # type: ignore[assignment]
+        optimizer.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer.adamw, lambda step: 1.0)
+    return ppo
+
+
+def flat(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """[parameters] a copy of all weights in one vector."""
+    return torch.cat([p.detach().flatten().clone() for p in parameters])
+
+
+def gradient(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """[parameters] a copy of all gradients in one vector, zero where there is none."""
+    return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten().clone() for p in parameters])
+
+
+def recorded_gradients(ppo: PPO) -> tuple[list[Tensor], list[Tensor]]:
+    """Two lists that `ppo` fills with the policy's and the value model's gradients, as its optimisers use them."""
+    records: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for optimizer, record in zip((ppo.policy_optimizer, ppo.value_optimizer), records, strict=True):
+        optimizer.adamw.register_step_pre_hook(
+            lambda *_, own=optimizer.parameters, into=record: into.append(gradient(own))  # type: ignore[misc]
+        )
+    return records
+
+
+def difference(ours: Tensor, theirs: Tensor) -> float:
+    """Norm of the difference, relative to theirs."""
+    return float((ours - theirs).norm() / theirs.norm())

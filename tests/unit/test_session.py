@@ -1,0 +1,66 @@
+"""What a session reads and says, and what it hands from one stage to the next."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from jobs.reward_model import reward_model
+from jobs.session import opened
+from rayrlhf.config import Config, parse_config
+from rayrlhf.models.loading import load_policy, load_tokenizer, resolve_model, save_model
+
+SAME = "the first words of both of these two answers are equal and many "
+
+
+def config(directory: Path, **settings: Any) -> Config:
+    """Demonstrations, and comparisons of which two are usable, in files under `directory`."""
+    pairs = [(f"What is {i}?", "it is a good drink", "it is no drink, no") for i in "ab"]
+    pairs += [("Why is it?", SAME + "yes", SAME + "no"), ("Who is it?", "it is too short", "it is not short at all")]
+    for name in ("train", "validation"):
+        ids = [f"{name}{i}" for i in range(40)]
+        comparisons = [
+            {"id": id, "prompt": prompt, "chosen": chosen, "rejected": rejected}
+            for id, (prompt, chosen, rejected) in zip(ids, pairs, strict=False)
+        ]
+        demonstrations = [{"id": id, "prompt": f"What is {id}?", "response": f"It is {id}."} for id in ids]
+        for kind, rows in (("comparisons", comparisons), ("demonstrations", demonstrations)):
+            (directory / kind).mkdir(exist_ok=True)
+            (directory / kind / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = {kind: {"format": "prompts", "path": str(directory / kind)} for kind in ("comparisons", "demonstrations")}
+    tree = {"name": "run", "runs_dir": str(directory / "runs"), "data": {**data, "max_response_tokens": 8}}
+    return parse_config(tree | settings, "test")
+
+
+def test_published_comparisons_count_what_was_dropped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also pairs that differ only behind `max_response_tokens`, where both answers are cut."""
+    with opened(config(tmp_path), local=True) as session:
+        found = session.published_comparisons
+    assert [r.id for r in found if not r.heldout] == ["train0", "train1"]
+    expected = f"comparisons from {tmp_path}/comparisons; dropped: 1 equal_when_cut, 1 nearly_empty"
+    assert capsys.readouterr().out.splitlines()[0] == f"2 train {expected}"
+
+
+def test_the_reward_model_starts_from_the_sft_model(tmp_path: Path) -> None:
+    """At a learning rate below what float32 resolves, all but its head is the run's `sft/`."""
+    settings = {"optimizer": {"lr": 1e-30}, "prompts_per_batch": 2}
+    path = resolve_model("embedded:opt-tiny")
+    sft = load_policy(path)
+    with torch.no_grad():
+        for parameter in sft.parameters():
+            parameter.mul_(1.5)
+    with opened(config(tmp_path, reward_model=settings), local=True) as session:
+        with session.run.writing("sft") as directory:
+            save_model(sft, load_tokenizer(path), directory)
+        reward_model(session)
+        trained = load_file(session.run.reward_model / "model.safetensors")
+    found = {name.removeprefix("model."): value for name, value in trained.items() if not name.startswith("score.")}
+    expected = {name.removeprefix("model."): value for name, value in sft.named_parameters()}
+    assert set(found) <= set(expected) and len(found) > 10
+    for name, value in found.items():
+        assert torch.equal(value, expected[name].detach()), name
