@@ -17,7 +17,7 @@ from jobs.reward_model import reward_model
 from jobs.sft import sft
 from jobs.sweep import sweep
 from rayrlhf import compare as comparison
-from rayrlhf.config import load_config
+from rayrlhf.config_file import load_config
 from rayrlhf.sweep import load_sweep
 
 app = typer.Typer(

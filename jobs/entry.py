@@ -18,7 +18,8 @@ from rich.console import Console
 
 from actors.remote import ActorFailure
 from jobs.session import Session, opened
-from rayrlhf.config import Config, load_config
+from rayrlhf.config import Config
+from rayrlhf.config_file import load_config
 from rayrlhf.errors import UserError
 from rayrlhf.metrics import MetricsWriter
 from rayrlhf.progress import duration

@@ -17,7 +17,8 @@ from actors.coordinator import Coordinator
 from actors.remote import Call, Remote, namespace, wait
 from actors.weight_sync import publish_directory
 from jobs.cluster import connected, inside_job, preflight
-from rayrlhf.config import Config, dump_config
+from rayrlhf.config import Config
+from rayrlhf.config_file import dump_config
 from rayrlhf.data.comparisons import RankedAnswers, from_comparisons
 from rayrlhf.data.loading import Split
 from rayrlhf.data.records import Demonstration

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import pyarrow.parquet as pq
 
 from rayrlhf.alarms import alarms
-from rayrlhf.config import Config, load_config
+from rayrlhf.config import Config
+from rayrlhf.config_file import load_config
 from rayrlhf.curves import over_kl_figure, style
 from rayrlhf.evaluation import MEASURES, WIN_RATES
 from rayrlhf.metrics import read_metrics

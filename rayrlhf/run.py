@@ -18,7 +18,8 @@ from typing import Any
 
 import yaml
 
-from rayrlhf.config import Config, dump_config, parse_config
+from rayrlhf.config import Config
+from rayrlhf.config_file import dump_config, parse_config
 from rayrlhf.errors import UserError
 
 log = logging.getLogger(__name__)

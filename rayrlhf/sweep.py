@@ -20,17 +20,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from rayrlhf.config import (
-    Config,
-    Positive,
-    Section,
-    dump_config,
-    parse_config,
-    parse_override,
-    parse_section,
-    read_yaml,
-    set_key,
-)
+from rayrlhf.config import Config, Positive, Section
+from rayrlhf.config_file import dump_config, parse_config, parse_override, parse_section, read_yaml, set_key
 from rayrlhf.errors import UserError
 from rayrlhf.evaluation import MEASURES
 from rayrlhf.run import STAGES, RunFolder, replacing, stages_from

@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rayrlhf.config import load_config
+from rayrlhf.config_file import load_config
 from rayrlhf.data.comparisons import from_comparisons
 from rayrlhf.data.loading import read_file
 from rayrlhf.data.sources import read_comparisons

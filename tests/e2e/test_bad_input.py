@@ -15,7 +15,7 @@ from jobs.entry import Stage, guarded, run
 from jobs.pipeline import pipeline
 from jobs.ppo import ppo
 from jobs.reward_model import reward_model
-from rayrlhf.config import load_config
+from rayrlhf.config_file import load_config
 from rayrlhf.models.loading import load_reward_model, load_tokenizer, resolve_model, save_model
 
 QUICKSTART = Path(__file__).parents[2] / "configs/quickstart.yaml"

@@ -15,7 +15,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from rayrlhf.config import load_config
+from rayrlhf.config_file import load_config
 from rayrlhf.data.tokens import encode_prompts, encode_responses
 from rayrlhf.models.loading import load_tokenizer
 

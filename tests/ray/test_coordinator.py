@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from actors.coordinator import Batch, Coordinator
 from actors.remote import ActorFailure, Call, Remote, wait
 from actors.weight_sync import publish, publish_directory
-from rayrlhf.config import Config, parse_config
+from rayrlhf.config import Config
+from rayrlhf.config_file import parse_config
 from rayrlhf.data.sources import read_demonstrations
 from rayrlhf.data.tokens import encode_prompts
 from rayrlhf.models.loading import load_policy, load_reward_model, load_tokenizer, resolve_model, save_model

@@ -18,7 +18,8 @@ from actors.coordinator import Batch, Coordinator
 from actors.learner import LearnerArguments, ppo_loop
 from actors.remote import Remote
 from actors.train import fit
-from rayrlhf.config import Config, parse_config
+from rayrlhf.config import Config
+from rayrlhf.config_file import parse_config
 from rayrlhf.data.sources import as_prompts, read_demonstrations
 from rayrlhf.data.tokens import encode_prompts
 from rayrlhf.gold import Gold

@@ -18,7 +18,8 @@ import actors.train
 from actors.reward_model import RewardModelArguments, reward_model_loop
 from actors.train import fit
 from rayrlhf.batching import Row
-from rayrlhf.config import Config, DatasetConfig, parse_config
+from rayrlhf.config import Config, DatasetConfig
+from rayrlhf.config_file import parse_config
 from rayrlhf.data.comparisons import RankedAnswers, from_comparisons
 from rayrlhf.data.sources import read_comparisons
 from rayrlhf.distributed import Ranks

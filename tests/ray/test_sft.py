@@ -17,7 +17,8 @@ from actors.sft import DevPrompt, SFTArguments, sft_loop
 from actors.train import fit
 from actors.weight_sync import Publication
 from rayrlhf.batching import Row
-from rayrlhf.config import Config, DatasetConfig, parse_config
+from rayrlhf.config import Config, DatasetConfig
+from rayrlhf.config_file import parse_config
 from rayrlhf.data.sources import read_demonstrations
 from rayrlhf.data.tokens import decode_response, encode_prompts, encode_responses
 from rayrlhf.errors import UserError

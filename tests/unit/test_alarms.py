@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from rayrlhf.alarms import ALARMS, alarms
-from rayrlhf.config import AlarmsConfig, Config, parse_config
+from rayrlhf.config import AlarmsConfig, Config
+from rayrlhf.config_file import parse_config
 
 START: dict[str, Any] = {
     "ppo/score/mean": 0.5,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig
 
-from rayrlhf.config import load_config
+from rayrlhf.config_file import load_config
 from rayrlhf.data.formats import FORMATS
 from rayrlhf.data.tokens import check_context
 from rayrlhf.labellers import LABELLERS

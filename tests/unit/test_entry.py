@@ -10,7 +10,8 @@ from ray.train import TrainingFailedError
 from actors.remote import ActorDied, ActorFailure
 from jobs.entry import guarded, run, stage
 from jobs.session import Session
-from rayrlhf.config import Config, parse_config
+from rayrlhf.config import Config
+from rayrlhf.config_file import parse_config
 from rayrlhf.errors import UserError
 
 

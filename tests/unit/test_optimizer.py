@@ -14,7 +14,8 @@ from torch import nn
 from torch.optim import lr_scheduler
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
-from rayrlhf.config import Config, OptimizerConfig, parse_config
+from rayrlhf.config import Config, OptimizerConfig
+from rayrlhf.config_file import parse_config
 from rayrlhf.distributed import Ranks
 from rayrlhf.optimizer import Optimizer
 
@@ -39,14 +40,15 @@ def theirs(schedule: str, warmup: int, steps: int) -> list[float]:
     """torch's own schedulers, one behind the other."""
     optimizer = torch.optim.SGD(nn.Linear(2, 1).parameters(), lr=PEAK)
     rest = max(1, steps - warmup)
+    schedulers: Any = lr_scheduler  # untyped, in part
     decays = {
-        "constant": lambda: lr_scheduler.ConstantLR(optimizer, factor=1.0),
-        "linear": lambda: lr_scheduler.PolynomialLR(optimizer, total_iters=rest, power=1.0),
-        "cosine": lambda: lr_scheduler.CosineAnnealingLR(optimizer, T_max=rest),
+        "constant": lambda: schedulers.ConstantLR(optimizer, factor=1.0),
+        "linear": lambda: schedulers.PolynomialLR(optimizer, total_iters=rest, power=1.0),
+        "cosine": lambda: schedulers.CosineAnnealingLR(optimizer, T_max=rest),
     }
     # The first warm-up step already learns: 1/(w + 1), 2/(w + 1), ... and the peak after w steps.
-    start = lr_scheduler.LinearLR(optimizer, start_factor=1 / (warmup + 1), total_iters=max(1, warmup))
-    whole: Any = lr_scheduler.SequentialLR(optimizer, [start, decays[schedule]()], milestones=[warmup])
+    start = schedulers.LinearLR(optimizer, start_factor=1 / (warmup + 1), total_iters=max(1, warmup))
+    whole: Any = schedulers.SequentialLR(optimizer, [start, decays[schedule]()], milestones=[warmup])
     if not warmup:
         optimizer.param_groups[0]["lr"] = optimizer.param_groups[0]["initial_lr"] = PEAK
         whole = decays[schedule]()

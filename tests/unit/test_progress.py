@@ -5,7 +5,8 @@ import io
 import pytest
 from rich.console import Console, RenderableType
 
-from rayrlhf.config import Config, parse_config
+from rayrlhf.config import Config
+from rayrlhf.config_file import parse_config
 from rayrlhf.progress import (
     Progress,
     StageLoad,

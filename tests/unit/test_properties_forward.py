@@ -15,7 +15,8 @@ from transformers import OPTForCausalLM, OPTForSequenceClassification
 
 from actors.sft import predicted_tokens, summed_loss
 from rayrlhf.batching import Row, TokenBatch, collate, micro_batches
-from rayrlhf.config import Config, parse_config
+from rayrlhf.config import Config
+from rayrlhf.config_file import parse_config
 from rayrlhf.data.comparisons import RankedAnswers
 from rayrlhf.distributed import Ranks
 from rayrlhf.logprobs import sequence_scores, token_logprobs, token_values
@@ -170,7 +171,8 @@ def test_reward_model_gradients_do_not_depend_on_the_cut(
         scores = [scorer(input_ids=torch.tensor([[*c.prompt_ids, *ids]])).logits[0, 0] for ids in c.response_ids]
         count = len(scores)
         pairs = [(i, j) for i in range(count) for j in range(i + 1, count)]
-        loss = sum(torch.log1p(torch.exp(scores[j] - scores[i])) for i, j in pairs) / len(pairs) / len(comparisons)
+        losses = torch.stack([torch.log1p(torch.exp(scores[j] - scores[i])) for i, j in pairs])
+        loss = losses.mean() / len(comparisons)
         loss.backward()
         expected += float(loss.detach())
     assert found.loss == pytest.approx(expected, rel=1e-4, abs=1e-6)

@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from rayrlhf.config import parse_config
+from rayrlhf.config_file import parse_config
 from rayrlhf.data.records import Prompt
 from rayrlhf.evaluation import Answers, samples_table, summarize, write_evaluation, write_samples
 from rayrlhf.metrics import MetricsWriter

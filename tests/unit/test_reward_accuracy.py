@@ -14,7 +14,7 @@ from rich.console import Console
 from scipy import stats
 
 from rayrlhf import reward_accuracy
-from rayrlhf.config import parse_config
+from rayrlhf.config_file import parse_config
 from rayrlhf.data.comparisons import RankedAnswers
 from rayrlhf.progress import reward_accuracy_table
 from rayrlhf.report import write_report

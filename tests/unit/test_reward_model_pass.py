@@ -14,7 +14,8 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn.functional import logsigmoid
 
 from rayrlhf.batching import Row
-from rayrlhf.config import Config, parse_config
+from rayrlhf.config import Config
+from rayrlhf.config_file import parse_config
 from rayrlhf.data.comparisons import RankedAnswers
 from rayrlhf.distributed import Ranks
 from rayrlhf.models.loading import load_policy, load_reward_model, resolve_model

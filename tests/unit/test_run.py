@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rayrlhf.config import Config, PPOConfig, SFTConfig, dump_config, parse_config
+from rayrlhf.config import Config, PPOConfig, SFTConfig
+from rayrlhf.config_file import dump_config, parse_config
 from rayrlhf.errors import UserError
 from rayrlhf.run import STAGES, RunFolder, open_or_create, replacing, resolve_runs_dir
 

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 from jobs.reward_model import reward_model
 from jobs.session import opened
-from rayrlhf.config import Config, parse_config
+from rayrlhf.config import Config
+from rayrlhf.config_file import parse_config
 from rayrlhf.models.loading import load_policy, load_tokenizer, resolve_model, save_model
 
 SAME = "the first words of both of these two answers are equal and many "

@@ -14,7 +14,7 @@ import yaml
 from rich.console import Console
 
 from jobs.sweep import draw
-from rayrlhf.config import load_config
+from rayrlhf.config_file import load_config
 from rayrlhf.errors import UserError
 from rayrlhf.metrics import MetricsWriter
 from rayrlhf.report import write_report
