@@ -247,8 +247,8 @@ def evaluation_table(result: Mapping[str, Any]) -> Group:
     sources = [name for name in ("title", "reference", "sft", "policy") if name in result]
     measures = list(dict.fromkeys(measure for name in ("policy", "sft") for measure in result.get(name, {})))
     prompts = result["metadata"]["prompts"]
-    table = Table(title=f"{prompts} prompts, mean [95 % interval]", title_justify="left", box=SIMPLE_HEAD)
-    table.add_column("measure")
+    table = _narrow_table(f"{prompts} prompts, mean [95 % interval]")
+    table.add_column("measure", no_wrap=True)
     for name in sources:
         table.add_column(name, justify="right")
     for measure in measures:
@@ -258,7 +258,7 @@ def evaluation_table(result: Mapping[str, Any]) -> Group:
     differences = result.get("differences", {})
     if not differences:
         return Group(table)
-    pairs = Table(title="policy minus SFT on the same prompts", title_justify="left", box=SIMPLE_HEAD)
+    pairs = _narrow_table("\npolicy minus SFT on the same prompts")
     for heading in ("measure", "difference", "sign-flip test", "at equal length"):
         pairs.add_column(heading, justify="left" if heading == "measure" else "right")
     controlled = differences.get("policy_minus_sft_at_equal_length", {})
@@ -267,6 +267,12 @@ def evaluation_table(result: Mapping[str, Any]) -> Group:
             p = p_text(value["p"]) if "p" in value else "–"
             pairs.add_row(measure, _interval(value), p, _interval(controlled.get(measure)))
     return Group(table, pairs)
+
+
+def _narrow_table(title: str) -> Table:
+    """Four sources and the longest name fit into a log's 120 columns."""
+    padding = (0, 1, 0, 0)
+    return Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=padding, pad_edge=False, show_edge=False)
 
 
 def _interval(value: Mapping[str, float] | None) -> str:
