@@ -16,8 +16,9 @@ from rayrlhf.errors import UserError
 from rayrlhf.evaluation import Answers, samples_table, summarize, write_evaluation, write_samples
 from rayrlhf.gold import gold_labeller
 from rayrlhf.labellers import Labeller
-from rayrlhf.progress import evaluation_table, sample_panel
+from rayrlhf.progress import sample_panel
 from rayrlhf.report import write_report
+from rayrlhf.tables import evaluation_table
 from rayrlhf.trajectory import Trajectory
 
 

@@ -15,7 +15,7 @@ from rayrlhf.data.comparisons import RankedAnswers, read_comparisons
 from rayrlhf.data.tokens import encode_responses
 from rayrlhf.epochs import Epochs
 from rayrlhf.errors import UserError
-from rayrlhf.progress import reward_accuracy_table
+from rayrlhf.tables import reward_accuracy_table
 
 MAX_REFERENCES = 1000
 """Enough for a mean; scoring all of a large data set would take longer than training."""

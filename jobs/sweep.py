@@ -32,10 +32,11 @@ from jobs.ppo import ppo
 from jobs.reward_model import reward_model
 from jobs.sft import sft
 from rayrlhf.config import Config
-from rayrlhf.progress import duration, interval_text
+from rayrlhf.progress import duration
 from rayrlhf.run import RunFolder, open_or_create, resolve_runs_dir
 from rayrlhf.sweep import BASE, Space, Sweep, Trial, Value, load_sweep, share
 from rayrlhf.sweep_results import Result, ranked, read_result, results_table, write_results
+from rayrlhf.tables import interval_text
 
 STAGE_FUNCTIONS: dict[str, Stage] = {"sft": sft, "collect": collect, "reward_model": reward_model, "ppo": ppo}
 TUNE_ENVIRONMENT = {

@@ -8,15 +8,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
 from rayrlhf.config import Config
-from rayrlhf.reward_accuracy import SCORERS
-from rayrlhf.statistics import p_text
 
 _SHOWN: dict[str, list[tuple[str, str, str]]] = {
     "sft": [
@@ -241,54 +238,6 @@ def sample_panel(prompt: str, reference: str | None, answer: str, title: str = "
         if text is not None:
             parts.append(Text.assemble((f"\n{name}: ", "bold"), text.strip() or "(empty)"))
     return Panel(Group(*parts), title=Text(title), title_align="left")
-
-
-def evaluation_table(result: Mapping[str, Any]) -> Group:
-    """evaluation.json as tables: a column a source, means with their 95 % intervals; then policy minus SFT."""
-    sources = [name for name in ("title", "reference", "sft", "policy") if name in result]
-    measures = list(dict.fromkeys(measure for name in ("policy", "sft") for measure in result.get(name, {})))
-    facts = result["metadata"]
-    title = f"{facts['data']}: {facts['prompts']} prompts, mean [95 % interval]"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
-    table.add_column("measure")
-    for name in sources:
-        table.add_column(name, justify="right")
-    for measure in measures:
-        row = [result[name].get(measure) for name in sources]
-        if any(row):
-            table.add_row(measure, *(interval_text(value) for value in row))
-    differences = result.get("differences", {})
-    if not differences:
-        return Group(table)
-    pairs = Table(title="policy minus SFT on the same prompts", title_justify="left", box=SIMPLE_HEAD)
-    for heading in ("measure", "difference", "sign-flip test", "at equal length"):
-        pairs.add_column(heading, justify="left" if heading == "measure" else "right")
-    controlled = differences.get("policy_minus_sft_at_equal_length", {})
-    for measure, value in differences["policy_minus_sft"].items():
-        if value is not None:
-            p = p_text(value["p"]) if "p" in value else "–"
-            pairs.add_row(measure, interval_text(value), p, interval_text(controlled.get(measure)))
-    return Group(table, pairs)
-
-
-def reward_accuracy_table(result: Mapping[str, Any]) -> Table:
-    """reward_model.json as a table: a row a scorer, with the paired difference to the reward model."""
-    title = f"{result['pairs']} held-out pairs of {result['prompts']} prompts, mean [95 % interval]"
-    table = Table("ordered by", title=title, title_justify="left", box=SIMPLE_HEAD)
-    for heading in ("accuracy", "reward model minus it"):
-        table.add_column(heading, justify="right")
-    for name, words in SCORERS.items():
-        difference = result["reward_model_minus"].get(name)
-        table.add_row(words, interval_text(result["accuracy"][name]), interval_text(difference))
-    return table
-
-
-def interval_text(value: Mapping[str, float] | None) -> str:
-    """`mean [low, high]`; a dash where nothing was measured."""
-    if value is None:
-        return "–"
-    form = ".1f" if abs(value["mean"]) >= 10 else ".3f"
-    return f"{value['mean']:{form}} [{value['low']:{form}}, {value['high']:{form}}]"
 
 
 def _number(value: float | None, form: str) -> str:

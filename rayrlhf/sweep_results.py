@@ -13,9 +13,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from rayrlhf.metrics import read_metrics
-from rayrlhf.progress import duration, interval_text
+from rayrlhf.progress import duration
 from rayrlhf.run import RunFolder, replacing
 from rayrlhf.sweep import Sweep, Trial, short_names
+from rayrlhf.tables import interval_text
 
 COLUMNS = ("policy_minus_sft.gold", "policy.reward", "policy.kl", "policy.length")
 """Shown beside the metric that ranks the trials."""

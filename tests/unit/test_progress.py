@@ -7,16 +7,8 @@ from rich.console import Console, RenderableType
 
 from rayrlhf.config import Config
 from rayrlhf.config_file import parse_config
-from rayrlhf.progress import (
-    Progress,
-    StageLoad,
-    batch_table,
-    duration,
-    evaluation_table,
-    sample_panel,
-    stage_loads,
-    step_line,
-)
+from rayrlhf.progress import Progress, StageLoad, batch_table, duration, sample_panel, stage_loads, step_line
+from rayrlhf.tables import evaluation_table
 
 
 def render(thing: RenderableType, width: int = 120) -> str:
@@ -145,7 +137,7 @@ def test_evaluation_table_shows_pairs_with_their_tests() -> None:
             },
             "policy_minus_sft_at_equal_length": {"reward": interval(0.75), "gold": None},
         },
-        "metadata": {"prompts": 9},
+        "metadata": {"prompts": 9, "data": "test split"},
     }
     lines = [" ".join(line.split()) for line in render(evaluation_table(result)).splitlines()]
     assert "gold_lc_win_rate_vs_sft – 0.600 [0.100, 0.850]" in lines

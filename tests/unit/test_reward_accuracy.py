@@ -16,11 +16,11 @@ from scipy import stats
 from rayrlhf import reward_accuracy
 from rayrlhf.config_file import parse_config
 from rayrlhf.data.comparisons import RankedAnswers
-from rayrlhf.progress import reward_accuracy_table
 from rayrlhf.report import write_report
 from rayrlhf.reward_accuracy import SCORERS, accuracies, cluster_bootstrap, heldout_pairs, write_accuracy
 from rayrlhf.run import open_or_create
 from rayrlhf.statistics import bootstrap
+from rayrlhf.tables import reward_accuracy_table
 
 
 def planted() -> pa.Table:

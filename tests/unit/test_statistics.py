@@ -79,7 +79,7 @@ def test_pairing_removes_what_the_prompts_have_in_common() -> None:
     got = paired_difference(a, b, 1000, 0)
     assert got is not None
     assert got.mean == pytest.approx((a - b).mean())
-    assert got.p == 2 / (PERMUTATIONS + 1)  # the smallest there is
+    assert got.p == 1 / (PERMUTATIONS + 1)  # the smallest there is
     half = 1.96 * (a - b).std(ddof=1) / np.sqrt(300)  # normal theory
     assert got.high - got.low == pytest.approx(2 * half, rel=0.15)
     with pytest.raises(ValueError, match="same prompts"):
@@ -103,6 +103,7 @@ def test_sign_flip_p_equals_enumeration() -> None:
     assert sign_flip_p([*differences, np.nan]) == pytest.approx(expected)
     assert sign_flip_p([3.0]) == 1.0
     assert sign_flip_p(np.zeros(300)) == 1.0
+    assert sign_flip_p([0.0] * 299 + [1.0]) == 1.0  # one prompt alone is as extreme with either sign
 
 
 def test_sign_flip_p_of_many_prompts_is_that_of_the_t_test() -> None:
