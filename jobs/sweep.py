@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import math
 import os
 import sys
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 import ray
 from ray import tune
+from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.search.basic_variant import BasicVariantGenerator
 from ray.tune.search.variant_generator import generate_variants
 
@@ -116,6 +118,7 @@ def _rounded(value: Any, space: Space) -> Value:
 def run_trials(trials: Sequence[Trial], concurrent: int, board: Board) -> None:
     """Run the pipeline of each trial under Ray Tune; what becomes of each is told to `board`."""
     os.environ.update(TUNE_ENVIRONMENT)
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a trial's traceback is in its log
     configs = {trial.name: trial.config for trial in trials}
     # The trial itself only drives its roles: no CPU of its own, but the machine where this command runs.
     here = {"CPU": 0, f"node:{ray.util.get_node_ip_address()}": 0.001}
@@ -147,10 +150,14 @@ def _trainable(configs: Mapping[str, Config], directory: str) -> Callable[[dict[
     return run_trial
 
 
-class Board(tune.Callback):
-    """What has become of the trials; told by Tune, it prints a line when one starts and ends and keeps the results."""
+class Board(TrialProgressCallback):
+    """What has become of the trials; told by Tune, it prints a line when one starts and ends and keeps the results.
+
+    It takes the place of Tune's own reporter, which Tune adds where it finds none.
+    """
 
     def __init__(self, plan: Sweep, trials: Sequence[Trial], runs: Mapping[str, RunFolder], folder: Path) -> None:
+        super().__init__()
         self.plan, self.folder = plan, folder
         self.trials = {trial.name: trial for trial in trials}
         self.runs = runs
@@ -165,6 +172,9 @@ class Board(tune.Callback):
             for name, trial in self.trials.items()
         ]
         return ranked(found, self.plan.settings.metric, self.plan.settings.mode)
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any) -> None:
+        """Nothing to say: a trial's steps are in its log."""
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         name = trial.config["trial"]
@@ -182,7 +192,7 @@ class Board(tune.Callback):
         self._end(name, f"failed: {self.errors[name]}", trials)
 
     def _end(self, name: str, what: str, trials: Iterable[Any]) -> None:
-        seconds = time.monotonic() - self.started[name]
+        seconds = time.monotonic() - self.started.get(name, time.monotonic())  # it may fail before it starts
         self.took.append(seconds)
         left = sum(name not in self.errors and not run.done("evaluate") for name, run in self.runs.items())
         rounds = math.ceil(left / self.plan.settings.concurrent)
