@@ -88,7 +88,7 @@ def recorded_gradients(ppo: PPO) -> tuple[list[Tensor], list[Tensor]]:
     records: tuple[list[Tensor], list[Tensor]] = ([], [])
     for optimizer, record in zip((ppo.policy_optimizer, ppo.value_optimizer), records, strict=True):
         optimizer.adamw.register_step_pre_hook(
-            lambda *_, own=optimizer.parameters, into=record: into.append(gradient(own))  # type: ignore[misc]
+            lambda *_, own=optimizer.parameters, into=record: into.append(gradient(own))
         )
     return records
 

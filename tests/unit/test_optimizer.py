@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
 from typing import Any, Literal
 
 import pytest
@@ -39,7 +40,7 @@ def theirs(schedule: str, warmup: int, steps: int) -> list[float]:
     """torch's own schedulers, one behind the other."""
     optimizer = torch.optim.SGD(nn.Linear(2, 1).parameters(), lr=PEAK)
     rest = max(1, steps - warmup)
-    decays = {
+    decays: dict[str, Callable[[], Any]] = {
         "constant": lambda: lr_scheduler.ConstantLR(optimizer, factor=1.0),
         "linear": lambda: lr_scheduler.PolynomialLR(optimizer, total_iters=rest, power=1.0),
         "cosine": lambda: lr_scheduler.CosineAnnealingLR(optimizer, T_max=rest),

@@ -170,7 +170,8 @@ def test_reward_model_gradients_do_not_depend_on_the_cut(
         scores = [scorer(input_ids=torch.tensor([[*c.prompt_ids, *ids]])).logits[0, 0] for ids in c.response_ids]
         count = len(scores)
         pairs = [(i, j) for i in range(count) for j in range(i + 1, count)]
-        loss = sum(torch.log1p(torch.exp(scores[j] - scores[i])) for i, j in pairs) / len(pairs) / len(comparisons)
+        losses = torch.stack([torch.log1p(torch.exp(scores[j] - scores[i])) for i, j in pairs])
+        loss = losses.mean() / len(comparisons)
         loss.backward()
         expected += float(loss.detach())
     assert found.loss == pytest.approx(expected, rel=1e-4, abs=1e-6)

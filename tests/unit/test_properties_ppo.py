@@ -114,7 +114,7 @@ def learn(case: Case, ranks: Ranks | None = None, batch: Sequence[Trajectory] | 
         minibatches.append([tuple(e.row.ids.tolist()) for e in rows])
         return update(rows, *rest)
 
-    ppo.update = recording  # type: ignore[method-assign]
+    ppo.update = recording  # type: ignore[method-assign, assignment]
     metrics = ppo.step(batch or case.trajectories, step)
     weights = torch.cat([flat(m.parameters()) for m in (ppo.policy, ppo.value_model)])
     return Outcome(policy_gradients, value_gradients, metrics, weights, minibatches)
@@ -231,6 +231,7 @@ def written_out(
         picked = own_logits[before].log_softmax(-1)[range(len(t.response_ids)), t.response_ids]
         chosen.append(picked)
         predicted.append(own_values[before])
+        assert t.ref_logprobs is not None
         reward = -0.3 * (picked.detach().numpy().astype(np.float64) - t.ref_logprobs)
         reward[-1] += t.rewards["reward"] if t.finish_reason == "eos" else -1.0
         rewards.append(reward)
