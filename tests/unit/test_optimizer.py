@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
 from typing import Any, Literal
 
 import pytest
@@ -40,11 +41,10 @@ def theirs(schedule: str, warmup: int, steps: int) -> list[float]:
     """torch's own schedulers, one behind the other."""
     optimizer = torch.optim.SGD(nn.Linear(2, 1).parameters(), lr=PEAK)
     rest = max(1, steps - warmup)
-    schedulers: Any = lr_scheduler  # untyped, in part
-    decays = {
-        "constant": lambda: schedulers.ConstantLR(optimizer, factor=1.0),
-        "linear": lambda: schedulers.PolynomialLR(optimizer, total_iters=rest, power=1.0),
-        "cosine": lambda: schedulers.CosineAnnealingLR(optimizer, T_max=rest),
+    decays: dict[str, Callable[[], Any]] = {
+        "constant": lambda: lr_scheduler.ConstantLR(optimizer, factor=1.0),
+        "linear": lambda: lr_scheduler.PolynomialLR(optimizer, total_iters=rest, power=1.0),
+        "cosine": lambda: lr_scheduler.CosineAnnealingLR(optimizer, T_max=rest),
     }
     # The first warm-up step already learns: 1/(w + 1), 2/(w + 1), ... and the peak after w steps.
     start = schedulers.LinearLR(optimizer, start_factor=1 / (warmup + 1), total_iters=max(1, warmup))
