@@ -15,8 +15,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
-from rayrlhf.config import Config, OptimizerConfig
-from rayrlhf.config_file import parse_config
+from rayrlhf.config import Config, OptimizerConfig, parse_config
 from rayrlhf.distributed import Ranks
 from rayrlhf.optimizer import Optimizer
 
@@ -47,8 +46,8 @@ def theirs(schedule: str, warmup: int, steps: int) -> list[float]:
         "cosine": lambda: lr_scheduler.CosineAnnealingLR(optimizer, T_max=rest),
     }
     # The first warm-up step already learns: 1/(w + 1), 2/(w + 1), ... and the peak after w steps.
-    start = schedulers.LinearLR(optimizer, start_factor=1 / (warmup + 1), total_iters=max(1, warmup))
-    whole: Any = schedulers.SequentialLR(optimizer, [start, decays[schedule]()], milestones=[warmup])
+    start = lr_scheduler.LinearLR(optimizer, start_factor=1 / (warmup + 1), total_iters=max(1, warmup))
+    whole: Any = lr_scheduler.SequentialLR(optimizer, [start, decays[schedule]()], milestones=[warmup])
     if not warmup:
         optimizer.param_groups[0]["lr"] = optimizer.param_groups[0]["initial_lr"] = PEAK
         whole = decays[schedule]()
