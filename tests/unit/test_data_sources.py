@@ -288,7 +288,7 @@ def test_dropped_demonstrations_are_counted_in_a_warning(
         ("WARNING", f"{path}, split all: 3 records; dropped: 2 duplicate")
     ]
     caplog.clear()
-    read_demonstrations(source("tldr", "embedded:tldr"), "train", tokenizer, 192)
+    read_demonstrations(source("tldr", write_jsonl(tmp_path / "clean.jsonl", rows)), "all", tokenizer, 100)
     assert not caplog.records
 
 

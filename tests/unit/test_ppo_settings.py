@@ -82,6 +82,17 @@ def test_beta_follows_the_measured_kl_of_each_step() -> None:
     assert abs(beta - 0.1) > 1e-3
 
 
+def test_the_steered_beta_is_what_the_rewards_are_made_with() -> None:
+    """An adaptive beta that has come to 0.3 learns what a fixed one of 0.3 learns."""
+    steered, fixed = learner(kl=KLConfig(coefficient=0.1, adaptive=True)), learner(kl=KLConfig(coefficient=0.3))
+    steered.kl.beta = 0.3
+    before = weights(steered)
+    for ppo in (steered, fixed):
+        ppo.step(random_trajectories(LENGTHS), 0)
+    for own, other, start in zip(weights(steered), weights(fixed), before, strict=True):
+        assert torch.equal(own, other) and not torch.equal(own, start)
+
+
 def test_a_resumed_learner_ends_with_the_weights_of_an_undisturbed_one() -> None:
     """Optimisers, schedules and an adaptive beta go through a file; bit for bit the same afterwards."""
     changes: dict[str, Any] = {
