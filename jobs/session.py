@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
+import ray
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
@@ -78,9 +79,9 @@ class Session:
 
     def close(self) -> None:
         """End the actors, and the Ray connection if it is this session's own."""
-        if self._coordinator is not None:
-            self._coordinator.kill()  # and with it generators and scorers, which it owns
         self._connection.close()
+        if self._coordinator is not None and ray.is_initialized():  # a connection that others go on using
+            self._coordinator.kill()  # and with it generators and scorers, which it owns
 
     def checkpoint_name(self, stage: str) -> str:
         """Where a stage's checkpoints go: marked by everything that decides its result, so that a run whose settings

@@ -13,8 +13,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from rayrlhf.metrics import read_metrics
-from rayrlhf.progress import duration
-from rayrlhf.run import RunFolder, replacing
+from rayrlhf.progress import duration, interval_text
+from rayrlhf.run import STAGES, RunFolder, replacing
 from rayrlhf.sweep import Sweep, Trial, short_names
 from rayrlhf.tables import interval_text
 
@@ -52,10 +52,10 @@ def read_result(trial: Trial, run: RunFolder, shared: Sequence[str], error: str 
     """What `trial` left in its run folder."""
     if not run.done("evaluate"):
         return Result(trial, None, None, error)
-    own = {f"time/{stage}": None for stage in ("sft", "collect", "reward_model", "ppo", "evaluate")}
+    own = {f"time/{stage}" for stage in STAGES if stage not in shared}
     times: dict[str, float] = {}
     for line in read_metrics(run.path, "run"):
-        times |= {name: value for name, value in line.items() if name in own and name[5:] not in shared}
+        times |= {name: line[name] for name in own & line.keys()}
     return Result(trial, json.loads(run.evaluation.read_text(encoding="utf-8")), sum(times.values()))
 
 
@@ -92,10 +92,10 @@ def results_table(sweep: Sweep, results: Sequence[Result]) -> Table:
     headings, *body = rows(sweep, results)
     title = f"sweep {sweep.settings.name}, {caption(sweep, results)}"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
-    for i, heading in enumerate(headings):
-        table.add_column(heading, justify="right", overflow="fold", no_wrap=i >= len(sweep.search))
+    for heading in headings:
+        table.add_column(heading.replace(", ", ",\n"), justify="right", overflow="fold")
     for row in body:
-        table.add_row(*(escape(cell) for cell in row))
+        table.add_row(*(escape(cell.replace(" [", "\n[")) for cell in row))  # intervals below: eight columns fit a log
     return table
 
 

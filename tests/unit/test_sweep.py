@@ -294,10 +294,12 @@ def test_the_table_in_markdown_json_and_terminal(results: tuple[Sweep, Path, lis
     assert record["best"] == "lr-0.0003_coefficient-0.05" and record["split"] == "dev"
     assert record["shared_stages"] == ["sft", "collect", "reward_model"]
 
-    console = Console(width=200, record=True, file=io.StringIO())
+    console = Console(width=120, record=True, file=io.StringIO())  # as wide as a log
     console.print(results_table(sweep, order))
     shown = console.export_text()
-    assert shown.index("0.150 [0.140, 0.160]") < shown.index("0.120 [0.110, 0.130]") < shown.index("large [gpu]")
+    assert shown.index("[0.140, 0.160]") < shown.index("[0.110, 0.130]") < shown.index("failed:") < shown.index("[gpu]")
+    uncut = {cell for row in rows[2:4] for whole in row[2:] for cell in whole.replace(" [", "\n[").splitlines()}
+    assert all(cell in shown for cell in uncut)
 
 
 def test_the_command_of_the_best_repeats_the_trial(write: Any, tmp_path: Path) -> None:
