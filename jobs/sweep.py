@@ -49,6 +49,8 @@ TUNE_ENVIRONMENT = {
 }
 LOG = "log.txt"
 """What a trial prints, in its run folder."""
+ERROR = "error.txt"
+"""What ended a trial that failed, in one line."""
 
 
 def sweep(plan: Sweep) -> None:
@@ -135,16 +137,19 @@ def _trainable(configs: Mapping[str, Config], directory: str) -> Callable[[dict[
     def run_trial(point: dict[str, Any]) -> None:
         config = configs[point["trial"]]
         os.chdir(directory)
-        log = Path(config.runs_dir, config.name, LOG)
+        folder = Path(config.runs_dir, config.name)
+        (folder / ERROR).unlink(missing_ok=True)
         with (
-            log.open("a", buffering=1, encoding="utf-8") as file,
+            (folder / LOG).open("a", buffering=1, encoding="utf-8") as file,
             contextlib.redirect_stdout(file),
             contextlib.redirect_stderr(file),
         ):
             try:
                 run(config, [pipeline], local=False)
-            except Exception:
+            except Exception as error:
                 traceback.print_exc()
+                # In a file of our own: Tune's is not always there yet when it tells of the failure.
+                (folder / ERROR).write_text(one_line(error), encoding="utf-8")
                 raise
 
     return run_trial
@@ -188,7 +193,8 @@ class Board(TrialProgressCallback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         name = trial.config["trial"]
-        self.errors[name] = one_line(trial.get_error())
+        said = self.runs[name].path / ERROR
+        self.errors[name] = said.read_text(encoding="utf-8") if said.exists() else "its process died, see its log"
         self._end(name, f"failed: {self.errors[name]}", trials)
 
     def _end(self, name: str, what: str, trials: Iterable[Any]) -> None:
@@ -205,11 +211,9 @@ class Board(TrialProgressCallback):
         console.print(f"trial {number}/{len(self.trials)} {name}: {what}", soft_wrap=True, markup=False)
 
 
-def one_line(error: Any) -> str:
-    """A trial's error without Ray's traceback around it."""
-    cause = getattr(error, "cause", None) or error
-    text = " ".join(ANSI.sub("", str(cause)).split())
-    return f"{type(cause).__name__}: {text[:300]}"
+def one_line(error: Exception) -> str:
+    """A trial's error without colours and line breaks."""
+    return f"{type(error).__name__}: {' '.join(ANSI.sub('', str(error)).split())[:300]}"
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from rayrlhf.metrics import read_metrics
-from rayrlhf.progress import duration, interval_text
+from rayrlhf.progress import duration
 from rayrlhf.run import STAGES, RunFolder, replacing
 from rayrlhf.sweep import Sweep, Trial, short_names
 from rayrlhf.tables import interval_text
