@@ -79,7 +79,7 @@ def pooled_table(tables: Sequence[pa.Table]) -> list[str]:
     for name, words in SCORERS.items():
         difference = cell(found["reward_model_minus"].get(name))
         lines.append(f"| {words} | {cell(found['accuracy'][name])} | {difference} | {found['ties'][name]} |")
-    by_fold = [np.mean(table.column("reward_model").to_numpy() > 0) for table in tables]
+    by_fold = [accuracies(t, t.column("id").to_pylist())["accuracy"]["reward_model"]["mean"] for t in tables]
     return [*lines, "", "Reward model by fold: " + ", ".join(f"{accuracy:.3f}" for accuracy in by_fold) + "."]
 
 
