@@ -147,7 +147,7 @@ def test_responses_without_eos_score_the_penalty_or_what_they_got(missing_eos_re
 
 
 def test_metrics_are_what_their_names_say() -> None:
-    """k3, entropy, approx-KL, losses, clip fractions and explained variance, by transformers and numpy from both ends."""
+    """k3, entropy, approx-KL, losses, clip fractions and explained variance, by transformers and numpy."""
     settings: dict[str, Any] = {"gamma": 0.9, "clip_range": 0.01, "value_clip_range": 0.003}
     before, critic = tiny_models()
     batch = random_trajectories(LENGTHS)
