@@ -55,6 +55,21 @@ def test_critic_warm_up_counts_in_the_schedule_and_warns_of_nothing() -> None:
     assert ppo.policy_optimizer.lr == ppo.value_optimizer.lr == pytest.approx(0.75e-3)
 
 
+def test_the_learning_rate_falls_to_zero_over_all_updates_of_the_run() -> None:
+    """Steps x epochs x mini-batches of them; what a step reports is the rate that its successor starts with."""
+    ppo = learner(steps=2, epochs=3, minibatches=2, value_lr=2e-3)
+    batch = random_trajectories(LENGTHS)
+    used: list[tuple[float, float]] = []
+    for optimizer, place in ((ppo.policy_optimizer, 0), (ppo.value_optimizer, 1)):
+        optimizer.adamw.register_step_pre_hook(
+            lambda adamw, *_, place=place: used.append((place, adamw.param_groups[0]["lr"]))  # type: ignore[misc]
+        )
+    reported = [ppo.step(batch, step)["ppo/lr"] for step in range(2)]
+    for place, peak in ((0, 1e-3), (1, 2e-3)):
+        assert [lr for which, lr in used if which == place] == pytest.approx([peak * (1 - i / 12) for i in range(12)])
+    assert reported == pytest.approx([0.5e-3, 0.0])
+
+
 def kl_of(batch: list[Trajectory], ppo: PPO) -> float:
     """Mean over responses of the summed log ratio to the reference, by transformers' own forward pass of each row."""
     totals = []
@@ -132,8 +147,8 @@ def test_responses_without_eos_score_the_penalty_or_what_they_got(missing_eos_re
 
 
 def test_metrics_are_what_their_names_say() -> None:
-    """k3, entropy, approx-KL, clip fractions and explained variance, by transformers and numpy from both ends."""
-    settings: dict[str, Any] = {"gamma": 0.9, "clip_range": 0.01, "value_clip_range": 0.01}
+    """k3, entropy, approx-KL, losses, clip fractions and explained variance, by transformers and numpy."""
+    settings: dict[str, Any] = {"gamma": 0.9, "clip_range": 0.01, "value_clip_range": 0.003}
     before, critic = tiny_models()
     batch = random_trajectories(LENGTHS)
     settings["optimizer"] = OptimizerConfig(lr=1e-3, eps=1e-5, max_grad_norm=1e9, schedule="constant")
@@ -169,7 +184,8 @@ def test_metrics_are_what_their_names_say() -> None:
         columns["v2"].append(v2)
     flat_columns = {name: np.concatenate(rows) for name, rows in columns.items()}
     returns, values, moved = flat_columns["ret"], flat_columns["v"], flat_columns["moved"]
-    advantages = returns - values - (returns - values).mean()
+    advantages = returns - values
+    advantages = (advantages - advantages.mean()) / advantages.std(ddof=1)
     ratio = np.exp(moved)
     assert metrics["ppo/kl_k3"] == pytest.approx(flat_columns["k3"].sum() / len(batch), rel=1e-3)
     assert metrics["ppo/entropy"] == pytest.approx(flat_columns["entropy"].mean(), rel=1e-4)
@@ -180,7 +196,12 @@ def test_metrics_are_what_their_names_say() -> None:
     assert metrics["ppo/ratio/mean"] == pytest.approx((1 + ratio.mean()) / 2, rel=1e-4)
     clipped = ((advantages > 0) & (ratio > 1.01)) | ((advantages < 0) & (ratio < 0.99))
     assert metrics["ppo/clip_fraction"] == pytest.approx(clipped.mean() / 2) and 0 < clipped.mean() < 1
-    near = values + np.clip(flat_columns["v2"] - values, -0.01, 0.01)
+    near = values + np.clip(flat_columns["v2"] - values, -0.003, 0.003)
     value_clipped = (near - returns) ** 2 > (flat_columns["v2"] - returns) ** 2
     assert metrics["ppo/value_clip_fraction"] == pytest.approx(value_clipped.mean() / 2)
     assert 0 < value_clipped.mean() < 1
+    # The losses, with a clip range of its own for each.
+    surrogate = np.maximum(-advantages * ratio, -advantages * np.clip(ratio, 0.99, 1.01)).mean()
+    assert metrics["ppo/policy_loss"] == pytest.approx((-advantages.mean() + surrogate) / 2, rel=1e-3)
+    squares = np.maximum((near - returns) ** 2, (flat_columns["v2"] - returns) ** 2).mean()
+    assert metrics["ppo/value_loss"] == pytest.approx(0.25 * (((values - returns) ** 2).mean() + squares), rel=1e-4)
