@@ -62,7 +62,7 @@ def test_the_learning_rate_falls_to_zero_over_all_updates_of_the_run() -> None:
     used: list[tuple[float, float]] = []
     for optimizer, place in ((ppo.policy_optimizer, 0), (ppo.value_optimizer, 1)):
         optimizer.adamw.register_step_pre_hook(
-            lambda adamw, *_, place=place: used.append((place, adamw.param_groups[0]["lr"]))  # type: ignore[misc]
+            lambda adamw, *_, place=place: used.append((place, adamw.param_groups[0]["lr"]))
         )
     reported = [ppo.step(batch, step)["ppo/lr"] for step in range(2)]
     for place, peak in ((0, 1e-3), (1, 2e-3)):
