@@ -15,6 +15,7 @@ from rayrlhf.data.comparisons import RankedAnswers, read_comparisons
 from rayrlhf.data.tokens import encode_responses
 from rayrlhf.epochs import Epochs
 from rayrlhf.errors import UserError
+from rayrlhf.reward_accuracy import unbeaten
 from rayrlhf.tables import reward_accuracy_table
 
 MAX_REFERENCES = 1000
@@ -55,7 +56,13 @@ def reward_model(session: Session) -> None:
             local=session.local,
         )
     if session.run.reward_accuracy.exists():
-        console.print(reward_accuracy_table(json.loads(session.run.reward_accuracy.read_text(encoding="utf-8"))))
+        result = json.loads(session.run.reward_accuracy.read_text(encoding="utf-8"))
+        console.print(reward_accuracy_table(result))
+        if unbeaten(result):
+            console.print(
+                f"[bold yellow]warning:[/] the reward model is not clearly better than: {', '.join(unbeaten(result))}; "
+                "PPO against it may find nothing. More or cleaner comparisons help, or a larger model"
+            )
 
 
 def collected_or_published(session: Session) -> list[RankedAnswers]:

@@ -85,6 +85,12 @@ def accuracies(pairs: pa.Table, prompts: ArrayLike, samples: int = 2000, seed: i
     }
 
 
+def unbeaten(result: Mapping[str, Any]) -> list[str]:
+    """The scorers, in words, that the reward model of a reward_model.json does not clearly beat: the interval of the
+    paired difference is not above 0."""
+    return [SCORERS[name] for name, difference in result["reward_model_minus"].items() if difference["low"] <= 0]
+
+
 def cluster_bootstrap(
     values: ArrayLike, clusters: ArrayLike, samples: int = 2000, seed: int = 0, confidence: float = CONFIDENCE
 ) -> Interval:

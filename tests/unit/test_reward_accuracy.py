@@ -17,7 +17,7 @@ from rayrlhf import reward_accuracy
 from rayrlhf.config_file import parse_config
 from rayrlhf.data.comparisons import RankedAnswers
 from rayrlhf.report import write_report
-from rayrlhf.reward_accuracy import SCORERS, accuracies, cluster_bootstrap, heldout_pairs, write_accuracy
+from rayrlhf.reward_accuracy import SCORERS, accuracies, cluster_bootstrap, heldout_pairs, unbeaten, write_accuracy
 from rayrlhf.run import open_or_create
 from rayrlhf.statistics import bootstrap
 from rayrlhf.tables import reward_accuracy_table
@@ -113,6 +113,13 @@ def test_one_value_a_cluster_is_the_ordinary_bootstrap(monkeypatch: pytest.Monke
 def test_cluster_bootstrap_refuses_what_it_cannot_resample(values: list[float]) -> None:
     with pytest.raises(ValueError, match="finite values in one dimension, and a cluster for each"):
         cluster_bootstrap(values, [0, 1][: len(values)])
+
+
+def test_scorers_that_are_not_clearly_beaten() -> None:
+    lows = {"longer": -0.01, "shorter": 0.02, "sft_logprob_sum": 0.0, "sft_logprob_mean": 0.001}
+    result = {"reward_model_minus": {name: {"mean": 0.1, "low": low, "high": 0.2} for name, low in lows.items()}}
+    assert unbeaten(result) == ["longer answer", "SFT log-prob, sum"]
+    assert unbeaten({"reward_model_minus": {"longer": {"mean": 0.1, "low": 0.01, "high": 0.2}}}) == []
 
 
 def test_file_table_and_report_say_the_same(tmp_path: Path) -> None:
