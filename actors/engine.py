@@ -1,4 +1,4 @@
-"""vLLM behind one small interface. The whole of vLLM's moving API is in this file, and nothing else imports vllm.
+"""vLLM behind one small interface. Its moving API is in this file and in `engine_weights`; nothing else imports vllm.
 
 vLLM is imported inside methods, after the environment variables that it reads at import: that takes 5-30 s a process.
 """
@@ -6,16 +6,16 @@ vLLM is imported inside methods, after the environment variables that it reads a
 from __future__ import annotations
 
 import os
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import AutoConfig, AutoModelForCausalLM
 
+from actors.engine_weights import CheckpointLayout, one_line, reload
 from actors.weight_sync import WeightSyncError
 from rayrlhf.config import GeneratorConfig
 from rayrlhf.errors import UserError
@@ -42,8 +42,22 @@ def environment(settings: GeneratorConfig) -> dict[str, str]:
     return variables
 
 
+@dataclass
+class _InFlight:
+    """A request that the engine works on."""
+
+    ticket: int
+    request: GenerationRequest
+    vllm_id: str
+    eos_token_id: int
+    version: int
+    """The weights that its next token comes from."""
+    versions: list[int] = field(default_factory=list)
+    """Of the tokens sampled before the last weight update."""
+
+
 class Engine:
-    """One vLLM engine in this process, stepped by whoever calls `generate`; not safe to share between threads."""
+    """One vLLM engine in this process. It works while `step` or `generate` runs; not safe to share between threads."""
 
     def __init__(
         self,
@@ -73,6 +87,7 @@ class Engine:
         self._threads = settings.threads
         self._max_model_len = max_model_len
         self._requests = 0
+        self._in_flight: dict[str, _InFlight] = {}
         self._broken: str | None = None
         try:
             arguments = EngineArgs(
@@ -98,27 +113,32 @@ class Engine:
                 self._llm = LLMEngine.from_engine_args(arguments)
         except (ValueError, OSError) as error:
             raise UserError(
-                f"model {model_path}: vLLM cannot serve it: {_one_line(error, 280)} "
+                f"model {model_path}: vLLM cannot serve it: {one_line(error, 280)} "
                 "(resources.generators sets its memory, data.max_*_tokens its max_model_len)"
             ) from error
         self._vocab_size = int(self._llm.model_config.get_vocab_size())
-        self._parameters, self._aliases = _checkpoint_layout(model_path, revision)
+        self._layout = CheckpointLayout.read(model_path, revision)
 
-    def generate(self, requests: Sequence[GenerationRequest], sampling: Sampling, version: int) -> list[Trajectory]:
-        """One response per request, in their order, batched continuously; tokens are stamped with `version`.
+    def add(self, requests: Mapping[int, GenerationRequest], sampling: Sampling, version: int) -> None:
+        """Queue requests under the caller's tickets; they join the running batch as soon as there is room.
 
-        A response ends with the first sampled EOS, which is kept ("eos"), or after `max_tokens` ("length"). Samples of
-        one prompt share its prefix in the KV cache. Each request's own seed decides its sample.
+        Each request's own seed decides its sample. Samples of one prompt share its prefix in the KV cache.
+
+        Args:
+            version: what tokens are stamped with until the next `load_weights`.
 
         Raises:
-            UserError: a prompt that is empty, too long or not of this vocabulary; a temperature below 0.01.
+            UserError: a prompt that is empty, too long or not of this vocabulary; a temperature below 0.01. None of
+                the requests was queued.
             WeightSyncError: a weight load failed half-way earlier.
         """
         from vllm import SamplingParams
+        from vllm.inputs import TokensPrompt
+        from vllm.sampling_params import RequestOutputKind
 
-        self._check(requests, sampling)
-        parameters = [
-            SamplingParams(
+        self._check(list(requests.values()), sampling)
+        for ticket, request in requests.items():
+            parameters = SamplingParams(
                 temperature=sampling.temperature,
                 max_tokens=sampling.max_tokens,
                 seed=request.seed,
@@ -126,41 +146,74 @@ class Engine:
                 ignore_eos=True,  # of the model's config: only `eos_token_id` ends a response
                 logprobs=0,  # the sampled token's own and no others
                 detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,
             )
-            for request in requests
-        ]
-        outputs = self._run([request.prompt_ids for request in requests], parameters)
-        trajectories = []
-        for request, output in zip(requests, outputs, strict=True):
-            sample = output.outputs[0]
-            ids = np.asarray(sample.token_ids, dtype=np.int64)
-            logprobs = [step[token].logprob for step, token in zip(sample.logprobs, sample.token_ids, strict=True)]
-            trajectories.append(
-                Trajectory(
-                    prompt_id=request.prompt_id,
-                    sample_index=request.sample_index,
-                    seed=request.seed,
-                    prompt_ids=np.asarray(request.prompt_ids, dtype=np.int64),
-                    response_ids=ids,
-                    generator_logprobs=np.asarray(logprobs, dtype=np.float32),
-                    versions=np.full(len(ids), version, dtype=np.int64),
-                    finish_reason="eos" if ids[-1] == sampling.eos_token_id else "length",
+            name = self._name()
+            with self._thread_count():
+                vllm_id = self._llm.add_request(
+                    name, TokensPrompt(prompt_token_ids=list(request.prompt_ids)), parameters
                 )
-            )
-        return trajectories
+            self._in_flight[name] = _InFlight(ticket, request, vllm_id, sampling.eos_token_id, version)
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that are queued or running."""
+        return len(self._in_flight)
+
+    def step(self) -> dict[int, Trajectory]:
+        """One token for every running request; returns the responses that are finished, by ticket.
+
+        A response ends with the first sampled EOS, which is kept ("eos"), or after `max_tokens` ("length").
+        If a step fails, all that was in flight is gone.
+        """
+        try:
+            with self._thread_count():
+                outputs = self._llm.step()
+        except BaseException:
+            self.abort()
+            raise
+        return dict(self._finished(output) for output in outputs)
+
+    def abort(self) -> None:
+        """Drop all that is in flight."""
+        names, self._in_flight = list(self._in_flight), {}
+        if names:
+            self._llm.abort_request(names)
+
+    def generate(self, requests: Sequence[GenerationRequest], sampling: Sampling, version: int) -> list[Trajectory]:
+        """One response per request, in their order; raises what `add` does."""
+        if self._in_flight:
+            raise RuntimeError("generate was called with other requests in flight")
+        done: dict[int, Trajectory] = {}
+        try:
+            self.add(dict(enumerate(requests)), sampling, version)
+            while self._in_flight:
+                done |= self.step()
+        finally:
+            self.abort()
+        return [done[i] for i in range(len(requests))]
 
     def prompt_logprobs(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
-        """[T - 1] log p(token t | tokens before t) for t = 1 .. T - 1, at temperature 1, in nats. For checks."""
+        """[T - 1] log p(token t | tokens before t) for t = 1 .. T - 1, at temperature 1, in nats. For checks, with
+        nothing in flight."""
         from vllm import SamplingParams
+        from vllm.inputs import TokensPrompt
 
         self._require_whole()
         parameters = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
-        output = self._run([token_ids], [parameters])[0]
-        steps = zip(output.prompt_logprobs[1:], token_ids[1:], strict=True)
+        with self._thread_count():
+            self._llm.add_request(self._name(), TokensPrompt(prompt_token_ids=list(token_ids)), parameters)
+            outputs: list[Any] = []
+            while not outputs:
+                outputs = self._llm.step()
+        steps = zip(outputs[0].prompt_logprobs[1:], token_ids[1:], strict=True)
         return np.asarray([step[token].logprob for step, token in steps], dtype=np.float32)
 
-    def load_weights(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    def load_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """Replace all weights. `tensors` carry Hugging Face names of the same architecture and must be complete.
+
+        Responses in flight lose nothing: they go on from the token they have reached, under the new weights, which
+        first read again what the old ones had put into the KV cache. Their next tokens are stamped with `version`.
 
         Names and shapes are checked before anything is touched: such an error leaves the old weights serving.
         An error after that leaves an engine that refuses all further work.
@@ -169,17 +222,21 @@ class Engine:
             WeightSyncError: incomplete, unknown or misshapen tensors; or the load failed half-way.
         """
         self._require_whole()
-        weights = self._validated(tensors)
+        weights = self._layout.validated(tensors)
         self._broken = "a weight load did not finish"
         try:
             with self._thread_count():
-                self._llm.collective_rpc(_reload, args=(weights,))
-                # Blocks of the old weights' keys and values would poison every prompt that shares a prefix with them.
-                if not self._llm.reset_prefix_cache():
+                self._llm.collective_rpc(reload, args=(weights,))
+                # Keys and values of the old weights would poison every prompt that shares a prefix with them.
+                if not self._llm.reset_prefix_cache(reset_running_requests=True):
                     raise RuntimeError("the prefix cache could not be reset: requests still hold blocks")
         except BaseException as error:
-            self._broken = f"a weight load failed half-way ({type(error).__name__}: {_one_line(error, 200)})"
+            self._broken = f"a weight load failed half-way ({type(error).__name__}: {one_line(error, 200)})"
             raise WeightSyncError(f"{self._broken}; restart the generator") from error
+        for running in self._in_flight.values():
+            sampled = self._llm.output_processor.request_states[running.vllm_id].detokenizer.num_output_tokens()
+            running.versions += [running.version] * (sampled - len(running.versions))
+            running.version = version
         self._broken = None
 
     def close(self) -> None:
@@ -188,28 +245,27 @@ class Engine:
         self._llm.engine_core.shutdown()
         del self._llm
 
-    def _run(self, prompts: Sequence[Sequence[int]], parameters: Sequence[Any]) -> list[Any]:
-        """Outputs of all prompts, in order. Nothing stays behind in the engine if a step raises."""
-        from vllm.inputs import TokensPrompt
-        from vllm.sampling_params import RequestOutputKind
+    def _name(self) -> str:
+        self._requests += 1
+        return str(self._requests)
 
-        position: dict[str, int] = {}
-        outputs: list[Any] = [None] * len(prompts)
-        with self._thread_count():
-            try:
-                for i, (prompt, params) in enumerate(zip(prompts, parameters, strict=True)):
-                    params.output_kind = RequestOutputKind.FINAL_ONLY
-                    name = str(self._requests)
-                    self._requests += 1
-                    position[name] = i
-                    self._llm.add_request(name, TokensPrompt(prompt_token_ids=list(prompt)), params)
-                while self._llm.has_unfinished_requests():
-                    for output in self._llm.step():
-                        outputs[position.pop(output.request_id)] = output
-            finally:
-                if position:
-                    self._llm.abort_request(list(position))
-        return outputs
+    def _finished(self, output: Any) -> tuple[int, Trajectory]:
+        running = self._in_flight.pop(output.request_id)
+        request, sample = running.request, output.outputs[0]
+        ids = np.asarray(sample.token_ids, dtype=np.int64)
+        logprobs = [step[token].logprob for step, token in zip(sample.logprobs, sample.token_ids, strict=True)]
+        versions = np.full(len(ids), running.version, dtype=np.int64)
+        versions[: len(running.versions)] = running.versions
+        return running.ticket, Trajectory(
+            prompt_id=request.prompt_id,
+            sample_index=request.sample_index,
+            seed=request.seed,
+            prompt_ids=np.asarray(request.prompt_ids, dtype=np.int64),
+            response_ids=ids,
+            generator_logprobs=np.asarray(logprobs, dtype=np.float32),
+            versions=versions,
+            finish_reason="eos" if ids[-1] == running.eos_token_id else "length",
+        )
 
     def _check(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> None:
         self._require_whole()
@@ -230,21 +286,6 @@ class Engine:
                     f"{self._vocab_size}; tokenise it with the model's own tokenizer"
                 )
 
-    def _validated(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> list[tuple[str, torch.Tensor]]:
-        weights = [(name, tensor) for name, tensor in tensors if name not in self._aliases]
-        shapes = {name: tuple(tensor.shape) for name, tensor in weights}
-        wanted = self._parameters
-        faults = {
-            "missing": sorted(wanted.keys() - shapes.keys()),
-            "unknown": sorted(shapes.keys() - wanted.keys()),
-            "of another shape": sorted(n for n in shapes.keys() & wanted.keys() if shapes[n] != wanted[n]),
-            "given twice": sorted({name for name, count in Counter(name for name, _ in weights).items() if count > 1}),
-        }
-        found = "; ".join(f"{len(names)} {what} ({', '.join(names[:3])})" for what, names in faults.items() if names)
-        if found:
-            raise WeightSyncError(f"the weights do not fit the model, nothing was loaded: {found}")
-        return weights
-
     def _require_whole(self) -> None:
         if self._broken:
             raise WeightSyncError(f"this engine refuses to work: {self._broken}; restart the generator")
@@ -259,39 +300,3 @@ class Engine:
         finally:
             torch.set_num_threads = set_num_threads  # a starting engine disables it for the whole process
             set_num_threads(before)
-
-
-def _checkpoint_layout(model_path: str, revision: str | None) -> tuple[dict[str, tuple[int, ...]], set[str]]:
-    """Shapes of the tensors that make up a complete set, by name; and the further names of tied ones."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_path, revision=revision))
-    state = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    unique = {name for name, _ in model.named_parameters()}
-    aliases = {name for name, _ in model.named_parameters(remove_duplicate=False)} - unique
-    return {name: shape for name, shape in state.items() if name not in aliases}, aliases
-
-
-def _reload(worker: Any, weights: list[tuple[str, torch.Tensor]]) -> None:
-    """Runs on vLLM's worker, between two steps: its layerwise reload, made to notice what it does not load."""
-    from vllm.config import set_current_vllm_config
-    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
-    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
-    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
-
-    model = worker.model_runner.get_model()
-    expected = {name for name, _ in model.named_parameters()}
-    with set_current_vllm_config(worker.vllm_config), torch.no_grad():
-        initialize_layerwise_reload(model)
-        loaded = model.load_weights(iter(weights))
-        finalize_layerwise_reload(model, worker.model_config)
-    if loaded is not None and expected - loaded:
-        raise RuntimeError(f"vLLM kept old weights for {sorted(expected - loaded)[:3]}")
-    for layer in model.modules():
-        # On a CPU the output head multiplies with a packed copy of its weight, which the reload leaves as it was
-        # when head and embedding are tied: without an error, log-probs would come from old and new weights mixed.
-        if isinstance(layer, VocabParallelEmbedding) and hasattr(layer, "cpu_linear"):
-            dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
-
-
-def _one_line(error: BaseException, limit: int) -> str:
-    return " ".join(str(error).split())[:limit]

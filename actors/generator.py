@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
@@ -35,7 +35,6 @@ class Generator:
         )
         self._version = INITIAL_VERSION
         self._tokens = 0
-        self._busy_s = 0.0
 
     def __repr__(self) -> str:
         return self._name
@@ -52,28 +51,49 @@ class Generator:
 
         Raises:
             WeightSyncError: this generator holds another version, or a weight load failed half-way.
-            UserError: an impossible request, see `Engine.generate`.
+            UserError: an impossible request, see `Engine.add`.
         """
         if version != self._version:
             raise WeightSyncError(f"{self._name} has version {self._version}, wanted is {version}: sync it first")
-        start = time.perf_counter()
-        trajectories = self.engine.generate(requests, sampling, version)
-        self._busy_s += time.perf_counter() - start
-        self._tokens += sum(len(trajectory.response_ids) for trajectory in trajectories)
-        return trajectories
+        return self._counted(self.engine.generate(requests, sampling, version))
+
+    def advance(
+        self, requests: Mapping[int, GenerationRequest], sampling: Sampling, seconds: float
+    ) -> dict[int, Trajectory]:
+        """Take in `requests` by ticket, work for about `seconds`, return what is finished of these and earlier ones.
+
+        Between two calls weights may be loaded: responses in flight go on under the new ones.
+        """
+        if self._version == INITIAL_VERSION:
+            raise WeightSyncError(f"{self._name} has only its initial weights: sync it first")
+        self.engine.add(requests, sampling, self._version)
+        done: dict[int, Trajectory] = {}
+        deadline = time.monotonic() + seconds
+        while self.engine.in_flight and time.monotonic() < deadline:
+            done |= self.engine.step()
+        self._counted(list(done.values()))
+        return done
+
+    def abort(self) -> None:
+        """Drop what is in flight."""
+        self.engine.abort()
 
     def load_weights(self, publication: PublishedWeights) -> int:
-        """Replace the policy; returns the new version.
+        """Replace the policy; returns the new version. Responses in flight go on under it.
 
         Raises:
             WeightSyncError: the version does not rise, or the weights are corrupt or not of this model.
         """
         if publication.version <= self._version:
             raise WeightSyncError(f"{self._name} has version {self._version}, refuses {publication.version}")
-        self.engine.load_weights(publication.tensors())
+        self.engine.load_weights(publication.tensors(), publication.version)
         self._version = publication.version
         return self._version
 
     def stats(self) -> dict[str, Any]:
-        """`tokens` generated and `busy_s` seconds spent on them since the start; `version` held."""
-        return {"tokens": self._tokens, "busy_s": self._busy_s, "version": self._version}
+        """`tokens` generated since the start; `version` held."""
+        return {"tokens": self._tokens, "version": self._version}
+
+    def _counted(self, trajectories: list[Trajectory]) -> list[Trajectory]:
+        self._tokens += sum(len(trajectory.response_ids) for trajectory in trajectories)
+        return trajectories

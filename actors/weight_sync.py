@@ -1,7 +1,8 @@
 """Weights on their way from the learner to the generators: the two ends, publish and load.
 
-The carrier here is Ray's object store: parameters are packed into buckets of bytes, one `put` a bucket, which every
-node fetches once and every process on it maps without a copy. As torch tensors they would travel 17-26x slower.
+The carrier here is Ray's object store: parameters travel as bytes, in buckets, one `put` a bucket, which every node
+fetches once and every process on it maps without a copy. As torch tensors they would travel 17-26x slower.
+Parameters that lie together in memory (`rayrlhf.models.layout`) are put as one array: at the speed of a memory copy.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from safetensors import safe_open
 
 from actors.remote import fetch, put
 from rayrlhf.errors import UserError
+from rayrlhf.models.layout import ALIGNMENT, BUCKET_BYTES
 
-BUCKET_BYTES = 64 * 2**20
-_ALIGNMENT = 64
-"""Tensors start at multiples of this many bytes, so that a view of any dtype is aligned."""
+_LINE, _LINES = 64, 16384
+"""What is read of a large array to recognise it by: this many lines of so many bytes, 1 MiB in all."""
 
 
 class WeightSyncError(RuntimeError):
@@ -49,8 +50,13 @@ class Entry(NamedTuple):
     name: str
     dtype: str
     shape: tuple[int, ...]
+    array: int
+    """Which of the bucket's arrays."""
     offset: int
-    """Bytes from the start of the bucket."""
+    """Bytes from the start of that array."""
+
+
+Bucket = list[NDArray[np.uint8]]
 
 
 @dataclass(frozen=True)
@@ -62,11 +68,12 @@ class Publication:
 
     version: int
     buckets: tuple[Any, ...]
-    """ObjectRefs of uint8 arrays, or the arrays themselves when local."""
+    """ObjectRefs of lists of uint8 arrays, or the lists themselves when local."""
     manifest: tuple[tuple[Entry, ...], ...]
     """Per bucket, what it holds."""
     checksum: str
-    """Covers version, manifest, the order and length of the buckets, and every byte in them (CRC-32 of each)."""
+    """Covers version, manifest, the order and lengths of the arrays, and their bytes: all of an array of up to 1 MiB,
+    and as much of a larger one, spread evenly. To read every byte would cost as much as the copy itself."""
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         return load(self)
@@ -77,37 +84,61 @@ def publish(
 ) -> Publication:
     """Copy `tensors` (the items of `dict(model.named_parameters())`, plus persistent buffers) into the object store.
 
-    The copy is complete on return: the learner may go on changing its parameters. A tensor larger than `bucket_bytes`
-    gets a bucket of its own. At most one bucket of extra memory is held on top of the store's.
+    The copy is complete on return: the learner may go on changing its parameters. It is the only one, and no memory
+    but the store's is needed (and one bucket's, for tensors of a GPU). Neighbours in memory travel as one array; a
+    tensor larger than `bucket_bytes` gets a bucket of its own.
     """
     buckets: list[Any] = []
     manifest: list[tuple[Entry, ...]] = []
-    digests: list[tuple[int, int]] = []
+    digests: list[list[tuple[int, int]]] = []
 
-    def close(entries: list[Entry], pieces: list[NDArray[np.uint8]], size: int) -> None:
-        bucket = np.zeros(max(size, 1), dtype=np.uint8)  # not 0: nothing can be viewed in an empty array
-        for entry, piece in zip(entries, pieces, strict=True):
-            bucket[entry.offset : entry.offset + piece.size] = piece
-        digests.append(_digest(bucket))
-        buckets.append(put(bucket, local))
+    def close(entries: list[Entry], runs: list[_Run]) -> None:
+        bucket = [run.bytes() for run in runs]
+        digests.append([_digest(array) for array in bucket])
+        buckets.append([array.copy() for array in bucket] if local else put(bucket, local))
         manifest.append(tuple(entries))
 
     entries: list[Entry] = []
-    pieces: list[NDArray[np.uint8]] = []
-    end = 0
+    runs: list[_Run] = []
     for name, tensor in tensors:
-        # By way of bytes, because bfloat16 has no numpy dtype.
-        piece: NDArray[np.uint8] = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        offset = -(-end // _ALIGNMENT) * _ALIGNMENT
-        if entries and offset + piece.size > bucket_bytes:
-            close(entries, pieces, end)
-            entries, pieces, offset = [], [], 0
-        entries.append(Entry(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), offset))
-        pieces.append(piece)
-        end = offset + piece.size
+        tensor = tensor.detach().contiguous()
+        if entries and sum(run.size for run in runs) + tensor.nbytes > bucket_bytes:
+            close(entries, runs)
+            entries, runs = [], []
+        offset = runs[-1].offset_of(tensor) if runs else None
+        if offset is None:
+            runs.append(_Run(tensor))
+            offset = 0
+        runs[-1].size = offset + tensor.nbytes
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        entries.append(Entry(name, dtype, tuple(tensor.shape), len(runs) - 1, offset))
     if entries:
-        close(entries, pieces, end)
+        close(entries, runs)
     return Publication(version, tuple(buckets), tuple(manifest), _checksum(version, manifest, digests))
+
+
+class _Run:
+    """Tensors that follow one another in memory, with no more between them than alignment leaves."""
+
+    def __init__(self, first: torch.Tensor) -> None:
+        self.first, self.size = first, first.nbytes
+
+    def offset_of(self, tensor: torch.Tensor) -> int | None:
+        """Bytes from the run's start to `tensor`, if it is the next one."""
+        if tensor.untyped_storage().data_ptr() != self.first.untyped_storage().data_ptr():
+            return None
+        offset = tensor.data_ptr() - self.first.data_ptr()
+        return offset if self.size <= offset < self.size + ALIGNMENT else None
+
+    def bytes(self) -> NDArray[np.uint8]:
+        """The run's memory itself, or a copy of it if that is a GPU's."""
+        if not self.size:
+            return np.zeros(1, np.uint8)  # nothing can be viewed in an empty array
+        first = self.first
+        whole = torch.empty(0, dtype=torch.uint8, device=first.device)  # by way of bytes: bfloat16 has no numpy dtype
+        whole.set_(first.untyped_storage(), first.storage_offset() * first.itemsize, (self.size,), (1,))
+        array: NDArray[np.uint8] = whole.cpu().numpy()
+        return array
 
 
 def publish_directory(path: str | Path, version: int, *, local: bool, bucket_bytes: int = BUCKET_BYTES) -> Publication:
@@ -125,8 +156,8 @@ def load(publication: Publication) -> Iterator[tuple[str, torch.Tensor]]:
     Raises:
         WeightSyncError: before the first tensor, when the buckets are not those that the checksum was made of.
     """
-    buckets: list[NDArray[np.uint8]] = [fetch(bucket) for bucket in publication.buckets]
-    digests = [_digest(bucket) for bucket in buckets]
+    buckets: list[Bucket] = [fetch(bucket) for bucket in publication.buckets]
+    digests = [[_digest(array) for array in bucket] for bucket in buckets]
     if _checksum(publication.version, publication.manifest, digests) != publication.checksum:
         raise WeightSyncError(
             f"weights of version {publication.version}: the {len(buckets)} buckets that arrived do not match their "
@@ -134,24 +165,28 @@ def load(publication: Publication) -> Iterator[tuple[str, torch.Tensor]]:
         )
     for bucket, entries in zip(buckets, publication.manifest, strict=True):
         for entry in entries:
-            yield entry.name, _view(bucket, entry)
+            yield entry.name, _view(bucket[entry.array], entry)
 
 
-def _view(bucket: NDArray[np.uint8], entry: Entry) -> torch.Tensor:
+def _view(array: NDArray[np.uint8], entry: Entry) -> torch.Tensor:
     dtype: torch.dtype = getattr(torch, entry.dtype)
     size = int(np.prod(entry.shape, dtype=np.int64)) * dtype.itemsize
     with warnings.catch_warnings():
         # The object store's arrays are read-only, which torch cannot express.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        flat = torch.from_numpy(bucket[entry.offset : entry.offset + size])
+        flat = torch.from_numpy(array[entry.offset : entry.offset + size])
     return flat.view(dtype).reshape(entry.shape)
 
 
-def _digest(bucket: NDArray[np.uint8]) -> tuple[int, int]:
-    return bucket.size, zlib.crc32(bucket.data)
+def _digest(array: NDArray[np.uint8]) -> tuple[int, int]:
+    """Size of an array and CRC-32 of its lines, or of `_LINES` of them."""
+    lines = array[: array.size // _LINE * _LINE].reshape(-1, _LINE)
+    every = max(1, len(lines) // _LINES)
+    sample = np.ascontiguousarray(lines[::every])
+    return array.size, zlib.crc32(array[lines.size :].tobytes(), zlib.crc32(sample.data))
 
 
-def _checksum(version: int, manifest: Sequence[Sequence[Entry]], digests: Sequence[tuple[int, int]]) -> str:
+def _checksum(version: int, manifest: Sequence[Sequence[Entry]], digests: Sequence[Sequence[tuple[int, int]]]) -> str:
     return hashlib.blake2b(json.dumps([version, manifest, digests]).encode(), digest_size=16).hexdigest()
 
 

@@ -15,6 +15,7 @@ from transformers import OPTConfig, OPTForCausalLM
 
 from actors.weight_sync import Publication, WeightSyncError, load, publish, publish_directory
 from rayrlhf.errors import UserError
+from rayrlhf.models.layout import lay_out_together
 
 
 def _tensors() -> dict[str, torch.Tensor]:
@@ -67,8 +68,8 @@ def _swapped(publication: Publication) -> Publication:
 
 
 def _truncated(publication: Publication) -> Publication:
-    a, b = publication.buckets
-    return dataclasses.replace(publication, buckets=(a, b[:-1]))
+    a, (b,) = publication.buckets
+    return dataclasses.replace(publication, buckets=(a, [b[:-1]]))
 
 
 def _dropped(publication: Publication) -> Publication:
@@ -76,10 +77,10 @@ def _dropped(publication: Publication) -> Publication:
 
 
 def _flipped_bit(publication: Publication) -> Publication:
-    a, b = publication.buckets
+    a, (b,) = publication.buckets
     b = b.copy()
     b[17] ^= 1
-    return dataclasses.replace(publication, buckets=(a, b))
+    return dataclasses.replace(publication, buckets=(a, [b]))
 
 
 def _renamed(publication: Publication) -> Publication:
@@ -99,6 +100,42 @@ def test_the_checksum_catches(harm: Any) -> None:
     received = load(harm(publication))
     with pytest.raises(WeightSyncError, match=r"weights of version [78].*checksum"):
         next(received)
+
+
+def test_the_checksum_samples_all_of_a_large_array() -> None:
+    publication = publish([("weight", torch.randn(6, 2**20))], 0, local=True)
+    ((whole,),) = publication.buckets
+    for start in range(0, whole.size, 2**20 + 77):
+        other = whole.copy()
+        other[start : start + 4096] += 1  # a page of other memory
+        with pytest.raises(WeightSyncError):
+            next(load(dataclasses.replace(publication, buckets=([other],))))
+
+
+@pytest.mark.parametrize(("bucket_bytes", "arrays"), [(2**20, [1]), (30_000, [1, 1, 1, 1])])
+def test_parameters_that_lie_together_travel_as_one_array(bucket_bytes: int, arrays: list[int]) -> None:
+    model = _tiny_model().eval()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    ids = torch.arange(20).unsqueeze(0)
+    logits = model(ids).logits
+    lay_out_together(model, bucket_bytes)
+    _assert_same(dict(model.named_parameters()), before)
+    torch.testing.assert_close(model(ids).logits, logits, atol=1e-6, rtol=0.0)
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    model(ids).logits.square().mean().backward()
+    optimizer.step()
+    publication = publish(model.named_parameters(), 1, local=True, bucket_bytes=bucket_bytes)
+    assert [len(bucket) for bucket in publication.buckets] == arrays
+    _assert_same(dict(load(publication)), dict(model.named_parameters()))
+    assert not torch.equal(next(load(publication))[1], next(iter(before.values())))
+
+
+def test_a_model_that_lies_together_is_saved_whole(tmp_path: Path) -> None:
+    model = _tiny_model()
+    lay_out_together(model)
+    model.save_pretrained(tmp_path)
+    _assert_same(dict(OPTForCausalLM.from_pretrained(tmp_path).named_parameters()), dict(model.named_parameters()))
 
 
 def _tiny_model() -> OPTForCausalLM:
