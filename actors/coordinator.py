@@ -1,7 +1,8 @@
 """The coordinator: owns the pools of generators and scorers, hands prompts out and returns scored batches.
 
 It lives outside Ray Train, so a restart of the learner does not cost the generators. It holds nothing that is lost
-for good: prompts are a function of (seed, step), and the learner publishes its weights again when it comes back.
+for good: prompts are a function of (seed, step), a learner that comes back publishes its weights again and says which
+prompts it has had.
 """
 
 from __future__ import annotations
@@ -9,13 +10,16 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 from actors.engine import environment
 from actors.generator import Generator
 from actors.pool import Pool
 from actors.remote import ActorFailure, Remote, namespace, put
+from actors.rollouts import Cursor, Limits, Rollouts
 from actors.scorer import Scorer
 from actors.weight_sync import Publication
 from rayrlhf.batching import shard
@@ -32,7 +36,27 @@ class Batch:
     step: int
     version: int
     trajectories: list[Trajectory]
+    cursor: Cursor
+    """Which prompts are left after it."""
     metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class _Reported:
+    """What had happened up to a batch: the next one's metrics are of what came since."""
+
+    time: float = 0.0
+    replacements: int = 0
+    busy_s: dict[str, float] = field(default_factory=dict)
+
+    def since(self, before: _Reported) -> dict[str, float]:
+        seconds = self.time - before.time
+        idle = {
+            f"idle/{name}": min(1.0, max(0.0, 1.0 - (busy - before.busy_s.get(name, 0.0)) / seconds))
+            for name, busy in self.busy_s.items()
+        }
+        # Replacements: also of those that died while weights were loaded.
+        return idle | {"rollout/replacements": float(self.replacements - before.replacements)}
 
 
 class Coordinator:
@@ -45,11 +69,14 @@ class Coordinator:
         self.scorers: Pool | None = None
         self.scored_by: tuple[str, str] | None = None
         self.publication: Publication | None = None
+        self.loading_s = 0.0
         self.version = 0
         self.prompts: list[EncodedPrompt] = []
         self.sampling: Sampling | None = None
         self.batch: Batch | None = None
-        self.reported_replacements = 0
+        self.cursor = Cursor(0)
+        self.rollouts: Rollouts | None = None
+        self.reported = _Reported()
 
     def __repr__(self) -> str:
         return "coordinator"
@@ -121,11 +148,15 @@ class Coordinator:
         return self.version
 
     def load_weights(self, publication: Publication) -> int:
-        """Load on every generator; returns when all of them have the new version."""
-        generators = self._started()
+        """Load on every generator, or have it loaded while they go on generating for an asynchronous PPO."""
+        if self.rollouts:
+            self.rollouts.publish(publication)
+            self.publication = publication
+            return publication.version
+        generators, started = self._started(), time.perf_counter()
         self.publication = None  # whoever replaces a generator during the broadcast gets the weights by the broadcast
         loaded = generators.broadcast("load_weights", publication)
-        self.publication = publication
+        self.publication, self.loading_s = publication, time.perf_counter() - started
         if any(version != publication.version for version in loaded):
             raise ActorFailure(f"weights {publication.version} were published but the generators report {loaded}")
         return publication.version
@@ -151,40 +182,98 @@ class Coordinator:
 
     def set_prompts(self, prompts: Sequence[EncodedPrompt], sampling: Sampling) -> None:
         """The prompts that `next_batch` draws from, and how."""
-        self.prompts, self.sampling, self.batch = list(prompts), sampling, None
-        self.reported_replacements = self._replacements()
+        self.prompts, self.sampling = list(prompts), sampling
+        self.begin(Cursor(0))
+
+    def begin(self, cursor: Cursor) -> None:
+        """A learner starts, anew or from a checkpoint after which `cursor` was left."""
+        if self.rollouts:
+            self.rollouts.stop()
+            self.rollouts = None
+        self.cursor, self.batch = cursor, None
+        self.reported = self._counts()
 
     def next_batch(self, step: int, version: int) -> Batch:
-        """The scored batch of `step`, every token sampled with weights `version` (synchronous PPO).
+        """The scored batch of `step` for a learner whose weights are `version`, which have been published.
 
+        With `ppo.max_staleness` 0 every token was sampled with these weights, by generators that wait for the learner
+        otherwise; with k they go on meanwhile, and tokens are at most k versions old.
         Asking again for the same step and version (another rank, a retry) returns the same batch.
         """
         if self.batch is not None and (self.batch.step, self.batch.version) == (step, version):
             return self.batch
-        assert self.sampling is not None, "set_prompts comes before next_batch"
-        config = self.config.ppo
-        chosen = prompts_of_step(len(self.prompts), self.config.seed, step, config.prompts_per_step)
-        requests = requests_for(
-            [self.prompts[i] for i in chosen], config.samples_per_prompt, self.config.seed, "ppo", step
-        )
-        started = time.perf_counter()
-        trajectories = self.generate(requests, self.sampling, version)
-        generated = time.perf_counter()
-        trajectories = self.score(trajectories, self.sampling.temperature)
-        tokens = sum(len(t.response_ids) for t in trajectories)
-        metrics = {
-            "time/generate": generated - started,
-            "time/score": time.perf_counter() - generated,
-            "throughput/generated_tokens_per_s": tokens / (generated - started),
-            # Since the last batch: also those that died while weights were loaded.
-            "rollout/replacements": float(self._replacements() - self.reported_replacements),
-        }
+        trajectories, metrics = self._ahead(step, version) if self._asynchronous else self._in_turn(step, version)
+        self.cursor = self.rollouts.cursor() if self.rollouts else Cursor(step + 1)
         gold = [t.gold for t in trajectories if t.gold is not None]
         if gold:
             metrics |= {"ppo/gold/mean": statistics.fmean(gold), "ppo/gold/std": statistics.pstdev(gold)}
-        self.reported_replacements = self._replacements()
-        self.batch = Batch(step, version, trajectories, metrics)
+        staleness = version - np.concatenate([t.versions for t in trajectories])
+        if staleness.max() > self.config.ppo.max_staleness or staleness.min() < 0:
+            raise ActorFailure(
+                f"step {step}: tokens are {staleness.min()} to {staleness.max()} versions behind the learner's "
+                f"{version}, allowed are 0 to {self.config.ppo.max_staleness}"
+            )
+        metrics |= {"rollout/staleness/mean": float(staleness.mean()), "rollout/staleness/max": float(staleness.max())}
+        now, before = self._counts(), self.reported
+        metrics |= now.since(before)
+        tokens = sum(len(t.response_ids) for t in trajectories)
+        seconds = metrics.get("time/generate", now.time - before.time)
+        metrics["throughput/generated_tokens_per_s"] = tokens / seconds
+        self.reported = now
+        self.batch = Batch(step, version, trajectories, self.cursor, metrics)
         return self.batch
+
+    def _in_turn(self, step: int, version: int) -> tuple[list[Trajectory], dict[str, float]]:
+        assert self.sampling is not None, "set_prompts comes before next_batch"
+        started = time.perf_counter()
+        requests = [request for group in self._groups(step) for request in group]
+        trajectories = self.generate(requests, self.sampling, version)
+        generated = time.perf_counter()
+        trajectories = self.score(trajectories, self.sampling.temperature)
+        return trajectories, {
+            "time/load_weights": self.loading_s,
+            "time/generate": generated - started,
+            "time/score": time.perf_counter() - generated,
+        }
+
+    def _ahead(self, step: int, version: int) -> tuple[list[Trajectory], dict[str, float]]:
+        config, resources = self.config.ppo, self.config.resources
+        if self.rollouts is None:
+            if self.scorers is None or self.publication is None or self.publication.version != version:
+                raise ActorFailure(f"next_batch of step {step}: scorers and weights {version} come before it")
+            assert self.sampling is not None, "set_prompts comes before next_batch"
+            self.rollouts = Rollouts(
+                self._started(),
+                self.scorers,
+                self._groups,
+                self.sampling,
+                Limits(
+                    steps=config.steps,
+                    groups_per_step=config.prompts_per_step,
+                    max_staleness=config.max_staleness,
+                    generator_requests=resources.generators.max_num_seqs,
+                    score_tokens=resources.scorers.micro_batch_tokens,
+                ),
+                step=step,
+                cursor=self.cursor,
+                publication=self.publication,
+                background=not self.local,
+            )
+        groups = self.rollouts.take(step, version, resources.call_timeout_s)
+        return [t for group in groups for t in group.trajectories], {}
+
+    @property
+    def _asynchronous(self) -> bool:
+        return self.config.ppo.max_staleness > 0
+
+    def _groups(self, step: int) -> list[list[GenerationRequest]]:
+        """The requests of a step, by prompt."""
+        config = self.config.ppo
+        chosen = prompts_of_step(len(self.prompts), self.config.seed, step, config.prompts_per_step)
+        prompts = [self.prompts[i] for i in chosen]
+        requests = requests_for(prompts, config.samples_per_prompt, self.config.seed, "ppo", step)
+        size = config.samples_per_prompt
+        return [requests[i : i + size] for i in range(0, len(requests), size)]
 
     def stats(self) -> list[dict[str, Any]]:
         """What each generator has done so far."""
@@ -197,8 +286,10 @@ class Coordinator:
         assert self.generators is not None
         return self.generators
 
-    def _replacements(self) -> int:
-        return sum(pool.replacements for pool in (self.generators, self.scorers) if pool)
+    def _counts(self) -> _Reported:
+        pools = [pool for pool in (self.generators, self.scorers) if pool]
+        busy = {f"{pool.role}-{i}": seconds for pool in pools for i, seconds in enumerate(pool.busy_s)}
+        return _Reported(time.monotonic(), sum(pool.replacements for pool in pools), busy)
 
     def _spawn_generator(self, name: str) -> Remote:
         settings = self.config.resources.generators

@@ -1,6 +1,6 @@
 """The PPO learner: the loop that runs inside Ray Train's workers.
 
-    restore, publish weights, then per step { next batch, PPO update, publish, report }
+    restore, then per step { publish weights, next batch, PPO update, report }
 
 It owns the policy and the value model; the reference policy and the reward model are frozen and live with the scorers.
 """
@@ -15,12 +15,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from actors.remote import Remote
+from actors.coordinator import Batch
+from actors.remote import Call, Remote, wait
+from actors.rollouts import Cursor
 from actors.train import report, restored
 from actors.weight_sync import publish
 from rayrlhf.config import Config
 from rayrlhf.distributed import Ranks
 from rayrlhf.metrics import MetricsWriter
+from rayrlhf.models.layout import lay_out_together
 from rayrlhf.models.loading import load_policy, load_reward_model, load_tokenizer, save_model
 from rayrlhf.ppo import PPO
 from rayrlhf.run import RunFolder
@@ -42,11 +45,13 @@ class LearnerArguments:
 class State:
     """A checkpoint beside its two model directories.
 
-    Prompts and all seeds are functions of (seed, step), so there is no data cursor and no generator state to keep.
+    Prompts and all seeds are functions of (seed, step): the cursor only says which of them were trained on out of
+    turn, and generators have no state to keep.
     """
 
     step: int
     version: int
+    cursor: tuple[int, tuple[int, ...]]
     ppo: dict[str, Any]
 
     @classmethod
@@ -66,6 +71,7 @@ def ppo_loop(arguments: dict[str, Any]) -> None:
         value_model = load_reward_model(
             str(checkpoint / "value_model" if checkpoint else args.value_model), device=ranks.device
         )
+    lay_out_together(policy)  # so that publishing is one copy
     ppo = PPO(
         policy,
         value_model,
@@ -79,28 +85,32 @@ def ppo_loop(arguments: dict[str, Any]) -> None:
         ppo.load_state_dict(state.ppo)
 
     first = state.step + 1 if state else 0
+    version = state.version if state else 0
     log = MetricsWriter(args.run_dir) if ranks.first else None
-    version = publish_weights(policy, coordinator, config, ranks, after=state.version if state else 0)
+    generators = GeneratorLink(coordinator, config, ranks)
+    generators.begin(Cursor(*state.cursor) if state else Cursor(0))
     for step in range(first, config.ppo.steps):
         started = time.perf_counter()
-        batch = coordinator.call("next_batch", step, version, timeout_s=config.resources.coordinator_timeout_s)
+        version = generators.publish(policy, after=version)
+        waiting = time.perf_counter()
+        batch = generators.next_batch(step, version)
         learning = time.perf_counter()
         metrics = ppo.step(batch.trajectories, step)
-        syncing = time.perf_counter()
-        version = publish_weights(policy, coordinator, config, ranks, after=version)
         ended = time.perf_counter()
 
         metrics |= batch.metrics | {
-            "ppo/weight_version": batch.version,
-            "time/learn": syncing - learning,
-            "time/sync": ended - syncing,
+            "ppo/weight_version": version,
+            "time/sync": waiting - started,
+            "time/wait": learning - waiting,
+            "time/learn": ended - learning,
             "time/step": ended - started,
+            "idle/learner": (learning - waiting) / (ended - started),
             "throughput/tokens_per_s": sum(t.length for t in batch.trajectories) / (ended - started),
         }
         if log:
             log.write("ppo", step, metrics)
         if (step + 1) % config.ppo.checkpoint_every == 0 and step + 1 < config.ppo.steps:
-            at = State(step, version, ppo.state_dict())
+            at = State(step, version, (batch.cursor.next_step, batch.cursor.untrained), ppo.state_dict())
             report(ranks, {"step": step}, lambda directory, at=at: write_checkpoint(directory, ppo, tokenizer, at))  # type: ignore[misc]
 
     if ranks.first:
@@ -110,15 +120,39 @@ def ppo_loop(arguments: dict[str, Any]) -> None:
         log.close()
 
 
-def publish_weights(policy: PreTrainedModel, coordinator: Remote, config: Config, ranks: Ranks, after: int) -> int:
-    """Send the policy to all generators; returns its version, which is above `after`, once all of them have it."""
-    version = 0
-    if ranks.first:
-        timeout = config.resources.coordinator_timeout_s
-        version = coordinator.call("next_version", after, timeout_s=timeout)
-        publication = publish(policy.named_parameters(), version, local=coordinator.local)
-        coordinator.call("load_weights", publication, timeout_s=timeout)
-    return int(ranks.broadcast(version))
+class GeneratorLink:
+    """The learner's line to the generators, by way of the coordinator. Rank 0 speaks first, the others listen."""
+
+    def __init__(self, coordinator: Remote, config: Config, ranks: Ranks) -> None:
+        self.coordinator, self.ranks = coordinator, ranks
+        self.timeout_s = config.resources.coordinator_timeout_s
+        self.loading: list[Call] = []
+
+    def begin(self, cursor: Cursor) -> None:
+        if self.ranks.first:
+            self.coordinator.call("begin", cursor, timeout_s=self.timeout_s)
+
+    def publish(self, policy: PreTrainedModel, after: int) -> int:
+        """Send the weights under a new version, above `after`. Returns once they are copied, not once they are loaded:
+        the next batch waits for that where it has to."""
+        version = 0
+        if self.ranks.first:
+            version = self.coordinator.call("next_version", after, timeout_s=self.timeout_s)
+            publication = publish(policy.named_parameters(), version, local=self.coordinator.local)
+            self.loading = [self.coordinator.submit("load_weights", publication)]
+        return int(self.ranks.broadcast(version))
+
+    def next_batch(self, step: int, version: int) -> Batch:
+        """The batch of `step`; what went wrong in loading the weights is raised here."""
+        batch: Batch | None = None
+        if self.ranks.first:
+            # In this order: the coordinator answers the second call after the first.
+            calls = [*self.loading, self.coordinator.submit("next_batch", step, version)]
+            batch = wait(calls, self.timeout_s)[-1]
+        self.ranks.broadcast(None)  # the others ask when the weights have arrived there
+        if batch is None:
+            batch = self.coordinator.call("next_batch", step, version, timeout_s=self.timeout_s)
+        return batch
 
 
 def write_checkpoint(directory: Path, ppo: PPO, tokenizer: PreTrainedTokenizerBase, state: State) -> None:

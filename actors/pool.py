@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from actors.remote import ActorDied, ActorFailure, Call, Remote, first_done, wait
+from actors.remote import ActorDied, ActorFailure, Call, Remote, finished, late, wait
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +34,8 @@ class Pool:
         self.start_timeout_s, self.call_timeout_s = start_timeout_s, call_timeout_s
         self.max_replacements, self.replacements = max_replacements, 0
         self.actors = [spawn(f"{role}-{i}") for i in range(count)]
+        self.busy_s = [0.0] * count
+        """Seconds that each place in the pool has worked, on calls of `map` and of `Rollouts`."""
 
     def __len__(self) -> int:
         return len(self.actors)
@@ -60,34 +62,40 @@ class Pool:
         waiting = list(reversed(range(len(pieces))))
         idle = list(reversed(range(len(self.actors))))
         running: dict[Call, tuple[int, int]] = {}
-        deadline = time.monotonic() + self.call_timeout_s
         while waiting or running:
             while waiting and idle:
                 member, piece = idle.pop(), waiting.pop()
                 running[self.actors[member].submit(method, pieces[piece], *args)] = (member, piece)
-            call = first_done(list(running), deadline - time.monotonic())
-            member, piece = running.pop(call)
-            try:
-                (results[piece],) = wait([call], self.call_timeout_s)
-                deadline = time.monotonic() + self.call_timeout_s
-            except ActorDied as death:
-                self._replace(member, death)
-                waiting.append(piece)
-            idle.append(member)
+            done = finished(running, self.call_timeout_s)
+            if not done:
+                raise late(next(iter(running)), self.call_timeout_s)
+            for call in done:
+                member, piece = running.pop(call)
+                try:
+                    (results[piece],) = wait([call], self.call_timeout_s)
+                    self.busy_s[member] += time.monotonic() - call.started
+                except ActorDied as death:
+                    self._replace(member, death)
+                    waiting.append(piece)
+                idle.append(member)
         return results
 
     def stop(self) -> None:
         for actor in self.actors:
             actor.kill()
 
-    def _replace(self, index: int, death: ActorFailure) -> None:
+    def respawn(self, index: int, death: ActorFailure) -> Remote:
+        """A new actor in the place of a dead one, not ready yet; raises `death` when that happened too often."""
         if self.replacements == self.max_replacements:
             raise death
         name = f"{self.role}-{len(self.actors) + self.replacements}"
         self.replacements += 1
         log.warning("%s; %s takes its place", death, name)
         self.actors[index].kill()  # one that is only out of reach must not keep its resources
-        actor = self.spawn(name)
+        self.actors[index] = self.spawn(name)
+        return self.actors[index]
+
+    def _replace(self, index: int, death: ActorFailure) -> None:
+        actor = self.respawn(index, death)
         actor.call("ready", timeout_s=self.start_timeout_s)
         self.on_replaced(actor)
-        self.actors[index] = actor

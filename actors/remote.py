@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,8 @@ class Call:
     method: str
     ref: Any
     local: bool
+    started: float
+    """`time.monotonic()` before the call."""
 
 
 class Remote:
@@ -62,9 +64,10 @@ class Remote:
         return cls(name, handle, False)
 
     def submit(self, method: str, *args: Any, **kwargs: Any) -> Call:
+        started = time.monotonic()
         bound = getattr(self._target, method)
         ref = bound(*args, **kwargs) if self.local else bound.remote(*args, **kwargs)
-        return Call(self.name, method, ref, self.local)
+        return Call(self.name, method, ref, self.local, started)
 
     def call(self, method: str, *args: Any, timeout_s: float, **kwargs: Any) -> Any:
         return wait([self.submit(method, *args, **kwargs)], timeout_s)[0]
@@ -91,7 +94,7 @@ def wait(calls: Sequence[Call], timeout_s: float) -> list[Any]:
         try:
             results.append(ray.get(call.ref, timeout=max(0.0, deadline - time.monotonic())))
         except GetTimeoutError:
-            raise _late(call, timeout_s) from None
+            raise late(call, timeout_s) from None
         except RayActorError as error:
             cause = " ".join(ANSI.sub("", str(error)).split())[-600:]  # the reason stands at the end
             raise ActorDied(f"{call.actor} died during {call.method}: {cause}") from error
@@ -104,22 +107,20 @@ def wait(calls: Sequence[Call], timeout_s: float) -> list[Any]:
     return results
 
 
-def first_done(calls: Sequence[Call], timeout_s: float) -> Call:
-    """A call that is finished, well or badly; the first one in order if several are.
-
-    Raises:
-        ActorFailure: none finished within `timeout_s`.
-    """
-    for call in calls:
-        if call.local:
-            return call
-    done, _ = ray.wait([call.ref for call in calls], num_returns=1, timeout=max(0.0, timeout_s), fetch_local=False)
-    if not done:
-        raise _late(calls[0], timeout_s)
-    return next(call for call in calls if call.ref == done[0])
+def finished(calls: Collection[Call], timeout_s: float) -> list[Call]:
+    """The calls that are finished, well or badly, in their order; waits up to `timeout_s` for the first one."""
+    if any(call.local for call in calls):
+        return [call for call in calls if call.local]
+    refs = [call.ref for call in calls]
+    done, rest = ray.wait(refs, num_returns=1, timeout=max(0.0, timeout_s), fetch_local=False)
+    if done and rest:
+        done += ray.wait(rest, num_returns=len(rest), timeout=0, fetch_local=False)[0]
+    found = set(done)
+    return [call for call in calls if call.ref in found]
 
 
-def _late(call: Call, timeout_s: float) -> ActorFailure:
+def late(call: Call, timeout_s: float) -> ActorFailure:
+    """The error for a call that has not answered in time."""
     return ActorFailure(
         f"{call.actor}.{call.method} did not answer within {timeout_s:.0f} s; see its log in the Ray dashboard "
         "(a slow machine needs a larger resources.call_timeout_s or resources.start_timeout_s)"

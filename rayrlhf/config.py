@@ -141,6 +141,12 @@ class PPOConfig(Section):
     """Scores are clipped to [-reward_clip, reward_clip] before the KL penalty is added."""
     max_approx_kl: Annotated[float, Field(gt=0)] | None = None
     """A step's epochs end when a mini-batch's approx_kl to the sampling policy (nats a token) is above this."""
+    max_staleness: Annotated[int, Field(ge=0)] = 0
+    """How many updates the policy that sampled a token may be behind the one that is trained on it. 0: generators wait
+    for the learner, and it for them; 1: they sample and score the next batch while it trains on this one; above:
+    long responses may come with a later batch."""
+    max_importance_weight: Annotated[float, Field(ge=1)] = 2.0
+    """Where tokens may be stale, their policy loss is weighted by pi_old / pi_generator, at most by this."""
     critic_warmup_steps: Annotated[int, Field(ge=0)] = 0
     """First steps in which only the value model is updated."""
     missing_eos_reward: float | None = -1.0

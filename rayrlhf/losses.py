@@ -35,6 +35,15 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip
     return PolicyLoss(torch.maximum(unclipped, clipped), ratio.detach(), (clipped > unclipped).detach())
 
 
+def importance_weights(old_logprobs: Tensor, generator_logprobs: Tensor, limit: float) -> Tensor:
+    """min(pi_old / pi_generator, limit): what a token's policy loss is worth where another policy sampled it.
+
+    pi_old is the policy before the update, around which the ratio is clipped: the decoupled objective of Hilton et al.
+    2022 (eq. 5), with the weight truncated from above as in IMPALA (Espeholt et al. 2018, section 4.1).
+    """
+    return torch.exp(old_logprobs - generator_logprobs).clamp(max=limit)
+
+
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_range: float) -> ValueLoss:
     """0.5 max((V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2) (the value clipping of OpenAI's baselines)."""
     unclipped = (values - returns) ** 2

@@ -23,10 +23,18 @@ from rayrlhf.distributed import Ranks
 from rayrlhf.errors import UserError
 from rayrlhf.kl import KLController
 from rayrlhf.logprobs import token_logprobs, token_values
-from rayrlhf.losses import policy_loss, value_loss
+from rayrlhf.losses import importance_weights, policy_loss, value_loss
 from rayrlhf.models.loading import autocast
 from rayrlhf.optimizer import Optimizer
-from rayrlhf.ppo_metrics import BATCH_SUMS, UPDATE_SUMS, batch_metrics, batch_sums, reduce_sums, update_metrics
+from rayrlhf.ppo_metrics import (
+    BATCH_SUMS,
+    UPDATE_SUMS,
+    batch_metrics,
+    batch_sums,
+    importance_sums,
+    reduce_sums,
+    update_metrics,
+)
 from rayrlhf.rewards import scores
 from rayrlhf.trajectory import Trajectory, derive_seed
 
@@ -39,6 +47,8 @@ class Experience(NamedTuple):
     old_values: Tensor
     advantages: Tensor
     returns: Tensor
+    weights: Tensor
+    """Of the policy loss: 1 where the trained policy itself has sampled."""
 
 
 class PPO:
@@ -133,7 +143,11 @@ class PPO:
         gap = (generator_logprobs - old_logprobs).abs()
         ended = torch.tensor([t.finish_reason == "eos" for t in trajectories], device=self.ranks.device)
         log_ratio = old_logprobs - ref_logprobs
+        weights = torch.ones_like(old_logprobs)
+        if self.config.max_staleness:
+            weights = importance_weights(old_logprobs, generator_logprobs, self.config.max_importance_weight)
         sums = batch_sums(score, clipped_score, log_ratio, gap, mask, returns, old_values, ended, entropy)
+        sums |= importance_sums(weights, mask, self.config.max_importance_weight)
         metrics = batch_metrics(reduce_sums(sums, BATCH_SUMS, self.ranks), self.kl.beta)
         if not np.isfinite(metrics["ppo/score/mean"]):  # of all ranks, so that all of them stop
             raise FloatingPointError("a score of the batch is not finite; look at the reward model or function")
@@ -141,8 +155,8 @@ class PPO:
 
         if self.config.whiten_advantages:
             advantages = whiten(advantages, mask, self.ranks.sum)
-        fixed = zip(rows, mask, old_logprobs, old_values, advantages, returns, strict=True)
-        return [Experience(row, o[m], v[m], a[m], r[m]) for row, m, o, v, a, r in fixed], metrics
+        fixed = zip(rows, mask, old_logprobs, old_values, advantages, returns, weights, strict=True)
+        return [Experience(row, *(x[m] for x in of_row)) for row, m, *of_row in fixed], metrics
 
     def update(
         self, rows: Sequence[Experience], tokens: int, train_policy: bool
@@ -160,12 +174,14 @@ class PPO:
             old_values = torch.cat([e.old_values for e in chosen])
             advantages = torch.cat([e.advantages for e in chosen])
             returns = torch.cat([e.returns for e in chosen])
+            weights = torch.cat([e.weights for e in chosen])
 
             with torch.set_grad_enabled(train_policy), autocast(self.ranks.device, self.dtype):
                 logprobs = token_logprobs(self.policy, batch, config.temperature).logprobs
             surrogate = policy_loss(logprobs, old_logprobs, advantages, config.clip_range)
+            weighted = weights * surrogate.loss
             if train_policy:
-                (surrogate.loss.sum() / tokens).backward()
+                (weighted.sum() / tokens).backward()
 
             with autocast(self.ranks.device, self.dtype):
                 values = token_values(self.value_model, batch)
@@ -174,7 +190,7 @@ class PPO:
 
             log_ratio = (logprobs - old_logprobs).detach()
             sums["tokens"] += len(log_ratio)
-            sums["policy_loss"] += surrogate.loss.detach().sum()
+            sums["policy_loss"] += weighted.detach().sum()
             sums["value_loss"] += regression.loss.detach().sum()
             sums["squared_log_ratio"] += log_ratio.square().sum()
             sums["ratio"] += surrogate.ratio.sum()

@@ -30,6 +30,8 @@ BATCH_SUMS = (
     "returns_squared",
     "residual",
     "residual_squared",
+    "importance",
+    "importance_truncated",
 )
 UPDATE_SUMS = (
     "tokens",
@@ -87,6 +89,12 @@ def batch_sums(
     }
 
 
+def importance_sums(weights: Tensor, mask: Tensor, limit: float) -> dict[str, Tensor]:
+    """Of the weights [B, R] that correct for stale tokens, which are 1 where none can be stale."""
+    own = weights[mask].double()
+    return {"importance": own.sum(), "importance_truncated": (own >= limit).sum()}
+
+
 def batch_metrics(s: Mapping[str, float], beta: float) -> dict[str, float]:
     """What the batch looked like before the update. `reward` is the clipped score less the KL penalty, and
     standard deviations are over responses."""
@@ -109,6 +117,8 @@ def batch_metrics(s: Mapping[str, float], beta: float) -> dict[str, float]:
         "ppo/eos_rate": s["ended"] / n,
         "ppo/entropy": s["entropy"] / tokens,
         "ppo/logprob_gap/mean": s["gap"] / tokens,
+        "ppo/importance_weight/mean": s["importance"] / tokens,
+        "ppo/importance_weight/truncated": s["importance_truncated"] / tokens,
         "ppo/explained_variance": 1.0 - residual_variance / max(return_variance, 1e-12),
     }
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from actors.pool import Pool
-from actors.remote import ActorDied, ActorFailure, Remote, first_done, wait
+from actors.remote import ActorDied, ActorFailure, Remote, finished, wait
 from rayrlhf.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -196,11 +196,20 @@ def test_errors_of_a_called_actor_pass_through_the_caller(make_pool: Callable[..
     assert "\n" not in str(failure.value)
 
 
-def test_first_done_is_the_finished_one(make_pool: Callable[..., Pool]) -> None:
+def test_finished_calls(make_pool: Callable[..., Pool]) -> None:
     slow, fast = make_pool(2).actors
     calls = [slow.submit("add", 1, 3.0), fast.submit("add", 2)]
-    assert first_done(calls, 10) is calls[1]
+    assert finished(calls, 10) == [calls[1]]
+    assert finished(calls[:1], 0.1) == []
     assert wait(calls, 10) == [(slow.name, 101), (fast.name, 102)]
+    assert finished(calls, 10) == calls
+
+
+def test_busy_seconds_are_of_the_place_that_worked(make_pool: Callable[..., Pool]) -> None:
+    pool = make_pool(2)
+    pool.map("add_pair", [(1, 1.0), (2, 0.2)])
+    long, short = max(pool.busy_s), min(pool.busy_s)
+    assert 1.0 <= long < 1.6 and 0.2 <= short < 0.8
 
 
 def test_local_objects_answer_alike() -> None:
