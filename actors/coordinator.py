@@ -251,7 +251,8 @@ class Coordinator:
                     steps=config.steps,
                     groups_per_step=config.prompts_per_step,
                     max_staleness=config.max_staleness,
-                    generator_requests=resources.generators.max_num_seqs,
+                    # Some wait inside the engine, so that a place there is not empty until the next slice.
+                    generator_requests=resources.generators.max_num_seqs * 5 // 4,
                     score_tokens=resources.scorers.micro_batch_tokens,
                 ),
                 step=step,

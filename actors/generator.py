@@ -40,9 +40,10 @@ class Generator:
         return self._name
 
     def ready(self) -> dict[str, Any]:
-        """Warm up with one tiny request, then say who and where this is: `pid`, `node`, `version`."""
-        warm_up = GenerationRequest(prompt_id="warm-up", prompt_ids=(0,))
-        self.engine.generate([warm_up], Sampling(temperature=1.0, max_tokens=2, eos_token_id=0), self._version)
+        """Warm up with one tiny request unless at work, then say who and where this is: `pid`, `node`, `version`."""
+        if not self.engine.in_flight:
+            warm_up = GenerationRequest(prompt_id="warm-up", prompt_ids=(0,))
+            self.engine.generate([warm_up], Sampling(temperature=1.0, max_tokens=2, eos_token_id=0), self._version)
         node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else platform.node()
         return {"pid": os.getpid(), "node": node, "version": self._version}
 

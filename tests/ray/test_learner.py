@@ -36,7 +36,7 @@ MAX_PROMPT, MAX_RESPONSE = 96, 16
 STEPS = 3
 
 
-def make_config(runs_dir: Path, lr: float = 1e-3) -> Config:
+def make_config(runs_dir: Path, lr: float = 1e-3, max_staleness: int = 0) -> Config:
     settings = {
         "name": "run",
         "runs_dir": str(runs_dir),
@@ -49,6 +49,7 @@ def make_config(runs_dir: Path, lr: float = 1e-3) -> Config:
             "epochs": 2,
             "minibatches": 2,
             "temperature": 0.7,
+            "max_staleness": max_staleness,
             "checkpoint_every": 1,
             "keep_checkpoints": 1,
             "optimizer": {"lr": lr, "eps": 1e-5, "betas": (0.9, 0.999)},
@@ -100,10 +101,10 @@ def coordinator(tmp_path_factory: pytest.TempPathFactory, reward_model: Path) ->
 
 
 def train(
-    runs_dir: Path, coordinator: Watched, reward_model: Path, lr: float = 1e-3
+    runs_dir: Path, coordinator: Watched, reward_model: Path, lr: float = 1e-3, max_staleness: int = 0
 ) -> tuple[Path, list[dict[str, Any]]]:
     """Run or continue the PPO loop; the run folder and its valid metrics."""
-    config = make_config(runs_dir, lr)
+    config = coordinator.config = make_config(runs_dir, lr, max_staleness)
     run_dir = runs_dir / "run"
     arguments = LearnerArguments(
         config, run_dir, Path(TINY), reward_model, Remote("coordinator", coordinator, local=True)
@@ -214,6 +215,37 @@ def test_an_interrupted_loop_ends_with_the_weights_of_an_undisturbed_one(
             assert line[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-6), name
     end, expected_end, start = (weights(path) for path in (run_dir / "policy", whole / "policy", Path(TINY)))
     assert (end - expected_end).norm() < 1e-4 * (expected_end - start).norm()
+
+
+def test_an_interrupted_loop_that_runs_ahead_trains_each_prompt_once(
+    undisturbed: tuple[Path, list[dict[str, Any]], list[Batch]],
+    coordinator: Watched,
+    reward_model: Path,
+    tmp_path: Path,
+) -> None:
+    """The same prompts and seeds as in turn, in some order, and no token older than it may be."""
+    _, _, batches = undisturbed
+    coordinator.seen.clear()
+    coordinator.interrupt_at = 1
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, coordinator, reward_model, max_staleness=2)
+    coordinator.interrupt_at = None
+    _, metrics = train(tmp_path, coordinator, reward_model, max_staleness=2)
+
+    assert [batch.step for batch in coordinator.seen] == list(range(STEPS))
+    ours, expected = (
+        sorted((t.prompt_id, t.seed) for batch in run for t in batch.trajectories)
+        for run in (coordinator.seen, batches)
+    )
+    assert ours == expected
+    stale = [batch.version - np.concatenate([t.versions for t in batch.trajectories]) for batch in coordinator.seen]
+    assert max(ages.max() for ages in stale) > 0, "everything was fresh, so this test shows nothing"
+    for line, ages in zip(metrics, stale, strict=True):
+        assert line["rollout/staleness/max"] == ages.max() <= 2
+        assert line["rollout/staleness/mean"] == pytest.approx(ages.mean())
+        assert line["ppo/first_ratio_off_one"] < 1e-5
+        assert (line["ppo/logprob_gap/max"] > 1e-3) == (ages.max() > 0)
+        assert (abs(line["ppo/importance_weight/mean"] - 1.0) > 1e-4) == (ages.max() > 0)
 
 
 def test_a_learning_rate_that_is_far_too_high_ends_in_one_line(

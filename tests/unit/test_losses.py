@@ -9,7 +9,7 @@ import torch
 
 from rayrlhf.config import KLConfig
 from rayrlhf.kl import KLController
-from rayrlhf.losses import policy_loss, value_loss
+from rayrlhf.losses import importance_weights, policy_loss, value_loss
 
 
 @pytest.mark.parametrize(
@@ -72,3 +72,9 @@ def test_beta_stays_positive_whatever_the_batch() -> None:
         before = controller.beta
         controller.update(0.0, samples)
         assert controller.beta == pytest.approx(0.8 * before)
+
+
+def test_importance_weights_are_ratios_cut_from_above() -> None:
+    old = torch.log(torch.tensor([0.1, 0.5, 0.4, 0.2]))
+    generator = torch.log(torch.tensor([0.4, 0.5, 0.25, 0.01]))
+    torch.testing.assert_close(importance_weights(old, generator, 2.0), torch.tensor([0.25, 1.0, 1.6, 2.0]))

@@ -113,12 +113,20 @@ def test_update_does_not_depend_on_micro_batches_or_order(models: tuple[Any, Any
     assert (weights(pieces) - start - change).norm() < 1e-5 * change.norm()
 
 
-def test_gradient_equals_autograd_of_the_written_out_objective(models: tuple[Any, Any]) -> None:
-    """The first policy gradient is that of -sum(A log pi) / tokens with whitened GAE advantages, row by row."""
+@pytest.mark.parametrize("max_staleness", [0, 1])
+def test_gradient_equals_autograd_of_the_written_out_objective(models: tuple[Any, Any], max_staleness: int) -> None:
+    """The first policy gradient is that of -sum(w A log pi) / tokens with whitened GAE advantages, row by row.
+
+    w is 1, or min(pi / pi_generator, 1.5) where another policy may have sampled.
+    """
     batch = trajectories(models[0])
-    ppo = with_sgd(learner(models, config()))
+    rng = np.random.default_rng(1)
+    shifts = [rng.normal(0.0, 0.5, len(t.response_ids)).astype(np.float32) for t in batch]
+    for t, shift in zip(batch, shifts, strict=True):
+        t.generator_logprobs = t.generator_logprobs - shift
+    ppo = with_sgd(learner(models, config(max_staleness=max_staleness, max_importance_weight=1.5)))
     before = [p.detach().clone() for p in ppo.policy.parameters()]
-    ppo.step(batch, 0)
+    metrics = ppo.step(batch, 0)
     gradient = [old - new.detach() for old, new in zip(before, ppo.policy.parameters(), strict=True)]
 
     policy, value = copy.deepcopy(models)
@@ -135,7 +143,12 @@ def test_gradient_equals_autograd_of_the_written_out_objective(models: tuple[Any
         advantages.append([sum(0.95**k * d for k, d in enumerate(deltas[i:])) for i in range(len(v))])
     flat = np.concatenate(advantages)
     white = torch.tensor((flat - flat.mean()) / flat.std(ddof=1), dtype=torch.float32)
-    (-(white * torch.cat(logprobs)).sum() / len(flat)).backward()
+    ratio = np.exp(np.concatenate(shifts))
+    w = torch.from_numpy(np.minimum(ratio, 1.5)) if max_staleness else torch.ones(len(flat))
+    (-(w * white * torch.cat(logprobs)).sum() / len(flat)).backward()
+    assert metrics["ppo/importance_weight/mean"] == pytest.approx(float(w.mean()), abs=1e-5)
+    assert metrics["ppo/importance_weight/truncated"] == (pytest.approx((ratio > 1.5).mean()) if max_staleness else 0.0)
+    assert (ratio > 1.5).any() and (ratio < 1.0).any()
     for parameter, own in zip(policy.parameters(), gradient, strict=True):
         assert parameter.grad is not None
         torch.testing.assert_close(own, parameter.grad, rtol=1e-3, atol=1e-6)

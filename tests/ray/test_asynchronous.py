@@ -1,0 +1,143 @@
+"""Generation that runs ahead of the learner: the real coordinator, vLLM generator and scorer as Ray actors."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from actors.coordinator import Batch, Coordinator
+from actors.remote import Remote, wait
+from actors.rollouts import Cursor
+from actors.weight_sync import Publication, publish
+from rayrlhf.config_file import parse_config
+from rayrlhf.models.loading import load_policy, load_reward_model, load_tokenizer, resolve_model, save_model
+from rayrlhf.prompts import EncodedPrompt
+from rayrlhf.trajectory import Sampling, Trajectory
+
+pytestmark = [pytest.mark.timeout(400), pytest.mark.usefixtures("ray_cluster")]
+
+TINY = resolve_model("embedded:opt-tiny")
+STEPS, PROMPTS, SAMPLES, STALENESS = 4, 5, 2, 2
+RESPONSE = 120
+NEVER = 8191
+"""An id that is practically never sampled: every response has its full length."""
+
+
+@pytest.fixture(scope="module")
+def reward_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("reward") / "model"
+    save_model(load_reward_model(TINY, fresh_head_seed=0), load_tokenizer(TINY), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def coordinator(ray_cluster: None, reward_model: Path) -> Iterator[Remote]:
+    settings = {
+        "name": "ahead",
+        "seed": 3,
+        "data": {"max_prompt_tokens": 60, "max_response_tokens": RESPONSE},
+        "ppo": {
+            "steps": STEPS,
+            "prompts_per_step": PROMPTS,
+            "samples_per_prompt": SAMPLES,
+            "max_staleness": STALENESS,
+        },
+        "resources": {
+            "generators": {"kv_cache_mib": 64, "max_num_seqs": 8},
+            "scorers": {"micro_batch_tokens": 600},
+            "start_timeout_s": 200,
+            "call_timeout_s": 200,
+        },
+    }
+    config = parse_config(settings, "test")
+    arguments = (config, TINY, 60 + RESPONSE, load_tokenizer(TINY).pad_token_id, False)
+    remote = Remote.spawn("ahead", Coordinator, *arguments, local=False, options={"num_cpus": 0})
+    started = remote.submit("start_generators")
+    remote.call("start_scorers", str(reward_model), TINY, timeout_s=300)
+    wait([started], 300)
+    rng = np.random.default_rng(0)
+    prompts = [EncodedPrompt(f"p{i}", tuple(int(x) for x in rng.integers(3, 8000, 20 + i))) for i in range(30)]
+    remote.call("set_prompts", prompts, Sampling(0.7, RESPONSE, NEVER), timeout_s=60)
+    yield remote
+    remote.kill()
+
+
+def changed(version: int) -> PreTrainedModel:
+    """The policy of a version: each is another one."""
+    model = load_policy(TINY)
+    generator = torch.Generator().manual_seed(version)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.01)
+    return model
+
+
+def generated_tokens(coordinator: Remote) -> int:
+    return int(coordinator.call("stats", timeout_s=60)[0]["tokens"])
+
+
+def logprobs(model: PreTrainedModel, t: Trajectory) -> np.ndarray:
+    """[R] of the sampled tokens, by transformers."""
+    with torch.no_grad():
+        logits = model(torch.tensor(t.token_ids)[None]).logits[0, len(t.prompt_ids) - 1 : -1] / 0.7
+    return logits.log_softmax(-1).gather(1, torch.tensor(t.response_ids)[:, None])[:, 0].numpy()
+
+
+def test_generation_goes_on_while_the_learner_trains(coordinator: Remote) -> None:
+    """Through weight updates, a killed generator and a learner that comes back: each prompt once, tokens as stamped."""
+    models: dict[int, PreTrainedModel] = {}
+    publications: list[Publication] = []  # kept alive, as by a learner
+    batches: list[Batch] = []
+
+    def step(number: int) -> Batch:
+        version = coordinator.call("next_version", timeout_s=60)
+        models[version] = changed(version)
+        publications.append(publish(models[version].named_parameters(), version, local=False))
+        coordinator.call("load_weights", publications[-1], timeout_s=60)
+        batches.append(coordinator.call("next_batch", number, version, timeout_s=300))
+        return batches[-1]
+
+    coordinator.call("begin", Cursor(0), timeout_s=60)
+    step(0)
+    before = generated_tokens(coordinator)
+    deadline = time.monotonic() + 60
+    while generated_tokens(coordinator) < before + PROMPTS * RESPONSE:
+        assert time.monotonic() < deadline, "the generator rests while the learner trains"
+        time.sleep(0.2)
+
+    pid = int(coordinator.call("start_generators", timeout_s=200)[0]["pid"])
+    os.kill(pid, signal.SIGKILL)
+    second = step(1)
+    step(2)
+    assert sum(batch.metrics["rollout/replacements"] for batch in batches) == 1
+    assert int(coordinator.call("start_generators", timeout_s=200)[0]["pid"]) != pid
+
+    # The learner died in step 2 and comes back from its checkpoint of step 1.
+    batches.pop()
+    coordinator.call("begin", second.cursor, timeout_s=60)
+    step(2)
+    step(3)
+
+    trajectories = [(batch.version, t) for batch in batches for t in batch.trajectories]
+    assert len({(t.prompt_id, t.sample_index) for _, t in trajectories}) == len(trajectories) == 4 * PROMPTS * SAMPLES
+    ages = np.concatenate([version - t.versions for version, t in trajectories])
+    assert ages.min() >= 0 and 0 < ages.max() <= STALENESS
+    assert any(len(set(t.versions.tolist())) > 1 for _, t in trajectories), "no response saw new weights under way"
+    reference = load_policy(TINY)
+    for _, t in trajectories:
+        assert len(t.response_ids) == RESPONSE and t.rewards and t.ref_logprobs is not None
+        np.testing.assert_allclose(t.ref_logprobs, logprobs(reference, t), atol=1e-4)
+        for version in set(t.versions.tolist()):
+            own = t.versions == version
+            np.testing.assert_allclose(t.generator_logprobs[own], logprobs(models[version], t)[own], atol=1e-4)
+    for batch in batches:
+        shares = [share for name, share in batch.metrics.items() if name.startswith("idle/")]
+        assert len(shares) == 2 and all(0.0 <= share <= 1.0 for share in shares)

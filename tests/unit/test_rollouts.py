@@ -1,0 +1,253 @@
+"""Asynchronous dispatch, with simulated actors: each prompt is trained once and in time, whatever takes how long."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from actors.pool import Pool
+from actors.remote import ActorDied, ActorFailure, Remote
+from actors.rollouts import Cursor, Group, Limits, Rollouts
+from actors.weight_sync import Publication
+from rayrlhf.trajectory import GenerationRequest, Sampling, Trajectory
+
+SAMPLING = Sampling(1.0, 1000, 0)
+
+
+def weights(version: int) -> Publication:
+    return Publication(version, (), (), "")
+
+
+@dataclass
+class Running:
+    request: GenerationRequest
+    versions: list[int]
+
+
+class SimulatedGenerator:
+    """Writes one token a slice for every request that it holds; a response is as long as its prompt's only id says."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.slices = name, 0
+        self.version = -1
+        self.running: dict[int, Running] = {}
+        self.most = 0
+
+    def ready(self) -> dict[str, Any]:
+        return {"name": self.name}
+
+    def load_weights(self, publication: Publication) -> int:
+        assert publication.version > self.version
+        self.version = publication.version
+        return self.version
+
+    def advance(
+        self, requests: Mapping[int, GenerationRequest], sampling: Sampling, seconds: float
+    ) -> dict[int, Trajectory]:
+        assert self.version >= 0
+        self.slices += 1
+        for ticket, request in requests.items():
+            assert ticket not in self.running
+            self.running[ticket] = Running(request, [])
+        self.most = max(self.most, len(self.running))
+        for running in self.running.values():
+            running.versions.append(self.version)
+        done = {t: r for t, r in self.running.items() if len(r.versions) == r.request.prompt_ids[0]}
+        for ticket in done:
+            del self.running[ticket]
+        return {ticket: trajectory(running) for ticket, running in done.items()}
+
+    def abort(self) -> None:
+        self.running = {}
+
+
+def trajectory(running: Running) -> Trajectory:
+    request, versions = running.request, np.asarray(running.versions, np.int64)
+    zeros = np.zeros(len(versions), np.float32)
+    prompt = np.asarray(request.prompt_ids, np.int64)
+    return Trajectory(
+        request.prompt_id, request.sample_index, request.seed, prompt, versions * 0, zeros, versions, "length"
+    )
+
+
+class SimulatedScorer:
+    def __init__(self, name: str) -> None:
+        self.name, self.sizes = name, list[int]()
+
+    def ready(self) -> dict[str, Any]:
+        return {"name": self.name}
+
+    def score(self, trajectories: Sequence[Trajectory], temperature: float) -> list[Trajectory]:
+        self.sizes.append(len(trajectories))
+        for each in trajectories:
+            each.rewards = {"length": float(len(each.response_ids))}
+        return list(trajectories)
+
+
+class Setting:
+    """Pools of simulated actors in this process, and the learner's part of the loop."""
+
+    def __init__(
+        self,
+        lengths: Mapping[int, int],
+        *,
+        steps: int,
+        per_step: int,
+        staleness: int,
+        samples: int = 2,
+        generators: int = 2,
+        room: int = 100,
+    ) -> None:
+        self.lengths, self.samples = lengths, samples
+        self.limits = Limits(steps, per_step, staleness, generator_requests=room, score_tokens=10)
+        self.made: list[SimulatedGenerator] = []
+
+        def spawn(name: str) -> Remote:
+            self.made.append(SimulatedGenerator(name))
+            return Remote(name, self.made[-1], True)
+
+        self.generators = Pool("generator", generators, spawn, start_timeout_s=1, call_timeout_s=5)
+        self.generators.max_replacements = 1000
+        self.scorers = Pool(
+            "scorer",
+            1,
+            lambda name: Remote.spawn(name, SimulatedScorer, name, local=True),
+            start_timeout_s=1,
+            call_timeout_s=5,
+        )
+        self.scorers.max_replacements = 1000
+        for generator in self.made:
+            generator.load_weights(weights(10))
+
+    def groups(self, step: int) -> list[list[GenerationRequest]]:
+        first = step * self.limits.groups_per_step
+        positions = range(first, first + self.limits.groups_per_step)
+        return [
+            [GenerationRequest(str(p), (self.lengths.get(p, 1),), i, seed=p) for i in range(self.samples)]
+            for p in positions
+        ]
+
+    def start(self, step: int = 0, version: int = 10, cursor: Cursor = Cursor(0)) -> Rollouts:  # noqa: B008
+        return Rollouts(
+            self.generators,
+            self.scorers,
+            self.groups,
+            SAMPLING,
+            self.limits,
+            step=step,
+            cursor=cursor,
+            publication=weights(version),
+            background=False,
+        )
+
+
+def check(groups: Sequence[Group], version: int, staleness: int) -> list[int]:
+    """The positions of a batch; complete, in order, and not too old."""
+    for group in groups:
+        assert [t.sample_index for t in group.trajectories] == list(range(len(group.requests)))
+        for each in group.trajectories:
+            assert each.prompt_id == str(group.position)
+            assert each.rewards == {"length": float(each.prompt_ids[0])}
+            assert (np.diff(each.versions) >= 0).all()
+            assert version - staleness <= each.versions.min() and each.versions.max() <= version
+    positions = [group.position for group in groups]
+    assert positions == sorted(positions)
+    return positions
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_each_prompt_is_trained_once_and_in_time(data: st.DataObject) -> None:
+    steps, per_step = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 5))
+    staleness, restart = data.draw(st.integers(1, 3)), data.draw(st.integers(0, 6))
+    lengths = data.draw(st.lists(st.integers(1, 30), min_size=steps * per_step, max_size=steps * per_step))
+    setting = Setting(
+        dict(enumerate(lengths)),
+        steps=steps,
+        per_step=per_step,
+        staleness=staleness,
+        generators=data.draw(st.integers(1, 3)),
+        room=data.draw(st.integers(1, 8)),
+    )
+    rollouts, version, cursor = setting.start(), 10, Cursor(0)
+    trained: list[int] = []
+    for step in range(steps):
+        if step == restart:  # the learner comes back from its checkpoint, with a version that nobody has had
+            rollouts.stop()
+            version += 5
+            setting.generators.broadcast("load_weights", weights(version))
+            rollouts = setting.start(step, version, cursor)
+        batch = rollouts.take(step, version, 10.0)
+        assert len(batch) == per_step
+        trained += check(batch, version, staleness)
+        cursor = rollouts.cursor()
+        assert set(cursor.untrained).isdisjoint(trained)
+        assert set(cursor.untrained) | set(trained) == set(range(cursor.next_step * per_step))
+        for _ in range(data.draw(st.integers(0, 10))):  # the learner trains
+            rollouts._tick()
+            if data.draw(st.integers(0, 20)) == 0:
+                deaths = [*rollouts._writers, *rollouts._readers]
+                rollouts._replace(data.draw(st.sampled_from(deaths)), ActorDied("simulated"))
+        version += 1
+        rollouts.publish(weights(version))
+    assert sorted(trained) == list(range(steps * per_step))
+
+
+def test_a_long_response_comes_with_a_later_batch_and_no_later_than_it_may() -> None:
+    setting = Setting({1: 1000}, steps=6, per_step=4, staleness=3, samples=1)
+    rollouts, batches = setting.start(), []
+    for step in range(6):
+        batches.append(check(rollouts.take(step, 10 + step, 10.0), 10 + step, 3))
+        rollouts.publish(weights(11 + step))
+    assert 0 in batches[0] and all(len(batch) == 4 for batch in batches)
+    assert batches[3][0] == 1  # its first token is three versions old by now
+    assert sorted(position for batch in batches for position in batch) == list(range(24))
+
+
+def test_nothing_is_dispatched_further_ahead_than_staleness_allows() -> None:
+    setting = Setting({}, steps=9, per_step=4, staleness=2, samples=1)
+    rollouts = setting.start()
+    for step in range(3):
+        for _ in range(20):
+            rollouts._tick()
+        assert max(rollouts.dispatched) == (step + 3) * 4 - 1
+        assert len(rollouts.scored) == 12
+        rollouts.take(step, 10 + step, 1.0)
+        for _ in range(20):
+            rollouts._tick()
+        assert max(rollouts.dispatched) == (step + 3) * 4 - 1
+        rollouts.publish(weights(11 + step))
+
+
+def test_generators_are_filled_evenly_and_not_beyond_their_room() -> None:
+    setting = Setting(dict.fromkeys(range(16), 5), steps=2, per_step=8, staleness=1, samples=2, generators=2, room=6)
+    rollouts = setting.start()
+    rollouts._tick()
+    assert [len(generator.running) for generator in setting.made] == [6, 6]
+    for step in range(2):
+        check(rollouts.take(step, 10, 10.0), 10, 1)
+    assert [generator.most for generator in setting.made] == [6, 6]
+    # 32 responses of 5 tokens, 6 at a time on each of two: a place is empty for a slice at most until it is given work.
+    assert max(generator.slices for generator in setting.made) <= (5 + 1) * math.ceil(32 / 12)
+
+
+def test_a_batch_that_does_not_come_is_an_error_in_time() -> None:
+    setting = Setting({0: 10**9}, steps=1, per_step=2, staleness=1)
+    with pytest.raises(ActorFailure, match=r"batch of step 0 was not complete within 0 s: 1 of 2 prompts are scored"):
+        setting.start().take(0, 10, 0.3)
+
+
+def test_deaths_beyond_the_limit_are_an_error() -> None:
+    setting = Setting({}, steps=1, per_step=2, staleness=1, generators=1)
+    setting.generators.max_replacements = 1
+    rollouts = setting.start()
+    rollouts._replace(rollouts._writers[0], ActorDied("first"))
+    with pytest.raises(ActorDied, match="second"):
+        rollouts._replace(rollouts._writers[0], ActorDied("second"))
