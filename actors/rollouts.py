@@ -29,6 +29,8 @@ from rayrlhf.trajectory import GenerationRequest, Sampling, Trajectory
 
 SLICE_S = 0.2
 """A generator works this long before it hands over what is finished; new weights wait for at most two slices."""
+_CALLS_PER_S = 500
+"""Slices of very many generators are longer, so that the coordinator is not kept busy by collecting nothing."""
 _QUEUE = 2
 """Calls that an actor has at a time: the second is there when it ends the first."""
 _POLL_S = 0.05
@@ -115,6 +117,7 @@ class Rollouts:
         for position in cursor.untrained:
             of_step = groups_of_step(position // limits.groups_per_step)
             self.waiting.append(Group(position, list(of_step[position % limits.groups_per_step])))
+        self._slice_s = max(SLICE_S, len(generators) / _CALLS_PER_S)
         self._writers = [_Member(generators, i, version=publication.version) for i in range(len(generators))]
         self._readers = [_Member(scorers, i) for i in range(len(scorers))]
         self._changed = threading.Condition()
@@ -229,7 +232,7 @@ class Rollouts:
         for member in self._writers:
             requests = given.get(member.index, {})
             while requests or (member.held and len(member.calls) < _QUEUE):
-                self._submit(member, "advance", requests, self.sampling, SLICE_S, then=self._written_by(member))
+                self._submit(member, "advance", requests, self.sampling, self._slice_s, then=self._written_by(member))
                 requests = {}
         for member in self._readers:
             while self.generated and len(member.calls) < _QUEUE:

@@ -43,7 +43,7 @@ _SHOWN: dict[str, list[tuple[str, str, str]]] = {
 }
 """By stage: metric, its words, its format (a unit may follow after a blank)."""
 
-_PHASES = ("generate", "score", "learn", "sync")
+_PHASES = ("wait", "generate", "score", "learn", "sync")
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,10 @@ def step_line(
         if name in metrics:
             parts.append(f"{words} {_number(metrics[name], form)}")
     seconds = metrics.get("time/step")
-    phases = [f"{phase} {_number(metrics[f'time/{phase}'], '.1f')}" for phase in _PHASES if f"time/{phase}" in metrics]
+    known = [phase for phase in _PHASES if f"time/{phase}" in metrics]
+    if "generate" in known and "wait" in known:
+        known.remove("wait")  # of which generating and scoring are the parts
+    phases = [f"{phase} {_number(metrics[f'time/{phase}'], '.1f')}" for phase in known]
     if seconds is not None:
         parts.append(f"{seconds:.1f} s" + (f" ({', '.join(phases)})" if phases else ""))
     if "throughput/tokens_per_s" in metrics:
