@@ -252,7 +252,7 @@ class Coordinator:
                     groups_per_step=config.prompts_per_step,
                     max_staleness=config.max_staleness,
                     # Some wait inside the engine, so that a place there is not empty until the next slice.
-                    generator_requests=resources.generators.max_num_seqs * 5 // 4,
+                    generator_requests=resources.generators.max_num_seqs * 3 // 2,
                     score_tokens=resources.scorers.micro_batch_tokens,
                 ),
                 step=step,

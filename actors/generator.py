@@ -18,6 +18,8 @@ from rayrlhf.trajectory import GenerationRequest, Sampling, Trajectory
 INITIAL_VERSION = -1
 """A new or restarted generator holds the initial weights, and refuses to generate until it is synced."""
 
+_SHORT_SLICE_S = 0.2
+
 
 class Generator:
     """Draws responses from the policy. A plain class: `Remote.spawn` makes a Ray actor of it, or keeps it local."""
@@ -63,14 +65,17 @@ class Generator:
     ) -> dict[int, Trajectory]:
         """Take in `requests` by ticket, work for about `seconds`, return what is finished of these and earlier ones.
 
+        Returns early when nothing is left to do, or soon will be: a quarter of what was in flight is finished.
         Between two calls weights may be loaded: responses in flight go on under the new ones.
         """
         if self._version == INITIAL_VERSION:
             raise WeightSyncError(f"{self._name} has only its initial weights: sync it first")
         self.engine.add(requests, sampling, self._version)
         done: dict[int, Trajectory] = {}
-        deadline = time.monotonic() + seconds
-        while self.engine.in_flight and time.monotonic() < deadline:
+        started, in_flight = time.monotonic(), self.engine.in_flight
+        while self.engine.in_flight and (elapsed := time.monotonic() - started) < seconds:
+            if elapsed > _SHORT_SLICE_S and 4 * len(done) >= in_flight:
+                break
             done |= self.engine.step()
         self._counted(list(done.values()))
         return done

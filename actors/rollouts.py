@@ -27,10 +27,10 @@ from actors.remote import ActorDied, ActorFailure, Call, finished, late, wait
 from actors.weight_sync import Publication
 from rayrlhf.trajectory import GenerationRequest, Sampling, Trajectory
 
-SLICE_S = 0.2
+_SLICE_S = 0.2
 """A generator works this long before it hands over what is finished; new weights wait for at most two slices."""
-_CALLS_PER_S = 500
-"""Slices of very many generators are longer, so that the coordinator is not kept busy by collecting nothing."""
+_CALLS_PER_S = 100
+"""To all generators together. Slices of very many are longer: a call costs the coordinator 0.2 to 0.5 ms."""
 _QUEUE = 2
 """Calls that an actor has at a time: the second is there when it ends the first."""
 _POLL_S = 0.05
@@ -117,7 +117,7 @@ class Rollouts:
         for position in cursor.untrained:
             of_step = groups_of_step(position // limits.groups_per_step)
             self.waiting.append(Group(position, list(of_step[position % limits.groups_per_step])))
-        self._slice_s = max(SLICE_S, len(generators) / _CALLS_PER_S)
+        self._slice_s = max(_SLICE_S, len(generators) / _CALLS_PER_S)
         self._writers = [_Member(generators, i, version=publication.version) for i in range(len(generators))]
         self._readers = [_Member(scorers, i) for i in range(len(scorers))]
         self._changed = threading.Condition()
@@ -141,9 +141,12 @@ class Rollouts:
         oldest = version - self.limits.max_staleness
         deadline = time.monotonic() + timeout_s
         with self._changed:
+            # None is added later: what is dispatched from now on is of newer weights.
+            due = {g.position for g in self.dispatched.values() if g.version is not None and g.version <= oldest}
+            missing = due.copy()
             while not self._failure:
-                due = [g.position for g in self.dispatched.values() if g.version is not None and g.version <= oldest]
-                if len(self.scored) >= self.limits.groups_per_step and all(p in self.scored for p in due):
+                missing -= self.scored.keys() & missing
+                if len(self.scored) >= self.limits.groups_per_step and not missing:
                     break
                 if time.monotonic() > deadline:
                     raise ActorFailure(
@@ -157,7 +160,7 @@ class Rollouts:
             if self._failure:
                 raise self._failure
             assert len(due) <= self.limits.groups_per_step, "more groups were dispatched than staleness allows"
-            others = sorted(self.scored.keys() - set(due))
+            others = sorted(self.scored.keys() - due)
             chosen = sorted([*due, *others[: self.limits.groups_per_step - len(due)]])
             for position in chosen:
                 del self.dispatched[position]

@@ -20,9 +20,9 @@ from benchmarks.sleepers import Marker, Sleepers
 
 ACTORS = 16
 PROMPT, RESPONSE = 128, 48
-REQUESTS = 16
+REQUESTS = 48
 """In flight in each logical generator."""
-WAIT_MS = (500, 3000)
+WAIT_MS = (2000, 10000)
 TIMEOUT_S = 600
 
 
@@ -99,7 +99,7 @@ class ControlPlane:
 
 
 def run(quick: bool) -> Result:
-    sizes = ((10, 100, 3),) if quick else ((1000, 8000, 13), (1000, 8000, 3), (250, 2000, 13), (64, 512, 49))
+    sizes = ((10, 100, 3),) if quick else ((1000, 25_000, 4), (1000, 25_000, 1), (250, 6250, 4), (64, 1600, 10))
     result = Result(
         {
             "a trajectory": f"{PROMPT} + {RESPONSE} tokens; generated after {WAIT_MS[0]} to {WAIT_MS[1]} ms",

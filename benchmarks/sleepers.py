@@ -18,6 +18,7 @@ class Sleepers:
 
     def __init__(self) -> None:
         self.version = 0
+        self.locks: dict[int, asyncio.Lock] = defaultdict(asyncio.Lock)
         self.running: dict[int, dict[int, tuple[float, GenerationRequest]]] = defaultdict(dict)
 
     async def ready(self) -> bool:
@@ -33,15 +34,17 @@ class Sleepers:
     async def advance(
         self, logical: int, requests: Mapping[int, GenerationRequest], sampling: Sampling, seconds: float
     ) -> dict[int, Trajectory]:
-        now, running = time.monotonic(), self.running[logical]
-        running |= {ticket: (now + request.seed / 1000, request) for ticket, request in requests.items()}
-        if running:
-            await asyncio.sleep(seconds)
-        now = time.monotonic()
-        done = {ticket: request for ticket, (at, request) in running.items() if at <= now}
-        for ticket in done:
-            del running[ticket]
-        return {ticket: self._trajectory(request, sampling) for ticket, request in done.items()}
+        async with self.locks[logical]:  # one slice at a time, as in a generator
+            now, running = time.monotonic(), self.running[logical]
+            running |= {ticket: (now + request.seed / 1000, request) for ticket, request in requests.items()}
+            if running:
+                quarter = sorted(at for at, _ in running.values())[(len(running) - 1) // 4]
+                await asyncio.sleep(min(seconds, max(0.2, quarter - now)))
+            now = time.monotonic()
+            done = {ticket: request for ticket, (at, request) in running.items() if at <= now}
+            for ticket in done:
+                del running[ticket]
+            return {ticket: self._trajectory(request, sampling) for ticket, request in done.items()}
 
     def _trajectory(self, request: GenerationRequest, sampling: Sampling) -> Trajectory:
         tokens = sampling.max_tokens

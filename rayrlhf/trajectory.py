@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,6 +67,49 @@ class Trajectory:
     def token_ids(self) -> NDArray[np.int64]:
         """[P + R] prompt, then response."""
         return np.concatenate([self.prompt_ids, self.response_ids])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Arrays travel as one string of bytes: as objects of their own they make up most of what a message costs."""
+        arrays = (
+            self.prompt_ids.astype(np.int32),
+            self.response_ids.astype(np.int32),
+            self.versions.astype(np.int64),
+            self.generator_logprobs.astype(np.float32),
+            *(() if self.ref_logprobs is None else (self.ref_logprobs.astype(np.float32),)),
+        )
+        packed = b"".join([array.tobytes() for array in arrays])
+        about = (self.prompt_id, self.sample_index, self.seed, self.finish_reason, self.rewards, self.gold)
+        return _unpacked, (packed, len(self.prompt_ids), len(self.response_ids), *about)
+
+
+def _unpacked(
+    packed: bytes,
+    prompt: int,
+    response: int,
+    prompt_id: str,
+    sample_index: int,
+    seed: int,
+    finish_reason: FinishReason,
+    rewards: dict[str, float],
+    gold: float | None,
+) -> Trajectory:
+    ids = np.frombuffer(packed, np.int32, prompt + response).astype(np.int64)
+    start = 4 * (prompt + response)
+    versions = np.frombuffer(packed, np.int64, response, start).copy()
+    logprobs = np.frombuffer(packed, np.float32, offset=start + 8 * response).copy()
+    return Trajectory(
+        prompt_id=prompt_id,
+        sample_index=sample_index,
+        seed=seed,
+        prompt_ids=ids[:prompt],
+        response_ids=ids[prompt:],
+        generator_logprobs=logprobs[:response],
+        versions=versions,
+        finish_reason=finish_reason,
+        rewards=rewards,
+        ref_logprobs=logprobs[response:] if len(logprobs) > response else None,
+        gold=gold,
+    )
 
 
 def derive_seed(*parts: int | str) -> int:
