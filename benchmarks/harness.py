@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import wraps
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -40,7 +41,7 @@ Measurement = dict[str, float]
 
 
 class Contestant(Protocol):
-    """Made, and warmed up, in a process of its own."""
+    """Made, and warmed up, in a process of its own. One that holds actors or files also has `close()`."""
 
     def run(self, turn: int) -> Measurement:
         """Do the work of turn 0, 1, ... (the same for all contestants) and say what it took."""
@@ -93,7 +94,7 @@ def _serve(connection: Connection, make: Callable[..., Contestant], arguments: S
         while True:
             connection.send((True, contestant.run(connection.recv())))
     except EOFError:
-        return
+        getattr(contestant, "close", lambda: None)()
     except BaseException:
         connection.send((False, traceback.format_exc()))
 
@@ -247,19 +248,20 @@ def _gpu() -> str | None:
 
 
 def arguments(description: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=description)
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="tiny sizes, one turn, nothing is written: does it run?")
     return parser.parse_args()
 
 
-def main(name: str, description: str, run: Callable[[bool], Result]) -> None:
-    """Run one benchmark; write its JSON and its part of docs/benchmarks.md."""
+def main(name: str) -> None:
+    """Run the benchmark of this name; write its JSON and its part of docs/benchmarks.md."""
     from benchmarks.tables import as_markdown, write_docs
 
-    options = arguments(description)
+    module = import_module(f"benchmarks.{name}")  # not __main__: actors find their classes by the module's name
+    options = arguments(module.__doc__ or name)
     about = machine()
     started = time.perf_counter()
-    result = run(options.quick)
+    result: Result = module.run(options.quick)
     record = {"benchmark": name, "machine": about, "seconds": round(time.perf_counter() - started), **asdict(result)}
     print(as_markdown(record))
     if not options.quick:

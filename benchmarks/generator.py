@@ -1,0 +1,128 @@
+"""Our generator against plain vLLM: `Generator.generate` and `vllm.LLM.generate` on the same prompts as token ids.
+
+Both engines run in their own process with the same settings, sampling parameters and seeds. Ours also makes a
+trajectory of every output; a second row shows plain vLLM without the seeds and log-probs that PPO needs.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from functools import partial
+from typing import Any
+
+from benchmarks.harness import Child, Comparison, Measurement, Result, alternate, column, main
+from benchmarks.workload import CONTEXT, MODEL, RESPONSE, THREADS, Lengths, draw, lengths_text
+from rayrlhf.config import GeneratorConfig, ModelConfig
+from rayrlhf.models.loading import load_policy, load_tokenizer
+from rayrlhf.prompts import requests_for
+from rayrlhf.trajectory import GenerationRequest, Sampling
+
+TEMPERATURE = 0.7
+CASES: tuple[tuple[str, Lengths, int, int], ...] = (
+    ("64 equal prompts of 128 tokens", "equal", 64, 1),
+    ("256 equal prompts of 128 tokens", "equal", 256, 1),
+    ("64 real prompts, uncapped", "uncapped", 64, 1),
+    ("16 real prompts, uncapped, four samples each", "uncapped", 16, 4),
+)
+SETTINGS = GeneratorConfig(threads=THREADS)
+
+
+def requests(case: int, turn: int) -> list[GenerationRequest]:
+    _, lengths, prompts, samples = CASES[case]
+    # Other prompts for every case and turn: nothing comes from a prefix cache but what samples of a prompt share.
+    return requests_for(draw(lengths, prompts, 10 * turn + case), samples, "benchmark", turn)
+
+
+class Ours:
+    def __init__(self) -> None:
+        from actors.generator import Generator
+        from actors.weight_sync import publish
+
+        pad = load_tokenizer(MODEL).pad_token_id  # never sampled: every response has its 48 tokens
+        self.sampling = Sampling(TEMPERATURE, RESPONSE, pad)
+        self.generator = Generator("generator", ModelConfig(path=MODEL), SETTINGS, CONTEXT, 0)
+        self.generator.load_weights(publish(load_policy(MODEL).named_parameters(), 1, local=True))
+        self._generate(0, 99)
+
+    def run(self, turn: int) -> Measurement:
+        return {CASES[case][0]: self._generate(case, turn) for case in range(len(CASES))}
+
+    def _generate(self, case: int, turn: int) -> float:
+        asked = requests(case, turn)
+        started = time.perf_counter()
+        trajectories = self.generator.generate(asked, self.sampling, 1)
+        return sum(len(t.response_ids) for t in trajectories) / (time.perf_counter() - started)
+
+
+class Plain:
+    """`vllm.LLM` with the arguments of actors/engine.py."""
+
+    def __init__(self, with_logprobs: bool) -> None:
+        from actors.engine import environment
+
+        os.environ.update({k: v for k, v in environment(SETTINGS).items() if not k.startswith("OMP_")})
+        import torch
+        from vllm import LLM
+
+        self.with_logprobs = with_logprobs
+        self.pad = load_tokenizer(MODEL).pad_token_id
+        set_num_threads = torch.set_num_threads
+        self.llm = LLM(
+            model=MODEL, dtype="float32", max_model_len=CONTEXT, max_num_seqs=SETTINGS.max_num_seqs, seed=0,
+            skip_tokenizer_init=True, generation_config="vllm", logprobs_mode="processed_logprobs",
+            enable_prefix_caching=True, enable_chunked_prefill=False, max_num_batched_tokens=4096, enforce_eager=True,
+            use_tqdm_on_load=False, disable_log_stats=True, kv_cache_memory_bytes=SETTINGS.kv_cache_mib * 2**20,
+            block_size=32,
+        )  # fmt: skip
+        set_num_threads(THREADS)  # a starting engine sets one of its own and disables the function
+        self._generate(0, 99)
+
+    def run(self, turn: int) -> Measurement:
+        return {CASES[case][0]: self._generate(case, turn) for case in range(len(CASES))}
+
+    def _generate(self, case: int, turn: int) -> float:
+        from vllm import SamplingParams
+
+        asked = requests(case, turn)
+        ours: dict[str, Any] = {"logprobs": 0} if self.with_logprobs else {}
+        parameters = [
+            SamplingParams(
+                temperature=TEMPERATURE, max_tokens=RESPONSE, stop_token_ids=[self.pad], ignore_eos=True,
+                detokenize=False, seed=request.seed if self.with_logprobs else None, **ours,
+            )
+            for request in asked
+        ]  # fmt: skip
+        prompts = [{"prompt_token_ids": list(request.prompt_ids)} for request in asked]
+        started = time.perf_counter()
+        outputs = self.llm.generate(prompts, parameters, use_tqdm=False)
+        return sum(len(o.outputs[0].token_ids) for o in outputs) / (time.perf_counter() - started)
+
+
+def run(quick: bool) -> Result:
+    turns = range(1 if quick else 5)
+    result = Result(
+        {
+            "engine": f"vLLM, float32, eager, block size 32, prefix cache, no chunked prefill, {THREADS} threads",
+            "responses": f"{RESPONSE} tokens each, temperature {TEMPERATURE}",
+            "real prompts": lengths_text("uncapped", 64, len(turns)),
+        }
+    )
+    contestants = {
+        "rayrlhf": partial(Child, Ours, threads=THREADS),
+        "vLLM": partial(Child, Plain, True, threads=THREADS),
+        "vLLM, no log-probs": partial(Child, Plain, False, threads=THREADS),
+    }
+    measured = alternate(contestants, turns)
+    for name, *_ in CASES:
+        own = column(measured["rayrlhf"], name)
+        compare = partial(Comparison, name, "tokens/s", own)
+        result.comparisons.append(compare(column(measured["vLLM"], name), "vLLM, same parameters", at_least=0.9))
+        result.comparisons.append(
+            compare(column(measured["vLLM, no log-probs"], name), "vLLM, no seeds and log-probs")
+        )
+    return result
+
+
+if __name__ == "__main__":
+    main("generator")

@@ -1,0 +1,165 @@
+"""Weight sync against its floor: how long the learner is blocked, and how long until the generator serves the weights.
+
+`publish` is compared with one `ray.put` of as many bytes in one numpy array. The whole way, publish and load by the
+generator actor, is compared with that put, a zero-copy read in another actor, and vLLM's own `reload_weights` there.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.harness import ENVIRONMENT, Child, Comparison, Fact, Measurement, Result, alternate, column, main
+from benchmarks.workload import MODEL, THREADS
+from rayrlhf.config import GeneratorConfig, ModelConfig
+
+SETTINGS = GeneratorConfig(threads=1, kv_cache_mib=64, max_num_seqs=8)
+CONTEXT = 128
+TIMEOUT_S = 600
+
+
+def opt_125m(directory: Path) -> str:
+    """A model of OPT-125M's shape with random weights."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    torch.manual_seed(0)
+    OPTForCausalLM(OPTConfig()).save_pretrained(directory)
+    return str(directory)
+
+
+class PlainEngine:
+    """An actor with `vllm.LLM` and vLLM's own reload."""
+
+    def __init__(self, model: str) -> None:
+        from actors.engine import environment
+
+        os.environ.update({k: v for k, v in environment(SETTINGS).items() if not k.startswith("OMP_")})
+        from vllm import LLM
+
+        self.llm = LLM(
+            model=model, dtype="float32", max_model_len=CONTEXT, max_num_seqs=SETTINGS.max_num_seqs, seed=0,
+            skip_tokenizer_init=True, enforce_eager=True, use_tqdm_on_load=False, enable_chunked_prefill=False,
+            kv_cache_memory_bytes=SETTINGS.kv_cache_mib * 2**20, block_size=32,
+        )  # fmt: skip
+
+    def reload(self, array: Any, layout: list[tuple[str, tuple[int, ...]]]) -> float:
+        """Views of one array of float32, handed to vLLM. Returns its seconds."""
+        started = time.perf_counter()
+        flat, start, tensors = torch.from_numpy(array), 0, []
+        for name, shape in layout:
+            size = int(np.prod(shape))
+            tensors.append((name, flat[start : start + size].view(shape)))
+            start += size
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(tensors)})
+        return time.perf_counter() - started
+
+
+class Sync:
+    """A private Ray cluster; this process is the learner, two actors hold the engines."""
+
+    def __init__(self, model: str) -> None:
+        import ray
+
+        from actors.engine import environment
+        from actors.generator import Generator
+        from rayrlhf.models.loading import load_policy
+
+        os.environ.update(ENVIRONMENT)
+        self.directory = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # short: it holds Unix sockets
+        ray.init(
+            address="local", num_cpus=2, include_dashboard=False, _temp_dir=self.directory, log_to_driver=False,
+            object_store_memory=3 * 2**30,
+        )  # fmt: skip
+        self.policy = load_policy(model)
+        self.floats = sum(p.numel() for p in self.policy.parameters())
+        variables = {"env_vars": environment(SETTINGS)}
+        self.generator = ray.remote(Generator).options(num_cpus=0, runtime_env=variables).remote(
+            "generator", ModelConfig(path=model), SETTINGS, CONTEXT, 0
+        )  # fmt: skip
+        self.plain = ray.remote(PlainEngine).options(num_cpus=0, runtime_env=variables).remote(model)
+        ray.get(self.generator.ready.remote(), timeout=TIMEOUT_S)
+        self.version = 0
+        self.held: Any = None
+        self.run(0)
+
+    def run(self, turn: int) -> Measurement:
+        measure: list[Callable[[], Measurement]] = [self._ours, self._theirs]
+        first, second = measure if turn % 2 == 0 else reversed(measure)
+        return first() | second()
+
+    def _ours(self) -> Measurement:
+        import ray
+
+        from actors.weight_sync import publish
+
+        self.held = None  # the last publication's memory, as a learner lets go of it
+        self.version += 1
+        started = time.perf_counter()
+        self.held = publish(self.policy.named_parameters(), self.version, local=False)
+        blocked = time.perf_counter() - started
+        ray.get(self.generator.load_weights.remote(self.held), timeout=TIMEOUT_S)
+        return {"publish": blocked, "whole way": time.perf_counter() - started}
+
+    def _theirs(self) -> Measurement:
+        import ray
+
+        flat = torch.nn.utils.parameters_to_vector(self.policy.parameters()).detach().numpy()
+        layout = [(name, tuple(p.shape)) for name, p in self.policy.named_parameters()]
+        self.held = None
+        started = time.perf_counter()
+        self.held = ray.put(flat)
+        blocked = time.perf_counter() - started
+        reload = ray.get(self.plain.reload.remote(self.held, layout), timeout=TIMEOUT_S)
+        return {"put": blocked, "put and reload": time.perf_counter() - started, "reload": reload,
+                "memcpy": copied(flat)}  # fmt: skip
+
+    def close(self) -> None:
+        import ray
+
+        ray.shutdown()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def copied(flat: Any) -> float:
+    """Seconds of a copy into memory that is there already."""
+    into = np.zeros_like(flat)
+    started = time.perf_counter()
+    np.copyto(into, flat)
+    return time.perf_counter() - started
+
+
+def run(quick: bool) -> Result:
+    turns = range(1 if quick else 7)
+    result = Result({"weights": "float32, one generator on the same node, engines of one thread each"})
+    with tempfile.TemporaryDirectory() as directory:
+        models = {"embedded, 5.5 M parameters": lambda: MODEL}
+        if not quick:
+            models["OPT-125M's shape, random weights"] = lambda: opt_125m(Path(directory))
+        for name, make in models.items():
+            found = alternate({name: partial(Child, Sync, make(), threads=THREADS)}, turns)[name]
+            get = partial(column, found)
+            result.comparisons.extend(
+                (
+                    Comparison(f"{name}: learner blocked", "s", get("publish"), get("put"), "`ray.put`", at_most=1.3),
+                    Comparison(
+                        f"{name}: until the generator serves them", "s", get("whole way"), get("put and reload"),
+                        "`ray.put` + vLLM's reload", at_most=1.3,
+                    ),
+                )
+            )  # fmt: skip
+            result.facts.append(Fact(f"{name}: vLLM's own reload", "s", get("reload")))
+            result.facts.append(Fact(f"{name}: memcpy of the same bytes", "s", get("memcpy")))
+    return result
+
+
+if __name__ == "__main__":
+    main("weight_sync")
