@@ -1,6 +1,6 @@
 # `make` alone lists the targets. Python 3.11 to 3.13 with its venv module is all that has to be there.
 #   PYTHON=...  the interpreter that .venv is made with (default: the first that fits)
-#   ARGS=...    handed on to `rayrlhf run` by quickstart and to pytest by the test targets
+#   ARGS=...    handed on to `rayrlhf run` by quickstart, to the benchmarks by bench and to pytest by the test targets
 
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -18,7 +18,7 @@ export UV_NO_SOURCES := 1
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test lint test-unit test-oracles test-ray test-e2e clean
+.PHONY: help setup quickstart bench test lint test-unit test-oracles test-ray test-e2e clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 quickstart: $(STAMP) ## run the whole pipeline on the embedded data and model
 	$(BIN)/rayrlhf run configs/quickstart.yaml $(ARGS)
+
+bench: $(STAMP) ## all benchmarks; rewrites the tables of docs/benchmarks.md
+	$(BIN)/python -m benchmarks $(ARGS)
 
 test: lint ## lint, then all tests
 	$(BIN)/python -m pytest $(ARGS)
@@ -60,4 +63,4 @@ test-e2e: $(STAMP) ## whole runs
 
 clean: ## remove .venv, caches and build output; runs/ stays
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
-	find rayrlhf actors jobs tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find rayrlhf actors jobs tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,1 +1,1 @@
-"""Benchmarks against what a user would run instead. `python -m benchmarks` runs all, `python -m benchmarks.NAME` one."""
+"""Benchmarks against what a user would run instead: `python -m benchmarks`, or `python -m benchmarks.NAME` for one."""

@@ -118,9 +118,7 @@ def run(quick: bool) -> Result:
         own = column(measured["rayrlhf"], name)
         compare = partial(Comparison, name, "tokens/s", own)
         result.comparisons.append(compare(column(measured["vLLM"], name), "vLLM, same parameters", at_least=0.9))
-        result.comparisons.append(
-            compare(column(measured["vLLM, no log-probs"], name), "vLLM, no seeds and log-probs")
-        )
+        result.comparisons.append(compare(column(measured["vLLM, no log-probs"], name), "vLLM, no seeds and log-probs"))
     return result
 
 

@@ -149,7 +149,7 @@ class TRL:
 
         times: dict[str, float] = {}
 
-        class Times(TrainerCallback):  # type: ignore[misc]
+        class Times(TrainerCallback):
             def on_train_begin(self, *_: Any, **__: Any) -> None:
                 times["begin"] = time.perf_counter()
 
@@ -210,7 +210,9 @@ def settings(case: Case, epochs: int) -> Config:
     )  # fmt: skip
     generators = GeneratorConfig(threads=THREADS, max_num_seqs=SAMPLES)
     return Config(
-        name="benchmark", ppo=ppo, resources=ResourcesConfig(generators=generators, scorers=ScorerConfig(threads=THREADS))
+        name="benchmark",
+        ppo=ppo,
+        resources=ResourcesConfig(generators=generators, scorers=ScorerConfig(threads=THREADS)),
     )
 
 

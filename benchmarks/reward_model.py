@@ -46,9 +46,9 @@ def comparisons(count: int, answers: int, turn: int) -> list[RankedAnswers]:
 
 
 class Ours:
-    def __init__(self, count: int, answers: int) -> None:
-        self.count, self.answers = count, answers
-        self._train(comparisons(PROMPTS, 2, 99))
+    def __init__(self, count: int, answers: int, batch: int = PROMPTS) -> None:
+        self.count, self.answers, self.batch = count, answers, batch
+        self._train(comparisons(batch, 2, 99))
 
     def run(self, turn: int) -> Measurement:
         return self._train(comparisons(self.count, self.answers, turn))
@@ -64,7 +64,7 @@ class Ours:
         with tempfile.TemporaryDirectory() as directory:
             config = Config(
                 name="reward-model", runs_dir=directory, resources=ResourcesConfig(learner=learner),
-                reward_model=RewardModelConfig(prompts_per_batch=PROMPTS, optimizer=optimizer),
+                reward_model=RewardModelConfig(prompts_per_batch=self.batch, optimizer=optimizer),
             )  # fmt: skip
             arguments = RewardModelArguments(config, directory, MODEL, list(train), references)
             fit(
@@ -76,9 +76,9 @@ class Ours:
 
 
 class TRL:
-    def __init__(self, count: int, answers: int) -> None:
-        self.count, self.answers = count, answers
-        self._train(comparisons(PROMPTS, 2, 99))
+    def __init__(self, count: int, answers: int, batch: int = PROMPTS) -> None:
+        self.count, self.answers, self.batch = count, answers, batch
+        self._train(comparisons(batch, 2, 99))
 
     def run(self, turn: int) -> Measurement:
         return self._train(comparisons(self.count, self.answers, turn))
@@ -95,11 +95,11 @@ class TRL:
             for c in train
             for better, worse in c.pairs
         ]
-        batch = PROMPTS * len(train[0].pairs)
+        batch = self.batch * len(train[0].pairs)
         with tempfile.TemporaryDirectory() as directory:
             trainer = RewardTrainer(
                 load_reward_model(MODEL, fresh_head_seed=0),
-                RewardConfig(**training_arguments(directory, MICRO_BATCH, batch), max_length=None),
+                RewardConfig(**training_arguments(directory, min(MICRO_BATCH, batch), batch), max_length=None),
                 train_dataset=Dataset.from_list(pairs),
                 processing_class=load_tokenizer(MODEL),
                 callbacks=[timer := step_timer()],

@@ -38,9 +38,9 @@ def rows(count: int, turn: int) -> list[Row]:
 
 
 class Ours:
-    def __init__(self, count: int) -> None:
-        self.count = count
-        self._train(rows(BATCH, 99))
+    def __init__(self, count: int, batch: int = BATCH) -> None:
+        self.count, self.batch = count, batch
+        self._train(rows(batch, 99))
 
     def run(self, turn: int) -> Measurement:
         return self._train(rows(self.count, turn))
@@ -55,7 +55,7 @@ class Ours:
         optimizer = OptimizerConfig(lr=LEARNING_RATE, schedule="constant")
         with tempfile.TemporaryDirectory() as directory:
             config = Config(
-                name="sft", runs_dir=directory, sft=SFTConfig(batch_size=BATCH, optimizer=optimizer),
+                name="sft", runs_dir=directory, sft=SFTConfig(batch_size=self.batch, optimizer=optimizer),
                 resources=ResourcesConfig(learner=learner),
             )  # fmt: skip
             arguments = SFTArguments(config, directory, MODEL, list(train), dev, None)
@@ -68,9 +68,9 @@ class Ours:
 
 
 class Transformers:
-    def __init__(self, count: int) -> None:
-        self.count = count
-        self._train(rows(BATCH, 99))
+    def __init__(self, count: int, batch: int = BATCH) -> None:
+        self.count, self.batch = count, batch
+        self._train(rows(batch, 99))
 
     def run(self, turn: int) -> Measurement:
         return self._train(rows(self.count, turn))
@@ -80,7 +80,11 @@ class Transformers:
 
         tokenizer = load_tokenizer(MODEL)
         data = [
-            {"input_ids": row.ids.tolist(), "labels": np.where(row.mask, row.ids, -100).tolist(), "length": len(row.ids)}
+            {
+                "input_ids": row.ids.tolist(),
+                "labels": np.where(row.mask, row.ids, -100).tolist(),
+                "length": len(row.ids),
+            }
             for row in train
         ]
         from datasets import Dataset
@@ -89,7 +93,8 @@ class Transformers:
             trainer = Trainer(
                 load_policy(MODEL),
                 TrainingArguments(
-                    **training_arguments(directory, MICRO_BATCH, BATCH), train_sampling_strategy="group_by_length"
+                    **training_arguments(directory, min(MICRO_BATCH, self.batch), self.batch),
+                    train_sampling_strategy="group_by_length",
                 ),
                 train_dataset=Dataset.from_list(data),
                 data_collator=DataCollatorForTokenClassification(tokenizer),
@@ -114,7 +119,7 @@ def step_timer() -> Any:
     """A callback whose `seconds` are those from the beginning of training to the end of its last step."""
     from transformers import TrainerCallback
 
-    class Timer(TrainerCallback):  # type: ignore[misc]
+    class Timer(TrainerCallback):
         seconds = 0.0
 
         def on_train_begin(self, *_: Any, **__: Any) -> None:
@@ -134,7 +139,7 @@ def run(quick: bool) -> Result:
     turns, count = (range(1), BATCH) if quick else (range(3), 4 * BATCH)
     result = Result(
         {
-            "batch": f"{BATCH} demonstrations, queries capped at {CAP} tokens, float32, {THREADS} threads, AdamW (fused)",
+            "batch": f"{BATCH} demonstrations, queries capped at {CAP} tokens, float32, {THREADS} threads, fused AdamW",
             "a turn": f"{count // BATCH} steps; the Trainer's micro-batches are {MICRO_BATCH} rows, grouped by length",
         }
     )

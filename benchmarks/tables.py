@@ -46,9 +46,9 @@ def where(record: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
     gpu = f", {machine['gpu']}" if machine["gpu"] else ", no GPU"
     return (
-        f"<sub>{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB{gpu}; Python {machine['python']}, "
-        f"{versions}; revision {machine['revision']}; load average at the start {machine['load_average_at_start']}; "
-        f"{record['seconds']} s.</sub>"
+        f"<sub>{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB{gpu}; "
+        f"Python {machine['python']}, {versions}; revision {machine['revision']}; "
+        f"load average at the start {machine['load_average_at_start']}; {record['seconds']} s.</sub>"
     )
 
 

@@ -141,11 +141,11 @@ def run(quick: bool) -> Result:
     turns = range(1 if quick else 7)
     result = Result({"weights": "float32, one generator on the same node, engines of one thread each"})
     with tempfile.TemporaryDirectory() as directory:
-        models = {"embedded, 5.5 M parameters": lambda: MODEL}
+        models = {"embedded, 5.5 M parameters": MODEL}
         if not quick:
-            models["OPT-125M's shape, random weights"] = lambda: opt_125m(Path(directory))
-        for name, make in models.items():
-            found = alternate({name: partial(Child, Sync, make(), threads=THREADS)}, turns)[name]
+            models["OPT-125M's shape, random weights"] = opt_125m(Path(directory))
+        for name, model in models.items():
+            found = alternate({name: partial(Child, Sync, model, threads=THREADS)}, turns)[name]
             get = partial(column, found)
             result.comparisons.extend(
                 (
