@@ -43,7 +43,7 @@ class Case:
 
 
 CASES = (
-    Case("equal lengths, 128-token prompts", "equal", 1, 3, 1.2, 8),
+    Case("equal lengths, 128-token prompts", "equal", 1, 3, 1.2, 16),
     Case("real lengths, queries capped at 512", "capped", 1, 2, 1.7, 8),
     Case("real lengths, uncapped", "uncapped", 1, 2, 2.2, 8),
     Case("real lengths, four samples a prompt", "uncapped", 4, 2, 6.0, 8),
