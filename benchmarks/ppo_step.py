@@ -59,6 +59,7 @@ class Ours:
         from actors.remote import Remote
         from actors.scorer import Scorer
         from rayrlhf.distributed import Ranks
+        from rayrlhf.models.layout import lay_out_together
         from rayrlhf.optimizer import Optimizer
         from rayrlhf.ppo import PPO
 
@@ -80,6 +81,7 @@ class Ours:
         self.coordinator.call("start_scorers", reward_model, MODEL, timeout_s=600)
         ranks = Ranks(THREADS)
         policy, value_model = load_policy(MODEL), load_reward_model(reward_model)
+        lay_out_together(policy)  # as the learner does
         self.ppo = PPO(
             policy, value_model, config.ppo, ranks, pad_token_id=tokenizer.pad_token_id, dtype="float32", seed=0
         )

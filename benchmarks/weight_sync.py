@@ -71,6 +71,7 @@ class Sync:
 
         from actors.engine import environment
         from actors.generator import Generator
+        from rayrlhf.models.layout import lay_out_together
         from rayrlhf.models.loading import load_policy
 
         os.environ.update(ENVIRONMENT)
@@ -80,6 +81,7 @@ class Sync:
             object_store_memory=3 * 2**30,
         )  # fmt: skip
         self.policy = load_policy(model)
+        lay_out_together(self.policy)  # as the learner does
         self.floats = sum(p.numel() for p in self.policy.parameters())
         variables = {"env_vars": environment(SETTINGS)}
         self.generator = ray.remote(Generator).options(num_cpus=0, runtime_env=variables).remote(
