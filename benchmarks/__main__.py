@@ -5,7 +5,18 @@ from __future__ import annotations
 import subprocess
 import sys
 
-NAMES = ("ppo_step", "learner", "generator", "weight_sync", "sft", "reward_model", "gpu", "phases")
+NAMES = (
+    "ppo_step",
+    "learner",
+    "generator",
+    "weight_sync",
+    "overlap",
+    "control_plane",
+    "sft",
+    "reward_model",
+    "gpu",
+    "phases",
+)
 
 if __name__ == "__main__":
     failed = []

@@ -43,7 +43,7 @@ class Case:
 
 
 CASES = (
-    Case("equal lengths, 128-token prompts", "equal", 1, 3, 1.2, 8),
+    Case("equal lengths, 128-token prompts", "equal", 1, 3, 1.2, 16),
     Case("real lengths, queries capped at 512", "capped", 1, 2, 1.7, 8),
     Case("real lengths, uncapped", "uncapped", 1, 2, 2.2, 8),
     Case("real lengths, four samples a prompt", "uncapped", 4, 2, 6.0, 8),
@@ -59,6 +59,7 @@ class Ours:
         from actors.remote import Remote
         from actors.scorer import Scorer
         from rayrlhf.distributed import Ranks
+        from rayrlhf.models.layout import lay_out_together
         from rayrlhf.optimizer import Optimizer
         from rayrlhf.ppo import PPO
 
@@ -80,6 +81,7 @@ class Ours:
         self.coordinator.call("start_scorers", reward_model, MODEL, timeout_s=600)
         ranks = Ranks(THREADS)
         policy, value_model = load_policy(MODEL), load_reward_model(reward_model)
+        lay_out_together(policy)  # as the learner does
         self.ppo = PPO(
             policy, value_model, config.ppo, ranks, pad_token_id=tokenizer.pad_token_id, dtype="float32", seed=0
         )
