@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from actors.remote import Remote, fetch
 from actors.train import report, restored
 from actors.weight_sync import publish
-from rayrlhf.batching import Row, collate, micro_batches, shard
+from rayrlhf.batching import Row, shard, token_batches
 from rayrlhf.config import Config
 from rayrlhf.data.tokens import decode_response
 from rayrlhf.distributed import Ranks
@@ -178,8 +178,7 @@ def summed_loss(
     """
     total = torch.zeros((), dtype=torch.float64, device=ranks.device)
     own = [rows[i] for i in shard([len(row.ids) for row in rows], ranks.world)[ranks.rank]]
-    for piece in micro_batches([len(row.ids) for row in own], micro_batch_tokens):
-        batch = collate([own[i] for i in piece], pad_token_id, ranks.device)
+    for _, batch in token_batches(own, micro_batch_tokens, pad_token_id, ranks.device, share=False):
         with torch.set_grad_enabled(scale is not None):
             with autocast(ranks.device, config.model.dtype):
                 loss = -token_logprobs(model, batch).logprobs.sum()

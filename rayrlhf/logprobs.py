@@ -1,4 +1,4 @@
-"""The one forward pass: log-probs, values and scores of right-padded batches.
+"""The one forward pass: log-probs, values and scores of a batch.
 
 Learner, scorer and the SFT and reward-model stages all call these functions, at the same temperature and in the
 same precision, so that their numbers can be compared. N is the number of predicted tokens of the batch.
@@ -22,14 +22,30 @@ class TokenLogprobs(NamedTuple):
     """[N] entropy of the distribution each token was drawn from, nats, float32, without gradient"""
 
 
+_SHARING = {"opt", "gpt2", "gptj", "gpt_neox", "llama", "qwen2"}
+"""Architectures that take any mask and positions, as tests show. BLOOM's positions are in its attention scores."""
+
+
+def shares_prompts(model: PreTrainedModel) -> bool:
+    """Whether rows with the same prompt may share a line of a batch (see `rayrlhf.batching`)."""
+    config = model.config
+    # Our own mask would take the place of the one that a sliding window is made of.
+    windowed = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
+    return config.model_type in _SHARING and not windowed
+
+
 def hidden_states(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
-    """[B, T, H] last hidden states. No mask is passed: see `rayrlhf.batching` for why right padding needs none."""
-    return model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+    """[L * T, H] last hidden states of all positions, line by line.
 
-
-def states_before_tokens(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
-    """[N, H] for every predicted token the state one position before it: what the policy saw when it acted."""
-    return hidden_states(model, batch)[:, :-1][batch.mask[:, 1:]]
+    A mask is passed only where rows share a prompt: see `rayrlhf.batching` for why right padding needs none.
+    """
+    layout: dict[str, Tensor] = {}
+    visible = batch.visible()
+    if visible is not None and batch.positions is not None:
+        # What is added to the attention's scores: the one form of a mask that all architectures read alike.
+        hidden = torch.zeros_like(visible, dtype=torch.float32).masked_fill_(~visible, torch.finfo(torch.float32).min)
+        layout = {"attention_mask": hidden, "position_ids": batch.positions}
+    return model.base_model(input_ids=batch.input_ids, use_cache=False, **layout).last_hidden_state.flatten(0, 1)
 
 
 def token_logprobs(model: PreTrainedModel, batch: TokenBatch, temperature: float = 1.0) -> TokenLogprobs:
@@ -37,10 +53,9 @@ def token_logprobs(model: PreTrainedModel, batch: TokenBatch, temperature: float
 
     Logits are computed at the predicted positions only, never [tokens x vocabulary] for the prompt.
     """
-    targets = batch.input_ids[:, 1:][batch.mask[:, 1:]]
-    logits = model.get_output_embeddings()(states_before_tokens(model, batch)).float() / temperature
+    logits = model.get_output_embeddings()(hidden_states(model, batch)[batch.states]).float() / temperature
     log_z = torch.logsumexp(logits, dim=-1)
-    logprobs = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - log_z
+    logprobs = logits.gather(-1, batch.targets.unsqueeze(-1)).squeeze(-1) - log_z
     with torch.no_grad():
         probabilities = torch.exp(logits - log_z.unsqueeze(-1))
         entropy = log_z - (probabilities * logits).sum(-1)
@@ -52,7 +67,7 @@ def token_values(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
 
     A value model that starts as a reward model starts with its scores, `reward_bias` included.
     """
-    return _scalar_head(model, states_before_tokens(model, batch))
+    return _scalar_head(model, hidden_states(model, batch)[batch.states])
 
 
 def sequence_scores(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
@@ -61,8 +76,7 @@ def sequence_scores(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
     The bias makes reference answers score 0 on average (Ziegler et al. 2019, section 2.1); a plain loader of the
     saved model differs from this function by exactly that constant.
     """
-    hidden = hidden_states(model, batch)
-    return _scalar_head(model, hidden[torch.arange(len(hidden), device=hidden.device), batch.lengths - 1])
+    return _scalar_head(model, hidden_states(model, batch)[batch.ends])
 
 
 def _scalar_head(model: PreTrainedModel, states: Tensor) -> Tensor:

@@ -255,7 +255,7 @@ def test_trl_scores_one_position_behind_eos(trl_update: Update) -> None:
     tokens = collate([Row.completion(t.prompt_ids, t.response_ids) for t in batch], PAD)
     values, logprobs = token_values(value_model, steps), token_logprobs(policy, tokens, TEMPERATURE).logprobs
 
-    step_mask, mask = (padded(torch.ones(int(b.mask.sum()), dtype=torch.bool), b) for b in (steps, tokens))
+    step_mask, mask = (padded(torch.ones(sum(b.counts), dtype=torch.bool), b) for b in (steps, tokens))
     references = torch.cat([torch.tensor(t.ref_logprobs) for t in batch])
     old, reference = padded(logprobs.detach(), tokens), padded(references, tokens)
     scores = torch.tensor([t.rewards["reward_model"] for t in batch])

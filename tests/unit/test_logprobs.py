@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from rayrlhf.batching import Row, collate, micro_batches
+from rayrlhf.batching import Row, collate, token_batches
 from rayrlhf.logprobs import sequence_scores, token_logprobs, token_values
 from rayrlhf.models.loading import autocast, load_policy, load_reward_model, resolve_model
 
@@ -69,8 +69,8 @@ def test_results_lie_in_row_major_order(policy: PreTrainedModel) -> None:
 def test_gradient_of_a_sum_does_not_depend_on_the_cut(policy: PreTrainedModel, max_tokens: int) -> None:
     def gradient(limit: int) -> torch.Tensor:
         policy.zero_grad(set_to_none=True)
-        for piece in micro_batches([len(row.ids) for row in rows()], limit):
-            token_logprobs(policy, collate([rows()[i] for i in piece], PAD)).logprobs.sum().backward()
+        for _, batch in token_batches(rows(), limit, PAD, "cpu", share=False):
+            token_logprobs(policy, batch).logprobs.sum().backward()
         return torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None])
 
     expected, found = gradient(300), gradient(max_tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -26,9 +27,9 @@ from transformers import (
     Qwen2Config,
 )
 
-from rayrlhf.batching import Row, TokenBatch, collate
+from rayrlhf.batching import Row, TokenBatch, collate, token_batches
 from rayrlhf.errors import UserError
-from rayrlhf.logprobs import sequence_scores, token_logprobs, token_values
+from rayrlhf.logprobs import sequence_scores, shares_prompts, token_logprobs, token_values
 from rayrlhf.models.loading import (
     autocast,
     check_vocabulary,
@@ -100,9 +101,54 @@ def rows() -> list[Row]:
 
 
 def with_other_padding(batch: TokenBatch) -> TokenBatch:
-    behind = torch.arange(batch.input_ids.shape[1]) >= batch.lengths[:, None]
+    lengths = batch.ends % batch.input_ids.shape[1] + 1
+    behind = torch.arange(batch.input_ids.shape[1]) >= lengths[:, None]
     junk = torch.randint(3, V, batch.input_ids.shape, generator=torch.Generator().manual_seed(2))
-    return TokenBatch(torch.where(behind, junk, batch.input_ids), batch.mask, batch.lengths)
+    return dataclasses.replace(batch, input_ids=torch.where(behind, junk, batch.input_ids))
+
+
+def answers() -> list[Row]:
+    """Two prompts, one with three answers and one with one, in mixed order."""
+    return [
+        Row.completion(p, r)
+        for p, r in (([2, 9, 8], [5, 6]), ([2, 7], [4, 4, 3]), ([2, 9, 8], [7]), ([2, 9, 8], [6, 6, 6, 3]))
+    ]
+
+
+def test_a_shared_prompt_changes_nothing(family: Path) -> None:
+    """Log-probs, entropies, values, scores and gradients are those of rows that stand alone."""
+    policy, value_model = load_policy(str(family)), load_reward_model(str(family), fresh_head_seed=3)
+    # BLOOM's positions are part of its attention scores.
+    shares = family.name != "bloom"
+    assert shares_prompts(policy) == shares_prompts(value_model) == shares
+
+    def measure(share: bool) -> tuple[dict[int, list[torch.Tensor]], torch.Tensor]:
+        found: dict[int, list[torch.Tensor]] = {}
+        policy.zero_grad()
+        value_model.zero_grad()
+        for indices, batch in token_batches(answers(), 1000, 1, "cpu", share=share):
+            assert len(batch.input_ids) == (2 if share else 4)
+            tokens, values = token_logprobs(policy, batch, 0.7), token_values(value_model, batch)
+            scores = sequence_scores(value_model, batch)
+            tokens.logprobs.square().sum().backward()
+            (values.square().sum() + scores.square().sum()).backward()
+            each_token = (each.detach().split(batch.counts) for each in (tokens.logprobs, tokens.entropy, values))
+            parts = zip(*each_token, scores.detach(), strict=True)
+            found |= {i: list(part) for i, part in zip(indices, parts, strict=True)}
+        parameters = [*policy.parameters(), *value_model.parameters()]
+        return found, torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
+
+    (alone, gradient), (shared, shared_gradient) = measure(False), measure(shares)
+    assert sorted(shared) == [0, 1, 2, 3]
+    for i in alone:
+        for one, other in zip(alone[i], shared[i], strict=True):
+            torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-5)
+    assert (shared_gradient - gradient).norm() < 1e-5 * gradient.norm()
+
+
+def test_a_sliding_window_is_not_shared(tmp_path: Path) -> None:
+    config = Qwen2Config(**LLAMA, use_sliding_window=True, sliding_window=4, max_window_layers=0)
+    assert not shares_prompts(load_policy(str(write_model(config, tmp_path / "windowed"))))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

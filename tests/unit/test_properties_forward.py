@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -46,13 +47,12 @@ def random_rows(lengths: list[tuple[int, int]], seed: int) -> list[Row]:
 
 def with_junk(batch: TokenBatch, extra: int, seed: int) -> TokenBatch:
     """The same rows padded `extra` tokens further, with any ids in the padding, EOS and PAD included."""
-    width = batch.input_ids.shape[1] + extra
-    junk = torch.randint(0, VOCABULARY, (len(batch.lengths), width), generator=torch.Generator().manual_seed(seed))
-    mask = torch.zeros_like(junk, dtype=torch.bool)
-    real = torch.arange(width) < batch.lengths[:, None]
-    junk[real] = batch.input_ids[real[:, : width - extra]]
-    mask[:, : width - extra] = batch.mask
-    return TokenBatch(junk, mask, batch.lengths)
+    (count, old), width = batch.input_ids.shape, batch.input_ids.shape[1] + extra
+    junk = torch.randint(0, VOCABULARY, (count, width), generator=torch.Generator().manual_seed(seed))
+    real = torch.arange(old) <= (batch.ends % old)[:, None]
+    junk[:, :old] = torch.where(real, batch.input_ids, junk[:, :old])
+    states, ends = (index // old * width + index % old for index in (batch.states, batch.ends))
+    return replace(batch, input_ids=junk, states=states, ends=ends)
 
 
 @given(ROWS, TEMPERATURES, st.integers(0, 9), st.integers(0, 99))
@@ -181,5 +181,5 @@ def test_reward_model_gradients_do_not_depend_on_the_cut(
 
 def test_the_cuts_above_are_real_cuts() -> None:
     """Small limits give several micro-batches, large ones one: the properties compare different computations."""
-    lengths = [5, 9, 14, 3]
-    assert len(micro_batches(lengths, 1)) == 4 and len(micro_batches(lengths, 120)) == 1
+    sizes = [(1, length) for length in (5, 9, 14, 3)]
+    assert len(micro_batches(sizes, 1)) == 4 and len(micro_batches(sizes, 120)) == 1
