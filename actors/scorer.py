@@ -67,7 +67,7 @@ class Scorer:
             rows, self.settings.micro_batch_tokens, self.pad_token_id, self.device, share=shares_prompts(self.reference)
         ):
             with torch.no_grad(), autocast(self.device, self.dtype):
-                logprobs = token_logprobs(self.reference, batch, temperature).logprobs
+                logprobs = token_logprobs(self.reference, batch, temperature)
             for i, row in zip(indices, logprobs.split(batch.counts), strict=True):
                 trajectories[i].ref_logprobs = row.cpu().numpy()
         return list(trajectories)

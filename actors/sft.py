@@ -181,7 +181,7 @@ def summed_loss(
     for _, batch in token_batches(own, micro_batch_tokens, pad_token_id, ranks.device, share=False):
         with torch.set_grad_enabled(scale is not None):
             with autocast(ranks.device, config.model.dtype):
-                loss = -token_logprobs(model, batch).logprobs.sum()
+                loss = -token_logprobs(model, batch).sum()
             if scale is not None:
                 (loss * scale).backward()
         total += loss.detach().double()

@@ -22,7 +22,7 @@ from rayrlhf.config import PPOConfig
 from rayrlhf.distributed import Ranks
 from rayrlhf.errors import UserError
 from rayrlhf.kl import KLController
-from rayrlhf.logprobs import shares_prompts, token_logprobs, token_values
+from rayrlhf.logprobs import shares_prompts, token_logprobs, token_logprobs_and_entropy, token_values
 from rayrlhf.losses import importance_weights, policy_loss, value_loss
 from rayrlhf.models.loading import autocast
 from rayrlhf.optimizer import Optimizer
@@ -123,7 +123,7 @@ class PPO:
         entropy = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
         for indices, batch in self._micro_batches(rows):
             with torch.no_grad(), autocast(self.ranks.device, self.dtype):
-                policy = token_logprobs(self.policy, batch, self.config.temperature)
+                policy = token_logprobs_and_entropy(self.policy, batch, self.config.temperature)
                 value = token_values(self.value_model, batch)
             entropy += policy.entropy.sum()
             split = zip(indices, policy.logprobs.split(batch.counts), value.split(batch.counts), strict=True)
@@ -179,7 +179,7 @@ class PPO:
             weights = torch.cat([e.weights for e in chosen])
 
             with torch.set_grad_enabled(train_policy), autocast(self.ranks.device, self.dtype):
-                logprobs = token_logprobs(self.policy, batch, config.temperature).logprobs
+                logprobs = token_logprobs(self.policy, batch, config.temperature)
             surrogate = policy_loss(logprobs, old_logprobs, advantages, config.clip_range)
             weighted = weights * surrogate.loss
             if train_policy:

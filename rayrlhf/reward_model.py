@@ -100,7 +100,7 @@ def answer_logprobs(
     predicted tokens of each row, on every rank, in the order of `rows`."""
 
     def sums(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
-        return torch.stack([each.sum() for each in token_logprobs(model, batch).logprobs.split(batch.counts)])
+        return torch.stack([each.sum() for each in token_logprobs(model, batch).split(batch.counts)])
 
     return _row_by_row(model, sums, rows, pad_token_id, config, ranks)
 

@@ -20,7 +20,7 @@ from rayrlhf.config import Config
 from rayrlhf.config_file import parse_config
 from rayrlhf.data.comparisons import RankedAnswers
 from rayrlhf.distributed import Ranks
-from rayrlhf.logprobs import sequence_scores, token_logprobs, token_values
+from rayrlhf.logprobs import sequence_scores, token_logprobs_and_entropy, token_values
 from rayrlhf.reward_model import ranked_pass
 from rayrlhf.rewards import RewardModelFunction
 from tests.tiny import EOS, PAD, VOCABULARY, difference, gradient, random_trajectories, tiny_models
@@ -63,12 +63,12 @@ def test_a_row_does_not_depend_on_its_batch_or_on_what_pads_it(
     policy, scorer = models()
     batch = with_junk(collate(rows, PAD), extra, seed)
     with torch.no_grad():
-        together = token_logprobs(policy, batch, temperature)
+        together = token_logprobs_and_entropy(policy, batch, temperature)
         values, scores = token_values(scorer, batch), sequence_scores(scorer, batch)
         columns = (together.logprobs, together.entropy, values)
         for i, (row, *found) in enumerate(zip(rows, *(c.split(batch.counts) for c in columns), strict=True)):
             alone = collate([row], PAD)
-            own = token_logprobs(policy, alone, temperature)
+            own = token_logprobs_and_entropy(policy, alone, temperature)
             for ours, theirs in zip(found, (own.logprobs, own.entropy, token_values(scorer, alone)), strict=True):
                 # Dividing the logits magnifies their rounding errors.
                 torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 + 1e-5 / temperature)
@@ -81,7 +81,7 @@ def test_temperature_divides_the_logits(rows: list[Row], temperature: float) -> 
     policy, _ = models()
     batch = collate(rows, PAD)
     with torch.no_grad():
-        found = token_logprobs(policy, batch, temperature)
+        found = token_logprobs_and_entropy(policy, batch, temperature)
         expected, entropy = [], []
         for row in rows:
             ids = torch.from_numpy(row.ids)
