@@ -154,6 +154,20 @@ def load_reward_model(
     return model.to(device)
 
 
+def checkpoint_gradients(model: PreTrainedModel) -> PreTrainedModel:
+    """The model, which from now on computes each layer again in the backward pass. Results do not change.
+
+    Raises:
+        UserError: an architecture that cannot.
+    """
+    if not model.supports_gradient_checkpointing:
+        raise UserError(
+            f"{type(model).__name__} cannot checkpoint gradients; set resources.learner.gradient_checkpointing to false"
+        )
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model.train()  # transformers checkpoints in training mode only; there is no dropout left
+
+
 def save_model(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: str | Path, **config_fields: Any
 ) -> None:

@@ -20,7 +20,7 @@ from rayrlhf.logprobs import (
     token_logprobs_and_entropy,
     token_values,
 )
-from rayrlhf.models.loading import load_policy, load_reward_model, load_tokenizer, save_model
+from rayrlhf.models.loading import checkpoint_gradients, load_policy, load_reward_model, load_tokenizer, save_model
 from tests.families import FAMILIES, LLAMA, V, write_model
 
 
@@ -107,6 +107,31 @@ def test_logits_in_chunks_change_nothing(family: Path, temperature: float, monke
     monkeypatch.setattr(rayrlhf.logprobs, "LOGITS", 4 * V)
     for found, expected in zip(measure(), whole, strict=True):
         assert float((found - expected).norm()) <= 1e-6 * float(expected.norm())
+
+
+def test_gradient_checkpointing_keeps_less_and_changes_nothing(family: Path) -> None:
+    policy, batch = load_policy(str(family)), collate(rows(), pad_token_id=1)
+
+    def measure() -> tuple[int, list[torch.Tensor]]:
+        kept: list[int] = []
+
+        def pack(saved: torch.Tensor) -> torch.Tensor:
+            kept.append(saved.numel())
+            return saved
+
+        policy.zero_grad()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+            logprobs = token_logprobs(policy, batch, 0.7)
+        logprobs.square().sum().backward()
+        gradient = torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None])
+        return sum(kept), [logprobs.detach(), gradient]
+
+    whole, expected = measure()
+    checkpoint_gradients(policy)
+    less, found = measure()
+    assert less < 0.5 * whole
+    for ours, theirs in zip(found, expected, strict=True):
+        assert float((ours - theirs).norm()) <= 1e-6 * float(theirs.norm())
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
