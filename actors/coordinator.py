@@ -175,7 +175,8 @@ class Coordinator:
         """The trajectories with rewards and reference log-probs, in order."""
         if self.scorers is None:
             raise ActorFailure("coordinator.score was called before start_scorers")
-        shards = [rows for rows in shard([t.length for t in trajectories], len(self.scorers)) if rows]
+        lengths, prompts = [t.length for t in trajectories], [t.prompt_id for t in trajectories]
+        shards = [rows for rows in shard(lengths, len(self.scorers), prompts) if rows]
         pieces = self.scorers.map("score", [[trajectories[i] for i in rows] for rows in shards], temperature)
         scored = {i: t for rows, piece in zip(shards, pieces, strict=True) for i, t in zip(rows, piece, strict=True)}
         return [scored[i] for i in range(len(trajectories))]

@@ -24,7 +24,7 @@ from rayrlhf.config import Config
 from rayrlhf.distributed import Ranks
 from rayrlhf.metrics import MetricsWriter
 from rayrlhf.models.layout import lay_out_together
-from rayrlhf.models.loading import load_policy, load_reward_model, load_tokenizer, save_model
+from rayrlhf.models.loading import checkpoint_gradients, load_policy, load_reward_model, load_tokenizer, save_model
 from rayrlhf.ppo import PPO
 from rayrlhf.run import RunFolder
 
@@ -71,6 +71,9 @@ def ppo_loop(arguments: dict[str, Any]) -> None:
         value_model = load_reward_model(
             str(checkpoint / "value_model" if checkpoint else args.value_model), device=ranks.device
         )
+    if config.resources.learner.gradient_checkpointing:
+        checkpoint_gradients(policy)
+        checkpoint_gradients(value_model)
     lay_out_together(policy)  # so that publishing is one copy
     ppo = PPO(
         policy,
@@ -104,6 +107,7 @@ def ppo_loop(arguments: dict[str, Any]) -> None:
             "time/wait": learning - waiting,
             "time/learn": ended - learning,
             "time/step": ended - started,
+            "memory/learner_peak_mib": ranks.peak_memory_mib(),
             "idle/learner": (learning - waiting) / (ended - started),
             "throughput/tokens_per_s": sum(t.length for t in batch.trajectories) / (ended - started),
         }

@@ -27,7 +27,14 @@ from rayrlhf.distributed import Ranks
 from rayrlhf.epochs import Epochs
 from rayrlhf.errors import UserError
 from rayrlhf.metrics import MetricsWriter
-from rayrlhf.models.loading import context_length, load_policy, load_reward_model, load_tokenizer, save_model
+from rayrlhf.models.loading import (
+    checkpoint_gradients,
+    context_length,
+    load_policy,
+    load_reward_model,
+    load_tokenizer,
+    save_model,
+)
 from rayrlhf.optimizer import Optimizer
 from rayrlhf.ranking import ranking_accuracy
 from rayrlhf.reward_accuracy import heldout_pairs, write_accuracy
@@ -73,6 +80,8 @@ def reward_model_loop(arguments: dict[str, Any]) -> None:
     # First, and the SFT model is gone before the reward model and its optimiser take their memory.
     sft_logprobs = _sft_logprobs(args.model, heldout, tokenizer.pad_token_id, config, ranks) if heldout else None
     model = load_reward_model(args.model, device=ranks.device, fresh_head_seed=config.seed)
+    if config.resources.learner.gradient_checkpointing:
+        checkpoint_gradients(model)
     model.config.reward_bias = 0.0
 
     epochs = Epochs(len(train), settings.prompts_per_batch, settings.epochs, EVALS_PER_EPOCH, config.seed)
@@ -122,6 +131,7 @@ def reward_model_loop(arguments: dict[str, Any]) -> None:
             "rm/loss": found.loss, "rm/accuracy": ranking_accuracy(found.margins),
             "rm/margin": float(found.margins.mean()), "rm/lr": lr, "rm/grad_norm": norm, "time/step": seconds,
             "throughput/tokens_per_s": sum(len(row.ids) for c in batch for row in rows_of(c)) / seconds,
+            "memory/learner_peak_mib": ranks.peak_memory_mib(),
         })  # fmt: skip
         if evaluate:
             metrics = heldout_metrics()

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from rayrlhf.batching import Row, collate, micro_batches
+from rayrlhf.batching import Row, token_batches
 from rayrlhf.config import ScorerConfig
 from rayrlhf.gold import Gold
-from rayrlhf.logprobs import token_logprobs
+from rayrlhf.logprobs import shares_prompts, token_logprobs
 from rayrlhf.models.loading import autocast, load_policy, load_reward_model
 from rayrlhf.rewards import RewardModelFunction
 from rayrlhf.trajectory import Trajectory
@@ -62,11 +62,12 @@ class Scorer:
         for i, trajectory in enumerate(trajectories):
             trajectory.rewards = {name: values[i] for name, values in rewards.items()}
             trajectory.gold = self.gold(trajectory) if self.gold else None
-        for indices in micro_batches([t.length for t in trajectories], self.settings.micro_batch_tokens):
-            rows = [Row.completion(trajectories[i].prompt_ids, trajectories[i].response_ids) for i in indices]
-            batch = collate(rows, self.pad_token_id, self.device)
+        rows = [Row.completion(t.prompt_ids, t.response_ids) for t in trajectories]
+        for indices, batch in token_batches(
+            rows, self.settings.micro_batch_tokens, self.pad_token_id, self.device, share=shares_prompts(self.reference)
+        ):
             with torch.no_grad(), autocast(self.device, self.dtype):
-                logprobs = token_logprobs(self.reference, batch, temperature).logprobs
+                logprobs = token_logprobs(self.reference, batch, temperature)
             for i, row in zip(indices, logprobs.split(batch.counts), strict=True):
                 trajectories[i].ref_logprobs = row.cpu().numpy()
         return list(trajectories)

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from actors.remote import Remote, fetch
 from actors.train import report, restored
 from actors.weight_sync import publish
-from rayrlhf.batching import Row, collate, micro_batches, shard
+from rayrlhf.batching import Row, shard, token_batches
 from rayrlhf.config import Config
 from rayrlhf.data.tokens import decode_response
 from rayrlhf.distributed import Ranks
@@ -29,7 +29,14 @@ from rayrlhf.epochs import Epochs
 from rayrlhf.errors import UserError
 from rayrlhf.logprobs import token_logprobs
 from rayrlhf.metrics import MetricsWriter
-from rayrlhf.models.loading import autocast, context_length, load_policy, load_tokenizer, save_model
+from rayrlhf.models.loading import (
+    autocast,
+    checkpoint_gradients,
+    context_length,
+    load_policy,
+    load_tokenizer,
+    save_model,
+)
 from rayrlhf.optimizer import Optimizer
 from rayrlhf.rouge import rouge
 from rayrlhf.run import RunFolder
@@ -91,6 +98,8 @@ def sft_loop(arguments: dict[str, Any]) -> None:
     dev: list[DevPrompt] = fetch(args.dev)
     tokenizer = load_tokenizer(args.model, config.model.revision)
     model = load_policy(args.model, config.model.revision, ranks.device)
+    if config.resources.learner.gradient_checkpointing:
+        checkpoint_gradients(model)
     if settings.loss_on == "all":
         train = [Row(row.ids, np.arange(len(row.ids)) > 0) for row in train]
     dev_rows = [Row.completion(p.prompt_ids, p.response_ids) for p in dev]
@@ -135,6 +144,7 @@ def sft_loop(arguments: dict[str, Any]) -> None:
         log({
             "sft/loss": loss, "sft/lr": lr, "sft/grad_norm": norm, "sft/tokens": count, "time/step": seconds,
             "throughput/tokens_per_s": sum(len(row.ids) for row in batch) / seconds,
+            "memory/learner_peak_mib": ranks.peak_memory_mib(),
         })  # fmt: skip
         if not evaluate:
             continue
@@ -178,11 +188,10 @@ def summed_loss(
     """
     total = torch.zeros((), dtype=torch.float64, device=ranks.device)
     own = [rows[i] for i in shard([len(row.ids) for row in rows], ranks.world)[ranks.rank]]
-    for piece in micro_batches([len(row.ids) for row in own], micro_batch_tokens):
-        batch = collate([own[i] for i in piece], pad_token_id, ranks.device)
+    for _, batch in token_batches(own, micro_batch_tokens, pad_token_id, ranks.device, share=False):
         with torch.set_grad_enabled(scale is not None):
             with autocast(ranks.device, config.model.dtype):
-                loss = -token_logprobs(model, batch).logprobs.sum()
+                loss = -token_logprobs(model, batch).sum()
             if scale is not None:
                 (loss * scale).backward()
         total += loss.detach().double()

@@ -235,6 +235,8 @@ class LearnerConfig(Section):
     cpus: Annotated[float, Field(ge=0)] = 1.0
     gpus: Annotated[float, Field(ge=0)] = 0.0
     threads: Positive = 1
+    gradient_checkpointing: bool = False
+    """Keep only each layer's input for the backward pass and compute the rest again: less memory, more arithmetic."""
     max_failures: Annotated[int, Field(ge=0)] = 1
     """How often Ray Train restarts the worker group from the last checkpoint."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -41,6 +43,16 @@ class Ranks:
         tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return float(tensor)
+
+    def peak_memory_mib(self) -> float:
+        """Most memory that a rank has held, the largest over all ranks: on a GPU what torch has allocated since the
+        last call, on a CPU the whole process's resident set since its start."""
+        if self.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self.device) / 2**20
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+        return self.max(peak)
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Add every rank's gradients, once per optimiser step; a rank without rows contributes zeros."""

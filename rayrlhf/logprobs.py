@@ -1,4 +1,4 @@
-"""The one forward pass: log-probs, values and scores of right-padded batches.
+"""The one forward pass: log-probs, values and scores of a batch.
 
 Learner, scorer and the SFT and reward-model stages all call these functions, at the same temperature and in the
 same precision, so that their numbers can be compared. N is the number of predicted tokens of the batch.
@@ -6,45 +6,63 @@ same precision, so that their numbers can be compared. N is the number of predic
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy, log_softmax
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from rayrlhf.batching import TokenBatch
+
+LOGITS = 2**25
+"""Most logits that are held at once: 128 MiB of float32, and the same again for their log-softmax and its gradient."""
 
 
 class TokenLogprobs(NamedTuple):
     logprobs: Tensor
     """[N] log pi(token | what precedes it), nats, float32"""
     entropy: Tensor
-    """[N] entropy of the distribution each token was drawn from, nats, float32, without gradient"""
+    """[N] entropy of the distribution each token was drawn from, nats, float32"""
+
+
+_SHARING = {"opt", "gpt2", "gptj", "gpt_neox", "llama", "qwen2"}
+"""Architectures that take any mask and positions, as tests show. BLOOM's positions are in its attention scores."""
+
+
+def shares_prompts(model: PreTrainedModel) -> bool:
+    """Whether rows with the same prompt may share a line of a batch (see `rayrlhf.batching`)."""
+    config = model.config
+    # Our own mask would take the place of the one that a sliding window is made of.
+    windowed = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
+    return config.model_type in _SHARING and not windowed
 
 
 def hidden_states(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
-    """[B, T, H] last hidden states. No mask is passed: see `rayrlhf.batching` for why right padding needs none."""
-    return model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+    """[L * T, H] last hidden states of all positions, line by line.
 
-
-def states_before_tokens(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
-    """[N, H] for every predicted token the state one position before it: what the policy saw when it acted."""
-    return hidden_states(model, batch)[:, :-1][batch.mask[:, 1:]]
-
-
-def token_logprobs(model: PreTrainedModel, batch: TokenBatch, temperature: float = 1.0) -> TokenLogprobs:
-    """Log-probs of the batch's predicted tokens under a causal language model at `temperature`.
-
-    Logits are computed at the predicted positions only, never [tokens x vocabulary] for the prompt.
+    A mask is passed only where rows share a prompt: see `rayrlhf.batching` for why right padding needs none.
     """
-    targets = batch.input_ids[:, 1:][batch.mask[:, 1:]]
-    logits = model.get_output_embeddings()(states_before_tokens(model, batch)).float() / temperature
-    log_z = torch.logsumexp(logits, dim=-1)
-    logprobs = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - log_z
-    with torch.no_grad():
-        probabilities = torch.exp(logits - log_z.unsqueeze(-1))
-        entropy = log_z - (probabilities * logits).sum(-1)
-    return TokenLogprobs(logprobs, entropy)
+    layout: dict[str, Tensor] = {}
+    visible = batch.visible()
+    if visible is not None and batch.positions is not None:
+        # What is added to the attention's scores: the one form of a mask that all architectures read alike.
+        hidden = torch.zeros_like(visible, dtype=torch.float32).masked_fill_(~visible, torch.finfo(torch.float32).min)
+        layout = {"attention_mask": hidden, "position_ids": batch.positions}
+    return model.base_model(input_ids=batch.input_ids, use_cache=False, **layout).last_hidden_state.flatten(0, 1)
+
+
+def token_logprobs(model: PreTrainedModel, batch: TokenBatch, temperature: float = 1.0) -> Tensor:
+    """[N] log pi(token | what precedes it), nats, float32, under a causal language model at `temperature`."""
+    return _of_logits(_chosen, model, batch, temperature)
+
+
+@torch.no_grad()
+def token_logprobs_and_entropy(model: PreTrainedModel, batch: TokenBatch, temperature: float = 1.0) -> TokenLogprobs:
+    """`token_logprobs` without gradient, and the entropy, which costs a good part of a log-softmax more."""
+    return TokenLogprobs(*_of_logits(_chosen_and_entropy, model, batch, temperature).unbind(-1))
 
 
 def token_values(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
@@ -52,7 +70,7 @@ def token_values(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
 
     A value model that starts as a reward model starts with its scores, `reward_bias` included.
     """
-    return _scalar_head(model, states_before_tokens(model, batch))
+    return _scalar_head(model, hidden_states(model, batch)[batch.states])
 
 
 def sequence_scores(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
@@ -61,8 +79,7 @@ def sequence_scores(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
     The bias makes reference answers score 0 on average (Ziegler et al. 2019, section 2.1); a plain loader of the
     saved model differs from this function by exactly that constant.
     """
-    hidden = hidden_states(model, batch)
-    return _scalar_head(model, hidden[torch.arange(len(hidden), device=hidden.device), batch.lengths - 1])
+    return _scalar_head(model, hidden_states(model, batch)[batch.ends])
 
 
 def _scalar_head(model: PreTrainedModel, states: Tensor) -> Tensor:
@@ -70,3 +87,38 @@ def _scalar_head(model: PreTrainedModel, states: Tensor) -> Tensor:
     with torch.autocast(states.device.type, enabled=False):
         scores: Tensor = model.score(states.float()).squeeze(-1)
     return scores + float(getattr(model.config, "reward_bias", 0.0))
+
+
+def _of_logits(
+    measure: Callable[[Tensor, Tensor], Tensor], model: PreTrainedModel, batch: TokenBatch, temperature: float
+) -> Tensor:
+    """[N, ...] `measure` of the float32 logits [n, V] and targets [n] of all predicted tokens, n of them at a time.
+
+    There are logits of predicted tokens only, and never more than `LOGITS` at once: where there would be, a chunk's are
+    computed again in the backward pass.
+    """
+    states = hidden_states(model, batch)[batch.states]
+    head: Any = model.get_output_embeddings()
+
+    def measured(states: Tensor, targets: Tensor) -> Tensor:
+        # The states are divided, not the logits, of which there are far more.
+        logits = head(states / temperature).float()
+        if getattr(head, "bias", None) is not None:
+            logits = logits + head.bias * (1.0 / temperature - 1.0)
+        return measure(logits, targets)
+
+    size = max(1, LOGITS // head.weight.shape[0])
+    if len(states) <= size:
+        return measured(states, batch.targets)
+    chunks = zip(states.split(size), batch.targets.split(size), strict=True)
+    return torch.cat([checkpoint(measured, *each, use_reentrant=False, preserve_rng_state=False) for each in chunks])
+
+
+def _chosen(logits: Tensor, targets: Tensor) -> Tensor:
+    return -cross_entropy(logits, targets, reduction="none")
+
+
+def _chosen_and_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    logprobs = log_softmax(logits, dim=-1)
+    chosen = logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    return torch.stack([chosen, -(logprobs.exp() * logprobs).sum(-1)], dim=-1)

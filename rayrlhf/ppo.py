@@ -17,12 +17,12 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from rayrlhf.advantages import generalized_advantages, kl_penalised_rewards, whiten
-from rayrlhf.batching import Row, TokenBatch, collate, micro_batches, shard
+from rayrlhf.batching import Row, TokenBatch, shard, token_batches
 from rayrlhf.config import PPOConfig
 from rayrlhf.distributed import Ranks
 from rayrlhf.errors import UserError
 from rayrlhf.kl import KLController
-from rayrlhf.logprobs import token_logprobs, token_values
+from rayrlhf.logprobs import shares_prompts, token_logprobs, token_logprobs_and_entropy, token_values
 from rayrlhf.losses import importance_weights, policy_loss, value_loss
 from rayrlhf.models.loading import autocast
 from rayrlhf.optimizer import Optimizer
@@ -68,6 +68,7 @@ class PPO:
         self.policy, self.value_model = policy, value_model
         self.config, self.ranks, self.seed = config, ranks, seed
         self.pad_token_id, self.dtype = pad_token_id, dtype
+        self.share_prompts = shares_prompts(policy) and shares_prompts(value_model)
         updates = config.steps * config.epochs * config.minibatches
         self.policy_optimizer = Optimizer(policy, config.optimizer, updates)
         self.value_optimizer = Optimizer(value_model, config.optimizer, updates, lr=config.value_lr)
@@ -80,7 +81,8 @@ class PPO:
             FloatingPointError: a score or a gradient is not finite, on every rank; the weights are those before the
                 failing update.
         """
-        own = shard([t.length for t in trajectories], self.ranks.world)[self.ranks.rank]
+        prompts = [t.prompt_id for t in trajectories]
+        own = shard([t.length for t in trajectories], self.ranks.world, prompts)[self.ranks.rank]
         experience, metrics = self.make_experience([trajectories[i] for i in own])
         by_index = dict(zip(own, experience, strict=True))
         # Every rank draws the same permutations of the global batch, so mini-batches do not depend on the sharding.
@@ -121,7 +123,7 @@ class PPO:
         entropy = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
         for indices, batch in self._micro_batches(rows):
             with torch.no_grad(), autocast(self.ranks.device, self.dtype):
-                policy = token_logprobs(self.policy, batch, self.config.temperature)
+                policy = token_logprobs_and_entropy(self.policy, batch, self.config.temperature)
                 value = token_values(self.value_model, batch)
             entropy += policy.entropy.sum()
             split = zip(indices, policy.logprobs.split(batch.counts), value.split(batch.counts), strict=True)
@@ -177,7 +179,7 @@ class PPO:
             weights = torch.cat([e.weights for e in chosen])
 
             with torch.set_grad_enabled(train_policy), autocast(self.ranks.device, self.dtype):
-                logprobs = token_logprobs(self.policy, batch, config.temperature).logprobs
+                logprobs = token_logprobs(self.policy, batch, config.temperature)
             surrogate = policy_loss(logprobs, old_logprobs, advantages, config.clip_range)
             weighted = weights * surrogate.loss
             if train_policy:
@@ -230,8 +232,9 @@ class PPO:
         self.kl.beta = float(state["beta"])
 
     def _micro_batches(self, rows: Sequence[Row]) -> Iterator[tuple[list[int], TokenBatch]]:
-        for indices in micro_batches([len(row.ids) for row in rows], self.config.micro_batch_tokens):
-            yield indices, collate([rows[i] for i in indices], self.pad_token_id, self.ranks.device)
+        return token_batches(
+            rows, self.config.micro_batch_tokens, self.pad_token_id, self.ranks.device, share=self.share_prompts
+        )
 
     def _pad(self, rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """[B, R] rows padded on the right with zeros, and the mask of what is real."""

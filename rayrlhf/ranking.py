@@ -94,25 +94,3 @@ def margin_histogram(margins: Tensor, edges: Sequence[float] = MARGIN_EDGES) -> 
     """[len(edges) + 1] counts of margins below the first edge, in [edge, next edge), and from the last edge on."""
     places = torch.bucketize(margins.double(), torch.tensor(edges, dtype=torch.float64), right=True)
     return torch.bincount(places, minlength=len(edges) + 1).tolist()
-
-
-def prompt_micro_batches(lengths: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
-    """Cut prompts into micro-batches of at most `max_tokens` padded tokens (all answers x longest row).
-
-    A prompt's answers stay together, because their pairs need each other's scores; a prompt with more tokens than
-    that gets a micro-batch of its own. Every index appears exactly once.
-
-    Args:
-        lengths: for each prompt the lengths of its rows (prompt + answer), in tokens.
-    """
-    order = sorted(range(len(lengths)), key=lambda i: -max(lengths[i]))
-    cut: list[list[int]] = []
-    rows = longest = 0
-    for i in order:
-        if cut and (rows + len(lengths[i])) * longest <= max_tokens:
-            cut[-1].append(i)
-            rows += len(lengths[i])
-        else:
-            cut.append([i])
-            rows, longest = len(lengths[i]), max(lengths[i])
-    return cut

@@ -15,18 +15,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rayrlhf.batching import Row, TokenBatch, collate, micro_batches, shard
+from rayrlhf.batching import Row, TokenBatch, shard, token_batches
 from rayrlhf.config import Config
 from rayrlhf.data.comparisons import RankedAnswers
 from rayrlhf.distributed import Ranks
-from rayrlhf.logprobs import sequence_scores, token_logprobs
+from rayrlhf.logprobs import sequence_scores, shares_prompts, token_logprobs
 from rayrlhf.models.loading import autocast
 from rayrlhf.ranking import (
     MARGIN_EDGES,
     accuracy_by_confidence,
     flatten_pairs,
     margin_histogram,
-    prompt_micro_batches,
     ranking_accuracy,
     ranking_loss,
 )
@@ -58,13 +57,16 @@ def ranked_pass(
     the gradient of the whole batch, however it was cut. Without, no gradient is computed.
     """
     rows = [rows_of(c) for c in comparisons]
-    lengths = [[len(row.ids) for row in answers] for answers in rows]
-    own = shard([sum(each) for each in lengths], ranks.world)[ranks.rank]
+    own = shard([sum(len(row.ids) for row in each) for each in rows], ranks.world)[ranks.rank]
+    # A prompt's answers stay together, because their pairs need each other's scores.
+    prompts = [i for i in own for _ in rows[i]]
     margins: dict[int, list[float]] = {}
     total = 0.0
-    for piece in prompt_micro_batches([lengths[i] for i in own], config.reward_model.micro_batch_tokens):
-        chosen = [own[i] for i in piece]
-        batch = collate([row for i in chosen for row in rows[i]], pad_token_id, ranks.device)
+    for indices, batch in token_batches(
+        [row for i in own for row in rows[i]], config.reward_model.micro_batch_tokens, pad_token_id, ranks.device,
+        share=shares_prompts(model), groups=prompts,
+    ):  # fmt: skip
+        chosen = list(dict.fromkeys(prompts[i] for i in indices))
         pairs = flatten_pairs([comparisons[i].pairs for i in chosen], [len(rows[i]) for i in chosen])
         with torch.set_grad_enabled(scale is not None):
             with autocast(ranks.device, config.model.dtype):
@@ -88,7 +90,7 @@ def score_rows(
     model: PreTrainedModel, rows: Sequence[Row], pad_token_id: int, config: Config, ranks: Ranks
 ) -> NDArray[np.float64]:
     """[n] float64 scores of all rows, on every rank, in the order of `rows`."""
-    return _row_by_row(lambda batch: sequence_scores(model, batch), rows, pad_token_id, config, ranks)
+    return _row_by_row(model, sequence_scores, rows, pad_token_id, config, ranks)
 
 
 def answer_logprobs(
@@ -97,10 +99,10 @@ def answer_logprobs(
     """[n] float64 log p(answer | prompt) in nats under a causal language model at temperature 1: the sum over the
     predicted tokens of each row, on every rank, in the order of `rows`."""
 
-    def sums(batch: TokenBatch) -> Tensor:
-        return torch.stack([each.sum() for each in token_logprobs(model, batch).logprobs.split(batch.counts)])
+    def sums(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
+        return torch.stack([each.sum() for each in token_logprobs(model, batch).split(batch.counts)])
 
-    return _row_by_row(sums, rows, pad_token_id, config, ranks)
+    return _row_by_row(model, sums, rows, pad_token_id, config, ranks)
 
 
 def summary(measured: Measured) -> dict[str, float]:
@@ -126,16 +128,19 @@ def summary(measured: Measured) -> dict[str, float]:
 
 
 def _row_by_row(
-    measure: Callable[[TokenBatch], Tensor], rows: Sequence[Row], pad_token_id: int, config: Config, ranks: Ranks
-) -> NDArray[np.float64]:
+    model: PreTrainedModel, measure: Callable[[PreTrainedModel, TokenBatch], Tensor], rows: Sequence[Row],
+    pad_token_id: int, config: Config, ranks: Ranks,
+) -> NDArray[np.float64]:  # fmt: skip
     """`measure` ([B] of a batch of B rows) of all rows, without gradient, on every rank, in the order of `rows`."""
-    own = shard([len(row.ids) for row in rows], ranks.world)[ranks.rank]
+    own = shard([len(row.ids) for row in rows], ranks.world, [row.prompt_key for row in rows])[ranks.rank]
     values: dict[int, float] = {}
-    for piece in micro_batches([len(rows[i].ids) for i in own], config.reward_model.micro_batch_tokens):
-        chosen = [own[i] for i in piece]
+    for indices, batch in token_batches(
+        [rows[i] for i in own], config.reward_model.micro_batch_tokens, pad_token_id, ranks.device,
+        share=shares_prompts(model),
+    ):  # fmt: skip
         with torch.no_grad(), autocast(ranks.device, config.model.dtype):
-            found = measure(collate([rows[i] for i in chosen], pad_token_id, ranks.device))
-        values |= dict(zip(chosen, found.tolist(), strict=True))
+            found = measure(model, batch)
+        values |= dict(zip([own[i] for i in indices], found.tolist(), strict=True))
     everywhere = {i: value for each in _gather(ranks, values) for i, value in each.items()}
     return np.array([everywhere[i] for i in range(len(rows))])
 

@@ -8,14 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rayrlhf.batching import Row, collate, micro_batches
+from rayrlhf.batching import Row, token_batches
 from rayrlhf.errors import UserError
-from rayrlhf.logprobs import sequence_scores
+from rayrlhf.logprobs import sequence_scores, shares_prompts
 from rayrlhf.models.loading import autocast
 from rayrlhf.trajectory import Trajectory
 
@@ -44,10 +43,12 @@ class RewardModelFunction:
         self.pad_token_id, self.micro_batch_tokens, self.dtype = pad_token_id, micro_batch_tokens, dtype
 
     def __call__(self, trajectories: Sequence[Trajectory]) -> dict[str, list[float]]:
-        rows = [Row(t.token_ids, np.zeros(t.length, np.bool_)) for t in trajectories]
+        rows = [Row.completion(t.prompt_ids, t.response_ids) for t in trajectories]
         result = [0.0] * len(rows)
-        for indices in micro_batches([t.length for t in trajectories], self.micro_batch_tokens):
-            batch = collate([rows[i] for i in indices], self.pad_token_id, self.model.device)
+        share = shares_prompts(self.model)
+        for indices, batch in token_batches(
+            rows, self.micro_batch_tokens, self.pad_token_id, self.model.device, share=share
+        ):
             with torch.no_grad(), autocast(self.model.device, self.dtype):
                 values = sequence_scores(self.model, batch).tolist()
             for i, value in zip(indices, values, strict=True):

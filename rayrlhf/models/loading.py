@@ -26,7 +26,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rayrlhf.batching import TokenBatch
+from rayrlhf.batching import Row, collate
 from rayrlhf.errors import UserError
 from rayrlhf.logprobs import hidden_states
 from rayrlhf.run import replacing
@@ -154,6 +154,20 @@ def load_reward_model(
     return model.to(device)
 
 
+def checkpoint_gradients(model: PreTrainedModel) -> PreTrainedModel:
+    """The model, which from now on computes each layer again in the backward pass. Results do not change.
+
+    Raises:
+        UserError: an architecture that cannot.
+    """
+    if not model.supports_gradient_checkpointing:
+        raise UserError(
+            f"{type(model).__name__} cannot checkpoint gradients; set resources.learner.gradient_checkpointing to false"
+        )
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model.train()  # transformers checkpoints in training mode only; there is no dropout left
+
+
 def save_model(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: str | Path, **config_fields: Any
 ) -> None:
@@ -254,12 +268,12 @@ def _require_plain_logits(model: PreTrainedModel, path: str) -> None:
     """Compare the model's logits with lm_head(hidden), enlarged on the way so that even a soft cap shows."""
     head = model.get_output_embeddings()
     ids = torch.arange(1, 6).unsqueeze(0)
-    batch = TokenBatch(ids, torch.ones_like(ids, dtype=torch.bool), torch.tensor([5]))
+    batch = collate([Row.completion([1], [2, 3, 4, 5])], pad_token_id=0)
     handle = head.register_forward_hook(lambda _module, _inputs, output: output * 1e3) if head is not None else None
     try:
         with torch.no_grad():
             plain = head is not None and torch.allclose(
-                model(input_ids=ids, use_cache=False).logits, head(hidden_states(model, batch)), rtol=1e-3, atol=1e-2
+                model(input_ids=ids, use_cache=False).logits[0], head(hidden_states(model, batch)), rtol=1e-3, atol=1e-2
             )
     finally:
         if handle is not None:

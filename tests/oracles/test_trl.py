@@ -18,7 +18,7 @@ from trl.trainer.utils import entropy_from_logits, selective_log_softmax
 
 from rayrlhf.advantages import whiten
 from rayrlhf.batching import Row, collate
-from rayrlhf.logprobs import token_logprobs
+from rayrlhf.logprobs import token_logprobs_and_entropy
 from rayrlhf.models.loading import load_policy, resolve_model
 
 PAD = 1
@@ -43,7 +43,7 @@ def test_logprobs_and_entropy_at_a_temperature_whatever_the_padding(temperature:
     pairs = [[torch.randint(3, policy.config.vocab_size, (n,), generator=generator) for n in pair] for pair in lengths]
     with torch.no_grad():
         batch = collate([Row.completion(p.numpy(), r.numpy()) for p, r in pairs], PAD)
-        ours = token_logprobs(policy, batch, temperature)
+        ours = token_logprobs_and_entropy(policy, batch, temperature)
         queries = pad_sequence([p for p, _ in pairs], batch_first=True, padding_value=PAD, padding_side="left")
         responses = torch.stack([r for _, r in pairs])
         output = forward(policy, torch.cat([queries, responses], 1), PAD)

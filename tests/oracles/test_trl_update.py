@@ -169,8 +169,8 @@ def trajectories(given: Problem) -> list[Trajectory]:
     for i, (prompt, response) in enumerate(zip(given.prompts, given.responses, strict=True)):
         batch = collate([Row.completion(prompt, response)], PAD)
         with torch.no_grad():
-            own = token_logprobs(given.policy, batch, TEMPERATURE).logprobs.numpy()
-            reference = token_logprobs(given.reference, batch, TEMPERATURE).logprobs.numpy()
+            own = token_logprobs(given.policy, batch, TEMPERATURE).numpy()
+            reference = token_logprobs(given.reference, batch, TEMPERATURE).numpy()
             score = float(sequence_scores(given.reward_model, batch))
         out.append(
             Trajectory(
@@ -253,9 +253,9 @@ def test_trl_scores_one_position_behind_eos(trl_update: Update) -> None:
     policy, value_model = copy.deepcopy((given.policy, given.value_model))
     steps = collate([Row.completion(t.prompt_ids, np.array(r)) for t, r in zip(batch, late, strict=True)], PAD)
     tokens = collate([Row.completion(t.prompt_ids, t.response_ids) for t in batch], PAD)
-    values, logprobs = token_values(value_model, steps), token_logprobs(policy, tokens, TEMPERATURE).logprobs
+    values, logprobs = token_values(value_model, steps), token_logprobs(policy, tokens, TEMPERATURE)
 
-    step_mask, mask = (padded(torch.ones(int(b.mask.sum()), dtype=torch.bool), b) for b in (steps, tokens))
+    step_mask, mask = (padded(torch.ones(sum(b.counts), dtype=torch.bool), b) for b in (steps, tokens))
     references = torch.cat([torch.tensor(t.ref_logprobs) for t in batch])
     old, reference = padded(logprobs.detach(), tokens), padded(references, tokens)
     scores = torch.tensor([t.rewards["reward_model"] for t in batch])

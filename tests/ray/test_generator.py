@@ -183,7 +183,7 @@ def test_logprobs_are_of_the_sampling_temperature(
     # The learner's own pass, all rows in one padded batch.
     batch = collate([Row.completion(t.prompt_ids, t.response_ids) for t in trajectories], pad_token_id=1)
     with torch.no_grad():
-        learner = token_logprobs(embedded, batch, temperature).logprobs.numpy()
+        learner = token_logprobs(embedded, batch, temperature).numpy()
     np.testing.assert_allclose(np.concatenate([t.generator_logprobs for t in trajectories]), learner, atol=tolerance)
     assert _gap(embedded, trajectories, 1.0) > 0.1
     for request, trajectory in zip(requests, trajectories, strict=True):

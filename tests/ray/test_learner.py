@@ -146,6 +146,7 @@ def test_the_generator_follows_the_learner(undisturbed: tuple[Path, list[dict[st
     _, metrics, batches = undisturbed
     assert [line["step"] for line in metrics] == list(range(STEPS))
     assert abs(metrics[0]["ppo/kl"]) < 1e-3
+    assert all(line["memory/learner_peak_mib"] > 100 for line in metrics)
     for line, batch in zip(metrics, batches, strict=True):
         assert line["ppo/logprob_gap/max"] < 1e-4
         assert line["ppo/first_ratio_off_one"] < 1e-5

@@ -86,6 +86,7 @@ def test_learns_a_separable_preference_and_centres_the_references(tmp_path: Path
     train, heldout = toy(96, seed=0), toy(40, seed=1, heldout=True)
     run_dir, metrics = run_reward_model(make_config(tmp_path), train + heldout)
     assert [m["step"] for m in metrics] == list(range(13))
+    assert metrics[1]["memory/learner_peak_mib"] > 100
     assert metrics[0]["rm/prompts"] == 96 and metrics[0]["rm/heldout_prompts"] == 40
     assert metrics[0]["rm/pairs"] == sum(len(c.response_ids) * (len(c.response_ids) - 1) // 2 for c in train)
     assert metrics[-1]["rm/heldout_accuracy"] > 0.9 > metrics[0]["rm/heldout_accuracy"]

@@ -228,6 +228,19 @@ def test_loss_on_all_counts_every_token_but_the_first(tmp_path: Path, data: tupl
     assert metrics[1]["sft/tokens"] == sum(int(row.mask.sum()) for row in rows)
 
 
+def test_gradient_checkpointing_ends_with_the_same_weights(
+    tmp_path: Path, data: tuple[list[Row], list[DevPrompt]]
+) -> None:
+    config, rows = make_config(tmp_path), (data[0][:48], data[1][:4])
+    kept, metrics = run_sft(config, rows)
+    assert metrics[1]["memory/learner_peak_mib"] > 100
+    learner = config.resources.learner.model_copy(update={"gradient_checkpointing": True})
+    config = make_config(tmp_path / "again")
+    resources = config.resources.model_copy(update={"learner": learner})
+    again, _ = run_sft(config.model_copy(update={"resources": resources}), rows)
+    torch.testing.assert_close(weights(again / "sft"), weights(kept / "sft"), rtol=0, atol=1e-6)
+
+
 def test_bad_data_is_one_line(tmp_path: Path, data: tuple[list[Row], list[DevPrompt]]) -> None:
     long = Row.completion([2] * 1000, [5] * 25)
     with pytest.raises(UserError, match="1025 tokens and the model's context is 1024"):

@@ -1,4 +1,4 @@
-"""Every family's log-probs, values and scores against transformers itself; loading, saving and refusals."""
+"""Loading, saving and refusals of models and tokenizers."""
 
 from __future__ import annotations
 
@@ -11,24 +11,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import (
-    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    BloomConfig,
     CohereConfig,
     Gemma2Config,
     GPT2Config,
-    GPTJConfig,
-    GPTNeoXConfig,
     GraniteConfig,
-    LlamaConfig,
     OPTConfig,
     PreTrainedTokenizerBase,
-    Qwen2Config,
 )
 
-from rayrlhf.batching import Row, TokenBatch, collate
 from rayrlhf.errors import UserError
-from rayrlhf.logprobs import sequence_scores, token_logprobs, token_values
 from rayrlhf.models.loading import (
     autocast,
     check_vocabulary,
@@ -38,136 +30,8 @@ from rayrlhf.models.loading import (
     load_tokenizer,
     parameter_count,
     resolve_model,
-    save_model,
 )
-
-V = 96
-TINY = resolve_model("embedded:opt-tiny")
-OPT = {
-    "vocab_size": V, "hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "max_position_embeddings": 64, "word_embed_proj_dim": 32,
-}  # fmt: skip
-LLAMA: dict[str, Any] = {
-    "vocab_size": V, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 1,
-}  # fmt: skip
-FAMILIES = {
-    "opt": OPTConfig(**OPT, dropout=0.1, layerdrop=0.1),
-    "opt-untied-projected": OPTConfig(**{**OPT, "word_embed_proj_dim": 16}, tie_word_embeddings=False),
-    "opt-post-norm": OPTConfig(**{**OPT, "word_embed_proj_dim": 16}, do_layer_norm_before=False),
-    "gpt-j": GPTJConfig(vocab_size=V, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=64),
-    "gpt-2": GPT2Config(vocab_size=V, n_embd=32, n_layer=2, n_head=4, n_positions=64),
-    "gpt-neox": GPTNeoXConfig(
-        vocab_size=V, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=64, attention_dropout=0.1, hidden_dropout=0.1,
-    ),
-    "bloom": BloomConfig(vocab_size=V, hidden_size=32, n_layer=2, n_head=4, hidden_dropout=0.1, attention_dropout=0.1),
-    "llama": LlamaConfig(**LLAMA),
-    "qwen2": Qwen2Config(**LLAMA, tie_word_embeddings=True),
-}  # fmt: skip
-
-
-def write_model(config: Any, directory: Path, std: float = 0.3, auto: Any = AutoModelForCausalLM) -> Path:
-    """A random model of `config`; large weights, so that positions, masks and dropout would all show."""
-    config.pad_token_id, config.bos_token_id, config.eos_token_id = 1, 2, 2
-    torch.manual_seed(0)
-    model = auto.from_config(config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0.0, std)
-            elif name.endswith("bias"):
-                parameter.normal_(0.0, 0.1)
-    model.save_pretrained(directory)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(Path(TINY) / name, directory)
-    return directory
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(FAMILIES[request.param], tmp_path_factory.mktemp("models") / request.param)
-
-
-def rows() -> list[Row]:
-    """Four rows of mixed lengths; the EOS id also stands in the prompt, as OPT's BOS does."""
-    generator = torch.Generator().manual_seed(1)
-    made = []
-    for prompt, response in ((5, 9), (1, 1), (20, 3), (2, 12)):
-        ids = torch.randint(3, V, (prompt + response,), generator=generator).tolist()
-        made.append(Row.completion([2, *ids[1:prompt]], ids[prompt:]))
-    return made
-
-
-def with_other_padding(batch: TokenBatch) -> TokenBatch:
-    behind = torch.arange(batch.input_ids.shape[1]) >= batch.lengths[:, None]
-    junk = torch.randint(3, V, batch.input_ids.shape, generator=torch.Generator().manual_seed(2))
-    return TokenBatch(torch.where(behind, junk, batch.input_ids), batch.mask, batch.lengths)
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_token_logprobs_equal_an_unpadded_forward_pass_of_each_row(family: Path, temperature: float) -> None:
-    ours = load_policy(str(family))
-    theirs = AutoModelForCausalLM.from_pretrained(family).eval()
-    batch = collate(rows(), pad_token_id=1)
-    with torch.no_grad():
-        found = token_logprobs(ours, batch, temperature)
-        junk = token_logprobs(ours, with_other_padding(batch), temperature)
-        expected, entropies = [], []
-        for row in rows():
-            ids = torch.from_numpy(row.ids)[None]
-            mask = torch.from_numpy(row.mask)[1:]
-            reference = torch.log_softmax(theirs(ids).logits[0, :-1].double() / temperature, dim=-1)[mask]
-            expected.append(reference.gather(1, ids[0, 1:][mask][:, None])[:, 0])
-            entropies.append(-(reference.exp() * reference).sum(-1))
-    torch.testing.assert_close(found.logprobs.double(), torch.cat(expected), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(found.entropy.double(), torch.cat(entropies), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(junk.logprobs, found.logprobs, rtol=1e-6, atol=1e-6)
-
-
-def test_values_and_scores_equal_transformers_own_classifier_on_unpadded_rows(family: Path, tmp_path: Path) -> None:
-    fresh = load_reward_model(str(family), fresh_head_seed=3)
-    save_model(fresh, load_tokenizer(str(family)), tmp_path / "rm", reward_bias=0.75)
-    ours = load_reward_model(str(tmp_path / "rm"))
-    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm").eval()
-    batch = collate(rows(), pad_token_id=1)
-    with torch.no_grad():
-        scores, values = sequence_scores(ours, batch), token_values(ours, batch)
-        junk = with_other_padding(batch)
-        torch.testing.assert_close(sequence_scores(ours, junk), scores, rtol=1e-6, atol=1e-6)
-        torch.testing.assert_close(token_values(ours, junk), values, rtol=1e-6, atol=1e-6)
-        for row, score, row_values in zip(rows(), scores, values.split(batch.counts), strict=True):
-            ids = torch.from_numpy(row.ids)[None]
-            plain = theirs(input_ids=ids).logits[0, 0]
-            torch.testing.assert_close(score, plain + 0.75, rtol=1e-5, atol=1e-5)
-            # The value of a state is the score of the sequence that ends there, bias included: cut before each token.
-            ends = [int(t) for t in torch.from_numpy(row.mask).nonzero()[:, 0]]
-            prefixes = torch.stack([theirs(input_ids=ids[:, :t]).logits[0, 0] for t in ends])
-            torch.testing.assert_close(row_values, prefixes + 0.75, rtol=1e-5, atol=1e-5)
-
-
-def test_no_dropout_even_in_training_mode_and_gradients_flow(family: Path) -> None:
-    model = load_policy(str(family)).train()
-    batch = collate(rows(), pad_token_id=1)
-    first, second = token_logprobs(model, batch).logprobs, token_logprobs(model, batch).logprobs
-    assert torch.equal(first, second)
-    first.sum().backward()
-    assert all(p.grad is not None and p.dtype == torch.float32 for p in model.parameters())
-
-
-def test_save_and_load_keep_every_weight(family: Path, tmp_path: Path) -> None:
-    model, tokenizer = load_policy(str(family)), load_tokenizer(str(family))
-    save_model(model, tokenizer, tmp_path / "copy")
-    save_model(model, tokenizer, tmp_path / "copy")  # replaces
-    again = load_policy(str(tmp_path / "copy"))
-    for (name, before), (_, after) in zip(model.named_parameters(), again.named_parameters(), strict=True):
-        assert torch.equal(before, after), name
-    assert [p.name for p in tmp_path.iterdir()] == ["copy"]
-    generation = json.loads((tmp_path / "copy" / "generation_config.json").read_text())
-    assert generation["eos_token_id"] == 2 and generation["pad_token_id"] == 1
-    assert not {"temperature", "top_p", "top_k", "do_sample"} & generation.keys()
-    stored = load_file(tmp_path / "copy" / "model.safetensors")
-    assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
+from tests.families import FAMILIES, LLAMA, OPT, TINY, write_model
 
 
 def test_fresh_head_has_the_published_scale_and_depends_on_its_seed_only(tmp_path: Path) -> None:

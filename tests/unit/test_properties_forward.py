@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -19,7 +20,7 @@ from rayrlhf.config import Config
 from rayrlhf.config_file import parse_config
 from rayrlhf.data.comparisons import RankedAnswers
 from rayrlhf.distributed import Ranks
-from rayrlhf.logprobs import sequence_scores, token_logprobs, token_values
+from rayrlhf.logprobs import sequence_scores, token_logprobs_and_entropy, token_values
 from rayrlhf.reward_model import ranked_pass
 from rayrlhf.rewards import RewardModelFunction
 from tests.tiny import EOS, PAD, VOCABULARY, difference, gradient, random_trajectories, tiny_models
@@ -46,13 +47,12 @@ def random_rows(lengths: list[tuple[int, int]], seed: int) -> list[Row]:
 
 def with_junk(batch: TokenBatch, extra: int, seed: int) -> TokenBatch:
     """The same rows padded `extra` tokens further, with any ids in the padding, EOS and PAD included."""
-    width = batch.input_ids.shape[1] + extra
-    junk = torch.randint(0, VOCABULARY, (len(batch.lengths), width), generator=torch.Generator().manual_seed(seed))
-    mask = torch.zeros_like(junk, dtype=torch.bool)
-    real = torch.arange(width) < batch.lengths[:, None]
-    junk[real] = batch.input_ids[real[:, : width - extra]]
-    mask[:, : width - extra] = batch.mask
-    return TokenBatch(junk, mask, batch.lengths)
+    (count, old), width = batch.input_ids.shape, batch.input_ids.shape[1] + extra
+    junk = torch.randint(0, VOCABULARY, (count, width), generator=torch.Generator().manual_seed(seed))
+    real = torch.arange(old) <= (batch.ends % old)[:, None]
+    junk[:, :old] = torch.where(real, batch.input_ids, junk[:, :old])
+    states, ends = (index // old * width + index % old for index in (batch.states, batch.ends))
+    return replace(batch, input_ids=junk, states=states, ends=ends)
 
 
 @given(ROWS, TEMPERATURES, st.integers(0, 9), st.integers(0, 99))
@@ -63,12 +63,12 @@ def test_a_row_does_not_depend_on_its_batch_or_on_what_pads_it(
     policy, scorer = models()
     batch = with_junk(collate(rows, PAD), extra, seed)
     with torch.no_grad():
-        together = token_logprobs(policy, batch, temperature)
+        together = token_logprobs_and_entropy(policy, batch, temperature)
         values, scores = token_values(scorer, batch), sequence_scores(scorer, batch)
         columns = (together.logprobs, together.entropy, values)
         for i, (row, *found) in enumerate(zip(rows, *(c.split(batch.counts) for c in columns), strict=True)):
             alone = collate([row], PAD)
-            own = token_logprobs(policy, alone, temperature)
+            own = token_logprobs_and_entropy(policy, alone, temperature)
             for ours, theirs in zip(found, (own.logprobs, own.entropy, token_values(scorer, alone)), strict=True):
                 # Dividing the logits magnifies their rounding errors.
                 torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 + 1e-5 / temperature)
@@ -81,7 +81,7 @@ def test_temperature_divides_the_logits(rows: list[Row], temperature: float) -> 
     policy, _ = models()
     batch = collate(rows, PAD)
     with torch.no_grad():
-        found = token_logprobs(policy, batch, temperature)
+        found = token_logprobs_and_entropy(policy, batch, temperature)
         expected, entropy = [], []
         for row in rows:
             ids = torch.from_numpy(row.ids)
@@ -181,5 +181,5 @@ def test_reward_model_gradients_do_not_depend_on_the_cut(
 
 def test_the_cuts_above_are_real_cuts() -> None:
     """Small limits give several micro-batches, large ones one: the properties compare different computations."""
-    lengths = [5, 9, 14, 3]
-    assert len(micro_batches(lengths, 1)) == 4 and len(micro_batches(lengths, 120)) == 1
+    sizes = [(1, length) for length in (5, 9, 14, 3)]
+    assert len(micro_batches(sizes, 1)) == 4 and len(micro_batches(sizes, 120)) == 1

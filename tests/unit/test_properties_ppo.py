@@ -51,10 +51,16 @@ class Case:
     """(prompt tokens, response tokens) of every trajectory"""
     seed: int
     settings: dict[str, Any]
+    samples: int = 1
+    """Trajectories that follow one another and have the first one's prompt."""
 
     @property
     def trajectories(self) -> list[Trajectory]:
-        return random_trajectories(self.lengths, self.seed)
+        made = random_trajectories(self.lengths, self.seed)
+        for i, trajectory in enumerate(made):
+            first = made[i - i % self.samples]
+            trajectory.prompt_id, trajectory.prompt_ids = first.prompt_id, first.prompt_ids
+        return made
 
     def changed(self, **settings: Any) -> Case:
         return replace(self, settings=self.settings | settings)
@@ -88,6 +94,7 @@ def cases(draw: st.DrawFn) -> Case:
             "whiten_rewards": draw(st.booleans()),
             "max_grad_norm": draw(st.sampled_from([0.1, 1e9])),
         },
+        draw(st.integers(1, 3)),
     )
 
 
@@ -104,8 +111,16 @@ def make(case: Case, ranks: Ranks | None = None) -> PPO:
     return with_sgd(ppo, lr=0.1)
 
 
-def learn(case: Case, ranks: Ranks | None = None, batch: Sequence[Trajectory] | None = None, step: int = 0) -> Outcome:
+def learn(
+    case: Case,
+    ranks: Ranks | None = None,
+    batch: Sequence[Trajectory] | None = None,
+    step: int = 0,
+    share_prompts: bool = True,
+) -> Outcome:
     ppo = make(case, ranks)
+    assert ppo.share_prompts
+    ppo.share_prompts = share_prompts
     policy_gradients, value_gradients = recorded_gradients(ppo)
     minibatches: list[list[tuple[int, ...]]] = []
     update = ppo.update
@@ -146,6 +161,13 @@ def test_gradients_do_not_depend_on_the_order_of_trajectories(case: Case, random
     shuffled = case.trajectories
     random.shuffle(shuffled)
     check_same(learn(case, batch=shuffled), learn(case))
+
+
+@given(cases(), st.integers(2, 4))
+@settings(max_examples=15)
+def test_gradients_do_not_depend_on_sharing_prompts(case: Case, samples: int) -> None:
+    case = replace(case, samples=samples)
+    check_same(learn(case), learn(case, share_prompts=False))
 
 
 @given(cases())

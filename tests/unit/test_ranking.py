@@ -7,8 +7,6 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch.nn.functional import logsigmoid
 
 from rayrlhf.ranking import (
@@ -17,7 +15,6 @@ from rayrlhf.ranking import (
     accuracy_by_confidence,
     flatten_pairs,
     margin_histogram,
-    prompt_micro_batches,
     ranking_accuracy,
     ranking_loss,
 )
@@ -97,15 +94,3 @@ def test_margin_histogram_covers_everything() -> None:
     counts = margin_histogram(margins)
     assert len(counts) == len(MARGIN_EDGES) + 1
     assert counts == [1, 1, 0, 0, 1, 2, 1, 0, 0, 2]
-
-
-@given(
-    st.lists(st.lists(st.integers(1, 50), min_size=1, max_size=5), max_size=12),
-    st.integers(1, 200),
-)
-def test_prompt_micro_batches_keep_prompts_whole_and_within_bounds(lengths: list[list[int]], max_tokens: int) -> None:
-    cut = prompt_micro_batches(lengths, max_tokens)
-    assert sorted(i for piece in cut for i in piece) == list(range(len(lengths)))
-    for piece in cut:
-        padded = sum(len(lengths[i]) for i in piece) * max(max(lengths[i]) for i in piece)
-        assert padded <= max_tokens or len(piece) == 1
