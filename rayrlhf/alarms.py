@@ -20,6 +20,8 @@ class Alarm(NamedTuple):
     beyond: Callable[[float, Mapping[str, Any], float], bool]
     means: str
     """Has the fields `value`, `start` (of the same metric) and `limit`."""
+    fresh_only: bool = False
+    """It says nothing about a batch with tokens that an older policy sampled."""
 
 
 def _above(value: float, start: Mapping[str, Any], limit: float) -> bool:
@@ -49,6 +51,7 @@ ALARMS = (
         _above,
         "generator and learner differ by {value:.3g} nats a token on the tokens that were sampled; usually stale "
         "weights, or another dtype or temperature on one side",
+        fresh_only=True,
     ),
     Alarm(
         "max_first_ratio_off_one",
@@ -128,6 +131,8 @@ def alarms(metrics: Mapping[str, Any], config: Config, start: Mapping[str, Any])
         warnings.append(f"not finite: {', '.join(metrics['non_finite'])}; usually a learning rate that is too high")
     for alarm in ALARMS:
         value, limit = metrics.get(alarm.metric), getattr(config.alarms, alarm.limit)
+        if alarm.fresh_only and metrics.get("rollout/staleness/max"):
+            continue
         if value is not None and limit is not None and alarm.beyond(value, start, limit):
             warnings.append(alarm.means.format(value=value, start=start.get(alarm.metric), limit=limit))
     if metrics.get("rollout/replacements"):

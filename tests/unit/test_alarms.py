@@ -29,6 +29,7 @@ def with_limits(**limits: float | None) -> Config:
         {},
         {"sft/loss": 3.0},
         {"ppo/logprob_gap/mean": None},  # not finite: that is another warning
+        {"ppo/logprob_gap/mean": 1.0, "rollout/staleness/max": 1.0},  # of another policy
         {"non_finite": {}, "rollout/replacements": 0.0},
         START,
     ],
