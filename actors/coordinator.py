@@ -188,9 +188,7 @@ class Coordinator:
 
     def begin(self, cursor: Cursor) -> None:
         """A learner starts, anew or from a checkpoint after which `cursor` was left."""
-        if self.rollouts:
-            self.rollouts.stop()
-            self.rollouts = None
+        self._end_rollouts()
         self.cursor, self.batch = cursor, None
         self.reported = self._counts()
 
@@ -204,7 +202,12 @@ class Coordinator:
         if self.batch is not None and (self.batch.step, self.batch.version) == (step, version):
             return self.batch
         trajectories, metrics = self._ahead(step, version) if self._asynchronous else self._in_turn(step, version)
-        self.cursor = self.rollouts.cursor() if self.rollouts else Cursor(step + 1)
+        if self.rollouts:
+            self.cursor = self.rollouts.cursor()
+            if self.cursor == Cursor(self.config.ppo.steps):
+                self._end_rollouts()  # that was the last batch: the generators are free for other work
+        else:
+            self.cursor = Cursor(step + 1)
         gold = [t.gold for t in trajectories if t.gold is not None]
         if gold:
             metrics |= {"ppo/gold/mean": statistics.fmean(gold), "ppo/gold/std": statistics.pstdev(gold)}
@@ -263,6 +266,11 @@ class Coordinator:
             )
         groups = self.rollouts.take(step, version, resources.call_timeout_s)
         return [t for group in groups for t in group.trajectories], {}
+
+    def _end_rollouts(self) -> None:
+        if self.rollouts:
+            self.rollouts.stop()
+            self.rollouts = None
 
     @property
     def _asynchronous(self) -> bool:

@@ -1,7 +1,8 @@
-"""PPO whose generators run ahead of the learner, as a user starts it: a config key more."""
+"""PPO whose generators run ahead of the learner, and the evaluation after it, as a user starts them: a key more."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ from rayrlhf.metrics import read_metrics
 @pytest.mark.timeout(600)
 def test_ppo_with_generation_ahead_of_the_learner(finished: Any, before_ppo: Path, start: Any) -> None:
     settings = [f"runs_dir={before_ppo.parent}", "ppo.steps=4", "ppo.max_staleness=1"]
-    outcome = start("rayrlhf", "ppo", *finished.arguments, *settings).wait(400)
+    outcome = start("rayrlhf", "run", *finished.arguments, *settings).wait(500)
     assert outcome.code == 0, outcome.err
-    assert "ppo 4/4 " in outcome.out and "ppo: done in" in outcome.out
+    assert "ppo 4/4 " in outcome.out and "ppo: done in" in outcome.out and "evaluate: done in" in outcome.out
     lines = read_metrics(before_ppo, "ppo")
     assert [line["step"] for line in lines] == [0, 1, 2, 3]
     assert [line["rollout/staleness/max"] for line in lines[1:]] == [1.0] * 3
@@ -25,4 +26,5 @@ def test_ppo_with_generation_ahead_of_the_learner(finished: Any, before_ppo: Pat
         assert 0.5 < line["ppo/importance_weight/mean"] < 1.5
         assert line["time/step"] == pytest.approx(line["time/sync"] + line["time/wait"] + line["time/learn"])
         assert {"idle/learner", "idle/generator-0", "idle/scorer-0"} <= line.keys()
-    assert (before_ppo / "policy" / "model.safetensors").is_file()
+    evaluation = json.loads((before_ppo / "evaluation.json").read_text())
+    assert evaluation["policy"]["reward"]["mean"] != evaluation["sft"]["reward"]["mean"]

@@ -20,7 +20,7 @@ from actors.weight_sync import Publication, publish
 from rayrlhf.config_file import parse_config
 from rayrlhf.models.loading import load_policy, load_reward_model, load_tokenizer, resolve_model, save_model
 from rayrlhf.prompts import EncodedPrompt
-from rayrlhf.trajectory import Sampling, Trajectory
+from rayrlhf.trajectory import GenerationRequest, Sampling, Trajectory
 
 pytestmark = [pytest.mark.timeout(400), pytest.mark.usefixtures("ray_cluster")]
 
@@ -93,6 +93,7 @@ def logprobs(model: PreTrainedModel, t: Trajectory) -> np.ndarray:
 
 def test_generation_goes_on_while_the_learner_trains(coordinator: Remote) -> None:
     """Through weight updates, a killed generator and a learner that comes back: each prompt once, tokens as stamped."""
+    reference = load_policy(TINY)
     models: dict[int, PreTrainedModel] = {}
     publications: list[Publication] = []  # kept alive, as by a learner
     batches: list[Batch] = []
@@ -126,12 +127,19 @@ def test_generation_goes_on_while_the_learner_trains(coordinator: Remote) -> Non
     step(2)
     step(3)
 
+    assert batches[-1].cursor == Cursor(STEPS)
+    version = coordinator.call("next_version", timeout_s=60)  # the generators serve whoever comes next
+    publications.append(publish(reference.named_parameters(), version, local=False))
+    coordinator.call("load_weights", publications[-1], timeout_s=60)
+    request = GenerationRequest("other", (5, 6, 7))
+    (other,) = coordinator.call("generate", [request], Sampling(0.7, 10, NEVER), version, timeout_s=60)
+    np.testing.assert_allclose(other.generator_logprobs, logprobs(reference, other), atol=1e-4)
+
     trajectories = [(batch.version, t) for batch in batches for t in batch.trajectories]
     assert len({(t.prompt_id, t.sample_index) for _, t in trajectories}) == len(trajectories) == 4 * PROMPTS * SAMPLES
     ages = np.concatenate([version - t.versions for version, t in trajectories])
     assert ages.min() >= 0 and 0 < ages.max() <= STALENESS
     assert any(len(set(t.versions.tolist())) > 1 for _, t in trajectories), "no response saw new weights under way"
-    reference = load_policy(TINY)
     for _, t in trajectories:
         assert len(t.response_ids) == RESPONSE and t.rewards and t.ref_logprobs is not None
         np.testing.assert_allclose(t.ref_logprobs, logprobs(reference, t), atol=1e-4)

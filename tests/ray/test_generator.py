@@ -275,7 +275,9 @@ def test_new_weights_for_responses_in_flight(tied: Generator, embedded: PreTrain
         model = _perturbed(embedded, seed)
         models[_sync(tied, model)] = model
     late = dict(enumerate(_requests(3, length=30), start=200))
-    done |= tied.advance(late, sampling, 600.0)
+    done |= tied.advance(late, sampling, 0.001)
+    while tied.engine.in_flight:
+        done |= tied.advance({}, sampling, 600.0)
     assert sorted(done) == sorted([*requests, *late])
     expected = {
         version: {key: _reference_logprobs(model, t, 1.0) for key, t in done.items()}
@@ -291,6 +293,19 @@ def test_new_weights_for_responses_in_flight(tied: Generator, embedded: PreTrain
     assert all(set(done[ticket].versions) == set(models) for ticket in requests)
     assert all(set(done[ticket].versions) == {max(models)} for ticket in late)
     assert tied.advance({}, sampling, 1.0) == {}
+
+
+def test_a_slice_ends_when_a_quarter_is_finished(tied: Generator, embedded: PreTrainedModel) -> None:
+    """Places that became free are not to wait for the slice's end, nor is anybody for what is not there."""
+    _sync(tied, embedded)
+    short, long = (dict(enumerate(_requests(n, length=40), start=at)) for n, at in ((6, 0), (2, 10)))
+    assert tied.advance(long, _sampling(1.0, 150), 0.0) == {}
+    assert sorted(tied.advance(short, _sampling(1.0, 2), 600.0)) == sorted(short)
+    assert tied.engine.in_flight == 2
+    done: dict[int, Trajectory] = {}
+    while tied.engine.in_flight:
+        done |= tied.advance({}, _sampling(1.0), 600.0)
+    assert sorted(done) == sorted(long)
 
 
 def test_aborted_responses_leave_nothing_behind(tied: Generator, embedded: PreTrainedModel) -> None:
