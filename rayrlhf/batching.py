@@ -96,12 +96,12 @@ def collate(
     members = [[next(remaining) for _ in range(count)] for count in counts]
     longest = max(_length(line) for line in members)
     ids = np.full((len(members), longest), pad_token_id, np.int64)
-    positions = np.tile(np.arange(longest), (len(members), 1))
+    positions = np.zeros_like(ids)  # also of padding: a line may be longer than the model's context, a row may not
     segments = np.full((len(members), longest), -1)
     states, targets, ends = [], [], []
     for i, line in enumerate(members):
         shared = line[0].prompt if len(line) > 1 else 0
-        ids[i, :shared], segments[i, :shared] = line[0].ids[:shared], 0
+        ids[i, :shared], segments[i, :shared], positions[i, :shared] = line[0].ids[:shared], 0, np.arange(shared)
         start = shared
         for segment, row in enumerate(line, start=1):
             end = start + len(row.ids) - shared

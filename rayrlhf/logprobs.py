@@ -49,7 +49,7 @@ def hidden_states(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
     visible = batch.visible()
     if visible is not None and batch.positions is not None:
         # What is added to the attention's scores: the one form of a mask that all architectures read alike.
-        hidden = torch.zeros_like(visible, dtype=torch.float32).masked_fill_(~visible, torch.finfo(torch.float32).min)
+        hidden = torch.zeros_like(visible, dtype=model.dtype).masked_fill_(~visible, torch.finfo(model.dtype).min)
         layout = {"attention_mask": hidden, "position_ids": batch.positions}
     return model.base_model(input_ids=batch.input_ids, use_cache=False, **layout).last_hidden_state.flatten(0, 1)
 

@@ -38,7 +38,7 @@ def test_answers_to_one_prompt_share_its_line() -> None:
     assert batch.input_ids.tolist() == [[7, 8, 4, 5, 6], [9, 3, 2, 2, 1]]
     visible = batch.visible()
     assert batch.positions is not None and visible is not None
-    assert batch.positions.tolist() == [[0, 1, 2, 3, 2], [0, 1, 2, 3, 4]]
+    assert batch.positions.tolist() == [[0, 1, 2, 3, 2], [0, 1, 2, 3, 0]]
     assert batch.targets.tolist() == [4, 5, 6, 3, 2, 2] and batch.counts == [2, 1, 3]
     assert batch.states.tolist() == [1, 2, 1, 5, 6, 7], "both answers start from the prompt's last state"
     assert batch.ends.tolist() == [3, 4, 8]

@@ -137,12 +137,15 @@ def learn(
 
 def check_same(found: Outcome, expected: Outcome) -> None:
     assert expected.policy_gradients[0].norm() > 0 and expected.value_gradients[0].norm() > 0
-    for ours, theirs in zip(
-        found.policy_gradients + found.value_gradients,
-        expected.policy_gradients + expected.value_gradients,
-        strict=True,
+    for own, other in (
+        (found.policy_gradients, expected.policy_gradients),
+        (found.value_gradients, expected.value_gradients),
     ):
-        assert (ours - theirs).norm() <= RELATIVE * theirs.norm()  # both 0 where every token is clipped
+        largest = 0.0
+        for ours, theirs in zip(own, other, strict=True):
+            # Later updates start from weights that the rounding of the earlier, perhaps far larger, gradients is in.
+            largest = max(largest, float(theirs.norm()))
+            assert (ours - theirs).norm() <= RELATIVE * largest
     assert found.metrics == pytest.approx(expected.metrics, rel=1e-4, abs=1e-5)
 
 
