@@ -45,6 +45,8 @@ class ControlPlane:
         ray.get([actor.ready.remote() for actor in [*self.actors, self.marker]], timeout=TIMEOUT_S)
 
     def run(self, turn: int) -> Measurement:
+        import ray
+
         from actors.pool import Pool
         from actors.remote import Call, Remote
         from actors.rollouts import Cursor, Limits, Rollouts
@@ -84,7 +86,9 @@ class ControlPlane:
         )  # fmt: skip
         trained = 0
         for step in range(self.steps):
-            trained += len(rollouts.take(step, step, TIMEOUT_S))
+            batch = [t for group in rollouts.take(step, step, TIMEOUT_S) for t in group.trajectories]
+            ray.put(batch)  # as the answer to the learner
+            trained += len(batch)
             rollouts.publish(Publication(step + 1, (), (), ""))
         seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
         rollouts.stop()
