@@ -18,7 +18,8 @@ from rayrlhf.trajectory import GenerationRequest, Sampling, Trajectory
 INITIAL_VERSION = -1
 """A new or restarted generator holds the initial weights, and refuses to generate until it is synced."""
 
-_SHORT_SLICE_S = 0.2
+SLICE_S = 0.2
+"""The shortest time that `advance` works before it hands over what is finished, unless nothing is left to do."""
 
 
 class Generator:
@@ -74,7 +75,7 @@ class Generator:
         done: dict[int, Trajectory] = {}
         started, in_flight = time.monotonic(), self.engine.in_flight
         while self.engine.in_flight and (elapsed := time.monotonic() - started) < seconds:
-            if elapsed > _SHORT_SLICE_S and 4 * len(done) >= in_flight:
+            if elapsed > SLICE_S and 4 * len(done) >= in_flight:
                 break
             done |= self.engine.step()
         self._counted(list(done.values()))

@@ -22,15 +22,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from actors.generator import SLICE_S
 from actors.pool import Pool
 from actors.remote import ActorDied, ActorFailure, Call, finished, late, wait
 from actors.weight_sync import Publication
 from rayrlhf.trajectory import GenerationRequest, Sampling, Trajectory
 
-_SLICE_S = 0.2
-"""A generator works this long before it hands over what is finished; new weights wait for at most two slices."""
 _CALLS_PER_S = 100
-"""To all generators together. Slices of very many are longer: a call costs the coordinator 0.2 to 0.5 ms."""
+"""To all generators together. Slices of very many are longer, since each call costs the coordinator CPU time; new
+weights wait for at most two slices."""
 _QUEUE = 2
 """Calls that an actor has at a time: the second is there when it ends the first."""
 _POLL_S = 0.05
@@ -117,7 +117,7 @@ class Rollouts:
         for position in cursor.untrained:
             of_step = groups_of_step(position // limits.groups_per_step)
             self.waiting.append(Group(position, list(of_step[position % limits.groups_per_step])))
-        self._slice_s = max(_SLICE_S, len(generators) / _CALLS_PER_S)
+        self._slice_s = max(SLICE_S, len(generators) / _CALLS_PER_S)
         self._writers = [_Member(generators, i, version=publication.version) for i in range(len(generators))]
         self._readers = [_Member(scorers, i) for i in range(len(scorers))]
         self._changed = threading.Condition()

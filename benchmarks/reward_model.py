@@ -8,6 +8,7 @@ only, gets all six with both of their rows.
 from __future__ import annotations
 
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -45,7 +46,9 @@ def comparisons(count: int, answers: int, turn: int) -> list[RankedAnswers]:
     ]  # fmt: skip
 
 
-class Ours:
+class Contestant(ABC):
+    """Trains on a turn's comparisons; warmed up with one batch."""
+
     def __init__(self, count: int, answers: int, batch: int = PROMPTS) -> None:
         self.count, self.answers, self.batch = count, answers, batch
         self._train(comparisons(batch, 2, 99))
@@ -53,6 +56,11 @@ class Ours:
     def run(self, turn: int) -> Measurement:
         return self._train(comparisons(self.count, self.answers, turn))
 
+    @abstractmethod
+    def _train(self, train: Sequence[RankedAnswers]) -> Measurement: ...
+
+
+class Ours(Contestant):
     def _train(self, train: Sequence[RankedAnswers]) -> Measurement:
         from actors.reward_model import RewardModelArguments, reward_model_loop
         from actors.train import fit
@@ -75,14 +83,7 @@ class Ours:
         return speed(train, sum(steps))
 
 
-class TRL:
-    def __init__(self, count: int, answers: int, batch: int = PROMPTS) -> None:
-        self.count, self.answers, self.batch = count, answers, batch
-        self._train(comparisons(batch, 2, 99))
-
-    def run(self, turn: int) -> Measurement:
-        return self._train(comparisons(self.count, self.answers, turn))
-
+class TRL(Contestant):
     def _train(self, train: Sequence[RankedAnswers]) -> Measurement:
         from datasets import Dataset
         from trl import RewardConfig, RewardTrainer

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -37,7 +38,9 @@ def rows(count: int, turn: int) -> list[Row]:
     return [Row.completion(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
 
 
-class Ours:
+class Contestant(ABC):
+    """Trains on a turn's rows; warmed up with one batch."""
+
     def __init__(self, count: int, batch: int = BATCH) -> None:
         self.count, self.batch = count, batch
         self._train(rows(batch, 99))
@@ -45,6 +48,11 @@ class Ours:
     def run(self, turn: int) -> Measurement:
         return self._train(rows(self.count, turn))
 
+    @abstractmethod
+    def _train(self, train: Sequence[Row]) -> Measurement: ...
+
+
+class Ours(Contestant):
     def _train(self, train: Sequence[Row]) -> Measurement:
         from actors.sft import DevPrompt, SFTArguments, sft_loop
         from actors.train import fit
@@ -67,14 +75,7 @@ class Ours:
         return speed(train, sum(steps))
 
 
-class Transformers:
-    def __init__(self, count: int, batch: int = BATCH) -> None:
-        self.count, self.batch = count, batch
-        self._train(rows(batch, 99))
-
-    def run(self, turn: int) -> Measurement:
-        return self._train(rows(self.count, turn))
-
+class Transformers(Contestant):
     def _train(self, train: Sequence[Row]) -> Measurement:
         from transformers import DataCollatorForTokenClassification, Trainer, TrainingArguments
 

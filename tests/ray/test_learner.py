@@ -121,6 +121,15 @@ def train(
     return run_dir, read_metrics(run_dir, "ppo")
 
 
+def interrupted(step: int, runs_dir: Path, coordinator: Watched, reward_model: Path, **settings: Any) -> None:
+    """A loop that ends as its batch of `step` arrives; `coordinator.seen` has the batches before."""
+    coordinator.seen.clear()
+    coordinator.interrupt_at = step
+    with pytest.raises(KeyboardInterrupt):
+        train(runs_dir, coordinator, reward_model, **settings)
+    coordinator.interrupt_at = None
+
+
 @pytest.fixture(scope="module")
 def undisturbed(
     coordinator: Watched, reward_model: Path, tmp_path_factory: pytest.TempPathFactory
@@ -195,11 +204,7 @@ def test_an_interrupted_loop_ends_with_the_weights_of_an_undisturbed_one(
     tmp_path: Path,
 ) -> None:
     whole, metrics, batches = undisturbed
-    coordinator.seen.clear()
-    coordinator.interrupt_at = 2
-    with pytest.raises(KeyboardInterrupt):
-        train(tmp_path, coordinator, reward_model)
-    coordinator.interrupt_at = None
+    interrupted(2, tmp_path, coordinator, reward_model)
     run_dir = tmp_path / "run"
     assert not (run_dir / "policy").exists()
     assert len(list((run_dir / "checkpoints" / "ppo").iterdir())) == 1  # as many as are to be kept
@@ -226,11 +231,7 @@ def test_an_interrupted_loop_that_runs_ahead_trains_each_prompt_once(
 ) -> None:
     """The same prompts and seeds as in turn, in some order, and no token older than it may be."""
     _, _, batches = undisturbed
-    coordinator.seen.clear()
-    coordinator.interrupt_at = 1
-    with pytest.raises(KeyboardInterrupt):
-        train(tmp_path, coordinator, reward_model, max_staleness=2)
-    coordinator.interrupt_at = None
+    interrupted(1, tmp_path, coordinator, reward_model, max_staleness=2)
     _, metrics = train(tmp_path, coordinator, reward_model, max_staleness=2)
 
     assert [batch.step for batch in coordinator.seen] == list(range(STEPS))
