@@ -21,7 +21,7 @@ from actors.pool import Pool
 from actors.remote import ActorFailure, Remote, namespace, put
 from actors.rollouts import Cursor, Limits, Rollouts
 from actors.scorer import Scorer
-from actors.weight_sync import Publication
+from actors.weight_sync import PublishedWeights
 from rayrlhf.batching import shard
 from rayrlhf.config import Config
 from rayrlhf.gold import Gold
@@ -68,7 +68,7 @@ class Coordinator:
         self.generators: Pool | None = None
         self.scorers: Pool | None = None
         self.scored_by: tuple[str, str] | None = None
-        self.publication: Publication | None = None
+        self.publication: PublishedWeights | None = None
         self.loading_s = 0.0
         self.version = 0
         self.prompts: list[EncodedPrompt] = []
@@ -147,7 +147,7 @@ class Coordinator:
         self.version = max(self.version, after) + 1
         return self.version
 
-    def load_weights(self, publication: Publication) -> int:
+    def load_weights(self, publication: PublishedWeights) -> int:
         """Load on every generator, or have it loaded while they go on generating for an asynchronous PPO."""
         if self.rollouts:
             self.rollouts.publish(publication)

@@ -16,17 +16,18 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from actors.coordinator import Batch
+from actors.publisher import Publisher
 from actors.remote import Call, Remote, wait
 from actors.rollouts import Cursor
 from actors.train import report, restored
-from actors.weight_sync import publish
 from rayrlhf.config import Config
 from rayrlhf.distributed import Ranks
 from rayrlhf.metrics import MetricsWriter
-from rayrlhf.models.layout import lay_out_together
 from rayrlhf.models.loading import checkpoint_gradients, load_policy, load_reward_model, load_tokenizer, save_model
+from rayrlhf.models.lora import add_adapters, load_trained_state, trained_state
 from rayrlhf.ppo import PPO
 from rayrlhf.run import RunFolder
+from rayrlhf.trajectory import derive_seed
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class LearnerArguments:
 class State:
     """A checkpoint beside its two model directories.
 
+    With LoRA those are merged, and training goes on from the adapters in `trained`.
     Prompts and all seeds are functions of (seed, step): the cursor only says which of them were trained on out of
     turn, and generators have no state to keep.
     """
@@ -53,6 +55,8 @@ class State:
     version: int
     cursor: tuple[int, tuple[int, ...]]
     ppo: dict[str, Any]
+    trained: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] | None
+    """Of policy and value model."""
 
     @classmethod
     def read(cls, directory: Path) -> State:
@@ -67,14 +71,7 @@ def ppo_loop(arguments: dict[str, Any]) -> None:
     tokenizer = load_tokenizer(str(args.policy))
     with restored() as checkpoint:
         state = State.read(checkpoint) if checkpoint else None
-        policy = load_policy(str(checkpoint / "policy" if checkpoint else args.policy), device=ranks.device)
-        value_model = load_reward_model(
-            str(checkpoint / "value_model" if checkpoint else args.value_model), device=ranks.device
-        )
-    if config.resources.learner.gradient_checkpointing:
-        checkpoint_gradients(policy)
-        checkpoint_gradients(value_model)
-    lay_out_together(policy)  # so that publishing is one copy
+        policy, value_model = load_models(args, checkpoint, state, ranks)
     ppo = PPO(
         policy,
         value_model,
@@ -90,11 +87,11 @@ def ppo_loop(arguments: dict[str, Any]) -> None:
     first = state.step + 1 if state else 0
     version = state.version if state else 0
     log = MetricsWriter(args.run_dir) if ranks.first else None
-    generators = GeneratorLink(coordinator, config, ranks)
+    generators = GeneratorLink(coordinator, config, ranks, policy)
     generators.begin(Cursor(*state.cursor) if state else Cursor(0))
     for step in range(first, config.ppo.steps):
         started = time.perf_counter()
-        version = generators.publish(policy, after=version)
+        version = generators.publish(after=version)
         waiting = time.perf_counter()
         batch = generators.next_batch(step, version)
         learning = time.perf_counter()
@@ -114,7 +111,8 @@ def ppo_loop(arguments: dict[str, Any]) -> None:
         if log:
             log.write("ppo", step, metrics)
         if (step + 1) % config.ppo.checkpoint_every == 0 and step + 1 < config.ppo.steps:
-            at = State(step, version, (batch.cursor.next_step, batch.cursor.untrained), ppo.state_dict())
+            trained = (trained_state(policy), trained_state(value_model)) if config.model.lora else None
+            at = State(step, version, (batch.cursor.next_step, batch.cursor.untrained), ppo.state_dict(), trained)
             report(ranks, {"step": step}, lambda directory, at=at: write_checkpoint(directory, ppo, tokenizer, at))  # type: ignore[misc]
 
     if ranks.first:
@@ -124,11 +122,34 @@ def ppo_loop(arguments: dict[str, Any]) -> None:
         log.close()
 
 
+def load_models(
+    args: LearnerArguments, checkpoint: Path | None, state: State | None, ranks: Ranks
+) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """Policy and value model, as they start or as the checkpoint has them."""
+    config = args.config
+    lora = config.model.lora
+    # Adapters belong to the weights that training started from; the checkpoint's models have them merged.
+    source = None if lora else checkpoint
+    policy = load_policy(str(source / "policy" if source else args.policy), device=ranks.device)
+    value_model = load_reward_model(str(source / "value_model" if source else args.value_model), device=ranks.device)
+    if lora:
+        add_adapters(policy, lora, derive_seed(config.seed, "policy adapters"))
+        add_adapters(value_model, lora, derive_seed(config.seed, "value adapters"))
+    if state and state.trained:
+        for model, trained in zip((policy, value_model), state.trained, strict=True):
+            load_trained_state(model, trained)
+    if config.resources.learner.gradient_checkpointing:
+        checkpoint_gradients(policy)
+        checkpoint_gradients(value_model)
+    return policy, value_model
+
+
 class GeneratorLink:
     """The learner's line to the generators, by way of the coordinator. Rank 0 speaks first, the others listen."""
 
-    def __init__(self, coordinator: Remote, config: Config, ranks: Ranks) -> None:
+    def __init__(self, coordinator: Remote, config: Config, ranks: Ranks, policy: PreTrainedModel) -> None:
         self.coordinator, self.ranks = coordinator, ranks
+        self.publisher = Publisher(policy, local=coordinator.local)
         self.timeout_s = config.resources.coordinator_timeout_s
         self.loading: list[Call] = []
 
@@ -136,14 +157,13 @@ class GeneratorLink:
         if self.ranks.first:
             self.coordinator.call("begin", cursor, timeout_s=self.timeout_s)
 
-    def publish(self, policy: PreTrainedModel, after: int) -> int:
-        """Send the weights under a new version, above `after`. Returns once they are copied, not once they are loaded:
-        the next batch waits for that where it has to."""
+    def publish(self, after: int) -> int:
+        """Send the policy's weights under a new version, above `after`. Returns once they are copied, not once they
+        are loaded: the next batch waits for that where it has to."""
         version = 0
         if self.ranks.first:
             version = self.coordinator.call("next_version", after, timeout_s=self.timeout_s)
-            publication = publish(policy.named_parameters(), version, local=self.coordinator.local)
-            self.loading = [self.coordinator.submit("load_weights", publication)]
+            self.loading = [self.coordinator.submit("load_weights", self.publisher.publish(version))]
         return int(self.ranks.broadcast(version))
 
     def next_batch(self, step: int, version: int) -> Batch:

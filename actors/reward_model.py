@@ -35,6 +35,7 @@ from rayrlhf.models.loading import (
     load_tokenizer,
     save_model,
 )
+from rayrlhf.models.lora import add_adapters, load_trained_state, trained_state
 from rayrlhf.optimizer import Optimizer
 from rayrlhf.ranking import ranking_accuracy
 from rayrlhf.reward_accuracy import heldout_pairs, write_accuracy
@@ -80,6 +81,8 @@ def reward_model_loop(arguments: dict[str, Any]) -> None:
     # First, and the SFT model is gone before the reward model and its optimiser take their memory.
     sft_logprobs = _sft_logprobs(args.model, heldout, tokenizer.pad_token_id, config, ranks) if heldout else None
     model = load_reward_model(args.model, device=ranks.device, fresh_head_seed=config.seed)
+    if config.model.lora:
+        add_adapters(model, config.model.lora, config.seed)
     if config.resources.learner.gradient_checkpointing:
         checkpoint_gradients(model)
     model.config.reward_bias = 0.0
@@ -90,7 +93,7 @@ def reward_model_loop(arguments: dict[str, Any]) -> None:
     with restored() as checkpoint:
         if checkpoint:
             state = torch.load(checkpoint / "reward_model.pt", weights_only=True, map_location=ranks.device)
-            model.load_state_dict(state["model"])
+            load_trained_state(model, state["model"])
             optimizer.load_state_dict(state["optimizer"])
             step = state["step"]
     writer = MetricsWriter(run.path) if ranks.first else None
@@ -103,7 +106,7 @@ def reward_model_loop(arguments: dict[str, Any]) -> None:
         return ranked_pass(model, comparisons, tokenizer.pad_token_id, config, ranks, scale)
 
     def write(directory: Path) -> None:
-        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+        state = {"model": trained_state(model), "optimizer": optimizer.state_dict(), "step": step}
         torch.save(state, directory / "reward_model.pt")
 
     def heldout_metrics() -> dict[str, float]:

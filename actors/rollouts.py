@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 from actors.generator import SLICE_S
 from actors.pool import Pool
 from actors.remote import ActorDied, ActorFailure, Call, finished, late, wait
-from actors.weight_sync import Publication
+from actors.weight_sync import PublishedWeights
 from rayrlhf.trajectory import GenerationRequest, Sampling, Trajectory
 
 _CALLS_PER_S = 100
@@ -95,7 +95,7 @@ class Rollouts:
         *,
         step: int,
         cursor: Cursor,
-        publication: Publication,
+        publication: PublishedWeights,
         background: bool,
     ) -> None:
         """Start before the batch of `step`, whose weights `publication` all generators hold.
@@ -130,7 +130,7 @@ class Rollouts:
 
     # ---- called by the coordinator
 
-    def publish(self, publication: Publication) -> None:
+    def publish(self, publication: PublishedWeights) -> None:
         """New weights: every generator loads them after the slice it works on. Returns at once."""
         with self._changed:
             self.publication = publication

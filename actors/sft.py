@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from actors.publisher import Publisher
 from actors.remote import Remote, fetch
 from actors.train import report, restored
-from actors.weight_sync import publish
 from rayrlhf.batching import Row, shard, token_batches
 from rayrlhf.config import Config
 from rayrlhf.data.tokens import decode_response
@@ -37,6 +37,7 @@ from rayrlhf.models.loading import (
     load_tokenizer,
     save_model,
 )
+from rayrlhf.models.lora import add_adapters, load_trained_state, trained_state
 from rayrlhf.optimizer import Optimizer
 from rayrlhf.rouge import rouge
 from rayrlhf.run import RunFolder
@@ -98,8 +99,11 @@ def sft_loop(arguments: dict[str, Any]) -> None:
     dev: list[DevPrompt] = fetch(args.dev)
     tokenizer = load_tokenizer(args.model, config.model.revision)
     model = load_policy(args.model, config.model.revision, ranks.device)
+    if config.model.lora:
+        add_adapters(model, config.model.lora, config.seed)
     if config.resources.learner.gradient_checkpointing:
         checkpoint_gradients(model)
+    publisher = Publisher(model, local=args.coordinator.local) if args.coordinator else None
     if settings.loss_on == "all":
         train = [Row(row.ids, np.arange(len(row.ids)) > 0) for row in train]
     dev_rows = [Row.completion(p.prompt_ids, p.response_ids) for p in dev]
@@ -111,7 +115,7 @@ def sft_loop(arguments: dict[str, Any]) -> None:
     with restored() as checkpoint:
         if checkpoint:
             stored = torch.load(checkpoint / "sft.pt", weights_only=True, map_location=ranks.device)
-            model.load_state_dict(stored["model"])
+            load_trained_state(model, stored["model"])
             optimizer.load_state_dict(stored["optimizer"])
             state = SFTState(**stored["state"])
     writer = MetricsWriter(run.path) if ranks.first else None
@@ -127,7 +131,7 @@ def sft_loop(arguments: dict[str, Any]) -> None:
         return loss_sum(dev_rows) / predicted_tokens(dev_rows)
 
     def write(directory: Path) -> None:
-        stored = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "state": asdict(state)}
+        stored = {"model": trained_state(model), "optimizer": optimizer.state_dict(), "state": asdict(state)}
         torch.save(stored, directory / "sft.pt")
 
     if state.step == 0:
@@ -150,8 +154,8 @@ def sft_loop(arguments: dict[str, Any]) -> None:
             continue
         metrics = {"sft/dev_loss": dev_loss()}
         score = -metrics["sft/dev_loss"]
-        if args.coordinator:
-            measured, sample = answer_dev_prompts(model, tokenizer, dev, args, state) if ranks.first else ({}, {})
+        if publisher:
+            measured, sample = answer_dev_prompts(publisher, tokenizer, dev, args, state) if ranks.first else ({}, {})
             measured, state.version = ranks.broadcast((measured, state.version))
             metrics |= measured
             if writer:
@@ -199,7 +203,7 @@ def summed_loss(
 
 
 def answer_dev_prompts(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dev: Sequence[DevPrompt], args: SFTArguments,
+    publisher: Publisher, tokenizer: PreTrainedTokenizerBase, dev: Sequence[DevPrompt], args: SFTArguments,
     state: SFTState,
 ) -> tuple[dict[str, float], dict[str, str]]:  # fmt: skip
     """Publish the weights, let the generators answer the first dev prompts near-greedily, and measure the answers.
@@ -211,7 +215,7 @@ def answer_dev_prompts(
     coordinator, config, resources = args.coordinator, args.config, args.config.resources
     assert coordinator is not None
     state.version = coordinator.call("next_version", state.version, timeout_s=resources.coordinator_timeout_s)
-    publication = publish(model.named_parameters(), state.version, local=coordinator.local)
+    publication = publisher.publish(state.version)
     # The first load also starts the generators.
     coordinator.call("load_weights", publication, timeout_s=resources.coordinator_timeout_s)
     asked = dev[: config.sft.eval_prompts]

@@ -42,7 +42,6 @@ class Loop:
         from actors.learner import GeneratorLink
         from actors.remote import Remote, wait
         from rayrlhf.distributed import Ranks
-        from rayrlhf.models.layout import lay_out_together
         from rayrlhf.ppo import PPO
 
         os.environ.update(ENVIRONMENT)
@@ -73,12 +72,11 @@ class Loop:
         sampling = Sampling(config.ppo.temperature, RESPONSE, tokenizer.pad_token_id)
         self.coordinator.call("set_prompts", prompts("equal"), sampling, timeout_s=TIMEOUT_S)
         self.policy = load_policy(MODEL)
-        lay_out_together(self.policy)
         self.ppo = PPO(
             self.policy, load_reward_model(reward_model), config.ppo, self.ranks, pad_token_id=tokenizer.pad_token_id,
             dtype="float32", seed=0,
         )  # fmt: skip
-        self.link = GeneratorLink(self.coordinator, config, self.ranks)
+        self.link = GeneratorLink(self.coordinator, config, self.ranks, self.policy)
         self.version = 0
         self.run(0)
 
@@ -90,7 +88,7 @@ class Loop:
         seconds: dict[str, list[float]] = {"step": [], "wait": [], "learn": [], "sync": []}
         for step in range(self.config.ppo.steps):
             started = time.perf_counter()
-            self.version = self.link.publish(self.policy, after=self.version)
+            self.version = self.link.publish(after=self.version)
             waiting = time.perf_counter()
             batch = self.link.next_batch(step, self.version)
             learning = time.perf_counter()

@@ -56,10 +56,10 @@ class Ours:
     def __init__(self, case: Case, reward_model: str, epochs: int = EPOCHS) -> None:
         from actors.coordinator import Coordinator
         from actors.generator import Generator
+        from actors.publisher import Publisher
         from actors.remote import Remote
         from actors.scorer import Scorer
         from rayrlhf.distributed import Ranks
-        from rayrlhf.models.layout import lay_out_together
         from rayrlhf.optimizer import Optimizer
         from rayrlhf.ppo import PPO
 
@@ -81,10 +81,10 @@ class Ours:
         self.coordinator.call("start_scorers", reward_model, MODEL, timeout_s=600)
         ranks = Ranks(THREADS)
         policy, value_model = load_policy(MODEL), load_reward_model(reward_model)
-        lay_out_together(policy)  # as the learner does
         self.ppo = PPO(
             policy, value_model, config.ppo, ranks, pad_token_id=tokenizer.pad_token_id, dtype="float32", seed=0
         )
+        self.publisher = Publisher(policy, local=True)
         self._publish()
         self._step(warm_up_prompts(case))
 
@@ -109,11 +109,8 @@ class Ours:
         return finished(ended - started, phases, len(batch.trajectories), tokens)
 
     def _publish(self) -> None:
-        from actors.weight_sync import publish
-
         self.version = self.coordinator.call("next_version", self.version, timeout_s=600)
-        publication = publish(self.ppo.policy.named_parameters(), self.version, local=True)
-        self.coordinator.call("load_weights", publication, timeout_s=600)
+        self.coordinator.call("load_weights", self.publisher.publish(self.version), timeout_s=600)
 
 
 class TRL:

@@ -20,11 +20,12 @@ import torch
 
 from benchmarks.harness import ENVIRONMENT, Child, Comparison, Fact, Measurement, Result, alternate, column, main
 from benchmarks.workload import MODEL, THREADS
-from rayrlhf.config import GeneratorConfig, ModelConfig
+from rayrlhf.config import GeneratorConfig, LoRAConfig, ModelConfig
 
 SETTINGS = GeneratorConfig(threads=1, kv_cache_mib=64, max_num_seqs=8)
 CONTEXT = 128
 TIMEOUT_S = 600
+LORA = LoRAConfig()
 
 
 def opt_125m(directory: Path) -> str:
@@ -66,13 +67,14 @@ class PlainEngine:
 class Sync:
     """A private Ray cluster; this process is the learner, two actors hold the engines."""
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, lora: LoRAConfig | None = None) -> None:
         import ray
 
         from actors.engine import environment
         from actors.generator import Generator
-        from rayrlhf.models.layout import lay_out_together
+        from actors.publisher import Publisher
         from rayrlhf.models.loading import load_policy
+        from rayrlhf.models.lora import add_adapters
 
         os.environ.update(ENVIRONMENT)
         self.directory = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # short: it holds Unix sockets
@@ -81,8 +83,10 @@ class Sync:
             object_store_memory=3 * 2**30,
         )  # fmt: skip
         self.policy = load_policy(model)
-        lay_out_together(self.policy)  # as the learner does
         self.floats = sum(p.numel() for p in self.policy.parameters())
+        if lora:
+            add_adapters(self.policy, lora, seed=0)
+        self.publisher = Publisher(self.policy, local=False)
         variables = {"env_vars": environment(SETTINGS)}
         self.generator = ray.remote(Generator).options(num_cpus=0, runtime_env=variables).remote(
             "generator", ModelConfig(path=model), SETTINGS, CONTEXT, 0
@@ -101,15 +105,15 @@ class Sync:
     def _ours(self) -> Measurement:
         import ray
 
-        from actors.weight_sync import publish
-
         self.held = None  # the last publication's memory, as a learner lets go of it
         self.version += 1
         started = time.perf_counter()
-        self.held = publish(self.policy.named_parameters(), self.version, local=False)
+        self.held = self.publisher.publish(self.version)
         blocked = time.perf_counter() - started
         ray.get(self.generator.load_weights.remote(self.held), timeout=TIMEOUT_S)
-        return {"publish": blocked, "whole way": time.perf_counter() - started}
+        whole_way = time.perf_counter() - started
+        trained = sum(p.numel() for p in self.policy.parameters() if p.requires_grad)
+        return {"publish": blocked, "whole way": whole_way, "share": trained / self.floats}
 
     def _theirs(self) -> Measurement:
         import ray
@@ -160,6 +164,11 @@ def run(quick: bool) -> Result:
             )  # fmt: skip
             result.facts.append(Fact(f"{name}: vLLM's own reload", "s", get("reload")))
             result.facts.append(Fact(f"{name}: memcpy of the same bytes", "s", get("memcpy")))
+            adapted = f"{name}, LoRA of rank {LORA.rank}"
+            get = partial(column, alternate({name: partial(Child, Sync, model, LORA, threads=THREADS)}, turns)[name])
+            result.facts.append(Fact(f"{adapted}: learner blocked", "s", get("publish")))
+            result.facts.append(Fact(f"{adapted}: until the generator serves them", "s", get("whole way")))
+            result.facts.append(Fact(f"{adapted}: sent, of the bytes of all weights", "", get("share")))
     return result
 
 

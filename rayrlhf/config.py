@@ -19,6 +19,16 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
 
 
+class LoRAConfig(Section):
+    """Low-rank adapters (Hu et al. 2021) in place of training all weights. They want a higher learning rate."""
+
+    rank: Positive = 16
+    alpha: Positive = 32
+    """Updates are scaled by alpha / rank."""
+    target_modules: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    """Linear layers by the end of their names (such as q_proj); all but the output head when absent."""
+
+
 class ModelConfig(Section):
     """The causal language model that every stage starts from."""
 
@@ -27,6 +37,8 @@ class ModelConfig(Section):
     revision: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute type of the forward passes; master weights and optimiser state are always float32."""
+    lora: LoRAConfig | None = None
+    """Train adapters only, in every stage, and a reward or value model's head. What a stage leaves is merged."""
 
 
 class DatasetConfig(Section):

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
-from transformers import PreTrainedModel
 
 BUCKET_BYTES = 256 * 2**20
 ALIGNMENT = 64
 """Tensors start at multiples of this many bytes: any dtype may be viewed there, and it is a cache line."""
 
 
-def lay_out_together(model: PreTrainedModel, bucket_bytes: int = BUCKET_BYTES) -> None:
-    """Move the parameters into buckets of adjacent memory, in their order; nothing else about them changes.
+def lay_out_together(parameters: Iterable[torch.nn.Parameter], bucket_bytes: int = BUCKET_BYTES) -> None:
+    """Move parameters into buckets of adjacent memory, in their order; nothing else about them changes.
 
     What copies the weights (to generators, from a GPU) then copies a few large arrays and not hundreds of small ones.
     Needs the memory of one bucket while it works. A parameter larger than `bucket_bytes` stays where it is.
     """
     bucket: list[torch.nn.Parameter] = []
     end = 0
-    for parameter in model.parameters():
+    for parameter in parameters:
         if end + parameter.nbytes > bucket_bytes or (bucket and parameter.device != bucket[0].device):
             _move(bucket, end)
             bucket, end = [], 0

@@ -29,6 +29,7 @@ from transformers import (
 from rayrlhf.batching import Row, collate
 from rayrlhf.errors import UserError
 from rayrlhf.logprobs import hidden_states
+from rayrlhf.models.lora import has_adapters, merged_state
 from rayrlhf.run import replacing
 
 _ASSETS = Path(__file__).parent.parent / "assets"
@@ -172,6 +173,7 @@ def save_model(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: str | Path, **config_fields: Any
 ) -> None:
     """Write a Hugging Face directory (float32 safetensors) that transformers and vLLM load; replaces an older one.
+    Adapters are merged.
 
     `config_fields` go into config.json (such as `reward_bias`). The generation config holds the special tokens and
     nothing else: vLLM would silently sample with a top-p or a temperature that a model brought along.
@@ -186,7 +188,7 @@ def save_model(
             pad_token_id=tokenizer.pad_token_id,
         )
     with replacing(directory, directory=True) as partial, _quiet():
-        model.save_pretrained(partial)
+        model.save_pretrained(partial, state_dict=merged_state(model) if has_adapters(model) else None)
         tokenizer.save_pretrained(partial)
 
 

@@ -16,8 +16,10 @@ from safetensors.torch import load_file
 
 from actors.coordinator import Batch, Coordinator
 from actors.learner import LearnerArguments, ppo_loop
+from actors.publisher import AdapterPublication
 from actors.remote import Remote
 from actors.train import fit
+from actors.weight_sync import PublishedWeights
 from rayrlhf.config import Config
 from rayrlhf.config_file import parse_config
 from rayrlhf.data.sources import as_prompts, read_demonstrations
@@ -36,11 +38,12 @@ MAX_PROMPT, MAX_RESPONSE = 96, 16
 STEPS = 3
 
 
-def make_config(runs_dir: Path, lr: float = 1e-3, max_staleness: int = 0) -> Config:
+def make_config(runs_dir: Path, lr: float = 1e-3, max_staleness: int = 0, lora: dict[str, Any] | None = None) -> Config:
     settings = {
         "name": "run",
         "runs_dir": str(runs_dir),
         "seed": 5,
+        "model": {"lora": lora},
         "data": {"max_prompt_tokens": MAX_PROMPT, "max_response_tokens": MAX_RESPONSE},
         "ppo": {
             "steps": STEPS,
@@ -66,6 +69,11 @@ class Watched(Coordinator):
         super().__init__(*args)
         self.seen: list[Batch] = []
         self.interrupt_at: int | None = None
+        self.published: list[PublishedWeights] = []
+
+    def load_weights(self, publication: PublishedWeights) -> int:
+        self.published.append(publication)
+        return super().load_weights(publication)
 
     def next_batch(self, step: int, version: int) -> Batch:
         batch = super().next_batch(step, version)
@@ -101,10 +109,10 @@ def coordinator(tmp_path_factory: pytest.TempPathFactory, reward_model: Path) ->
 
 
 def train(
-    runs_dir: Path, coordinator: Watched, reward_model: Path, lr: float = 1e-3, max_staleness: int = 0
+    runs_dir: Path, coordinator: Watched, reward_model: Path, **settings: Any
 ) -> tuple[Path, list[dict[str, Any]]]:
     """Run or continue the PPO loop; the run folder and its valid metrics."""
-    config = coordinator.config = make_config(runs_dir, lr, max_staleness)
+    config = coordinator.config = make_config(runs_dir, **settings)
     run_dir = runs_dir / "run"
     arguments = LearnerArguments(
         config, run_dir, Path(TINY), reward_model, Remote("coordinator", coordinator, local=True)
@@ -248,6 +256,43 @@ def test_an_interrupted_loop_that_runs_ahead_trains_each_prompt_once(
         assert line["ppo/first_ratio_off_one"] < 1e-5
         assert (line["ppo/logprob_gap/max"] > 1e-3) == (ages.max() > 0)
         assert (abs(line["ppo/importance_weight/mean"] - 1.0) > 1e-4) == (ages.max() > 0)
+
+
+def test_with_lora_only_adapters_travel_and_training_resumes_exactly(
+    coordinator: Watched, reward_model: Path, tmp_path: Path
+) -> None:
+    """Generators serve the merged policy: their log-probs are the learner's, whose adapters have moved."""
+    lora = {"rank": 4, "alpha": 32, "target_modules": ["q_proj", "v_proj", "fc1"]}
+    coordinator.seen.clear()
+    coordinator.published.clear()
+    whole, metrics = train(tmp_path / "whole", coordinator, reward_model, lora=lora, lr=1e-2)
+    batches = list(coordinator.seen)
+    assert abs(metrics[0]["ppo/kl"]) < 1e-3
+    assert all(line["ppo/logprob_gap/max"] < 1e-4 for line in metrics)
+    for batch in batches[1:]:
+        moved = [np.abs(log_ratio(t)) for t in batch.trajectories]
+        assert np.concatenate(moved).mean() > 1e-2, "the policy must have moved, or this test shows nothing"
+    assert len(coordinator.published) == STEPS
+    for publication in coordinator.published:
+        assert isinstance(publication, AdapterPublication)
+        assert publication.frozen is coordinator.published[0].frozen  # type: ignore[attr-defined]
+
+    start, end = (load_file(path / "model.safetensors") for path in (Path(TINY), whole / "policy"))
+    changed = {name for name in start if not torch.equal(start[name], end[name])}
+    assert changed == {
+        name for name in start if name.split(".")[-2] in ("q_proj", "v_proj", "fc1") and "bias" not in name
+    }
+    for name in changed:
+        assert torch.linalg.matrix_rank(end[name] - start[name], rtol=1e-3) <= 4
+
+    interrupted(2, tmp_path / "broken", coordinator, reward_model, lora=lora, lr=1e-2)
+    run_dir, continued = train(tmp_path / "broken", coordinator, reward_model, lora=lora, lr=1e-2)
+    assert [batch.step for batch in coordinator.seen] == list(range(STEPS))
+    for line, expected in zip(continued, metrics, strict=True):
+        for key in ("ppo/kl", "ppo/policy_loss", "ppo/value_loss", "ppo/grad_norm"):
+            assert line[key] == pytest.approx(expected[key], rel=1e-3, abs=1e-6), key
+    ended, expected_end, began = (weights(path) for path in (run_dir / "policy", whole / "policy", Path(TINY)))
+    assert (ended - expected_end).norm() < 1e-4 * (expected_end - began).norm()
 
 
 def test_a_learning_rate_that_is_far_too_high_ends_in_one_line(

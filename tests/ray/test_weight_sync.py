@@ -118,7 +118,7 @@ def test_parameters_that_lie_together_travel_as_one_array(bucket_bytes: int, arr
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     ids = torch.arange(20).unsqueeze(0)
     logits = model(ids).logits
-    lay_out_together(model, bucket_bytes)
+    lay_out_together(model.parameters(), bucket_bytes)
     _assert_same(dict(model.named_parameters()), before)
     torch.testing.assert_close(model(ids).logits, logits, atol=1e-6, rtol=0.0)
 
@@ -133,7 +133,7 @@ def test_parameters_that_lie_together_travel_as_one_array(bucket_bytes: int, arr
 
 def test_a_model_that_lies_together_is_saved_whole(tmp_path: Path) -> None:
     model = _tiny_model()
-    lay_out_together(model)
+    lay_out_together(model.parameters())
     model.save_pretrained(tmp_path)
     _assert_same(dict(OPTForCausalLM.from_pretrained(tmp_path).named_parameters()), dict(model.named_parameters()))
 
