@@ -33,10 +33,10 @@ PAD, EOS = 1, 2
 HH = Path(__file__).parents[1] / "data" / "hh_harmless_small.jsonl.gz"
 
 
-def make_config(tmp_path: Path, **settings: Any) -> Config:
+def make_config(tmp_path: Path, lora: dict[str, Any] | None = None, **settings: Any) -> Config:
     section = {"prompts_per_batch": 8, "optimizer": {"lr": 1e-3, "warmup_fraction": 0.05}} | settings
     return parse_config(
-        {"name": "run", "runs_dir": str(tmp_path), "seed": 5, "reward_model": section}, "test"
+        {"name": "run", "runs_dir": str(tmp_path), "seed": 5, "model": {"lora": lora}, "reward_model": section}, "test"
     )  # fmt: skip
 
 
@@ -146,11 +146,12 @@ def check_baselines(result: dict[str, Any], heldout: list[RankedAnswers]) -> Non
     assert result["reward_model_minus"]["longer"]["low"] > 0.1, "it learnt more than length"
 
 
+@pytest.mark.parametrize("lora", [None, {"rank": 8, "target_modules": ["fc2"]}])
 def test_a_killed_run_continues_and_ends_as_if_nothing_had_happened(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lora: dict[str, Any] | None
 ) -> None:
     comparisons = toy(40, seed=6) + toy(8, seed=7, heldout=True)
-    whole, _ = run_reward_model(make_config(tmp_path / "whole"), comparisons)
+    whole, _ = run_reward_model(make_config(tmp_path / "whole", lora), comparisons)
     reported: list[int] = []
     report = actors.train.report
 
@@ -160,7 +161,7 @@ def test_a_killed_run_continues_and_ends_as_if_nothing_had_happened(
         if len(reported) == 2:
             raise KeyboardInterrupt
 
-    config = make_config(tmp_path / "broken")
+    config = make_config(tmp_path / "broken", lora)
     monkeypatch.setattr(actors.reward_model, "report", dying)
     with pytest.raises(KeyboardInterrupt):
         run_reward_model(config, comparisons)
@@ -170,6 +171,10 @@ def test_a_killed_run_continues_and_ends_as_if_nothing_had_happened(
     assert [m["step"] for m in metrics] == list(range(6))
     assert torch.equal(weights(run_dir / "reward_model"), weights(whole / "reward_model"))
     assert (run_dir / "reward_model.json").read_text() == (whole / "reward_model.json").read_text()
+    if lora:
+        now, before = (load_file(Path(path) / "model.safetensors") for path in (run_dir / "reward_model", TINY))
+        kept = {name for name in now if name in before and torch.equal(now[name], before[name])}
+        assert {name.split(".")[-2] for name in now.keys() - kept} == {"fc2", "score"}
 
 
 def test_people_s_comparisons_of_harmlessness_train(tmp_path: Path) -> None:

@@ -85,11 +85,11 @@ class TransformersCoordinator:
         return trajectories
 
 
-def make_config(tmp_path: Path, **sft: Any) -> Config:
+def make_config(tmp_path: Path, lora: dict[str, Any] | None = None, **sft: Any) -> Config:
     settings = {"batch_size": 16, "eval_prompts": 8, "optimizer": {"lr": 3e-4, "warmup_fraction": 0.1}} | sft
     return parse_config(
         {
-            "name": "run", "runs_dir": str(tmp_path), "seed": 3, "sft": settings,
+            "name": "run", "runs_dir": str(tmp_path), "seed": 3, "sft": settings, "model": {"lora": lora},
             "data": {"max_prompt_tokens": MAX_PROMPT, "max_response_tokens": MAX_RESPONSE},
             "resources": {"learner": {"max_failures": 0}},
         },
@@ -132,6 +132,12 @@ def run_sft(
 def weights(directory: Path) -> torch.Tensor:
     tensors = load_file(directory / "model.safetensors")
     return torch.cat([tensors[name].flatten() for name in sorted(tensors)])
+
+
+def changed(directory: Path) -> set[str]:
+    """Kinds of layers whose weights are not the embedded model's."""
+    now, before = (load_file(Path(path) / "model.safetensors") for path in (directory, TINY))
+    return {name.split(".")[-2] for name in before if not torch.equal(now[name], before[name])}
 
 
 def distance(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -184,10 +190,11 @@ def test_weights_do_not_depend_on_the_micro_batch_size(tmp_path: Path, data: tup
     assert distance(found[0], found[1]) < 1e-5
 
 
+@pytest.mark.parametrize("lora", [None, {"rank": 8}])
 def test_a_killed_run_continues_and_ends_as_if_nothing_had_happened(
-    tmp_path: Path, data: tuple[list[Row], list[DevPrompt]]
+    tmp_path: Path, data: tuple[list[Row], list[DevPrompt]], lora: dict[str, Any] | None
 ) -> None:
-    settings = {"epochs": 2, "evals_per_epoch": 2}
+    settings: dict[str, Any] = {"epochs": 2, "evals_per_epoch": 2, "lora": lora}
     undisturbed = TransformersCoordinator(TINY)
     whole, _ = run_sft(make_config(tmp_path / "whole", **settings), data, Remote("c", undisturbed, local=True))
     config = make_config(tmp_path / "broken", **settings)
@@ -203,6 +210,8 @@ def test_a_killed_run_continues_and_ends_as_if_nothing_had_happened(
     assert late.versions == [3, 4]
     assert [m["step"] for m in metrics] == list(range(13))
     assert torch.equal(weights(run_dir / "sft"), weights(whole / "sft"))
+    if lora:
+        assert changed(run_dir / "sft") == {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"}
     assert dying.answers + late.answers == undisturbed.answers
 
 
