@@ -28,7 +28,7 @@ from rayrlhf.data.splits import Splits, check_disjoint, split_train, split_valid
 from rayrlhf.data.tokens import check_context, encode_prompts
 from rayrlhf.gold import Gold, gold_labeller
 from rayrlhf.labellers import check_labeller
-from rayrlhf.models.loading import context_length, load_tokenizer, parameter_count, resolve_model
+from rayrlhf.models.loading import context_length, load_tokenizer, parameter_counts, resolve_model
 from rayrlhf.progress import batch_table
 from rayrlhf.prompts import EncodedPrompt, requests_for
 from rayrlhf.run import STAGES, RunFolder, open_or_create, resolve_runs_dir
@@ -59,7 +59,7 @@ class Session:
         """
         if self._started:
             return False
-        self.train_splits, self.published_comparisons  # noqa: B018
+        self.train_splits, self.published_comparisons, self.parameters  # noqa: B018
         if self.config.data.comparisons is None:
             check_labeller(self.config.collect.labeller)
         if not self.local:
@@ -74,8 +74,9 @@ class Session:
         published = None
         if self.config.data.comparisons is not None:
             published = sum(not c.heldout for c in self.published_comparisons)
-        parameters = parameter_count(self.model, self.config.model.revision)
-        return batch_table(self.config, len(splits.sft), len(splits.ppo), published, len(self.evaluated), parameters)
+        return batch_table(
+            self.config, len(splits.sft), len(splits.ppo), published, len(self.evaluated), self.parameters
+        )
 
     def close(self) -> None:
         """End the actors, and the Ray connection if it is this session's own."""
@@ -92,6 +93,11 @@ class Session:
             relevant.get("ppo", {}).pop(key, None)
         digest = hashlib.blake2b(json.dumps(relevant, sort_keys=True).encode(), digest_size=4).hexdigest()
         return f"{stage}-{digest}"
+
+    @cached_property
+    def parameters(self) -> tuple[int, int]:
+        """The policy's frozen and trained ones."""
+        return parameter_counts(self.model, self.config.model.revision, self.config.model.lora)
 
     # ---- data
 

@@ -117,11 +117,12 @@ def batch_table(
     n_prompts: int,
     n_comparisons: int | None = None,
     n_test: int = 0,
-    parameters: int | None = None,
+    parameters: tuple[int, int] | None = None,
 ) -> Table:
     """A table of what the batch numbers mean; arguments as for `stage_loads`.
 
-    `parameters`, the policy's, adds what the learner's weights, gradients and Adam moments take, in GiB.
+    `parameters`, the policy's frozen and trained ones, adds what the learner's weights, gradients and Adam moments
+    take, in GiB.
     """
     ppo = config.ppo
     notes = [
@@ -133,8 +134,12 @@ def batch_table(
         f"Tokens: at most ({config.data.max_prompt_tokens} prompt + {config.data.max_response_tokens} response).",
     ]
     if parameters:
-        # float32 weight, gradient and two Adam moments: 16 bytes a parameter; policy and value model.
-        notes.append(f"PPO learner: about {2 * 16 * parameters / 2**30:.2f} GiB a worker, without activations.")
+        frozen, trained = parameters
+        if frozen:
+            notes.append(f"LoRA: of the policy {trained:,} parameters are trained and {frozen:,} are frozen.")
+        # A float32 weight is 4 bytes, a trained one with its gradient and two Adam moments 16; policy and value model.
+        size = 2 * (4 * frozen + 16 * trained) / 2**30
+        notes.append(f"PPO learner: about {size:.2f} GiB a worker, without activations.")
     table = Table(title=f"run {config.name}", caption="\n".join(notes), caption_justify="left", title_justify="left")
     table.add_column("stage")
     for heading in (

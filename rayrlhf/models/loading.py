@@ -27,9 +27,10 @@ from transformers import (
 )
 
 from rayrlhf.batching import Row, collate
+from rayrlhf.config import LoRAConfig
 from rayrlhf.errors import UserError
 from rayrlhf.logprobs import hidden_states
-from rayrlhf.models.lora import has_adapters, merged_state
+from rayrlhf.models.lora import add_adapters, has_adapters, merged_state
 from rayrlhf.run import replacing
 
 _ASSETS = Path(__file__).parent.parent / "assets"
@@ -222,11 +223,18 @@ def context_length(model: str | PreTrainedConfig) -> int:
     return min((length for length in lengths if isinstance(length, int) and length > 0), default=2048)
 
 
-def parameter_count(path: str, revision: str | None = None) -> int:
-    """Parameters of a causal language model, counted on the meta device: nothing is loaded."""
+def parameter_counts(path: str, revision: str | None = None, lora: LoRAConfig | None = None) -> tuple[int, int]:
+    """Frozen and trained parameters of a policy, counted on the meta device: nothing is loaded.
+
+    Raises:
+        UserError: what `lora` targets is not in the model.
+    """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(_config(path, revision), trust_remote_code=False)
-    return sum(parameter.numel() for parameter in model.parameters())
+        if lora:
+            add_adapters(model, lora, seed=0)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return sum(parameter.numel() for parameter in model.parameters()) - trained, trained
 
 
 def autocast(device: torch.device | str, dtype: str) -> contextlib.AbstractContextManager[Any]:

@@ -15,7 +15,14 @@ from rayrlhf.batching import Row, collate
 from rayrlhf.config import LoRAConfig
 from rayrlhf.errors import UserError
 from rayrlhf.logprobs import sequence_scores, token_logprobs
-from rayrlhf.models.loading import checkpoint_gradients, load_policy, load_reward_model, load_tokenizer, save_model
+from rayrlhf.models.loading import (
+    checkpoint_gradients,
+    load_policy,
+    load_reward_model,
+    load_tokenizer,
+    parameter_counts,
+    save_model,
+)
 from rayrlhf.models.lora import (
     adapters,
     add_adapters,
@@ -128,6 +135,14 @@ def test_the_trained_state_restores_a_model() -> None:
     assert all(torch.equal(tensor, state[name]) for name, tensor in trained_state(other).items())
     with pytest.raises(ValueError, match="other parameters"):
         load_trained_state(load_policy(TINY), state)
+
+
+def test_parameters_are_counted_without_loading(family: Path) -> None:
+    model = load_policy(str(family))
+    total = sum(p.numel() for p in model.parameters())
+    add_adapters(model, LORA, seed=0)
+    trained = sum(tensor.numel() for tensor in trained_state(model).values())
+    assert parameter_counts(str(family), lora=LORA) == (total, trained)
 
 
 def test_target_modules_are_the_ends_of_names() -> None:

@@ -28,7 +28,7 @@ from rayrlhf.models.loading import (
     load_policy,
     load_reward_model,
     load_tokenizer,
-    parameter_count,
+    parameter_counts,
     resolve_model,
 )
 from tests.families import FAMILIES, LLAMA, OPT, TINY, write_model
@@ -172,4 +172,5 @@ def test_autocast_computes_in_the_asked_type() -> None:
 
 def test_parameters_are_counted_without_loading() -> None:
     path = resolve_model("embedded:opt-tiny")
-    assert parameter_count(path) == sum(p.numel() for p in load_policy(path).parameters())
+    total = sum(p.numel() for p in load_policy(path).parameters())
+    assert parameter_counts(path) == (0, total)

@@ -58,10 +58,15 @@ def test_a_pass_holds_at_least_one_row() -> None:
 
 
 def test_batch_table_shows_the_numbers() -> None:
-    text = render(batch_table(config(ppo={"steps": 7, "prompts_per_step": 64}), 5000, 900, None, 80, parameters=2**27))
+    text = render(
+        batch_table(config(ppo={"steps": 7, "prompts_per_step": 64}), 5000, 900, None, 80, parameters=(0, 2**27))
+    )
     assert "run one" in text
     assert "448 samples in all" in text
     assert "4.00 GiB" in text  # 2 models x 16 bytes x 2^27
+    with_lora = render(batch_table(config(), 5000, 900, parameters=(2**27, 2**20)))
+    assert "1,048,576 parameters are trained and 134,217,728 are frozen" in " ".join(with_lora.split())
+    assert "1.03 GiB" in with_lora  # 2 models x (4 bytes x 2^27 + 16 bytes x 2^20)
     row = next(line for line in text.splitlines() if "ppo" in line)
     assert [cell.strip() for cell in row.strip("│").split("│")] == ["ppo", "900", "64", "64", "28", "2", "8,192"]
 
