@@ -23,7 +23,7 @@ from actors.rollouts import Cursor, Limits, Rollouts
 from actors.scorer import Scorer
 from actors.weight_sync import PublishedWeights
 from rayrlhf.batching import shard
-from rayrlhf.config import Config
+from rayrlhf.config import Config, GeneratorConfig, ScorerConfig
 from rayrlhf.gold import Gold
 from rayrlhf.prompts import EncodedPrompt, prompts_of_step, requests_for
 from rayrlhf.trajectory import GenerationRequest, Sampling, Trajectory
@@ -57,6 +57,11 @@ class _Reported:
         }
         # Replacements: also of those that died while weights were loaded.
         return idle | {"rollout/replacements": float(self.replacements - before.replacements)}
+
+
+def _spread(settings: GeneratorConfig | ScorerConfig) -> dict[str, Any]:
+    """Over all nodes with the labels, and outside the placement group of a Tune trial, which holds no room for them."""
+    return {"scheduling_strategy": "SPREAD", "label_selector": settings.labels or None}
 
 
 class Coordinator:
@@ -125,6 +130,7 @@ class Coordinator:
                     "num_cpus": settings.cpus,
                     "num_gpus": settings.gpus,
                     "namespace": namespace(self.config),
+                    **_spread(settings),
                 },
                 gold=shared,  # Ray hands the actor what is behind a reference
                 pad_token_id=self.pad_token_id,
@@ -317,6 +323,7 @@ class Coordinator:
                 "num_cpus": settings.cpus,
                 "num_gpus": settings.gpus,
                 "namespace": namespace(self.config),
+                **_spread(settings),
                 "runtime_env": {"env_vars": environment(settings)},  # OpenMP reads its settings as a process starts
             },
         )

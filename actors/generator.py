@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import platform
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import ray
-
 from actors.engine import Engine
+from actors.remote import this_node
 from actors.weight_sync import PublishedWeights, WeightSyncError
 from rayrlhf.config import GeneratorConfig, ModelConfig
 from rayrlhf.trajectory import GenerationRequest, Sampling, Trajectory
@@ -47,8 +45,7 @@ class Generator:
         if not self.engine.in_flight:
             warm_up = GenerationRequest(prompt_id="warm-up", prompt_ids=(0,))
             self.engine.generate([warm_up], Sampling(temperature=1.0, max_tokens=2, eos_token_id=0), self._version)
-        node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else platform.node()
-        return {"pid": os.getpid(), "node": node, "version": self._version}
+        return {"pid": os.getpid(), "node": this_node(), "version": self._version}
 
     def generate(self, requests: Sequence[GenerationRequest], sampling: Sampling, version: int) -> list[Trajectory]:
         """One trajectory per request, in their order, drawn from the policy of exactly `version`.

@@ -5,6 +5,7 @@ Every wait has a time-out, and its error names the actor, the method and what to
 
 from __future__ import annotations
 
+import platform
 import re
 import time
 from collections.abc import Collection, Sequence
@@ -18,6 +19,11 @@ from rayrlhf.config import Config
 from rayrlhf.errors import UserError
 
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
+
+
+def this_node() -> str:
+    """The id of the Ray node that this process is on, or the machine's name without Ray."""
+    return str(ray.get_runtime_context().get_node_id()) if ray.is_initialized() else platform.node()
 
 
 def namespace(config: Config) -> str:

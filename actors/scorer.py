@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from actors.remote import this_node
 from rayrlhf.batching import Row, token_batches
 from rayrlhf.config import ScorerConfig
 from rayrlhf.gold import Gold
@@ -53,7 +53,7 @@ class Scorer:
             torch.set_num_threads(self.settings.threads)
 
     def ready(self) -> dict[str, Any]:
-        return {"name": self.name, "pid": os.getpid(), "node": socket.gethostname()}
+        return {"name": self.name, "pid": os.getpid(), "node": this_node()}
 
     def score(self, trajectories: Sequence[Trajectory], temperature: float) -> list[Trajectory]:
         """The trajectories with `rewards`, `ref_logprobs` and `gold` filled in, in order."""

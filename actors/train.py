@@ -98,7 +98,10 @@ def fit(
         train_loop_config=arguments,
         torch_config=TorchConfig(backend="nccl" if learner.gpus else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=learner.workers, use_gpu=learner.gpus > 0, resources_per_worker=resources
+            num_workers=learner.workers,
+            use_gpu=learner.gpus > 0,
+            resources_per_worker=resources,
+            label_selector=learner.labels or None,
         ),
         run_config=RunConfig(
             name=name,

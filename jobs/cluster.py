@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import ray
+from ray.autoscaler.sdk import request_resources
+from rich.table import Table
 
 from actors.train import TRAIN_ENVIRONMENT
 from rayrlhf.config import Config
 from rayrlhf.errors import UserError
+from rayrlhf.placement import Node, Plan, demand, make_plan, roles_of
+
+_SAY_S, _POLL_S = 15.0, 1.0
+_NAMED = 4
+"""Nodes that an error names."""
 
 # Set before Ray starts, so that every process of a local cluster inherits it.
 LOCAL_ENVIRONMENT = {
@@ -53,35 +62,84 @@ def connected(config: Config) -> Iterator[None]:
         ray.shutdown()
 
 
-def preflight(config: Config, runs: int = 1) -> None:
-    """Compare what the run asks for, or `runs` of them at a time, with what the cluster has.
+def preflight(config: Config, runs: int = 1) -> Table:
+    """Where the actors of the run go, or of `runs` of them at a time; waits for nodes as long as the config says.
 
     Raises:
-        UserError: one sentence that says what is missing and which key to change.
+        UserError: something fits nowhere: which role, what the cluster has, and which key to change.
     """
-    resources = config.resources
-    roles = {
-        "learner": (resources.learner.workers, resources.learner.cpus, resources.learner.gpus),
-        "generators": (resources.generators.count, resources.generators.cpus, resources.generators.gpus),
-        "scorers": (resources.scorers.count, resources.scorers.cpus, resources.scorers.gpus),
-    }
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    for kind, column in (("CPU", 1), ("GPU", 2)):
-        needed = runs * sum(role[0] * role[column] for role in roles.values())
-        present = sum(node.get(kind, 0.0) for node in nodes)
-        largest = max((node.get(kind, 0.0) for node in nodes), default=0.0)
-        if needed > present:
-            parts = " + ".join(
-                f"{name} {role[0]} x {role[column]:g}" for name, role in roles.items() if role[0] * role[column]
-            )
-            who, lower = ("this run needs", "") if runs == 1 else (f"{runs} runs at a time need", "concurrent, ")
-            raise UserError(
-                f"{who} {needed:g} {kind}s ({parts}) and the cluster has {present:g}; add nodes, or lower {lower}"
-                f"resources.*.count, resources.learner.workers or resources.*.{kind.lower()}s"
-            )
-        for name, role in roles.items():
-            if role[column] > largest:
-                raise UserError(
-                    f"resources.{name}.{kind.lower()}s={role[column]:g} is more than any node has ({largest:g}); "
-                    "lower it or add a larger node"
-                )
+    roles, limit_s = roles_of(config.resources), config.resources.wait_for_nodes_s
+    started = time.monotonic()
+    plan = make_plan(roles, cluster_nodes(), runs)
+    asked = not plan.complete and limit_s > 0
+    if asked:
+        bundles, labels = demand(plan)
+        request_resources(bundles=bundles, bundle_label_selectors=labels)  # of an autoscaler, if there is one
+    try:
+        said = -math.inf
+        while not plan.complete and (waited := time.monotonic() - started) < limit_s:
+            if waited - said >= _SAY_S:
+                said = waited
+                print(f"waiting for nodes ({waited:.0f} of {limit_s} s): {_missing(plan)}", flush=True)
+            time.sleep(_POLL_S)
+            plan = make_plan(roles, cluster_nodes(), runs)
+    finally:
+        if asked:
+            request_resources(bundles=[])  # the request would outlive the run, and keep nodes that nobody uses
+    if not plan.complete:
+        raise UserError(_shortage(plan, cluster_nodes(), runs))
+    return plan_table(plan)
+
+
+def cluster_nodes() -> list[Node]:
+    """The nodes that are alive."""
+    return [
+        Node(n["NodeManagerHostname"], n["Resources"].get("CPU", 0.0), n["Resources"].get("GPU", 0.0), n["Labels"])
+        for n in ray.nodes()
+        if n["Alive"]
+    ]
+
+
+def plan_table(plan: Plan) -> Table:
+    """Who goes where, by role."""
+    table = Table(title="placement", title_justify="left")
+    for heading in ("role", "count", "CPUs each", "GPUs each", "labels", "nodes"):
+        table.add_column(heading, justify="left" if heading in ("role", "labels", "nodes") else "right")
+    for role in plan.roles:
+        nodes = ", ".join(f"{name} × {count}" for name, count in plan.placed[role.name].items())
+        table.add_row(role.name, str(role.count), f"{role.cpus:g}", f"{role.gpus:g}", _pairs(role.labels) or "–", nodes)
+    return table
+
+
+def _missing(plan: Plan) -> str:
+    return ", ".join(f"{count} {role.name}" for role in plan.roles if (count := plan.missing(role))) + " fit nowhere"
+
+
+def _shortage(plan: Plan, nodes: Sequence[Node], runs: int) -> str:
+    """One sentence about the first role that does not fit."""
+    index = next(i for i, role in enumerate(plan.roles) if plan.missing(role))
+    role = plan.roles[index]
+    labels = _pairs(role.labels)
+    usable = [n for n in nodes if all(n.labels.get(k) == v for k, v in role.labels.items())]
+    has = [f"{n.name} {_size(n.cpus, n.gpus)}" for n in usable[:_NAMED]]
+    if len(usable) > _NAMED:
+        has.append(f"{len(usable) - _NAMED} more")
+    before = [f"{r.name} {r.count} x {_size(r.cpus, r.gpus)}" for r in plan.roles[:index]]
+    number = "workers" if role.name == "learner" else "count"
+    kind = "gpus" if role.gpus else "cpus"
+    sentence = (
+        f"resources.{role.name}: {plan.missing(role)} of {role.count} (each {_size(role.cpus, role.gpus)}) fit nowhere",
+        f"nodes{f' with {labels}' if labels else ''}: {', '.join(has) or 'none'}",
+        *([f"placed before: {', '.join(before)}"] if before else []),
+        "add nodes (resources.wait_for_nodes_s waits for them), or lower "
+        f"{'concurrent, ' if runs > 1 else ''}resources.{role.name}.{number} or resources.{role.name}.{kind}",
+    )
+    return "; ".join(sentence)
+
+
+def _size(cpus: float, gpus: float) -> str:
+    return f"{cpus:g} CPUs" + (f" + {gpus:g} GPUs" if gpus else "")
+
+
+def _pairs(labels: Mapping[str, str]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in labels.items())

@@ -52,6 +52,8 @@ def stage(
                     )
             if session.start():
                 console.print(session.overview())
+                if session.placement:
+                    console.print(session.placement)
             console.rule(f"[bold]{name}", align="left")
             started = time.monotonic()
             function(session)

@@ -51,6 +51,8 @@ class Session:
         self._starting: Call | None = None
         self._connection = contextlib.ExitStack()
         self._started = False
+        self.placement: Table | None = None
+        """Who goes to which node; None before the start, and if local."""
 
     def start(self) -> bool:
         """Read the data, connect to Ray (not if local): mistakes in the data show before a cluster starts.
@@ -64,7 +66,7 @@ class Session:
             check_labeller(self.config.collect.labeller)
         if not self.local:
             self._connection.enter_context(connected(self.config))
-            preflight(self.config)
+            self.placement = preflight(self.config)
         self._started = True
         return True
 

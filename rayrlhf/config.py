@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
@@ -216,12 +216,23 @@ class EvaluateConfig(Section):
     bootstrap_samples: Positive = 2000
 
 
+def _shareable(gpus: float) -> float:
+    if gpus > 1 and gpus != int(gpus):
+        raise ValueError("a share of one GPU, or a whole number of them")
+    return gpus
+
+
+Gpus = Annotated[float, Field(ge=0), AfterValidator(_shareable)]
+
+
 class GeneratorConfig(Section):
     """vLLM rollout generators."""
 
     count: Positive = 1
     cpus: Annotated[float, Field(ge=0)] = 1.0
-    gpus: Annotated[float, Field(ge=0)] = 0.0
+    gpus: Gpus = 0.0
+    labels: dict[str, str] = {}
+    """Only nodes with these Ray labels hold them, such as `rayrlhf.io/role: rollout`."""
     threads: Positive = 1
     """OpenMP threads of one generator (CPU only)."""
     kv_cache_mib: Positive = 512
@@ -235,7 +246,9 @@ class ScorerConfig(Section):
 
     count: Positive = 1
     cpus: Annotated[float, Field(ge=0)] = 1.0
-    gpus: Annotated[float, Field(ge=0)] = 0.0
+    gpus: Gpus = 0.0
+    labels: dict[str, str] = {}
+    """Only nodes with these Ray labels hold them, such as `rayrlhf.io/role: rollout`."""
     threads: Positive = 1
     micro_batch_tokens: Positive = 8192
 
@@ -245,7 +258,9 @@ class LearnerConfig(Section):
 
     workers: Positive = 1
     cpus: Annotated[float, Field(ge=0)] = 1.0
-    gpus: Annotated[float, Field(ge=0)] = 0.0
+    gpus: Gpus = 0.0
+    labels: dict[str, str] = {}
+    """Only nodes with these Ray labels hold them, such as `rayrlhf.io/role: learner`."""
     threads: Positive = 1
     gradient_checkpointing: bool = False
     """Keep only each layer's input for the backward pass and compute the rest again: less memory, more arithmetic."""
@@ -259,6 +274,8 @@ class ResourcesConfig(Section):
     generators: GeneratorConfig = GeneratorConfig()
     scorers: ScorerConfig = ScorerConfig()
     learner: LearnerConfig = LearnerConfig()
+    wait_for_nodes_s: Annotated[int, Field(ge=0)] = 0
+    """How long to wait, before a run starts, for nodes that the cluster lacks; an autoscaler is asked for them."""
     start_timeout_s: Positive = 300
     """How long an actor may take until it is ready."""
     call_timeout_s: Positive = 600
