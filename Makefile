@@ -18,7 +18,7 @@ export UV_NO_SOURCES := 1
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart bench test lint test-unit test-oracles test-ray test-e2e clean
+.PHONY: help setup quickstart bench test test-tools lint test-unit test-oracles test-ray test-e2e clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,7 +40,14 @@ quickstart: $(STAMP) ## run the whole pipeline on the embedded data and model
 bench: $(STAMP) ## all benchmarks; rewrites the tables of docs/benchmarks.md
 	$(BIN)/python -m benchmarks $(ARGS)
 
-test: lint ## lint, then all tests
+# `ray up` calls ssh and rsync, and its test runs it. Debian's packages where root may install them, else a clear word.
+test-tools:
+	@for tool in ssh ssh-keygen rsync unshare; do command -v $$tool >/dev/null || missing="$$missing $$tool"; done; \
+	  test -z "$$missing" || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null && apt-get -qq update && \
+	    apt-get -qq install -y openssh-client rsync util-linux >/dev/null; } || \
+	  { echo "make: the tests of 'ray up' need$$missing; install them (Debian and Ubuntu: apt install openssh-client rsync)" >&2; exit 1; }
+
+test: lint test-tools ## lint, then all tests
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: $(STAMP) ## ruff, mypy and the import linter
@@ -58,7 +65,7 @@ test-oracles: $(STAMP) ## our numbers against other people's code
 test-ray: $(STAMP) ## tests with Ray and vLLM
 	$(BIN)/python -m pytest tests/ray $(ARGS)
 
-test-e2e: $(STAMP) ## whole runs
+test-e2e: $(STAMP) test-tools ## whole runs
 	$(BIN)/python -m pytest tests/e2e $(ARGS)
 
 clean: ## remove .venv, caches and build output; runs/ stays

@@ -82,6 +82,7 @@ class Coordinator:
         self.cursor = Cursor(0)
         self.rollouts: Rollouts | None = None
         self.reported = _Reported()
+        self.stopping = False
 
     def __repr__(self) -> str:
         return "coordinator"
@@ -166,6 +167,15 @@ class Coordinator:
         if any(version != publication.version for version in loaded):
             raise ActorFailure(f"weights {publication.version} were published but the generators report {loaded}")
         return publication.version
+
+    # ---- the end
+
+    def request_stop(self) -> None:
+        """The learner is to end after the step that it is in, with a checkpoint."""
+        self.stopping = True
+
+    def stop_requested(self) -> bool:
+        return self.stopping
 
     # ---- work
 

@@ -64,7 +64,10 @@ class State:
 
 
 def ppo_loop(arguments: dict[str, Any]) -> None:
-    """Train the policy with PPO; the finished one appears as the run folder's `policy/`."""
+    """Train the policy with PPO; the finished one appears as the run folder's `policy/`.
+
+    It does not if the coordinator was asked to stop: the loop then ends after the step's checkpoint.
+    """
     args: LearnerArguments = arguments["learner"]
     config, coordinator = args.config, args.coordinator
     ranks = Ranks(config.resources.learner.threads, gpu=config.resources.learner.gpus > 0)
@@ -110,14 +113,17 @@ def ppo_loop(arguments: dict[str, Any]) -> None:
         }
         if log:
             log.write("ppo", step, metrics)
-        if (step + 1) % config.ppo.checkpoint_every == 0 and step + 1 < config.ppo.steps:
+        stopping = generators.stop_requested()
+        if (stopping or (step + 1) % config.ppo.checkpoint_every == 0) and step + 1 < config.ppo.steps:
             trained = (trained_state(policy), trained_state(value_model)) if config.model.lora else None
             at = State(step, version, (batch.cursor.next_step, batch.cursor.untrained), ppo.state_dict(), trained)
             report(ranks, {"step": step}, lambda directory, at=at: write_checkpoint(directory, ppo, tokenizer, at))  # type: ignore[misc]
-
-    if ranks.first:
-        with RunFolder(args.run_dir).writing("ppo") as directory:
-            save_model(policy, tokenizer, directory)
+            if stopping:
+                break
+    else:
+        if ranks.first:
+            with RunFolder(args.run_dir).writing("ppo") as directory:
+                save_model(policy, tokenizer, directory)
     if log:
         log.close()
 
@@ -177,6 +183,11 @@ class GeneratorLink:
         if batch is None:
             batch = self.coordinator.call("next_batch", step, version, timeout_s=self.timeout_s)
         return batch
+
+    def stop_requested(self) -> bool:
+        """Whether the run is to end early; the same on all ranks."""
+        asked = self.ranks.first and self.coordinator.call("stop_requested", timeout_s=self.timeout_s)
+        return bool(self.ranks.broadcast(asked))
 
 
 def write_checkpoint(directory: Path, ppo: PPO, tokenizer: PreTrainedTokenizerBase, state: State) -> None:

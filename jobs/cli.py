@@ -15,9 +15,11 @@ from jobs.pipeline import pipeline
 from jobs.ppo import ppo
 from jobs.reward_model import reward_model
 from jobs.sft import sft
+from jobs.submit import MODULES, describe, submit
 from jobs.sweep import sweep
 from rayrlhf import compare as comparison
 from rayrlhf.config_file import load_config
+from rayrlhf.errors import UserError
 from rayrlhf.sweep import load_sweep
 
 app = typer.Typer(
@@ -68,6 +70,39 @@ def sweep_command(
     code = guarded(lambda: sweep(load_sweep(file, overrides or [])))
     sys.stdout.flush()
     raise typer.Exit(code)
+
+
+@app.command("submit")
+def submit_command(
+    stage: Annotated[str, typer.Argument(metavar="STAGE", help=f"One of {', '.join(MODULES)}.")],
+    config: ConfigFile,
+    overrides: Overrides = None,
+    address: Annotated[str, typer.Option(help="The cluster's dashboard.")] = "http://127.0.0.1:8265",
+    working_dir: Annotated[Path, typer.Option(help="What the job gets, without what .rayignore names.")] = Path("."),
+    env: Annotated[
+        list[str] | None, typer.Option(help="KEY=VALUE for the job and its actors; may be repeated.")
+    ] = None,
+    python: Annotated[
+        str, typer.Option(help="How Python is called there; `uv run` takes the project's lock.")
+    ] = "python",
+    follow: Annotated[bool, typer.Option(help="Print the job's log and exit as it does.")] = True,
+) -> None:
+    """Run a stage, or all (`run`), as a job on a Ray cluster. The same command continues a job that was stopped."""
+
+    def action() -> None:
+        variables = dict(_pair(each) for each in env or [])
+        submit(describe(stage, config, overrides or [], working_dir, variables, python), address, follow)
+
+    code = guarded(action)
+    sys.stdout.flush()
+    raise typer.Exit(code)
+
+
+def _pair(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not (key and equals):
+        raise UserError(f"submit: --env {text!r} is not KEY=VALUE")
+    return key, value
 
 
 @app.command()

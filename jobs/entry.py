@@ -1,6 +1,6 @@
 """What every stage has around it: skipping what is done, refusing to start too early, errors in one line, exit codes.
 
-Exit codes: 0 success, 1 failure, 2 a mistake that the user can mend, 130 interrupted.
+Exit codes: 0 success, 1 failure, 2 a mistake that the user can mend, 130 interrupted (Ctrl-C or SIGTERM).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from rich.console import Console
 
 from actors.remote import ActorFailure
 from jobs.session import Session, opened
+from jobs.stopping import interrupted_by_sigterm
 from rayrlhf.config import Config
 from rayrlhf.config_file import load_config
 from rayrlhf.errors import UserError
@@ -56,7 +57,8 @@ def stage(
                     console.print(session.placement)
             console.rule(f"[bold]{name}", align="left")
             started = time.monotonic()
-            function(session)
+            with interrupted_by_sigterm():  # again: Ray has set a handler of its own when it started
+                function(session)
             seconds = time.monotonic() - started
             with MetricsWriter(run.path) as metrics:
                 metrics.write("run", STAGES.index(name), {f"time/{name}": seconds})
@@ -78,7 +80,8 @@ def guarded(action: Callable[[], None]) -> int:
     """Run `action`; turn what can go wrong into one line on standard error and an exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
-        action()
+        with interrupted_by_sigterm():
+            action()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2

@@ -7,6 +7,7 @@ from actors.train import fit
 from jobs.entry import console, main, stage
 from jobs.follow import following
 from jobs.session import Session
+from jobs.stopping import asking_first
 from rayrlhf.errors import UserError
 from rayrlhf.models.loading import check_vocabulary
 
@@ -24,7 +25,10 @@ def ppo(session: Session) -> None:
     sampling, timeout_s = session.sampling(config.ppo.temperature), config.resources.coordinator_timeout_s
     session.coordinator.call("set_prompts", prompts, sampling, timeout_s=timeout_s)
     arguments = LearnerArguments(config, run.path, run.sft, run.reward_model, session.coordinator)
-    with following(run, config, "ppo", config.ppo.steps, console):
+    with (
+        following(run, config, "ppo", config.ppo.steps, console),
+        asking_first(lambda: session.coordinator.submit("request_stop")) as stopping,
+    ):
         fit(
             ppo_loop,
             {"learner": arguments},
@@ -34,6 +38,8 @@ def ppo(session: Session) -> None:
             keep_checkpoints=config.ppo.keep_checkpoints,
             local=session.local,
         )
+    if stopping.is_set() and not run.done("ppo"):
+        raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

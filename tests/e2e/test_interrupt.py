@@ -1,4 +1,4 @@
-"""Ctrl-C in the middle of PPO, and the same command again."""
+"""Ctrl-C or SIGTERM in the middle of PPO, and the same command again."""
 
 from __future__ import annotations
 
@@ -23,12 +23,19 @@ def ppo_lines(run: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.timeout(900)
-def test_an_interrupted_run_continues_from_its_checkpoint(finished: Any, before_ppo: Path, start: Any) -> None:
-    changes = [f"runs_dir={before_ppo.parent}", f"ppo.steps={STEPS}", "ppo.checkpoint_every=1"]
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_an_interrupted_run_continues_from_its_checkpoint(
+    finished: Any, before_ppo: Path, start: Any, number: signal.Signals
+) -> None:
+    every = 1 if number == signal.SIGINT else 100  # SIGTERM asks for a checkpoint
+    changes = [f"runs_dir={before_ppo.parent}", f"ppo.steps={STEPS}", f"ppo.checkpoint_every={every}"]
     arguments = ["ppo", *finished.arguments, *changes]
     command = start("rayrlhf", *arguments)
     command.wait_for_line(rf"ppo 2/{STEPS} ", 300)
-    os.killpg(command.process.pid, signal.SIGINT)  # as a terminal does: to the whole group
+    if number == signal.SIGINT:
+        os.killpg(command.process.pid, number)  # as a terminal does: to the whole group
+    else:
+        os.kill(command.process.pid, number)  # as whoever started the command does
     outcome = command.wait(90)
     assert outcome.code == 130, outcome.err
     assert outcome.err == "interrupted: finished stages and checkpoints are kept; the same command continues\n"

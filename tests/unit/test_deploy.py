@@ -28,6 +28,16 @@ def test_ray_up_takes_the_file(name: str) -> None:
     validate_config(prepare_config(read(name)))
 
 
+@pytest.mark.parametrize("name", ["cluster.yaml", "cluster.local.yaml"])
+def test_commands_are_bash(name: str) -> None:
+    """YAML ends an unquoted line at a hash: half a command is left, which the schema takes."""
+    cluster = read(name)
+    commands = [command for key, value in cluster.items() if key.endswith("_commands") for command in value]
+    assert len(commands) >= 7
+    for command in commands:
+        subprocess.run(["bash", "-n", "-c", command], check=True)
+
+
 def test_ray_up_refuses_a_misspelt_key() -> None:
     """What the test above relies on."""
     with pytest.raises(Exception, match="max_wrokers"):

@@ -1,0 +1,53 @@
+"""SIGTERM, which `ray job stop`, Kubernetes and Slurm send before they kill: what can be kept is kept.
+
+PPO is asked for a checkpoint at the end of the step that it is in. Everything else ends as by Ctrl-C; so does PPO at
+the second SIGTERM. The same command continues.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+@contextmanager
+def interrupted_by_sigterm() -> Iterator[None]:
+    """During the block, SIGTERM is a KeyboardInterrupt."""
+    with _on_sigterm(_interrupt):
+        yield
+
+
+@contextmanager
+def asking_first(ask: Callable[[], object]) -> Iterator[threading.Event]:
+    """During the block, the first SIGTERM calls `ask`, from another thread; the event says that it came."""
+    asked = threading.Event()
+
+    def handle(number: int, frame: Any) -> None:
+        if asked.is_set():
+            _interrupt(number, frame)
+        asked.set()
+        print("stopping: PPO writes a checkpoint when its step ends; SIGTERM again ends it now", flush=True)
+        # Not here: the signal may have come in the middle of a call to Ray.
+        threading.Thread(target=ask, name="stopping", daemon=True).start()
+
+    with _on_sigterm(handle):
+        yield asked
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def _on_sigterm(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # a sweep's trial: Python allows handlers there only
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
