@@ -110,9 +110,7 @@ def test_a_cluster_comes_up_takes_a_stage_and_goes(machine: Machine, finished: A
     assert (machine.directory / "home/rayrlhf/jobs/pipeline.py").is_file(), "the project is there"
     assert not (machine.directory / "home/rayrlhf/.venv").exists(), "and what .rayignore names is not"
     assert (machine.directory / "home/.ray/auth_token").read_text().strip() == token
-    status = machine.ray(
-        "exec", "--no-config-cache", str(machine.file), "ray status"
-    )
+    status = machine.ray("exec", "--no-config-cache", str(machine.file), "ray status")
     assert "0.0/2.0 CPU" in status
 
     run = tmp_path / "quick"
