@@ -16,7 +16,7 @@ from actors.pool import Pool
 from actors.remote import ActorDied, ActorFailure, Remote
 from actors.rollouts import Cursor, Group, Limits, Rollouts
 from actors.weight_sync import Publication
-from rayrlhf.trajectory import GenerationRequest, Sampling, Trajectory
+from rayrlhf.trajectory import GenerationRequest, PackedTrajectory, Sampling, Trajectory
 
 SAMPLING = Sampling(1.0, 1000, 0)
 
@@ -49,8 +49,14 @@ class SimulatedGenerator:
         return self.version
 
     def advance(
-        self, requests: Mapping[int, GenerationRequest], sampling: Sampling, seconds: float
-    ) -> dict[int, Trajectory]:
+        self,
+        requests: Mapping[int, GenerationRequest],
+        sampling: Sampling,
+        seconds: float,
+        publication: Publication | None = None,
+    ) -> dict[int, PackedTrajectory]:
+        if publication:
+            self.load_weights(publication)
         assert self.version >= 0
         self.slices += 1
         for ticket, request in requests.items():
@@ -62,7 +68,7 @@ class SimulatedGenerator:
         done = {t: r for t, r in self.running.items() if len(r.versions) == r.request.prompt_ids[0]}
         for ticket in done:
             del self.running[ticket]
-        return {ticket: trajectory(running) for ticket, running in done.items()}
+        return {ticket: PackedTrajectory.of(trajectory(running)) for ticket, running in done.items()}
 
     def abort(self) -> None:
         self.running = {}
@@ -84,11 +90,12 @@ class SimulatedScorer:
     def ready(self) -> dict[str, Any]:
         return {"name": self.name}
 
-    def score(self, trajectories: Sequence[Trajectory], temperature: float) -> list[Trajectory]:
+    def score_packed(self, trajectories: Sequence[PackedTrajectory], temperature: float) -> list[PackedTrajectory]:
         self.sizes.append(len(trajectories))
-        for each in trajectories:
+        unpacked = [packed.unpack() for packed in trajectories]
+        for each in unpacked:
             each.rewards = {"length": float(len(each.response_ids))}
-        return list(trajectories)
+        return [PackedTrajectory.of(each) for each in unpacked]
 
 
 class Setting:
@@ -152,7 +159,7 @@ def check(groups: Sequence[Group], version: int, staleness: int) -> list[int]:
     """The positions of a batch; complete, in order, and not too old."""
     for group in groups:
         assert [t.sample_index for t in group.trajectories] == list(range(len(group.requests)))
-        for each in group.trajectories:
+        for each in (packed.unpack() for packed in group.trajectories):
             assert each.prompt_id == str(group.position)
             assert each.rewards == {"length": float(each.prompt_ids[0])}
             assert (np.diff(each.versions) >= 0).all()
