@@ -11,9 +11,8 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
-
-import numpy as np
 
 from actors.engine import environment
 from actors.generator import Generator
@@ -26,7 +25,7 @@ from rayrlhf.batching import shard
 from rayrlhf.config import Config, GeneratorConfig, ScorerConfig
 from rayrlhf.gold import Gold
 from rayrlhf.prompts import EncodedPrompt, prompts_of_step, requests_for
-from rayrlhf.trajectory import GenerationRequest, Sampling, Trajectory
+from rayrlhf.trajectory import GenerationRequest, PackedTrajectory, Sampling, Trajectory
 
 
 @dataclass(frozen=True)
@@ -35,10 +34,38 @@ class Batch:
 
     step: int
     version: int
-    trajectories: list[Trajectory]
+    packed: list[PackedTrajectory]
     cursor: Cursor
     """Which prompts are left after it."""
     metrics: dict[str, float]
+
+    @cached_property
+    def trajectories(self) -> list[Trajectory]:
+        """Unpacked where they are first asked for: by the learner."""
+        return [packed.unpack() for packed in self.packed]
+
+    @classmethod
+    def of(cls, step: int, version: int, packed: list[PackedTrajectory], cursor: Cursor, max_staleness: int) -> Batch:
+        """A batch with the metrics of its trajectories.
+
+        Raises:
+            ActorFailure: tokens are older than that, or newer than the learner.
+        """
+        oldest, newest = version - min(t.oldest for t in packed), version - max(t.newest for t in packed)
+        if oldest > max_staleness or newest < 0:
+            raise ActorFailure(
+                f"step {step}: tokens are {newest} to {oldest} versions behind the learner's {version}, allowed are "
+                f"0 to {max_staleness}"
+            )
+        tokens = sum(t.response_tokens for t in packed)
+        metrics = {
+            "rollout/staleness/mean": version - sum(t.version_sum for t in packed) / tokens,
+            "rollout/staleness/max": float(oldest),
+        }
+        gold = [t.gold for t in packed if t.gold is not None]
+        if gold:
+            metrics |= {"ppo/gold/mean": statistics.fmean(gold), "ppo/gold/std": statistics.pstdev(gold)}
+        return cls(step, version, packed, cursor, metrics)
 
 
 @dataclass(frozen=True)
@@ -217,46 +244,36 @@ class Coordinator:
         """
         if self.batch is not None and (self.batch.step, self.batch.version) == (step, version):
             return self.batch
-        trajectories, metrics = self._ahead(step, version) if self._asynchronous else self._in_turn(step, version)
+        packed, metrics = self._ahead(step, version) if self._asynchronous else self._in_turn(step, version)
         if self.rollouts:
             self.cursor = self.rollouts.cursor()
             if self.cursor == Cursor(self.config.ppo.steps):
                 self._end_rollouts()  # that was the last batch: the generators are free for other work
         else:
             self.cursor = Cursor(step + 1)
-        gold = [t.gold for t in trajectories if t.gold is not None]
-        if gold:
-            metrics |= {"ppo/gold/mean": statistics.fmean(gold), "ppo/gold/std": statistics.pstdev(gold)}
-        staleness = version - np.concatenate([t.versions for t in trajectories])
-        if staleness.max() > self.config.ppo.max_staleness or staleness.min() < 0:
-            raise ActorFailure(
-                f"step {step}: tokens are {staleness.min()} to {staleness.max()} versions behind the learner's "
-                f"{version}, allowed are 0 to {self.config.ppo.max_staleness}"
-            )
-        metrics |= {"rollout/staleness/mean": float(staleness.mean()), "rollout/staleness/max": float(staleness.max())}
+        batch = Batch.of(step, version, packed, self.cursor, self.config.ppo.max_staleness)
         now, before = self._counts(), self.reported
         metrics |= now.since(before)
-        tokens = sum(len(t.response_ids) for t in trajectories)
         seconds = metrics.get("time/generate", now.time - before.time)
-        metrics["throughput/generated_tokens_per_s"] = tokens / seconds
-        self.reported = now
-        self.batch = Batch(step, version, trajectories, self.cursor, metrics)
-        return self.batch
+        metrics["throughput/generated_tokens_per_s"] = sum(t.response_tokens for t in packed) / seconds
+        batch.metrics.update(metrics)
+        self.reported, self.batch = now, batch
+        return batch
 
-    def _in_turn(self, step: int, version: int) -> tuple[list[Trajectory], dict[str, float]]:
+    def _in_turn(self, step: int, version: int) -> tuple[list[PackedTrajectory], dict[str, float]]:
         assert self.sampling is not None, "set_prompts comes before next_batch"
         started = time.perf_counter()
         requests = [request for group in self._groups(step) for request in group]
         trajectories = self.generate(requests, self.sampling, version)
         generated = time.perf_counter()
         trajectories = self.score(trajectories, self.sampling.temperature)
-        return trajectories, {
+        return [PackedTrajectory.of(t) for t in trajectories], {
             "time/load_weights": self.loading_s,
             "time/generate": generated - started,
             "time/score": time.perf_counter() - generated,
         }
 
-    def _ahead(self, step: int, version: int) -> tuple[list[Trajectory], dict[str, float]]:
+    def _ahead(self, step: int, version: int) -> tuple[list[PackedTrajectory], dict[str, float]]:
         config, resources = self.config.ppo, self.config.resources
         if self.rollouts is None:
             if self.scorers is None or self.publication is None or self.publication.version != version:
@@ -271,8 +288,8 @@ class Coordinator:
                     steps=config.steps,
                     groups_per_step=config.prompts_per_step,
                     max_staleness=config.max_staleness,
-                    # Some wait inside the engine, so that a place there is not empty until the next slice.
-                    generator_requests=resources.generators.max_num_seqs * 3 // 2,
+                    # As many wait inside the engine or on their way: no place there is empty until the next slice.
+                    generator_requests=resources.generators.max_num_seqs * 2,
                     score_tokens=resources.scorers.micro_batch_tokens,
                 ),
                 step=step,

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from actors.engine import Engine
-from actors.remote import this_node
+from actors.remote import PackedCalls, this_node
 from actors.weight_sync import PublishedWeights, WeightSyncError
 from rayrlhf.config import GeneratorConfig, ModelConfig
-from rayrlhf.trajectory import GenerationRequest, Sampling, Trajectory
+from rayrlhf.trajectory import GenerationRequest, PackedTrajectory, Sampling, Trajectory
 
 INITIAL_VERSION = -1
 """A new or restarted generator holds the initial weights, and refuses to generate until it is synced."""
@@ -20,7 +20,7 @@ SLICE_S = 0.2
 """The shortest time that `advance` works before it hands over what is finished, unless nothing is left to do."""
 
 
-class Generator:
+class Generator(PackedCalls):
     """Draws responses from the policy. A plain class: `Remote.spawn` makes a Ray actor of it, or keeps it local."""
 
     def __init__(self, name: str, model: ModelConfig, settings: GeneratorConfig, max_model_len: int, seed: int) -> None:
@@ -36,6 +36,8 @@ class Generator:
         )
         self._version = INITIAL_VERSION
         self._tokens = 0
+        self._given = 0
+        """Requests in flight when some were added last."""
 
     def __repr__(self) -> str:
         return self._name
@@ -59,24 +61,32 @@ class Generator:
         return self._counted(self.engine.generate(requests, sampling, version))
 
     def advance(
-        self, requests: Mapping[int, GenerationRequest], sampling: Sampling, seconds: float
-    ) -> dict[int, Trajectory]:
+        self,
+        requests: Mapping[int, GenerationRequest],
+        sampling: Sampling,
+        seconds: float,
+        publication: PublishedWeights | None = None,
+    ) -> dict[int, PackedTrajectory]:
         """Take in `requests` by ticket, work for about `seconds`, return what is finished of these and earlier ones.
 
-        Returns early when nothing is left to do, or soon will be: a quarter of what was in flight is finished.
-        Between two calls weights may be loaded: responses in flight go on under the new ones.
+        Returns early when nothing is left to do, or when there is room for more: as many are finished as a third of
+        what was in flight when some were added last. Weights are loaded first: responses in flight go on under them.
         """
+        if publication:
+            self.load_weights(publication)
         if self._version == INITIAL_VERSION:
             raise WeightSyncError(f"{self._name} has only its initial weights: sync it first")
         self.engine.add(requests, sampling, self._version)
+        if requests:
+            self._given = self.engine.in_flight
         done: dict[int, Trajectory] = {}
-        started, in_flight = time.monotonic(), self.engine.in_flight
+        started = time.monotonic()
         while self.engine.in_flight and (elapsed := time.monotonic() - started) < seconds:
-            if elapsed > SLICE_S and 4 * len(done) >= in_flight:
+            if elapsed > SLICE_S and 3 * len(done) >= self._given:
                 break
             done |= self.engine.step()
         self._counted(list(done.values()))
-        return done
+        return {ticket: PackedTrajectory.of(trajectory) for ticket, trajectory in done.items()}
 
     def abort(self) -> None:
         """Drop what is in flight."""

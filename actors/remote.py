@@ -5,15 +5,17 @@ Every wait has a time-out, and its error names the actor, the method and what to
 
 from __future__ import annotations
 
+import pickle
 import platform
 import re
 import time
 from collections.abc import Collection, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
 
 from rayrlhf.config import Config
 from rayrlhf.errors import UserError
@@ -49,6 +51,16 @@ class Call:
     local: bool
     started: float
     """`time.monotonic()` before the call."""
+    packed: bool = False
+    """Whether the answer is one string of bytes, see `PackedCalls`."""
+
+    def future(self) -> Future[Any]:
+        """Done when the call is, for `answer`; its callbacks run in a thread of Ray's."""
+        if not self.local:
+            return self.ref.future()
+        done: Future[Any] = Future()
+        done.set_result(self.ref)
+        return done
 
 
 class Remote:
@@ -75,6 +87,14 @@ class Remote:
         ref = bound(*args, **kwargs) if self.local else bound.remote(*args, **kwargs)
         return Call(self.name, method, ref, self.local, started)
 
+    def submit_packed(self, method: str, *args: Any) -> Call:
+        """The same for less, see `PackedCalls`; the arguments hold no ObjectRef."""
+        if self.local:
+            return self.submit(method, *args)
+        started = time.monotonic()
+        ref = self._target.packed_call.remote(pack((method, args)))
+        return Call(self.name, method, ref, False, started, packed=True)
+
     def call(self, method: str, *args: Any, timeout_s: float, **kwargs: Any) -> Any:
         return wait([self.submit(method, *args, **kwargs)], timeout_s)[0]
 
@@ -98,19 +118,34 @@ def wait(calls: Sequence[Call], timeout_s: float) -> list[Any]:
             results.append(call.ref)
             continue
         try:
-            results.append(ray.get(call.ref, timeout=max(0.0, deadline - time.monotonic())))
+            value = ray.get(call.ref, timeout=max(0.0, deadline - time.monotonic()))
         except GetTimeoutError:
             raise late(call, timeout_s) from None
-        except RayActorError as error:
-            cause = " ".join(ANSI.sub("", str(error)).split())[-600:]  # the reason stands at the end
-            raise ActorDied(f"{call.actor} died during {call.method}: {cause}") from error
-        except RayTaskError as error:
-            if isinstance(error.cause, UserError):
-                raise UserError(str(error.cause)) from None
-            if isinstance(error.cause, ActorFailure):  # of an actor that the called one called: its line says it all
-                raise ActorFailure(str(error.cause)) from error
-            raise ActorFailure(f"{call.actor}.{call.method} raised {error}") from error
+        except (RayActorError, ObjectLostError, RayTaskError) as error:
+            _fail(call, error)
+        results.append(unpack(value) if call.packed else value)
     return results
+
+
+def answer(call: Call, future: Future[Any]) -> Any:
+    """The result behind a future of `call` that is done; raises what `wait` raises."""
+    try:
+        value = future.result()
+    except (RayActorError, ObjectLostError, RayTaskError) as error:
+        _fail(call, error)
+    return unpack(value) if call.packed else value
+
+
+def _fail(call: Call, error: Exception) -> NoReturn:
+    if isinstance(error, RayActorError | ObjectLostError):
+        cause = " ".join(ANSI.sub("", str(error)).split())[-600:]  # the reason stands at the end
+        raise ActorDied(f"{call.actor} died during {call.method}: {cause}") from error
+    raised = getattr(error, "cause", None)
+    if isinstance(raised, UserError):
+        raise UserError(str(raised)) from None
+    if isinstance(raised, ActorFailure):  # of an actor that the called one called: its line says it all
+        raise ActorFailure(str(raised)) from error
+    raise ActorFailure(f"{call.actor}.{call.method} raised {error}") from error
 
 
 def finished(calls: Collection[Call], timeout_s: float) -> list[Call]:
@@ -131,6 +166,26 @@ def late(call: Call, timeout_s: float) -> ActorFailure:
         f"{call.actor}.{call.method} did not answer within {timeout_s:.0f} s; see its log in the Ray dashboard "
         "(a slow machine needs a larger resources.call_timeout_s or resources.start_timeout_s)"
     )
+
+
+def pack(value: Any) -> bytes:
+    return pickle.dumps(value, protocol=5)
+
+
+def unpack(message: bytes) -> Any:
+    return pickle.loads(message)
+
+
+class PackedCalls:
+    """An actor whose methods can be called with all their arguments in one string of bytes, and then answer with one.
+
+    Ray passes bytes on as they are. Arguments of their own cost the caller 0.1 ms a call: each is pickled by Python
+    code that looks for functions and classes to send along.
+    """
+
+    def packed_call(self, message: bytes) -> bytes:
+        method, args = unpack(message)
+        return pack(getattr(self, method)(*args))
 
 
 def put(value: Any, local: bool) -> Any:

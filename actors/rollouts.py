@@ -14,26 +14,35 @@ Each group is trained exactly once. With k = 1 nothing can be late: all that is 
 
 from __future__ import annotations
 
+import gc
 import heapq
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from operator import attrgetter
 from typing import Any, NamedTuple
 
-from actors.generator import SLICE_S
+from actors.generator import INITIAL_VERSION, SLICE_S
+from actors.members import Member, Members
 from actors.pool import Pool
-from actors.remote import ActorDied, ActorFailure, Call, finished, late, wait
+from actors.remote import ActorDied, ActorFailure
 from actors.weight_sync import PublishedWeights
-from rayrlhf.trajectory import GenerationRequest, Sampling, Trajectory
+from rayrlhf.trajectory import GenerationRequest, PackedTrajectory, Sampling
 
 _CALLS_PER_S = 100
 """To all generators together. Slices of very many are longer, since each call costs the coordinator CPU time; new
-weights wait for at most two slices."""
+weights wait for at most two slices: they come with the next call, and one may be queued before it."""
 _QUEUE = 2
 """Calls that an actor has at a time: the second is there when it ends the first."""
+_COLLECT_AFTER = 50_000
+"""New objects between two looks for garbage in cycles."""
+_BUNDLE_S = 0.02
+"""What is answered within this time is taken in together: many calls at once cost less than as many one by one."""
 _POLL_S = 0.05
+"""New weights and groups are looked for at least this often, and a scorer gets less than a full piece at most so."""
 
 
 class Cursor(NamedTuple):
@@ -64,22 +73,17 @@ class Group:
     requests: list[GenerationRequest]
     version: int | None = None
     """The oldest weights that a token of it may be from; None until it is dispatched."""
-    trajectories: list[Trajectory] = field(default_factory=list)
+    trajectories: list[PackedTrajectory] = field(default_factory=list)
+    tokens: int = 0
+    """Of the trajectories."""
 
-
-@dataclass(eq=False)
-class _Member:
-    """One actor of a pool, with the calls that it has still to answer and what they are worth."""
-
-    pool: Pool
-    index: int
-    calls: deque[tuple[Call, float, Callable[[Any], None]]] = field(default_factory=deque)
-    held: dict[int, Group] = field(default_factory=dict)
-    """Work that would be lost with it: group by ticket."""
-    version: int = 0
-    """Weights that it has been asked to load."""
-    free_at: float = 0.0
-    """When it answered last."""
+    def missing(self) -> dict[int, GenerationRequest]:
+        """The requests that have no trajectory yet, by ticket."""
+        tickets = dict(enumerate(self.requests, self.position * len(self.requests)))
+        if not self.trajectories:
+            return tickets
+        done = {t.sample_index for t in self.trajectories}
+        return {ticket: request for ticket, request in tickets.items() if request.sample_index not in done}
 
 
 class Rollouts:
@@ -112,14 +116,22 @@ class Rollouts:
         self.dispatched: dict[int, Group] = {}
         """Not yet in a batch, by position."""
         self.generated: deque[Group] = deque()
+        self._generated_tokens = 0
         self.scored: dict[int, Group] = {}
         self._next_step = cursor.next_step
         for position in cursor.untrained:
             of_step = groups_of_step(position // limits.groups_per_step)
             self.waiting.append(Group(position, list(of_step[position % limits.groups_per_step])))
         self._slice_s = max(SLICE_S, len(generators) / _CALLS_PER_S)
-        self._writers = [_Member(generators, i, version=publication.version) for i in range(len(generators))]
-        self._readers = [_Member(scorers, i) for i in range(len(scorers))]
+        self._members = Members([generators, scorers], died=self._replace)
+        self._writers, self._readers = self._members.of
+        for member in self._writers:
+            member.version = publication.version
+        self._free = dict.fromkeys(self._writers)
+        """Generators that may be given a call, in the order in which they became free."""
+        self._due: set[int] = set()
+        """Groups that the batch which is waited for must contain and that are not scored."""
+        self._poll_s = _POLL_S if background else 0.0
         self._changed = threading.Condition()
         self._failure: BaseException | None = None
         self._stopping = False
@@ -131,10 +143,9 @@ class Rollouts:
     # ---- called by the coordinator
 
     def publish(self, publication: PublishedWeights) -> None:
-        """New weights: every generator loads them after the slice it works on. Returns at once."""
+        """New weights: every generator loads them with the next call that it is given. Returns at once."""
         with self._changed:
             self.publication = publication
-            self._changed.notify_all()
 
     def take(self, step: int, version: int, timeout_s: float) -> list[Group]:
         """The groups of the batch of `step`, for a learner whose weights are `version`, in the order of positions."""
@@ -143,11 +154,8 @@ class Rollouts:
         with self._changed:
             # None is added later: what is dispatched from now on is of newer weights.
             due = {g.position for g in self.dispatched.values() if g.version is not None and g.version <= oldest}
-            missing = due.copy()
-            while not self._failure:
-                missing -= self.scored.keys() & missing
-                if len(self.scored) >= self.limits.groups_per_step and not missing:
-                    break
+            self._due = due - self.scored.keys()
+            while not self._failure and not self._complete:
                 if time.monotonic() > deadline:
                     raise ActorFailure(
                         f"the batch of step {step} was not complete within {timeout_s:.0f} s: {len(self.scored)} of "
@@ -166,6 +174,10 @@ class Rollouts:
                 del self.dispatched[position]
             return [self.scored.pop(position) for position in chosen]
 
+    @property
+    def _complete(self) -> bool:
+        return not self._due and len(self.scored) >= self.limits.groups_per_step
+
     def cursor(self) -> Cursor:
         """What is left for the batches to come."""
         with self._changed:
@@ -174,9 +186,7 @@ class Rollouts:
 
     def stop(self) -> None:
         """End the thread and drop what is in flight."""
-        with self._changed:
-            self._stopping = True
-            self._changed.notify_all()
+        self._stopping = True
         if self._thread:
             self._thread.join()
         self.generators.broadcast("abort")
@@ -184,6 +194,9 @@ class Rollouts:
     # ---- the pipeline
 
     def _run(self) -> None:
+        # Python would look through groups and requests for cycles again and again while steps make more of them: a
+        # fifth of what a trajectory cost, for nothing. There is such a thread in the coordinator's own process only.
+        gc.set_threshold(_COLLECT_AFTER, 10, 10)
         try:
             while not self._stopping:
                 self._tick()
@@ -196,74 +209,63 @@ class Rollouts:
         """Give out what can be given out, then take in what is finished."""
         with self._changed:
             self._feed()
-            heads = [member.calls[0] for member in self._members() if member.calls]
-            if not heads and self._thread:
-                self._changed.wait(1.0)
-        if not heads:
-            return
-        done = set(finished([call for call, _, _ in heads], _POLL_S))
+        answers = self._members.answers(self._poll_s)
+        if answers and self._poll_s:
+            time.sleep(_BUNDLE_S)
+            answers += self._members.answers(0)
         with self._changed:
-            now = time.monotonic()
-            for member in self._members():
-                if not member.calls:
-                    continue
-                call, limit_s, handle = member.calls[0]
-                if call in done:
-                    self._answered(member, call, limit_s, handle)
-                elif now - max(call.started, member.free_at) > limit_s:
-                    raise late(call, limit_s)
-            self._changed.notify_all()
-
-    def _answered(self, member: _Member, call: Call, limit_s: float, handle: Callable[[Any], None]) -> None:
-        try:
-            (result,) = wait([call], limit_s)
-        except ActorDied as death:
-            self._replace(member, death)
-            return
-        now = time.monotonic()
-        member.pool.busy_s[member.index] += now - max(call.started, member.free_at)
-        member.free_at = now
-        member.calls.popleft()
-        handle(result)
+            for member in self._members.settle(answers):
+                if member.pool is self.generators and len(member.calls) < _QUEUE:
+                    self._free[member] = None
+            if self._complete:
+                self._changed.notify_all()
 
     def _feed(self) -> None:
-        for member in self._writers:
-            if member.version < self.publication.version:
-                member.version = self.publication.version
-                self._submit(member, "load_weights", self.publication)
         given = self._dispatch()
-        for member in self._writers:
-            requests = given.get(member.index, {})
-            while requests or (member.held and len(member.calls) < _QUEUE):
-                self._submit(member, "advance", requests, self.sampling, self._slice_s, then=self._written_by(member))
-                requests = {}
+        for member in [member for member in self._free if member.held]:
+            self._advance(member, given.get(member.index, {}))
+            while len(member.calls) < _QUEUE:
+                self._advance(member, {})
+            del self._free[member]
         for member in self._readers:
-            while self.generated and len(member.calls) < _QUEUE:
+            while self._may_score(member):
                 groups = list(self._piece())
                 trajectories = [t for group in groups for t in group.trajectories]
                 member.held |= {group.position: group for group in groups}
-                then = self._read_by(member, groups)
-                self._submit(member, "score", trajectories, self.sampling.temperature, then=then)
+                then = partial(self._read, member, groups)
+                self._members.ask(
+                    member, "score_packed", trajectories, self.sampling.temperature, then=then, packed=True
+                )
+
+    def _advance(self, member: Member, requests: dict[int, GenerationRequest]) -> None:
+        arguments: list[Any] = [requests, self.sampling, self._slice_s]
+        newer = member.version < self.publication.version
+        if newer:  # as an argument of its own: the object store counts its references
+            member.version = self.publication.version
+            arguments.append(self.publication)
+        self._members.ask(member, "advance", *arguments, then=partial(self._written, member), packed=not newer)
 
     def _dispatch(self) -> dict[int, dict[int, GenerationRequest]]:
         """Requests by ticket for each generator with room, the one with least work first."""
         given: dict[int, dict[int, GenerationRequest]] = {}
-        room = [(len(m.held), m.index) for m in self._writers if len(m.calls) < _QUEUE]
+        if not self._waiting():
+            return given
+        room = [(len(member.held), member.index) for member in self._free]
         heapq.heapify(room)
         while room and self._waiting():
-            load, index = heapq.heappop(room)
+            load, index = room[0]
             group = self.waiting[0]
             if load and load + len(group.requests) > self.limits.generator_requests:
                 break  # nobody has less to do
             self.waiting.popleft()
             member = self._writers[index]
-            group.version = member.version if group.version is None else min(group.version, member.version)
+            if group.version is None:  # else some of its samples are of that one
+                group.version = self.publication.version
             self.dispatched[group.position] = group
-            tickets = {group.position * len(group.requests) + i: r for i, r in enumerate(group.requests)}
-            missing = {t: r for t, r in tickets.items() if not self._has(group, r)}
+            missing = group.missing()
             given.setdefault(index, {}).update(missing)
             member.held |= dict.fromkeys(missing, group)
-            heapq.heappush(room, (len(member.held), index))
+            heapq.heapreplace(room, (len(member.held), index))
         return given
 
     def _waiting(self) -> bool:
@@ -276,62 +278,46 @@ class Rollouts:
             self._next_step += 1
         return bool(self.waiting)
 
-    def _written_by(self, member: _Member) -> Callable[[dict[int, Trajectory]], None]:
-        def written(done: dict[int, Trajectory]) -> None:
-            for ticket, trajectory in done.items():
-                group = member.held.pop(ticket)
-                group.trajectories.append(trajectory)
-                if len(group.trajectories) == len(group.requests):
-                    group.trajectories.sort(key=lambda t: t.sample_index)
-                    self.generated.append(group)
+    def _written(self, member: Member, done: dict[int, PackedTrajectory]) -> None:
+        for ticket, trajectory in done.items():
+            group = member.held.pop(ticket)
+            group.trajectories.append(trajectory)
+            group.tokens += trajectory.length
+            if len(group.trajectories) == len(group.requests):
+                group.trajectories.sort(key=attrgetter("sample_index"))
+                self.generated.append(group)
+                self._generated_tokens += group.tokens
 
-        return written
+    def _may_score(self, member: Member) -> bool:
+        """Whether there is a full piece for the scorer, or it waits and has not been asked just now."""
+        if self._generated_tokens >= self.limits.score_tokens:
+            return len(member.calls) < _QUEUE
+        return bool(self.generated) and not member.calls and time.monotonic() - member.asked_at >= self._poll_s
 
     def _piece(self) -> Iterator[Group]:
         """Groups to be scored together."""
         tokens = 0
         while self.generated and tokens < self.limits.score_tokens:
             group = self.generated.popleft()
-            tokens += sum(t.length for t in group.trajectories)
+            tokens += group.tokens
             yield group
+        self._generated_tokens -= tokens
 
-    def _read_by(self, member: _Member, groups: Sequence[Group]) -> Callable[[list[Trajectory]], None]:
-        def read(trajectories: list[Trajectory]) -> None:
-            scored = iter(trajectories)
-            for group in groups:
-                del member.held[group.position]
-                group.trajectories = [next(scored) for _ in group.requests]
-                self.scored[group.position] = group
+    def _read(self, member: Member, groups: Sequence[Group], trajectories: list[PackedTrajectory]) -> None:
+        scored = iter(trajectories)
+        for group in groups:
+            del member.held[group.position]
+            group.trajectories = [next(scored) for _ in group.requests]
+            self.scored[group.position] = group
+            self._due.discard(group.position)
 
-        return read
-
-    def _replace(self, member: _Member, death: ActorDied) -> None:
+    def _replace(self, member: Member, death: ActorDied) -> None:
         """A new actor, which is ready and up to date before its first work; what the dead one had goes back."""
-        member.pool.respawn(member.index, death)
-        lost = {group.position: group for group in member.held.values()}
-        member.held, member.calls, member.free_at = {}, deque(), 0.0
-        self._submit(member, "ready", limit_s=member.pool.start_timeout_s)
+        lost = {group.position: group for group in self._members.replace(member, death).values()}
+        again = sorted(lost.values(), key=lambda group: -group.position)
         if member.pool is self.generators:
-            member.version = 0
-            self.waiting.extendleft(sorted(lost.values(), key=lambda group: -group.position))
+            member.version = INITIAL_VERSION
+            self.waiting.extendleft(again)
         else:
-            self.generated.extendleft(sorted(lost.values(), key=lambda group: -group.position))
-
-    def _submit(
-        self,
-        member: _Member,
-        method: str,
-        *args: Any,
-        then: Callable[[Any], None] = lambda result: None,
-        limit_s: float | None = None,
-    ) -> None:
-        call = member.pool.actors[member.index].submit(method, *args)
-        member.calls.append((call, member.pool.call_timeout_s if limit_s is None else limit_s, then))
-
-    def _members(self) -> Iterator[_Member]:
-        yield from self._writers
-        yield from self._readers
-
-    @staticmethod
-    def _has(group: Group, request: GenerationRequest) -> bool:
-        return any(t.sample_index == request.sample_index for t in group.trajectories)
+            self.generated.extendleft(again)
+            self._generated_tokens += sum(group.tokens for group in again)

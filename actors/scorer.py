@@ -8,17 +8,17 @@ from typing import Any
 
 import torch
 
-from actors.remote import this_node
+from actors.remote import PackedCalls, this_node
 from rayrlhf.batching import Row, token_batches
 from rayrlhf.config import ScorerConfig
 from rayrlhf.gold import Gold
 from rayrlhf.logprobs import shares_prompts, token_logprobs
 from rayrlhf.models.loading import autocast, load_policy, load_reward_model
 from rayrlhf.rewards import RewardModelFunction
-from rayrlhf.trajectory import Trajectory
+from rayrlhf.trajectory import PackedTrajectory, Trajectory
 
 
-class Scorer:
+class Scorer(PackedCalls):
     """Adds rewards and reference log-probs to trajectories, and the gold measure where there is one."""
 
     def __init__(
@@ -71,3 +71,7 @@ class Scorer:
             for i, row in zip(indices, logprobs.split(batch.counts), strict=True):
                 trajectories[i].ref_logprobs = row.cpu().numpy()
         return list(trajectories)
+
+    def score_packed(self, trajectories: Sequence[PackedTrajectory], temperature: float) -> list[PackedTrajectory]:
+        """`score` for who only hands them on."""
+        return [PackedTrajectory.of(t) for t in self.score([packed.unpack() for packed in trajectories], temperature)]

@@ -1,7 +1,8 @@
 """What the coordinator costs: up to 1,000 logical generators that only sleep, on 16 actors, and 100,000 trajectories.
 
 Real are dispatch, queues, staleness rules, batches, the object store and the messages; generators, scorer and learner
-do nothing. The cost is the CPU time of the coordinator's process, all of its threads, Ray's included.
+do nothing. The cost is the CPU time of the coordinator's process, all of its threads, Ray's included. For comparison:
+what calls of an empty method cost it, sent in one go.
 """
 
 from __future__ import annotations
@@ -11,19 +12,22 @@ import shutil
 import tempfile
 import time
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from benchmarks.harness import ENVIRONMENT, Child, Fact, Measurement, Result, alternate, column, main
-from benchmarks.sleepers import Marker, Sleepers
+from benchmarks.sleepers import WAIT_MS, Marker, Sleepers
+
+if TYPE_CHECKING:
+    from actors.pool import Pool
 
 ACTORS = 16
 PROMPT, RESPONSE = 128, 48
-REQUESTS = 48
+REQUESTS = 64
 """In flight in each logical generator."""
-WAIT_MS = (2000, 10000)
 TIMEOUT_S = 600
+EMPTY_CALLS = 5_000
 
 
 class ControlPlane:
@@ -47,22 +51,33 @@ class ControlPlane:
     def run(self, turn: int) -> Measurement:
         import ray
 
+        from actors.coordinator import Batch
         from actors.pool import Pool
-        from actors.remote import Call, Remote
+        from actors.remote import Call, Remote, pack
         from actors.rollouts import Cursor, Limits, Rollouts
         from actors.weight_sync import Publication
+        from rayrlhf.prompts import EncodedPrompt, prompts_of_step, requests_for
         from rayrlhf.trajectory import GenerationRequest, Sampling
 
         class Logical(Remote):
             """One of the generators of an actor."""
 
             number: int
+            calls = 0
+            """Of all together."""
 
             def submit(self, method: str, *args: Any, **kwargs: Any) -> Call:
+                Logical.calls += 1
                 sent = [arg.version if isinstance(arg, Publication) else arg for arg in args]
                 started = time.monotonic()
                 ref = getattr(self._target, method).remote(self.number, *sent)
                 return Call(self.name, method, ref, False, started)
+
+            def submit_packed(self, method: str, *args: Any) -> Call:
+                Logical.calls += 1
+                started = time.monotonic()
+                ref = self._target.packed_call.remote(pack((method, (self.number, *args))))
+                return Call(self.name, method, ref, False, started, packed=True)
 
         def spawn(name: str) -> Remote:
             generator = Logical(name, self.actors[int(name.split("-")[1]) % len(self.actors)], False)
@@ -70,11 +85,13 @@ class ControlPlane:
             return generator
 
         def groups(step: int) -> list[list[GenerationRequest]]:
-            rng = np.random.default_rng([turn, step])
-            waits = rng.integers(*WAIT_MS, self.per_step)
-            return [[GenerationRequest(f"{step}-{i}", prompt, 0, int(wait))] for i, wait in enumerate(waits)]
+            chosen = prompts_of_step(len(prompts), turn, step, self.per_step)
+            return [[r] for r in requests_for([prompts[i] for i in chosen], 1, turn, "ppo", step)]
 
-        prompt = tuple(range(PROMPT))
+        prompts = [
+            EncodedPrompt(str(i), tuple(ids))
+            for i, ids in enumerate(np.random.default_rng(turn).integers(0, 32_000, (10_000, PROMPT)).tolist())
+        ]
         bounds: dict[str, Any] = {"start_timeout_s": TIMEOUT_S, "call_timeout_s": TIMEOUT_S}
         generators = Pool("generator", self.logical, spawn, **bounds)
         scorers = Pool("scorer", 1, lambda name: Remote(name, self.marker, False), **bounds)
@@ -86,14 +103,34 @@ class ControlPlane:
         )  # fmt: skip
         trained = 0
         for step in range(self.steps):
-            batch = [t for group in rollouts.take(step, step, TIMEOUT_S) for t in group.trajectories]
+            packed = [t for group in rollouts.take(step, step, TIMEOUT_S) for t in group.trajectories]
+            batch = Batch.of(step, step, packed, rollouts.cursor(), max_staleness=1)
             ray.put(batch)  # as the answer to the learner
-            trained += len(batch)
+            trained += len(batch.packed)
             rollouts.publish(Publication(step + 1, (), (), ""))
-        seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
+        seconds, cpu, calls = time.perf_counter() - started, time.process_time() - cpu, Logical.calls
         rollouts.stop()
         assert trained == self.steps * self.per_step
-        return {"us a trajectory": 1e6 * cpu / trained, "trajectories/s": trained / seconds}
+        return {
+            "us a trajectory": 1e6 * cpu / trained,
+            "trajectories/s": trained / seconds,
+            "trajectories a call": trained / calls,
+            "us an empty call": 1e6 * self._empty_calls(generators),
+        }
+
+    @staticmethod
+    def _empty_calls(generators: Pool) -> float:
+        """Seconds of CPU time for one of many."""
+        from actors.members import Members
+
+        members = Members([generators], died=lambda member, death: None)
+        cpu, rounds = time.process_time(), EMPTY_CALLS // len(generators)
+        for _ in range(rounds):
+            for member in members.of[0]:
+                members.ask(member, "ready", packed=True)
+        while any(member.calls for member in members.of[0]):
+            members.settle(members.answers(1.0))
+        return (time.process_time() - cpu) / (rounds * len(generators))
 
     def close(self) -> None:
         import ray
@@ -115,6 +152,9 @@ def run(quick: bool) -> Result:
         found = alternate({name: partial(Child, ControlPlane, logical, per_step, steps, threads=1)}, range(1))[name]
         result.facts.append(Fact(f"{name}: cost", "us a trajectory", column(found, "us a trajectory")))
         result.facts.append(Fact(f"{name}: throughput", "trajectories/s", column(found, "trajectories/s")))
+        brought = "responses that a generator's call brings"
+        result.facts.append(Fact(f"{name}: {brought}", "", column(found, "trajectories a call")))
+        result.facts.append(Fact(f"{name}: an empty call", "us", column(found, "us an empty call")))
     return result
 
 

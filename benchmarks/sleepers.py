@@ -6,11 +6,14 @@ import asyncio
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
-from rayrlhf.trajectory import GenerationRequest, Sampling, Trajectory
+from actors.remote import PackedCalls, pack, unpack
+from rayrlhf.trajectory import GenerationRequest, PackedTrajectory, Sampling, Trajectory
+
+WAIT_MS = (2000, 10000)
+"""How long a response takes: as its seed says."""
 
 
 class Sleepers:
@@ -19,55 +22,75 @@ class Sleepers:
     def __init__(self) -> None:
         self.version = 0
         self.locks: dict[int, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self.given: dict[int, int] = {}
         self.running: dict[int, dict[int, tuple[float, GenerationRequest]]] = defaultdict(dict)
 
-    async def ready(self) -> bool:
+    async def ready(self, logical: int = 0) -> bool:
         return True
-
-    async def load_weights(self, logical: int, version: int) -> int:
-        self.version = version
-        return version
 
     async def abort(self, logical: int) -> None:
         self.running.clear()
 
+    async def packed_call(self, message: bytes) -> bytes:
+        """As of `PackedCalls`; the first argument says which of the generators is meant."""
+        method, args = unpack(message)
+        return pack(await getattr(self, method)(*args))
+
     async def advance(
-        self, logical: int, requests: Mapping[int, GenerationRequest], sampling: Sampling, seconds: float
-    ) -> dict[int, Trajectory]:
+        self,
+        logical: int,
+        requests: Mapping[int, GenerationRequest],
+        sampling: Sampling,
+        seconds: float,
+        version: int | None = None,
+    ) -> dict[int, PackedTrajectory]:
         async with self.locks[logical]:  # one slice at a time, as in a generator
+            self.version = version or self.version
             now, running = time.monotonic(), self.running[logical]
-            running |= {ticket: (now + request.seed / 1000, request) for ticket, request in requests.items()}
+            running |= {ticket: (now + _seconds(request), request) for ticket, request in requests.items()}
+            if requests:
+                self.given[logical] = len(running)
             if running:
-                quarter = sorted(at for at, _ in running.values())[(len(running) - 1) // 4]
-                await asyncio.sleep(min(seconds, max(0.2, quarter - now)))
+                enough = min(len(running), -(-self.given[logical] // 3))
+                then = sorted(at for at, _ in running.values())[enough - 1]
+                await asyncio.sleep(min(seconds, max(0.2, then - now)))
             now = time.monotonic()
             done = {ticket: request for ticket, (at, request) in running.items() if at <= now}
             for ticket in done:
                 del running[ticket]
-            return {ticket: self._trajectory(request, sampling) for ticket, request in done.items()}
+            return {ticket: self._packed(request, sampling) for ticket, request in done.items()}
 
-    def _trajectory(self, request: GenerationRequest, sampling: Sampling) -> Trajectory:
+    def _packed(self, request: GenerationRequest, sampling: Sampling) -> PackedTrajectory:
         tokens = sampling.max_tokens
-        return Trajectory(
-            prompt_id=request.prompt_id,
-            sample_index=request.sample_index,
-            seed=request.seed,
-            prompt_ids=np.asarray(request.prompt_ids, np.int64),
-            response_ids=np.zeros(tokens, np.int64),
-            generator_logprobs=np.zeros(tokens, np.float32),
-            versions=np.full(tokens, self.version, np.int64),
-            finish_reason="length",
+        return PackedTrajectory.of(
+            Trajectory(
+                prompt_id=request.prompt_id,
+                sample_index=request.sample_index,
+                seed=request.seed,
+                prompt_ids=np.asarray(request.prompt_ids, np.int64),
+                response_ids=np.zeros(tokens, np.int64),
+                generator_logprobs=np.zeros(tokens, np.float32),
+                versions=np.full(tokens, self.version, np.int64),
+                finish_reason="length",
+            )
         )
 
 
-class Marker:
+def _seconds(request: GenerationRequest) -> float:
+    first, last = WAIT_MS
+    return (first + request.seed % (last - first)) / 1000
+
+
+class Marker(PackedCalls):
     """A scorer that gives every response the same."""
 
     def ready(self) -> bool:
         return True
 
-    def score(self, trajectories: Sequence[Trajectory], temperature: float) -> list[Any]:
-        for trajectory in trajectories:
-            trajectory.rewards = {"constant": 1.0}
-            trajectory.ref_logprobs = trajectory.generator_logprobs
-        return list(trajectories)
+    def score_packed(self, trajectories: Sequence[PackedTrajectory], temperature: float) -> list[PackedTrajectory]:
+        return [PackedTrajectory.of(self._scored(packed.unpack())) for packed in trajectories]
+
+    def _scored(self, trajectory: Trajectory) -> Trajectory:
+        trajectory.rewards = {"constant": 1.0}
+        trajectory.ref_logprobs = trajectory.generator_logprobs
+        return trajectory

@@ -7,8 +7,9 @@ Shapes: P prompt tokens, R response tokens (R >= 1; the EOS, when sampled, is th
 from __future__ import annotations
 
 import hashlib
+import pickle
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -110,6 +111,42 @@ def _unpacked(
         ref_logprobs=logprobs[response:] if len(logprobs) > response else None,
         gold=gold,
     )
+
+
+class PackedTrajectory(NamedTuple):
+    """A trajectory on its way through the coordinator, which reads these few figures and hands `data` on unread."""
+
+    sample_index: int
+    length: int
+    """P + R"""
+    response_tokens: int
+    """R"""
+    oldest: int
+    """Weight version of its oldest token."""
+    newest: int
+    version_sum: int
+    """Of the versions of all its tokens."""
+    gold: float | None
+    data: bytes
+    """The pickled trajectory."""
+
+    @classmethod
+    def of(cls, t: Trajectory) -> PackedTrajectory:
+        versions = t.versions.tolist()
+        return cls(
+            t.sample_index,
+            t.length,
+            len(versions),
+            min(versions),
+            max(versions),
+            sum(versions),
+            t.gold,
+            pickle.dumps(t, protocol=5),
+        )
+
+    def unpack(self) -> Trajectory:
+        trajectory: Trajectory = pickle.loads(self.data)
+        return trajectory
 
 
 def derive_seed(*parts: int | str) -> int:

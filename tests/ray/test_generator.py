@@ -29,7 +29,7 @@ from rayrlhf.batching import Row, collate
 from rayrlhf.config import GeneratorConfig, ModelConfig
 from rayrlhf.errors import UserError
 from rayrlhf.logprobs import token_logprobs
-from rayrlhf.trajectory import GenerationRequest, Sampling, Trajectory
+from rayrlhf.trajectory import GenerationRequest, PackedTrajectory, Sampling, Trajectory
 
 EMBEDDED = Path(rayrlhf.__file__).parent / "assets" / "opt-tiny"
 TOLERANCE = 1e-4
@@ -279,30 +279,47 @@ def test_new_weights_for_responses_in_flight(tied: Generator, embedded: PreTrain
     while tied.engine.in_flight:
         done |= tied.advance({}, sampling, 600.0)
     assert sorted(done) == sorted([*requests, *late])
+    responses = {ticket: packed.unpack() for ticket, packed in done.items()}
     expected = {
-        version: {key: _reference_logprobs(model, t, 1.0) for key, t in done.items()}
+        version: {key: _reference_logprobs(model, t, 1.0) for key, t in responses.items()}
         for version, model in models.items()
     }
-    for ticket, trajectory in done.items():
+    for ticket, trajectory in responses.items():
         assert trajectory.seed == (requests | late)[ticket].seed
         assert len(trajectory.response_ids) == 40
         assert (np.diff(trajectory.versions) >= 0).all()
         for version, logprobs in expected.items():
             own = trajectory.versions == version
             np.testing.assert_allclose(trajectory.generator_logprobs[own], logprobs[ticket][own], atol=TOLERANCE)
-    assert all(set(done[ticket].versions) == set(models) for ticket in requests)
-    assert all(set(done[ticket].versions) == {max(models)} for ticket in late)
+    assert all(set(responses[ticket].versions) == set(models) for ticket in requests)
+    assert all(set(responses[ticket].versions) == {max(models)} for ticket in late)
     assert tied.advance({}, sampling, 1.0) == {}
 
 
-def test_a_slice_ends_when_a_quarter_is_finished(tied: Generator, embedded: PreTrainedModel) -> None:
+def test_new_weights_with_a_slice(tied: Generator, embedded: PreTrainedModel) -> None:
+    """What is in flight goes on under them, what comes along begins under them."""
+    old = _sync(tied, embedded)
+    first, second = (dict(enumerate(_requests(3, length=30), start=at)) for at in (0, 10))
+    assert tied.advance(first, _sampling(1.0, 20), 0.001) == {}
+    publication = publish(_perturbed(embedded, 7).named_parameters(), old + 1, local=True)
+    done = tied.advance(second, _sampling(1.0, 20), 0.001, publication)
+    while tied.engine.in_flight:
+        done |= tied.advance({}, _sampling(1.0, 20), 600.0)
+    assert {(packed.oldest, packed.newest) for ticket, packed in done.items() if ticket < 10} == {(old, old + 1)}
+    assert {(packed.oldest, packed.newest) for ticket, packed in done.items() if ticket >= 10} == {(old + 1, old + 1)}
+    assert len(done) == 6
+    with pytest.raises(WeightSyncError, match=f"has version {old + 1}, refuses {old + 1}"):
+        tied.advance({}, _sampling(1.0, 20), 0.0, publication)
+
+
+def test_a_slice_ends_when_a_third_is_finished(tied: Generator, embedded: PreTrainedModel) -> None:
     """Places that became free are not to wait for the slice's end, nor is anybody for what is not there."""
     _sync(tied, embedded)
     short, long = (dict(enumerate(_requests(n, length=40), start=at)) for n, at in ((6, 0), (2, 10)))
     assert tied.advance(long, _sampling(1.0, 150), 0.0) == {}
     assert sorted(tied.advance(short, _sampling(1.0, 2), 600.0)) == sorted(short)
     assert tied.engine.in_flight == 2
-    done: dict[int, Trajectory] = {}
+    done: dict[int, PackedTrajectory] = {}
     while tied.engine.in_flight:
         done |= tied.advance({}, _sampling(1.0), 600.0)
     assert sorted(done) == sorted(long)

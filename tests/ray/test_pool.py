@@ -6,13 +6,15 @@ import itertools
 import os
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from actors.members import Member, Members
 from actors.pool import Pool
-from actors.remote import ActorDied, ActorFailure, Remote, finished, wait
+from actors.remote import ActorDied, ActorFailure, PackedCalls, Remote, answer, finished, wait
 from rayrlhf.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -20,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("ray_cluster")
 _roles = (f"adder{i}" for i in itertools.count())
 
 
-class Adder:
+class Adder(PackedCalls):
     """Adds to its offset, which a new one has to be told."""
 
     def __init__(self, name: str) -> None:
@@ -57,6 +59,9 @@ class Adder:
             marker.touch()
             os.kill(os.getpid(), 9)
         return self.set_offset(offset)
+
+    def repeat(self, what: bytes, times: int) -> bytes:
+        return what * times
 
     def refuse(self, number: int) -> None:
         raise UserError(f"row {number} is bad; mend it")
@@ -203,6 +208,63 @@ def test_finished_calls(make_pool: Callable[..., Pool]) -> None:
     assert finished(calls[:1], 0.1) == []
     assert wait(calls, 10) == [(slow.name, 101), (fast.name, 102)]
     assert finished(calls, 10) == calls
+
+
+def test_packed_calls(make_pool: Callable[..., Pool]) -> None:
+    """Results, errors and deaths come as those of plain calls do, whether awaited or by a future."""
+    (one,) = make_pool(1).actors
+    large = one.submit_packed("repeat", b"x", 10**6)  # comes by way of the object store
+    plain, packed, bad, failed = (
+        one.submit("add", 1),
+        one.submit_packed("add", 2),
+        one.submit_packed("refuse", 3),
+        one.submit_packed("fail", 5),
+    )
+    assert wait([plain, packed], 20) == [(one.name, 101), (one.name, 102)]
+    assert [answer(call, call.future()) for call in (plain, packed)] == [(one.name, 101), (one.name, 102)]
+    assert answer(large, large.future()) == b"x" * 10**6
+    with pytest.raises(UserError, match=r"^row 3 is bad; mend it$"):
+        answer(bad, bad.future())
+    with pytest.raises(ActorFailure, match=rf"{one.name}\.fail raised (.|\n)*ZeroDivisionError: at 5"):
+        wait([failed], 20)
+    died = one.submit_packed("die", 0)
+    with pytest.raises(ActorDied, match=rf"^{one.name} died during die: "):
+        answer(died, died.future())
+
+
+def test_members_at_work(make_pool: Callable[..., Pool], tmp_path: Path) -> None:
+    """Many calls of two actors, one of which dies: every answer comes once, the other's in the order of its calls."""
+    pool = make_pool(2)
+    heard: dict[int, list[int]] = {0: [], 1: []}
+    replaced: list[int] = []
+
+    def died(member: Member, death: ActorDied) -> None:
+        replaced.append(member.index)
+        lost = members.replace(member, death)
+        members.ask(member, "set_offset", 100)
+        for number in sorted(lost):
+            ask(member, number)
+
+    def ask(member: Member, number: int) -> None:
+        member.held[number] = None
+        then = partial(hear, member, number)
+        members.ask(member, "add_unless", number, tmp_path, then=then, packed=True)
+
+    def hear(member: Member, number: int, result: tuple[str, int]) -> None:
+        heard[member.index].append(result[1])
+        del member.held[number]
+
+    members = Members([pool], died)
+    for number in range(100, 150):
+        for member in members.of[0]:
+            ask(member, number)
+    ask(members.of[0][1], -7)
+    deadline = time.monotonic() + 60
+    while any(member.calls for member in members.of[0]):
+        assert time.monotonic() < deadline
+        members.settle(members.answers(1.0))
+    assert heard[0] == list(range(200, 250))
+    assert sorted(heard[1]) == [107, *range(200, 250)] and replaced == [1]
 
 
 def test_busy_seconds_are_of_the_place_that_worked(make_pool: Callable[..., Pool]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from actors.pool import Pool
 from actors.remote import ActorDied, ActorFailure, Remote
 from actors.rollouts import Cursor, Group, Limits, Rollouts
 from actors.weight_sync import Publication
-from rayrlhf.trajectory import GenerationRequest, Sampling, Trajectory
+from rayrlhf.trajectory import GenerationRequest, PackedTrajectory, Sampling, Trajectory
 
 SAMPLING = Sampling(1.0, 1000, 0)
 
@@ -49,8 +49,14 @@ class SimulatedGenerator:
         return self.version
 
     def advance(
-        self, requests: Mapping[int, GenerationRequest], sampling: Sampling, seconds: float
-    ) -> dict[int, Trajectory]:
+        self,
+        requests: Mapping[int, GenerationRequest],
+        sampling: Sampling,
+        seconds: float,
+        publication: Publication | None = None,
+    ) -> dict[int, PackedTrajectory]:
+        if publication:
+            self.load_weights(publication)
         assert self.version >= 0
         self.slices += 1
         for ticket, request in requests.items():
@@ -62,7 +68,7 @@ class SimulatedGenerator:
         done = {t: r for t, r in self.running.items() if len(r.versions) == r.request.prompt_ids[0]}
         for ticket in done:
             del self.running[ticket]
-        return {ticket: trajectory(running) for ticket, running in done.items()}
+        return {ticket: PackedTrajectory.of(trajectory(running)) for ticket, running in done.items()}
 
     def abort(self) -> None:
         self.running = {}
@@ -84,11 +90,12 @@ class SimulatedScorer:
     def ready(self) -> dict[str, Any]:
         return {"name": self.name}
 
-    def score(self, trajectories: Sequence[Trajectory], temperature: float) -> list[Trajectory]:
+    def score_packed(self, trajectories: Sequence[PackedTrajectory], temperature: float) -> list[PackedTrajectory]:
         self.sizes.append(len(trajectories))
-        for each in trajectories:
+        unpacked = [packed.unpack() for packed in trajectories]
+        for each in unpacked:
             each.rewards = {"length": float(len(each.response_ids))}
-        return list(trajectories)
+        return [PackedTrajectory.of(each) for each in unpacked]
 
 
 class Setting:
@@ -115,12 +122,9 @@ class Setting:
 
         self.generators = Pool("generator", generators, spawn, start_timeout_s=1, call_timeout_s=5)
         self.generators.max_replacements = 1000
+        self.scorer = SimulatedScorer("scorer-0")
         self.scorers = Pool(
-            "scorer",
-            1,
-            lambda name: Remote.spawn(name, SimulatedScorer, name, local=True),
-            start_timeout_s=1,
-            call_timeout_s=5,
+            "scorer", 1, lambda name: Remote(name, self.scorer, True), start_timeout_s=1, call_timeout_s=5
         )
         self.scorers.max_replacements = 1000
         for generator in self.made:
@@ -134,7 +138,13 @@ class Setting:
             for p in positions
         ]
 
-    def start(self, step: int = 0, version: int = 10, cursor: Cursor = Cursor(0)) -> Rollouts:  # noqa: B008
+    def start(
+        self,
+        step: int = 0,
+        version: int = 10,
+        cursor: Cursor = Cursor(0),  # noqa: B008
+        background: bool = False,
+    ) -> Rollouts:
         return Rollouts(
             self.generators,
             self.scorers,
@@ -144,7 +154,7 @@ class Setting:
             step=step,
             cursor=cursor,
             publication=weights(version),
-            background=False,
+            background=background,
         )
 
 
@@ -152,7 +162,7 @@ def check(groups: Sequence[Group], version: int, staleness: int) -> list[int]:
     """The positions of a batch; complete, in order, and not too old."""
     for group in groups:
         assert [t.sample_index for t in group.trajectories] == list(range(len(group.requests)))
-        for each in group.trajectories:
+        for each in (packed.unpack() for packed in group.trajectories):
             assert each.prompt_id == str(group.position)
             assert each.rewards == {"length": float(each.prompt_ids[0])}
             assert (np.diff(each.versions) >= 0).all()
@@ -236,6 +246,27 @@ def test_generators_are_filled_evenly_and_not_beyond_their_room() -> None:
     assert [generator.most for generator in setting.made] == [6, 6]
     # 32 responses of 5 tokens, 6 at a time on each of two: a place is empty for a slice at most until it is given work.
     assert max(generator.slices for generator in setting.made) <= (5 + 1) * math.ceil(32 / 12)
+
+
+def test_a_thread_of_its_own_does_the_same_and_gathers_what_is_to_be_scored() -> None:
+    setting = Setting({i: 1 + i % 7 for i in range(40)}, steps=4, per_step=10, staleness=1)
+    setting.limits = replace(setting.limits, score_tokens=1000)
+    rollouts, trained = setting.start(background=True), list[int]()
+    for step in range(4):
+        trained += check(rollouts.take(step, 10 + step, 10.0), 10 + step, 1)
+        rollouts.publish(weights(11 + step))
+    rollouts.stop()
+    assert sorted(trained) == list(range(40))
+    assert sum(setting.scorer.sizes) == 80 and len(setting.scorer.sizes) < 20
+
+
+def test_what_goes_wrong_in_the_thread_is_raised_where_a_batch_is_waited_for() -> None:
+    setting = Setting({}, steps=1, per_step=2, staleness=1)
+    setting.scorer.sizes = None  # type: ignore[assignment]
+    rollouts = setting.start(background=True)
+    with pytest.raises(AttributeError, match="append"):
+        rollouts.take(0, 10, 10.0)
+    rollouts.stop()
 
 
 def test_a_batch_that_does_not_come_is_an_error_in_time() -> None:

@@ -4,35 +4,73 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 from dataclasses import fields
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from ray import cloudpickle
 
-from rayrlhf.trajectory import Trajectory
+from actors.remote import pack, unpack
+from rayrlhf.trajectory import PackedTrajectory, Trajectory
 
 
-@pytest.mark.parametrize("scored", [False, True])
-@pytest.mark.parametrize("prompt", [0, 1, 7])
-def test_a_trajectory_survives_its_journey(scored: bool, prompt: int) -> None:
-    rng = np.random.default_rng(prompt)
-    sent = Trajectory(
-        prompt_id="a-β",
-        sample_index=3,
-        seed=2**31 - 1,
-        prompt_ids=rng.integers(0, 2**31 - 1, prompt),
-        response_ids=rng.integers(0, 2**31 - 1, 5),
-        generator_logprobs=rng.normal(size=5).astype(np.float32),
-        versions=rng.integers(0, 2**40, 5),
-        finish_reason="eos",
+@st.composite
+def trajectories(draw: st.DrawFn) -> Trajectory:
+    rng, response = np.random.default_rng(draw(st.integers(0, 1000))), draw(st.integers(1, 40))
+    scored = draw(st.booleans())
+    return Trajectory(
+        prompt_id=draw(st.text(max_size=5)),
+        sample_index=draw(st.integers(0, 64)),
+        seed=draw(st.integers(0, 2**31 - 1)),
+        prompt_ids=rng.integers(0, 2**31 - 1, draw(st.integers(0, 40))),
+        response_ids=rng.integers(0, 2**31 - 1, response),
+        generator_logprobs=rng.normal(size=response).astype(np.float32),
+        versions=rng.integers(0, 2**40, response),
+        finish_reason=draw(st.sampled_from(["eos", "length"])),
         rewards={"one": 0.1, "two": -1.0} if scored else {},
-        ref_logprobs=rng.normal(size=5).astype(np.float32) if scored else None,
-        gold=0.25 if scored else None,
+        ref_logprobs=rng.normal(size=response).astype(np.float32) if scored else None,
+        gold=draw(st.none() | st.floats(-1, 1)),
     )
-    for got in (pickle.loads(pickle.dumps(sent)), cloudpickle.loads(cloudpickle.dumps(sent)), copy.deepcopy(sent)):
-        for field in fields(Trajectory):
-            own, expected = getattr(got, field.name), getattr(sent, field.name)
-            np.testing.assert_array_equal(own, expected)
-            if isinstance(expected, np.ndarray):
-                assert own.dtype == expected.dtype and own.flags.writeable
+
+
+def packed(sent: Trajectory) -> Trajectory:
+    return PackedTrajectory.of(sent).unpack()
+
+
+def packed_twice_on_its_way(sent: Trajectory) -> Trajectory:
+    """As by a scorer, between two messages."""
+    first: PackedTrajectory = unpack(pack(PackedTrajectory.of(sent)))
+    second: PackedTrajectory = cloudpickle.loads(cloudpickle.dumps(PackedTrajectory.of(first.unpack())))
+    return second.unpack()
+
+
+@pytest.mark.parametrize(
+    "journey",
+    [
+        lambda t: pickle.loads(pickle.dumps(t)),
+        lambda t: cloudpickle.loads(cloudpickle.dumps(t)),
+        copy.deepcopy,
+        packed,
+        packed_twice_on_its_way,
+    ],
+)
+@given(sent=trajectories())
+def test_a_trajectory_survives_its_journey(journey: Callable[[Trajectory], Trajectory], sent: Trajectory) -> None:
+    got = journey(sent)
+    for field in fields(Trajectory):
+        own, expected = getattr(got, field.name), getattr(sent, field.name)
+        np.testing.assert_array_equal(own, expected)
+        if isinstance(expected, np.ndarray):
+            assert own.dtype == expected.dtype and own.flags.writeable
+
+
+@given(sent=trajectories())
+def test_what_stands_beside_a_packed_trajectory_is_its_own(sent: Trajectory) -> None:
+    packed = PackedTrajectory.of(sent)
+    assert packed.length == len(sent.token_ids) and packed.response_tokens == len(sent.response_ids)
+    assert (packed.oldest, packed.newest) == (sent.versions.min(), sent.versions.max())
+    assert packed.version_sum == sent.versions.sum()
+    assert (packed.sample_index, packed.gold) == (sent.sample_index, sent.gold)

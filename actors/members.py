@@ -1,0 +1,138 @@
+"""Actors that are kept at work: each has a queue of calls, and the answers of all are awaited together.
+
+An answer comes as a callback of Ray's: to wait for it costs the same however many actors there are.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
+from typing import Any
+
+from actors.pool import Pool
+from actors.remote import ActorDied, Call, answer, late
+
+_CHECK_S = 1.0
+"""Between two looks for calls that take too long."""
+
+
+@dataclass(eq=False)
+class Asked:
+    """A call under way."""
+
+    member: Member
+    call: Call
+    limit_s: float
+    then: Callable[[Any], None]
+    answered: bool = False
+    result: Any = None
+
+
+@dataclass(eq=False)
+class Member:
+    """One actor of a pool."""
+
+    pool: Pool
+    index: int
+    calls: deque[Asked] = field(default_factory=deque)
+    """That it has still to answer, in their order."""
+    held: dict[int, Any] = field(default_factory=dict)
+    """Work that would be lost with it."""
+    version: int = 0
+    """Weights that it has been asked to load."""
+    asked_at: float = 0.0
+    free_at: float = 0.0
+    """When it answered last."""
+
+
+Answered = tuple[Asked, Future[Any]]
+
+
+class Members:
+    """The actors of some pools."""
+
+    def __init__(self, pools: Sequence[Pool], died: Callable[[Member, ActorDied], None]) -> None:
+        """`died` is told of an actor that died with calls to answer; it calls `replace`."""
+        self.of = [[Member(pool, i) for i in range(len(pool))] for pool in pools]
+        self._died = died
+        self._answered: SimpleQueue[Answered] = SimpleQueue()
+        self._checked = time.monotonic()
+
+    def ask(
+        self,
+        member: Member,
+        method: str,
+        *args: Any,
+        then: Callable[[Any], None] = lambda result: None,
+        packed: bool = False,
+        limit_s: float | None = None,
+    ) -> None:
+        """Queue a call; `settle` hands its result to `then`, after those of earlier calls."""
+        remote = member.pool.actors[member.index]
+        call = (remote.submit_packed if packed else remote.submit)(method, *args)
+        limit_s = member.pool.call_timeout_s if limit_s is None else limit_s
+        asked = Asked(member, call, limit_s, then)
+        member.calls.append(asked)
+        member.asked_at = call.started
+        call.future().add_done_callback(lambda future: self._answered.put((asked, future)))
+
+    def answers(self, timeout_s: float) -> list[Answered]:
+        """The calls that were answered since the last time; waits up to `timeout_s` for the first one."""
+        found = []
+        try:
+            found.append(self._answered.get(timeout_s > 0, timeout_s))
+            while True:
+                found.append(self._answered.get_nowait())
+        except Empty:
+            return found
+
+    def settle(self, answers: Iterable[Answered]) -> dict[Member, None]:
+        """Hand results on; returns whose queues have become shorter, in order.
+
+        Raises:
+            ActorFailure: a call raised, or one has not been answered in time; the message names the culprit.
+        """
+        changed: dict[Member, None] = {}
+        for asked, future in answers:
+            member = asked.member
+            if asked not in member.calls:
+                continue  # of an actor that has been replaced
+            changed[member] = None
+            try:
+                asked.result = answer(asked.call, future)
+            except ActorDied as death:
+                self._died(member, death)
+                continue
+            asked.answered = True
+            while member.calls and member.calls[0].answered:
+                self._in_order(member.calls.popleft())
+        self._check_time()
+        return changed
+
+    def replace(self, member: Member, death: ActorDied) -> dict[int, Any]:
+        """A new actor, whose first call is `ready`, in the place of a dead one; returns the work that is lost."""
+        member.pool.respawn(member.index, death)
+        lost, member.held = member.held, {}
+        member.calls, member.free_at = deque(), 0.0
+        self.ask(member, "ready", limit_s=member.pool.start_timeout_s)
+        return lost
+
+    def _in_order(self, asked: Asked) -> None:
+        member, now = asked.member, time.monotonic()
+        member.pool.busy_s[member.index] += now - max(asked.call.started, member.free_at)
+        member.free_at = now
+        asked.then(asked.result)
+
+    def _check_time(self) -> None:
+        now = time.monotonic()
+        if now - self._checked < _CHECK_S:
+            return
+        self._checked = now
+        for member in (member for members in self.of for member in members if member.calls):
+            asked = member.calls[0]
+            if now - max(asked.call.started, member.free_at) > asked.limit_s:
+                raise late(asked.call, asked.limit_s)
