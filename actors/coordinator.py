@@ -23,8 +23,10 @@ from actors.scorer import Scorer
 from actors.weight_sync import PublishedWeights
 from rayrlhf.batching import shard
 from rayrlhf.config import Config, GeneratorConfig, ScorerConfig
+from rayrlhf.errors import UserError
 from rayrlhf.gold import Gold
 from rayrlhf.prompts import EncodedPrompt, prompts_of_step, requests_for
+from rayrlhf.scaling import wanted_generators
 from rayrlhf.trajectory import GenerationRequest, PackedTrajectory, Sampling, Trajectory
 
 
@@ -110,6 +112,8 @@ class Coordinator:
         self.rollouts: Rollouts | None = None
         self.reported = _Reported()
         self.stopping = False
+        self.followed_with = 0
+        """Generators at the last batch."""
 
     def __repr__(self) -> str:
         return "coordinator"
@@ -126,7 +130,7 @@ class Coordinator:
                 self._spawn_generator,
                 start_timeout_s=resources.start_timeout_s,
                 call_timeout_s=resources.call_timeout_s,
-                on_replaced=self._bring_up_to_date,
+                on_new=self._bring_up_to_date,
             )
         return self.generators.wait_until_ready()
 
@@ -195,6 +199,38 @@ class Coordinator:
             raise ActorFailure(f"weights {publication.version} were published but the generators report {loaded}")
         return publication.version
 
+    # ---- the size of the pools
+
+    def scale(self, generators: int | None = None, scorers: int | None = None) -> dict[str, int]:
+        """Want so many from now on: newcomers join when they are up, leavers finish their work first. None: as it is.
+
+        Returns what is wanted of each.
+
+        Raises:
+            UserError: less than one, or a pool that has not started.
+        """
+        for pool, role, count in ((self.generators, "generators", generators), (self.scorers, "scorers", scorers)):
+            if count is not None and count < 1:
+                raise UserError(f"scale: {count} {role}; at least one is needed")
+            if count is not None and pool is None:
+                raise UserError(f"scale: the run has not started its {role} yet; set resources.{role}.count")
+        for pool, count in ((self.generators, generators), (self.scorers, scorers)):
+            if pool and count is not None:
+                pool.scale(count)
+        return {pool.role: pool.wanted for pool in (self.generators, self.scorers) if pool}
+
+    def _follow_the_learner(self, metrics: dict[str, float]) -> None:
+        """Grow or shrink the generators by what the last step took, where the config says so."""
+        limits, generators = self.config.resources.generators.scale, self.generators
+        if limits is None or generators is None:
+            return
+        count = len(generators)
+        settled = count == generators.wanted == self.followed_with
+        self.followed_with = count
+        if settled:  # else part of the step was of another number of generators
+            idle = statistics.fmean(metrics[f"idle/generator-{i}"] for i in range(count))
+            generators.scale(wanted_generators(count, metrics["rollout/learner_wait"], idle, limits))
+
     # ---- the end
 
     def request_stop(self) -> None:
@@ -209,6 +245,7 @@ class Coordinator:
     def generate(self, requests: Sequence[GenerationRequest], sampling: Sampling, version: int) -> list[Trajectory]:
         """One trajectory per request, in order, by generators that all have weight `version`."""
         generators = self._started()
+        generators.settle()
         # Consecutive requests stay together: samples of one prompt share its prefix in a generator's cache.
         size = -(-len(requests) // len(generators))
         pieces = [list(requests[i : i + size]) for i in range(0, len(requests), size)]
@@ -218,6 +255,7 @@ class Coordinator:
         """The trajectories with rewards and reference log-probs, in order."""
         if self.scorers is None:
             raise ActorFailure("coordinator.score was called before start_scorers")
+        self.scorers.settle()
         lengths, prompts = [t.length for t in trajectories], [t.prompt_id for t in trajectories]
         shards = [rows for rows in shard(lengths, len(self.scorers), prompts) if rows]
         pieces = self.scorers.map("score", [[trajectories[i] for i in rows] for rows in shards], temperature)
@@ -253,11 +291,15 @@ class Coordinator:
             self.cursor = Cursor(step + 1)
         batch = Batch.of(step, version, packed, self.cursor, self.config.ppo.max_staleness)
         now, before = self._counts(), self.reported
-        metrics |= now.since(before)
+        metrics |= now.since(before) | {"rollout/generators": float(len(self._started()))}
         seconds = metrics.get("time/generate", now.time - before.time)
         metrics["throughput/generated_tokens_per_s"] = sum(t.response_tokens for t in packed) / seconds
         batch.metrics.update(metrics)
+        self._follow_the_learner(metrics)
         self.reported, self.batch = now, batch
+        for pool in (self.generators, self.scorers):
+            if pool:
+                pool.worked()
         return batch
 
     def _in_turn(self, step: int, version: int) -> tuple[list[PackedTrajectory], dict[str, float]]:
@@ -297,8 +339,12 @@ class Coordinator:
                 publication=self.publication,
                 background=not self.local,
             )
+        asked = time.monotonic()
         groups = self.rollouts.take(step, version, resources.call_timeout_s)
-        return [t for group in groups for t in group.trajectories], {}
+        taken = time.monotonic()
+        return [t for group in groups for t in group.trajectories], {
+            "rollout/learner_wait": (taken - asked) / (taken - self.reported.time)
+        }
 
     def _end_rollouts(self) -> None:
         if self.rollouts:

@@ -48,6 +48,11 @@ class Member:
     free_at: float = 0.0
     """When it answered last."""
 
+    @property
+    def leaving(self) -> bool:
+        """Whether it is to finish what it has and go."""
+        return self.index >= self.pool.wanted
+
 
 Answered = tuple[Asked, Future[Any]]
 
@@ -57,10 +62,27 @@ class Members:
 
     def __init__(self, pools: Sequence[Pool], died: Callable[[Member, ActorDied], None]) -> None:
         """`died` is told of an actor that died with calls to answer; it calls `replace`."""
+        self._pools = pools
         self.of = [[Member(pool, i) for i in range(len(pool))] for pool in pools]
         self._died = died
         self._answered: SimpleQueue[Answered] = SimpleQueue()
         self._checked = time.monotonic()
+
+    def join(self, pool: Pool) -> list[Member]:
+        """Those of the pool's newcomers that have become ready."""
+        members = next(members for members, own in zip(self.of, self._pools, strict=True) if own is pool)
+        new = [Member(pool, len(members) + i) for i in range(len(pool.join()))]
+        members += new
+        return new
+
+    def leave(self, pool: Pool) -> list[Member]:
+        """Those beyond the pool's size who have nothing left to do, and are gone: from the last one on."""
+        members = next(members for members, own in zip(self.of, self._pools, strict=True) if own is pool)
+        gone = []
+        while len(members) > pool.wanted and not members[-1].held and not members[-1].calls:
+            gone.append(members.pop())
+            pool.leave()
+        return gone
 
     def ask(
         self,

@@ -122,7 +122,6 @@ class Rollouts:
         for position in cursor.untrained:
             of_step = groups_of_step(position // limits.groups_per_step)
             self.waiting.append(Group(position, list(of_step[position % limits.groups_per_step])))
-        self._slice_s = max(SLICE_S, len(generators) / _CALLS_PER_S)
         self._members = Members([generators, scorers], died=self._replace)
         self._writers, self._readers = self._members.of
         for member in self._writers:
@@ -208,6 +207,7 @@ class Rollouts:
     def _tick(self) -> None:
         """Give out what can be given out, then take in what is finished."""
         with self._changed:
+            self._resize()
             self._feed()
         answers = self._members.answers(self._poll_s)
         if answers and self._poll_s:
@@ -219,6 +219,16 @@ class Rollouts:
                     self._free[member] = None
             if self._complete:
                 self._changed.notify_all()
+
+    def _resize(self) -> None:
+        """Take in newcomers, who get the weights with their first work, and let go whoever is too many and done."""
+        for member in self._members.join(self.generators):
+            member.version = INITIAL_VERSION
+            self._free[member] = None
+        for member in self._members.leave(self.generators):
+            self._free.pop(member, None)
+        self._members.join(self.scorers)
+        self._members.leave(self.scorers)
 
     def _feed(self) -> None:
         given = self._dispatch()
@@ -238,7 +248,8 @@ class Rollouts:
                 )
 
     def _advance(self, member: Member, requests: dict[int, GenerationRequest]) -> None:
-        arguments: list[Any] = [requests, self.sampling, self._slice_s]
+        slice_s = max(SLICE_S, len(self.generators) / _CALLS_PER_S)
+        arguments: list[Any] = [requests, self.sampling, slice_s]
         newer = member.version < self.publication.version
         if newer:  # as an argument of its own: the object store counts its references
             member.version = self.publication.version
@@ -250,7 +261,7 @@ class Rollouts:
         given: dict[int, dict[int, GenerationRequest]] = {}
         if not self._waiting():
             return given
-        room = [(len(member.held), member.index) for member in self._free]
+        room = [(len(member.held), member.index) for member in self._free if not member.leaving]
         heapq.heapify(room)
         while room and self._waiting():
             load, index = room[0]
@@ -290,6 +301,8 @@ class Rollouts:
 
     def _may_score(self, member: Member) -> bool:
         """Whether there is a full piece for the scorer, or it waits and has not been asked just now."""
+        if member.leaving:
+            return False
         if self._generated_tokens >= self.limits.score_tokens:
             return len(member.calls) < _QUEUE
         return bool(self.generated) and not member.calls and time.monotonic() - member.asked_at >= self._poll_s

@@ -225,10 +225,27 @@ def _shareable(gpus: float) -> float:
 Gpus = Annotated[float, Field(ge=0), AfterValidator(_shareable)]
 
 
+class ScaleConfig(Section):
+    """The number of generators follows the learner, between `min` and `max` of them (with `ppo.max_staleness` >= 1)."""
+
+    min: Positive = 1
+    max: Positive
+    target_learner_wait: Fraction = 0.1
+    """Generators are added while the learner waits for a larger share of its step; removed while they idle."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> ScaleConfig:
+        if self.max < self.min:
+            raise ValueError("max must not be below min")
+        return self
+
+
 class GeneratorConfig(Section):
     """vLLM rollout generators."""
 
     count: Positive = 1
+    """At the start."""
+    scale: ScaleConfig | None = None
     cpus: Annotated[float, Field(ge=0)] = 1.0
     gpus: Gpus = 0.0
     labels: dict[str, str] = {}
@@ -304,3 +321,11 @@ class Config(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     alarms: AlarmsConfig = AlarmsConfig()
     resources: ResourcesConfig = ResourcesConfig()
+
+    @model_validator(mode="after")
+    def _scaling_needs_overlap(self) -> Config:
+        if self.resources.generators.scale and not self.ppo.max_staleness:
+            raise ValueError(
+                "resources.generators.scale needs ppo.max_staleness of 1 or more: in turn the learner always waits"
+            )
+        return self

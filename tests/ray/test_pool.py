@@ -121,7 +121,7 @@ def test_work_of_a_killed_member_is_done_by_its_replacement(make_pool: Callable[
         replaced.append(actor.name)
         actor.call("set_offset", 100, timeout_s=10)
 
-    pool = make_pool(2, on_replaced=bring_up_to_date)
+    pool = make_pool(2, on_new=bring_up_to_date)
     before = pids(pool)
     # -2 kills whoever gets it first.
     results = pool.map("add_unless", [1, -2, 3, 4, 5], tmp_path)
@@ -134,7 +134,7 @@ def test_work_of_a_killed_member_is_done_by_its_replacement(make_pool: Callable[
 
 
 def test_a_member_that_died_between_calls(make_pool: Callable[..., Pool]) -> None:
-    pool = make_pool(2, on_replaced=lambda actor: actor.call("set_offset", 100, timeout_s=10))
+    pool = make_pool(2, on_new=lambda actor: actor.call("set_offset", 100, timeout_s=10))
     os.kill(pids(pool)[0], 9)
     assert [value for _, value in pool.map("add", [1, 2, 3, 4], 0.01)] == [101, 102, 103, 104]
     assert pool.replacements == 1

@@ -205,9 +205,35 @@ def test_each_prompt_is_trained_once_and_in_time(data: st.DataObject) -> None:
             if data.draw(st.integers(0, 20)) == 0:
                 deaths = [*rollouts._writers, *rollouts._readers]
                 rollouts._replace(data.draw(st.sampled_from(deaths)), ActorDied("simulated"))
+            if data.draw(st.integers(0, 8)) == 0:
+                setting.generators.scale(data.draw(st.integers(1, 4)))
+                setting.scorers.scale(data.draw(st.integers(1, 3)))
         version += 1
         rollouts.publish(weights(version))
     assert sorted(trained) == list(range(steps * per_step))
+
+
+def test_newcomers_get_work_and_leavers_finish_theirs_first() -> None:
+    setting = Setting(dict.fromkeys(range(40), 6), steps=5, per_step=8, staleness=1, samples=1, generators=1, room=4)
+    rollouts = setting.start()
+    rollouts._tick()
+    setting.generators.scale(3)
+    rollouts._tick()
+    assert [len(generator.running) for generator in setting.made] == [4, 4, 4]
+    trained = check(rollouts.take(0, 10, 10.0), 10, 1)
+    rollouts.publish(weights(11))
+    rollouts._tick()
+    setting.generators.scale(1)
+    held = [len(member.held) for member in rollouts._writers]
+    assert min(held[1:]) > 0
+    for _ in range(8):
+        rollouts._tick()
+    assert len(setting.generators) == 1 and [generator.running for generator in setting.made[1:]] == [{}, {}]
+    assert setting.made[1].version == setting.made[2].version == 11
+    for step in range(1, 5):
+        trained += check(rollouts.take(step, 10 + step, 10.0), 10 + step, 1)
+        rollouts.publish(weights(11 + step))
+    assert sorted(trained) == list(range(40))
 
 
 def test_a_long_response_comes_with_a_later_batch_and_no_later_than_it_may() -> None:
