@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from actors.remote import PackedCalls, this_node
+from rayrlhf.attention import packs
 from rayrlhf.batching import Row, token_batches
 from rayrlhf.config import ScorerConfig
 from rayrlhf.gold import Gold
-from rayrlhf.logprobs import shares_prompts, token_logprobs
+from rayrlhf.logprobs import token_logprobs
 from rayrlhf.models.loading import autocast, load_policy, load_reward_model
 from rayrlhf.rewards import RewardModelFunction
 from rayrlhf.trajectory import PackedTrajectory, Trajectory
@@ -64,7 +65,7 @@ class Scorer(PackedCalls):
             trajectory.gold = self.gold(trajectory) if self.gold else None
         rows = [Row.completion(t.prompt_ids, t.response_ids) for t in trajectories]
         for indices, batch in token_batches(
-            rows, self.settings.micro_batch_tokens, self.pad_token_id, self.device, share=shares_prompts(self.reference)
+            rows, self.settings.micro_batch_tokens, self.pad_token_id, self.device, packed=packs(self.reference)
         ):
             with torch.no_grad(), autocast(self.device, self.dtype):
                 logprobs = token_logprobs(self.reference, batch, temperature)

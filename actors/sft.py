@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from actors.publisher import Publisher
 from actors.remote import Remote, fetch
 from actors.train import report, restored
+from rayrlhf.attention import packs
 from rayrlhf.batching import Row, shard, token_batches
 from rayrlhf.config import Config
 from rayrlhf.data.tokens import decode_response
@@ -192,7 +193,7 @@ def summed_loss(
     """
     total = torch.zeros((), dtype=torch.float64, device=ranks.device)
     own = [rows[i] for i in shard([len(row.ids) for row in rows], ranks.world)[ranks.rank]]
-    for _, batch in token_batches(own, micro_batch_tokens, pad_token_id, ranks.device, share=False):
+    for _, batch in token_batches(own, micro_batch_tokens, pad_token_id, ranks.device, packed=packs(model)):
         with torch.set_grad_enabled(scale is not None):
             with autocast(ranks.device, config.model.dtype):
                 loss = -token_logprobs(model, batch).sum()

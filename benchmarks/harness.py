@@ -250,6 +250,7 @@ def _gpu() -> str | None:
 def arguments(description: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="tiny sizes, one turn, nothing is written: does it run?")
+    parser.add_argument("--only", metavar="TEXT", help="only cases with this in their name; figures of others are kept")
     return parser.parse_args()
 
 
@@ -257,19 +258,35 @@ def main(name: str) -> None:
     """Run the benchmark of this name; write its JSON and its part of docs/benchmarks.md."""
     from benchmarks.tables import as_markdown, write_docs
 
-    module = import_module(f"benchmarks.{name}")  # not __main__: actors find their classes by the module's name
+    module: Any = import_module(f"benchmarks.{name}")  # not __main__: actors find their classes by the module's name
     options = arguments(module.__doc__ or name)
+    path = RESULTS / f"{name}.json"
+    if options.only:
+        module.CASES = tuple(case for case in module.CASES if options.only in str(case))
     about = machine()
     started = time.perf_counter()
     result: Result = module.run(options.quick)
     record = {"benchmark": name, "machine": about, "seconds": round(time.perf_counter() - started), **asdict(result)}
+    if options.only and not options.quick:
+        record = with_earlier_cases(record, json.loads(path.read_text(encoding="utf-8")))
     print(as_markdown(record))
     if not options.quick:
         RESULTS.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(rounded(record), indent=1, ensure_ascii=False)
-        (RESULTS / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+        path.write_text(json.dumps(rounded(record), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         write_docs()
     sys.stdout.flush()
+
+
+def with_earlier_cases(record: dict[str, Any], earlier: Mapping[str, Any]) -> dict[str, Any]:
+    """The record of some cases with the other cases of an earlier one, and a note of which these are."""
+    merged = record | {key: {**earlier[key], **record[key]} for key in ("settings", "phases")}
+    for rows, name in (("comparisons", "case"), ("facts", "name")):
+        found = {each[name]: each for each in record[rows]}
+        merged[rows] = [found.pop(each[name], each) for each in earlier[rows]] + list(found.values())
+    measured = {each["case"] for each in record["comparisons"]}
+    if kept := [each["case"] for each in earlier["comparisons"] if each["case"] not in measured]:
+        merged["settings"]["not measured again"] = f"{', '.join(kept)}: of revision {earlier['machine']['revision']}"
+    return merged
 
 
 def rounded(value: Any) -> Any:

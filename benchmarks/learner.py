@@ -141,16 +141,21 @@ def made(prompts: Sequence[Any], samples: int) -> list[Trajectory]:
 
 
 def counter() -> FlopCounterMode:
-    """torch's counter, taught the CPU's attention: two products forward and five backward over the causal half."""
+    """torch's counter, taught the CPU's attention: two products forward and five backward, over the causal half or,
+    where answers see a prompt, over all that is multiplied."""
     aten = torch.ops.aten
 
-    def forward(query: Any, key: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    def products(query: Any, key: Any, causal: bool) -> int:
         batch, heads, length, size = query
-        return int(2 * batch * heads * length * key[2] * size)
+        return int(batch * heads * length * key[2] * size) * (1 if causal else 2)
 
-    def backward(grad: Any, query: Any, key: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
-        batch, heads, length, size = query
-        return int(5 * batch * heads * length * key[2] * size)
+    def forward(
+        query: Any, key: Any, value: Any, dropout: float = 0.0, causal: bool = False, *_: Any, **__: Any
+    ) -> int:
+        return 2 * products(query, key, causal)
+
+    def backward(_grad: Any, query: Any, key: Any, *rest: Any, **_: Any) -> int:
+        return 5 * products(query, key, causal=rest[4])  # value, output, log-sums, dropout, causal
 
     mapping = {
         aten._scaled_dot_product_flash_attention_for_cpu: forward,

@@ -1,30 +1,25 @@
 """Rows of token ids, and how they are cut into shards and micro-batches and laid out for one forward pass.
 
-A batch is a rectangle of lines, padded on the right. A line is one row; or, where the model can (see
-`rayrlhf.logprobs.shares_prompts`) and it pays, a prompt and answers to it: each answer sees the prompt and itself,
-and its positions go on from the prompt's, so that the prompt is computed once and nothing else changes.
+A batch is packed where the model can (see `rayrlhf.attention`): all rows lie behind one another in one line, without
+padding, and rows with equal prompts have it in common: it stands there once, each answer sees the prompt and itself,
+and its positions go on from the prompt's. Nothing else changes; cost grows with the tokens that are there.
 
-Lines of one row need no attention mask: under causal attention no real token can see the padding behind it, and
-positions count from 0 by themselves, so that layout is exact for every architecture. Sorting by length before cutting
-keeps the padding small.
+Elsewhere a batch is a rectangle of rows, padded on the right. It needs no attention mask: under causal attention no
+real token can see the padding behind it, and positions count from 0 by themselves, so that it is exact for every
+architecture. Sorting by length before cutting keeps the padding small.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-ATTENTION = 1024
-"""Length of a line whose masked attention costs about as much as everything else that is computed of it.
-
-Measured with a hidden size of 256; larger models have a larger one, so that this asks for lines that are too short
-rather than too long there.
-"""
+from rayrlhf.attention import Piece
 
 
 @dataclass(frozen=True)
@@ -55,7 +50,7 @@ class Row:
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """B rows in L lines of T tokens; N predicted tokens, in the order of the rows.
+    """B rows in L lines of T tokens (a packed batch has one line); N predicted tokens, in the order of the rows.
 
     States of a forward pass, [L, T, H], are addressed flat, as [L * T, H].
     """
@@ -70,64 +65,45 @@ class TokenBatch:
     """[B] int64 where each row's last token is"""
     counts: list[int]
     """[B] predicted tokens of each row: how a flat [N] result splits back into rows"""
-    positions: Tensor | None
-    """[L, T] int64; None where no prompt is shared: they count from 0"""
-    segments: Tensor | None
-    """[L, T] int64: 0 is a line's prompt, its answers count from 1, padding is -1; None where no prompt is shared"""
-
-    def visible(self) -> Tensor | None:
-        """[L, 1, T, T] bool: which keys each query sees; None for plain causal attention."""
-        if self.segments is None:
-            return None
-        keys, queries = self.segments[:, None, None, :], self.segments[:, None, :, None]
-        return ((keys == 0) | (keys == queries)).tril()
+    positions: Tensor | None = None
+    """[1, T] int64 of a packed batch; None where they count from 0 in every line"""
+    pieces: tuple[Piece, ...] = ()
+    """Of a packed batch, in order: what attends to what."""
 
 
-def collate(
-    rows: Sequence[Row], pad_token_id: int, device: torch.device | str = "cpu", lines: Sequence[int] | None = None
-) -> TokenBatch:
-    """Lay rows out, padded on the right.
+def collate(rows: Sequence[Row], pad_token_id: int, device: torch.device | str = "cpu") -> TokenBatch:
+    """One line a row, padded on the right."""
+    longest = max(len(row.ids) for row in rows)
+    ids = np.full((len(rows), longest), pad_token_id, np.int64)
+    places = [i * longest + np.arange(len(row.ids)) for i, row in enumerate(rows)]
+    return _token_batch(rows, places, ids, device)
+
+
+def pack(rows: Sequence[Row], device: torch.device | str = "cpu", shares: Sequence[int] | None = None) -> TokenBatch:
+    """All rows behind one another in one line, without padding.
 
     Args:
-        lines: how many consecutive rows share each line; they have equal prompts. None gives every row its own.
+        shares: how many consecutive rows share each prompt, which they have in common. None: none does.
     """
-    counts = [1] * len(rows) if lines is None else lines
+    counts = [1] * len(rows) if shares is None else shares
+    places: list[NDArray[np.int64]] = []
+    layout: list[tuple[int, list[int]]] = []
+    end = 0
     remaining = iter(rows)
-    members = [[next(remaining) for _ in range(count)] for count in counts]
-    longest = max(_length(line) for line in members)
-    ids = np.full((len(members), longest), pad_token_id, np.int64)
-    positions = np.zeros_like(ids)  # also of padding: a line may be longer than the model's context, a row may not
-    segments = np.full((len(members), longest), -1)
-    states, targets, ends = [], [], []
-    for i, line in enumerate(members):
+    for line in ([next(remaining) for _ in range(count)] for count in counts):
         shared = line[0].prompt if len(line) > 1 else 0
-        ids[i, :shared], segments[i, :shared], positions[i, :shared] = line[0].ids[:shared], 0, np.arange(shared)
-        start = shared
-        for segment, row in enumerate(line, start=1):
-            end = start + len(row.ids) - shared
-            ids[i, start:end], segments[i, start:end] = row.ids[shared:], segment
-            positions[i, start:end] = np.arange(shared, len(row.ids))
-            # Where each of the row's tokens stands in the rectangle: the prompt's are those of the line.
-            places = i * longest + np.concatenate([np.arange(shared), np.arange(start, end)])
-            predicted = np.flatnonzero(row.mask)
-            states.append(places[predicted - 1])
-            targets.append(row.ids[predicted])
-            ends.append(places[-1])
-            start = end
-    sharing = max(counts) > 1
-
-    def tensor(values: ArrayLike) -> Tensor:
-        return torch.from_numpy(np.asarray(values)).to(device)
-
-    return TokenBatch(
-        tensor(ids),
-        tensor(np.concatenate(states)),
-        tensor(np.concatenate(targets)),
-        tensor(ends),
-        [len(each) for each in targets],
-        tensor(positions) if sharing else None,
-        tensor(segments) if sharing else None,
-    )
+        prompt = np.arange(end, end + shared)
+        end += shared
+        own = [len(row.ids) - shared for row in line]
+        for length in own:
+            places.append(np.concatenate([prompt, np.arange(end, end + length)]))
+            end += length
+        layout.append((shared, own))
+    batch = _token_batch(rows, places, np.empty((1, end), np.int64), device)
+    positions = np.empty((1, end), np.int64)
+    for each in places:
+        positions[0, each] = np.arange(len(each))
+    return replace(batch, positions=torch.from_numpy(positions).to(device), pieces=_pieces(layout, device))
 
 
 def token_batches(
@@ -136,39 +112,47 @@ def token_batches(
     pad_token_id: int,
     device: torch.device | str,
     *,
-    share: bool,
+    packed: bool,
     groups: Sequence[Hashable] | None = None,
 ) -> Iterator[tuple[list[int], TokenBatch]]:
     """Cut rows into micro-batches of at most `max_tokens`; yields the indices of their rows, and the batch of them.
 
     Args:
-        share: rows with the same prompt stand in one line, as long as that pays and is within `max_tokens`.
+        packed: rows are packed, and those with the same prompt share it; else padded to a rectangle.
         groups: what each row belongs to: rows of one group, which have the same prompt, stay in one batch and in order.
     """
     items: dict[Hashable, list[list[int]]] = {}
-    for line in _lines(rows, max_tokens if share else 0, groups):
+    for line in _lines(rows, max_tokens if packed else 0, groups):
         items.setdefault(line[0] if groups is None else groups[line[0]], []).append(line)
-    laid = list(items.values())
-    sizes = [(len(item), max(_length([rows[i] for i in line]) for line in item)) for item in laid]
+
+    def longest(item: list[list[int]]) -> int:
+        return max(_length([rows[i] for i in line]) for line in item)
+
+    # Equally long rows stand together: one attention for all of them, or no padding between them.
+    laid = sorted(items.values(), key=longest, reverse=True)
+    # Packed, an item is as many lines of one token.
+    sizes = [(sum(_length([rows[i] for i in line]) for line in item), 1) if packed else (len(item), longest(item))
+             for item in laid]  # fmt: skip
     for piece in micro_batches(sizes, max_tokens):
         lines = [line for each in piece for line in laid[each]]
         indices = [i for line in lines for i in line]
-        yield indices, collate([rows[i] for i in indices], pad_token_id, device, [len(line) for line in lines])
+        chosen = [rows[i] for i in indices]
+        shares = [len(line) for line in lines]
+        yield indices, pack(chosen, device, shares) if packed else collate(chosen, pad_token_id, device)
 
 
 def micro_batches(sizes: Sequence[tuple[int, int]], max_tokens: int) -> list[list[int]]:
-    """Cut items into micro-batches of at most `max_tokens` padded tokens (lines x longest line).
+    """Cut items into micro-batches of at most `max_tokens` tokens, padding included (lines x longest line).
 
     An item that is larger gets a micro-batch of its own. Every index appears exactly once.
 
     Args:
-        sizes: of each item its lines, which stay together, and the length of its longest.
+        sizes: of each item its lines, which stay together, and the length of its longest, which does not rise.
     """
     cut: list[list[int]] = []
     lines = longest = 0
-    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i][1]):
-        own, length = sizes[i]
-        # Sorted by falling length: the first item of a micro-batch has its longest line.
+    for i, (own, length) in enumerate(sizes):
+        # The first item of a micro-batch has its longest line.
         if cut and (lines + own) * longest <= max_tokens:
             cut[-1].append(i)
             lines += own
@@ -201,19 +185,14 @@ def shard(lengths: Sequence[int], world: int, groups: Sequence[Hashable] | None 
 
 
 def _lines(rows: Sequence[Row], max_tokens: int, groups: Sequence[Hashable] | None) -> list[list[int]]:
-    """Indices of the rows of each line.
-
-    An answer of R tokens, one of m to a prompt of P, costs P / m + R tokens, and attention over (P + m R)^2 / m pairs
-    of them, at 1 / `ATTENTION` of a token each. That is least where the answers have m R = sqrt(P (P + ATTENTION))
-    tokens: a line takes no more than that.
-    """
+    """Indices of the rows that have one prompt in common, in lines of at most `max_tokens`."""
     lines: list[list[int]] = []
     filling: dict[Hashable, tuple[list[int], int]] = {}
     for i, row in enumerate(rows):
         key = (groups and groups[i], row.prompt_key)
         line, length = filling.get(key, ([], row.prompt))
         length += len(row.ids) - row.prompt
-        if not line or length > min(max_tokens, row.prompt + (row.prompt * (row.prompt + ATTENTION)) ** 0.5):
+        if not line or not row.prompt or length > max_tokens:
             line, length = [], len(row.ids)
             lines.append(line)
         line.append(i)
@@ -222,5 +201,49 @@ def _lines(rows: Sequence[Row], max_tokens: int, groups: Sequence[Hashable] | No
 
 
 def _length(line: Sequence[Row]) -> int:
-    """Tokens of rows that share one line."""
+    """Tokens of rows that share their prompt."""
     return line[0].prompt + sum(len(row.ids) - row.prompt for row in line)
+
+
+def _token_batch(
+    rows: Sequence[Row], places: Sequence[NDArray[np.int64]], ids: NDArray[np.int64], device: torch.device | str
+) -> TokenBatch:
+    """The batch of rows whose tokens belong to these `places` of the flat `ids` [L, T], which are filled in."""
+    predicted = [np.flatnonzero(row.mask) for row in rows]
+    for row, place in zip(rows, places, strict=True):
+        ids.flat[place] = row.ids
+
+    def tensor(values: ArrayLike) -> Tensor:
+        return torch.from_numpy(np.asarray(values)).to(device)
+
+    return TokenBatch(
+        tensor(ids),
+        tensor(np.concatenate([place[each - 1] for place, each in zip(places, predicted, strict=True)])),
+        tensor(np.concatenate([row.ids[each] for row, each in zip(rows, predicted, strict=True)])),
+        tensor([place[-1] for place in places]),
+        [len(each) for each in predicted],
+    )
+
+
+def _pieces(layout: Sequence[tuple[int, list[int]]], device: torch.device | str) -> tuple[Piece, ...]:
+    """What attends to what, where each prompt is followed by answers of these lengths; one of length 0 by one row."""
+    pieces: list[Piece] = []
+    for prompt, answers in layout:
+        if prompt:
+            pieces.append(Piece(1, prompt))
+            # Answers that are attended to together hide from each other what was computed: no more than the prompt is.
+            for some in micro_batches([(length, 1) for length in answers], prompt):
+                lengths = [answers[i] for i in some]
+                pieces.append(Piece(1, sum(lengths), _visible(prompt, lengths).to(device)))
+        elif pieces and pieces[-1].mask is None and pieces[-1].length == answers[0]:
+            pieces[-1] = pieces[-1]._replace(sequences=pieces[-1].sequences + 1)
+        else:
+            pieces.append(Piece(1, answers[0]))
+    return tuple(pieces)
+
+
+def _visible(prompt: int, answers: Sequence[int]) -> Tensor:
+    """[R, prompt + R] bool for answers of R tokens together: each sees the prompt and itself, up to the token."""
+    answer = torch.arange(len(answers)).repeat_interleave(torch.tensor(answers))
+    own = (answer[:, None] == answer).tril()
+    return torch.cat([own.new_ones(len(answer), prompt), own], dim=1)

@@ -85,7 +85,8 @@ class SFTConfig(Section):
     batch_size: Positive = 32
     """Demonstrations per optimiser step, over all learner workers."""
     micro_batch_tokens: Positive = 4096
-    """Upper bound of rows x padded length of one forward pass on one worker."""
+    """Upper bound of the tokens of one forward pass on one worker; they are packed (where a model cannot, padded ones
+    count, too). A single row that is longer gets a pass of its own."""
     loss_on: Literal["completion", "all"] = "completion"
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-4, warmup_fraction=0.05)
     evals_per_epoch: Positive = 1

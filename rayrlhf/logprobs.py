@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy, log_softmax
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from rayrlhf.attention import packed_arguments
 from rayrlhf.batching import TokenBatch
 
 LOGITS = 2**25
@@ -28,30 +29,13 @@ class TokenLogprobs(NamedTuple):
     """[N] entropy of the distribution each token was drawn from, nats, float32"""
 
 
-_SHARING = {"opt", "gpt2", "gptj", "gpt_neox", "llama", "qwen2"}
-"""Architectures that take any mask and positions, as tests show. BLOOM's positions are in its attention scores."""
-
-
-def shares_prompts(model: PreTrainedModel) -> bool:
-    """Whether rows with the same prompt may share a line of a batch (see `rayrlhf.batching`)."""
-    config = model.config
-    # Our own mask would take the place of the one that a sliding window is made of.
-    windowed = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
-    return config.model_type in _SHARING and not windowed
-
-
 def hidden_states(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
     """[L * T, H] last hidden states of all positions, line by line.
 
-    A mask is passed only where rows share a prompt: see `rayrlhf.batching` for why right padding needs none.
+    See `rayrlhf.batching` for why right padding needs no mask, and `rayrlhf.attention` for packed batches.
     """
-    layout: dict[str, Tensor] = {}
-    visible = batch.visible()
-    if visible is not None and batch.positions is not None:
-        # What is added to the attention's scores: the one form of a mask that all architectures read alike.
-        hidden = torch.zeros_like(visible, dtype=model.dtype).masked_fill_(~visible, torch.finfo(model.dtype).min)
-        layout = {"attention_mask": hidden, "position_ids": batch.positions}
-    return model.base_model(input_ids=batch.input_ids, use_cache=False, **layout).last_hidden_state.flatten(0, 1)
+    packed = {} if batch.positions is None else packed_arguments(model, batch.pieces, batch.positions)
+    return model.base_model(input_ids=batch.input_ids, use_cache=False, **packed).last_hidden_state.flatten(0, 1)
 
 
 def token_logprobs(model: PreTrainedModel, batch: TokenBatch, temperature: float = 1.0) -> Tensor:

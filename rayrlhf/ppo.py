@@ -17,12 +17,13 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from rayrlhf.advantages import generalized_advantages, kl_penalised_rewards, whiten
+from rayrlhf.attention import packs
 from rayrlhf.batching import Row, TokenBatch, shard, token_batches
 from rayrlhf.config import PPOConfig
 from rayrlhf.distributed import Ranks
 from rayrlhf.errors import UserError
 from rayrlhf.kl import KLController
-from rayrlhf.logprobs import shares_prompts, token_logprobs, token_logprobs_and_entropy, token_values
+from rayrlhf.logprobs import token_logprobs, token_logprobs_and_entropy, token_values
 from rayrlhf.losses import importance_weights, policy_loss, value_loss
 from rayrlhf.models.loading import autocast
 from rayrlhf.optimizer import Optimizer
@@ -68,7 +69,7 @@ class PPO:
         self.policy, self.value_model = policy, value_model
         self.config, self.ranks, self.seed = config, ranks, seed
         self.pad_token_id, self.dtype = pad_token_id, dtype
-        self.share_prompts = shares_prompts(policy) and shares_prompts(value_model)
+        self.packed = packs(policy) and packs(value_model)
         updates = config.steps * config.epochs * config.minibatches
         self.policy_optimizer = Optimizer(policy, config.optimizer, updates)
         self.value_optimizer = Optimizer(value_model, config.optimizer, updates, lr=config.value_lr)
@@ -233,7 +234,7 @@ class PPO:
 
     def _micro_batches(self, rows: Sequence[Row]) -> Iterator[tuple[list[int], TokenBatch]]:
         return token_batches(
-            rows, self.config.micro_batch_tokens, self.pad_token_id, self.ranks.device, share=self.share_prompts
+            rows, self.config.micro_batch_tokens, self.pad_token_id, self.ranks.device, packed=self.packed
         )
 
     def _pad(self, rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

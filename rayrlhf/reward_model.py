@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rayrlhf.attention import packs
 from rayrlhf.batching import Row, TokenBatch, shard, token_batches
 from rayrlhf.config import Config
 from rayrlhf.data.comparisons import RankedAnswers
 from rayrlhf.distributed import Ranks
-from rayrlhf.logprobs import sequence_scores, shares_prompts, token_logprobs
+from rayrlhf.logprobs import sequence_scores, token_logprobs
 from rayrlhf.models.loading import autocast
 from rayrlhf.ranking import (
     MARGIN_EDGES,
@@ -64,7 +65,7 @@ def ranked_pass(
     total = 0.0
     for indices, batch in token_batches(
         [row for i in own for row in rows[i]], config.reward_model.micro_batch_tokens, pad_token_id, ranks.device,
-        share=shares_prompts(model), groups=prompts,
+        packed=packs(model), groups=prompts,
     ):  # fmt: skip
         chosen = list(dict.fromkeys(prompts[i] for i in indices))
         pairs = flatten_pairs([comparisons[i].pairs for i in chosen], [len(rows[i]) for i in chosen])
@@ -136,7 +137,7 @@ def _row_by_row(
     values: dict[int, float] = {}
     for indices, batch in token_batches(
         [rows[i] for i in own], config.reward_model.micro_batch_tokens, pad_token_id, ranks.device,
-        share=shares_prompts(model),
+        packed=packs(model),
     ):  # fmt: skip
         with torch.no_grad(), autocast(ranks.device, config.model.dtype):
             found = measure(model, batch)

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rayrlhf.attention import packs
 from rayrlhf.batching import Row, token_batches
 from rayrlhf.errors import UserError
-from rayrlhf.logprobs import sequence_scores, shares_prompts
+from rayrlhf.logprobs import sequence_scores
 from rayrlhf.models.loading import autocast
 from rayrlhf.trajectory import Trajectory
 
@@ -45,9 +46,9 @@ class RewardModelFunction:
     def __call__(self, trajectories: Sequence[Trajectory]) -> dict[str, list[float]]:
         rows = [Row.completion(t.prompt_ids, t.response_ids) for t in trajectories]
         result = [0.0] * len(rows)
-        share = shares_prompts(self.model)
+        packed = packs(self.model)
         for indices, batch in token_batches(
-            rows, self.micro_batch_tokens, self.pad_token_id, self.model.device, share=share
+            rows, self.micro_batch_tokens, self.pad_token_id, self.model.device, packed=packed
         ):
             with torch.no_grad(), autocast(self.model.device, self.dtype):
                 values = sequence_scores(self.model, batch).tolist()

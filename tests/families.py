@@ -14,8 +14,10 @@ from transformers import (
     GPTJConfig,
     GPTNeoXConfig,
     LlamaConfig,
+    MistralConfig,
     OPTConfig,
     Qwen2Config,
+    Qwen3Config,
 )
 
 from rayrlhf.models.loading import resolve_model
@@ -42,7 +44,9 @@ FAMILIES = {
     ),
     "bloom": BloomConfig(vocab_size=V, hidden_size=32, n_layer=2, n_head=4, hidden_dropout=0.1, attention_dropout=0.1),
     "llama": LlamaConfig(**LLAMA),
+    "mistral": MistralConfig(**LLAMA, sliding_window=None),
     "qwen2": Qwen2Config(**LLAMA, tie_word_embeddings=True),
+    "qwen3": Qwen3Config(**LLAMA, head_dim=8),
 }  # fmt: skip
 
 

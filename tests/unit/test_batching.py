@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rayrlhf.batching import Row, collate, micro_batches, shard, token_batches
+from rayrlhf.batching import Row, TokenBatch, collate, micro_batches, pack, shard, token_batches
 from rayrlhf.epochs import Epochs
 
 LENGTHS = st.lists(st.integers(1, 60), max_size=40)
@@ -29,22 +30,64 @@ def test_collate_pads_on_the_right() -> None:
     flat = batch.input_ids.flatten()
     assert flat[batch.states].tolist() == [7, 4, 3, 6], "the state before each predicted token"
     assert flat[batch.ends].tolist() == [5, 2]
-    assert batch.positions is None and batch.visible() is None, "plain causal attention needs neither"
+    assert batch.positions is None and not batch.pieces, "plain causal attention needs neither"
 
 
-def test_answers_to_one_prompt_share_its_line() -> None:
-    rows = [Row.completion([7, 8], [4, 5]), Row.completion([7, 8], [6]), Row.completion([9], [3, 2, 2])]
-    batch = collate(rows, pad_token_id=1, lines=[2, 1])
-    assert batch.input_ids.tolist() == [[7, 8, 4, 5, 6], [9, 3, 2, 2, 1]]
-    visible = batch.visible()
-    assert batch.positions is not None and visible is not None
-    assert batch.positions.tolist() == [[0, 1, 2, 3, 2], [0, 1, 2, 3, 0]]
-    assert batch.targets.tolist() == [4, 5, 6, 3, 2, 2] and batch.counts == [2, 1, 3]
-    assert batch.states.tolist() == [1, 2, 1, 5, 6, 7], "both answers start from the prompt's last state"
-    assert batch.ends.tolist() == [3, 4, 8]
-    sees = ["".join("x" if seen else "." for seen in row) for row in visible[0, 0]]
-    assert sees == ["x....", "xx...", "xxx..", "xxxx.", "xx..x"]
-    assert all(row[: i + 1].any() for i, row in enumerate(visible[1, 0])), "padding sees something, or is NaN"
+def seen(batch: TokenBatch) -> list[str]:
+    """What each token of a packed batch sees, written out from its pieces."""
+    found: list[str] = []
+    prompt = prompt_start = start = 0
+    for piece in batch.pieces:
+        for _ in range(piece.sequences if piece.mask is None else 1):
+            own = torch.ones(piece.length, piece.length).tril() if piece.mask is None else piece.mask[:, prompt:]
+            before = torch.zeros(piece.length, start)
+            if piece.mask is not None:
+                before[:, prompt_start : prompt_start + prompt] = piece.mask[:, :prompt]
+            else:
+                prompt, prompt_start = piece.length, start
+            rows = torch.cat([before, own], dim=1)
+            start += piece.length
+            found += ["".join("x" if each else "." for each in row) for row in rows]
+    return [row.ljust(start, ".") for row in found]
+
+
+def test_packed_rows_have_their_prompt_in_common_and_no_padding() -> None:
+    rows = [Row.completion([7, 8], [4, 5]), Row.completion([7, 8], [6]), Row.completion([9], [3, 2]),
+            Row.completion([3, 9], [2])]  # fmt: skip
+    batch = pack(rows, shares=[2, 1, 1])
+    assert batch.input_ids.tolist() == [[7, 8, 4, 5, 6, 9, 3, 2, 3, 9, 2]]
+    assert batch.positions is not None
+    assert batch.positions.tolist() == [[0, 1, 2, 3, 2, 0, 1, 2, 0, 1, 2]]
+    assert batch.targets.tolist() == [4, 5, 6, 3, 2, 2] and batch.counts == [2, 1, 2, 1]
+    assert batch.states.tolist() == [1, 2, 1, 5, 6, 9], "both answers start from the prompt's last state"
+    assert batch.ends.tolist() == [3, 4, 7, 10]
+    assert seen(batch) == [
+        "x..........",
+        "xx.........",
+        "xxx........",
+        "xxxx.......",
+        "xx..x......",
+        ".....x.....",
+        ".....xx....",
+        ".....xxx...",
+        "........x..",
+        "........xx.",
+        "........xxx",
+    ]
+    assert [(piece.sequences, piece.length) for piece in batch.pieces] == [(1, 2), (1, 2), (1, 1), (2, 3)]
+
+
+@given(st.integers(1, 60), st.lists(st.integers(1, 30), min_size=2, max_size=30))
+def test_answers_that_are_attended_to_together_are_no_longer_than_their_prompt(prompt: int, answers: list[int]) -> None:
+    rows = [Row.completion([3] * prompt, range(9, 9 + length)) for length in answers]
+    first, *others = pack(rows, shares=[len(rows)]).pieces
+    assert (first.sequences, first.length, first.mask) == (1, prompt, None)
+    assert sum(piece.length for piece in others) == sum(answers)
+    assert all(piece.mask is not None and piece.mask.shape == (piece.length, prompt + piece.length) for piece in others)
+    assert all(piece.length <= max(prompt, *answers) for piece in others)
+    assert sum(int(piece.mask.sum()) for piece in others if piece.mask is not None) == sum(
+        n * prompt + n * (n + 1) // 2 for n in answers
+    )
 
 
 @st.composite
@@ -55,60 +98,56 @@ def rows_of_few_prompts(draw: st.DrawFn) -> list[Row]:
 
 
 @given(rows_of_few_prompts(), st.integers(1, 500), st.booleans())
-def test_token_batches_hold_every_row_once_within_bounds(rows: list[Row], max_tokens: int, share: bool) -> None:
-    seen: list[int] = []
-    for indices, batch in token_batches(rows, max_tokens, 1, "cpu", share=share):
-        seen += indices
+def test_token_batches_hold_every_row_once_within_bounds(rows: list[Row], max_tokens: int, packed: bool) -> None:
+    taken: list[int] = []
+    for indices, batch in token_batches(rows, max_tokens, 1, "cpu", packed=packed):
+        taken += indices
         assert batch.input_ids.numel() <= max_tokens or len(indices) == 1
-        assert share or len(batch.input_ids) == len(indices)
+        assert len(batch.input_ids) == (1 if packed else len(indices))
         assert batch.counts == [int(rows[i].mask.sum()) for i in indices]
         assert batch.targets.tolist() == [int(t) for i in indices for t in rows[i].ids[rows[i].mask]]
         assert batch.input_ids.flatten()[batch.ends].tolist() == [int(rows[i].ids[-1]) for i in indices]
-    assert sorted(seen) == list(range(len(rows)))
+        assert sum(piece.sequences * piece.length for piece in batch.pieces) == (
+            batch.input_ids.numel() if packed else 0
+        )
+    assert sorted(taken) == list(range(len(rows)))
 
 
 @given(rows_of_few_prompts(), st.integers(1, 500), st.booleans())
-def test_rows_of_a_group_stay_together_and_in_order(rows: list[Row], max_tokens: int, share: bool) -> None:
+def test_rows_of_a_group_stay_together_and_in_order(rows: list[Row], max_tokens: int, packed: bool) -> None:
     groups = [row.prompt_key for row in rows]
-    seen = []
-    for indices, batch in token_batches(rows, max_tokens, 1, "cpu", share=share, groups=groups):
-        seen += indices
+    taken = []
+    for indices, batch in token_batches(rows, max_tokens, 1, "cpu", packed=packed, groups=groups):
+        taken += indices
         whole = {groups[i]: [j for j, group in enumerate(groups) if group == groups[i]] for i in indices}
         assert indices == [i for group in whole.values() for i in group]
         assert batch.input_ids.numel() <= max_tokens or len(whole) == 1
-    assert sorted(seen) == list(range(len(rows)))
+    assert sorted(taken) == list(range(len(rows)))
 
 
-def lines(prompt: int, length: int, max_tokens: int = 100_000) -> list[int]:
-    """How many of 40 answers of one length share each line."""
-    rows = [Row.completion([3] * prompt, [7] * length) for _ in range(40)]
-    found = [batch for _, batch in token_batches(rows, max_tokens, 1, "cpu", share=True)]
-    return [int(n) for batch in found for n in ([1] * 40 if batch.segments is None else batch.segments.amax(1))]
-
-
-def test_lines_are_as_long_as_pays() -> None:
-    """The cost of an answer, written out and searched for its least, with attention at 1 / 1024 of a token a pair."""
-    for prompt, length in ((10, 48), (40, 48), (80, 48), (300, 48), (5, 200), (300, 200)):
-        cost = {m: prompt / m + length + (prompt + m * length) ** 2 / m / 1024 for m in range(1, 41)}
-        best = min(cost, key=lambda m: cost[m])
-        found = max(lines(prompt, length))
-        assert sum(lines(prompt, length)) == 40
-        assert abs(found - best) <= 1 and cost[found] <= 1.02 * cost[best]
-    assert max(lines(300, 48)) > max(lines(80, 48)) > max(lines(10, 48)) > max(lines(5, 200)) == 1
-    assert max(lines(300, 48, max_tokens=300 + 3 * 48)) == 3, "a line is no longer than a batch may be"
+def test_packed_batches_compute_every_prompt_once_and_nothing_else() -> None:
+    rows = [Row.completion([3] * 20 + [k], [7] * n) for k in range(5) for n in (4, 9, 1)]
+    (only,) = token_batches(rows, 1000, 1, "cpu", packed=True)
+    assert only[1].input_ids.numel() == 5 * (21 + 14)
+    cut = [batch.input_ids.numel() for _, batch in token_batches(rows, 70, 1, "cpu", packed=True)]
+    assert cut == [70, 70, 35]
+    without = [Row(row.ids, row.mask) for row in rows]
+    assert sum(b.input_ids.numel() for _, b in token_batches(without, 70, 1, "cpu", packed=True)) == 5 * (3 * 21 + 14)
 
 
 @given(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 60)), max_size=40), st.integers(1, 300))
 def test_micro_batches_hold_every_item_once_within_bounds(sizes: list[tuple[int, int]], max_tokens: int) -> None:
+    sizes = sorted(sizes, key=lambda size: -size[1])
     cut = micro_batches(sizes, max_tokens)
-    assert sorted(i for piece in cut for i in piece) == list(range(len(sizes)))
+    assert [i for piece in cut for i in piece] == list(range(len(sizes)))
     for piece in cut:
         assert sum(sizes[i][0] for i in piece) * max(sizes[i][1] for i in piece) <= max_tokens or len(piece) == 1
 
 
 def test_micro_batches_do_not_waste() -> None:
     assert len(micro_batches([(1, 10)] * 8, 40)) == 2
-    assert micro_batches([(1, 3), (1, 50), (1, 3)], 20) == [[1], [0, 2]]
+    assert micro_batches([(1, 50), (1, 3), (1, 3)], 20) == [[0], [1, 2]]
+    assert micro_batches([(50, 1), (3, 1), (9, 1), (9, 1)], 20) == [[0], [1, 2], [3]]
 
 
 @given(LENGTHS, st.integers(1, 6))

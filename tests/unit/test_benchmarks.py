@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.harness import Child, Comparison, Measurement, Stopwatch, alternate, column, rounded
+from benchmarks.harness import Child, Comparison, Measurement, Stopwatch, alternate, column, rounded, with_earlier_cases
 from benchmarks.tables import as_markdown, comparison_table, interval, write_docs
 from benchmarks.workload import CONTEXT, EQUAL, RESPONSE, draw, prompts
 
@@ -46,6 +46,23 @@ def test_contestants_take_turns_and_their_errors_come_back() -> None:
     assert column(measured["b"], "value") == [11.0, 12.0, 13.0]
     with pytest.raises(RuntimeError, match="turn seven"):
         alternate({"a": counter(0.0)}, [7])
+
+
+def test_cases_that_were_not_measured_again_are_kept_and_named() -> None:
+    def measured(case: str, value: float) -> dict[str, Any]:
+        return {"case": case, "ours": [value]}
+
+    earlier = record(
+        settings={"one": "old", "two": "old"}, comparisons=[measured("one", 1.0), measured("two", 2.0)],
+        facts=[{"name": "one: speed", "values": [1.0]}], phases={"one": {}, "two": {}},
+    )  # fmt: skip
+    later = record(settings={"one": "new"}, comparisons=[measured("one", 3.0)], phases={"one": {"rayrlhf": {}}})
+    merged = with_earlier_cases(later, earlier)
+    assert merged["settings"] == {"one": "new", "two": "old", "not measured again": "two: of revision abc"}
+    assert merged["comparisons"] == [measured("one", 3.0), measured("two", 2.0)]
+    assert merged["facts"] == earlier["facts"] and merged["phases"] == {"one": {"rayrlhf": {}}, "two": {}}
+    again = record(comparisons=[measured("one", 3.0), measured("two", 4.0)])
+    assert "not measured again" not in with_earlier_cases(again, earlier)["settings"]
 
 
 def test_ratios_and_targets() -> None:

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 import rayrlhf.logprobs
-from rayrlhf.batching import Row, TokenBatch, collate, token_batches
+from rayrlhf.batching import Row, TokenBatch, collate, pack, token_batches
 from rayrlhf.logprobs import sequence_scores, token_logprobs, token_logprobs_and_entropy, token_values
 from rayrlhf.models.loading import autocast, load_policy, load_reward_model, resolve_model
 
@@ -68,15 +68,16 @@ def test_results_lie_in_row_major_order(policy: PreTrainedModel) -> None:
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("max_tokens", [1, 100, 10_000])
-def test_gradient_of_a_sum_does_not_depend_on_the_cut(policy: PreTrainedModel, max_tokens: int) -> None:
-    def gradient(limit: int) -> torch.Tensor:
+def test_gradient_of_a_sum_does_not_depend_on_the_cut(policy: PreTrainedModel, max_tokens: int, packed: bool) -> None:
+    def gradient(limit: int, packed: bool = False) -> torch.Tensor:
         policy.zero_grad(set_to_none=True)
-        for _, batch in token_batches(rows(), limit, PAD, "cpu", share=False):
+        for _, batch in token_batches(rows(), limit, PAD, "cpu", packed=packed):
             token_logprobs(policy, batch).sum().backward()
         return torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None])
 
-    expected, found = gradient(300), gradient(max_tokens)
+    expected, found = gradient(300), gradient(max_tokens, packed)
     assert float((found - expected).norm() / expected.norm()) < 1e-5
 
 
@@ -154,7 +155,7 @@ def test_bfloat16_autocast_stays_close_and_returns_float32(
     """Also where logits are cut into chunks and prompts are shared."""
     monkeypatch.setattr(rayrlhf.logprobs, "LOGITS", limit)
     made = [row for row in rows() for _ in range(2)]
-    batch = collate(made, PAD, lines=[2] * 7)
+    batch = pack(made, shares=[2] * 7)
 
     def measure(batch: TokenBatch, dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
         policy.zero_grad()

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Qwen2Config
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    MistralConfig,
+    PreTrainedModel,
+    Qwen2Config,
+)
 
 import rayrlhf.logprobs
-from rayrlhf.batching import Row, TokenBatch, collate, token_batches
+from rayrlhf.attention import PACKED, packs
+from rayrlhf.batching import Row, TokenBatch, collate, pack, token_batches
 from rayrlhf.logprobs import (
     hidden_states,
     sequence_scores,
-    shares_prompts,
     token_logprobs,
     token_logprobs_and_entropy,
     token_values,
@@ -40,6 +48,11 @@ def rows() -> list[Row]:
     return made
 
 
+def laid_out(model: PreTrainedModel) -> TokenBatch:
+    """The rows as the model gets them in training."""
+    return pack(rows()) if packs(model) else collate(rows(), pad_token_id=1)
+
+
 def with_other_padding(batch: TokenBatch) -> TokenBatch:
     lengths = batch.ends % batch.input_ids.shape[1] + 1
     behind = torch.arange(batch.input_ids.shape[1]) >= lengths[:, None]
@@ -48,27 +61,26 @@ def with_other_padding(batch: TokenBatch) -> TokenBatch:
 
 
 def answers() -> list[Row]:
-    """Two prompts, one with three answers and one with one, in mixed order; the line of the first is longer than the
-    context of the models, and than what attention kernels do in one go."""
+    """Three prompts, one with five answers and two with one, in mixed order, two of the rows equally long; packed they
+    are longer than the context of the models, and than what attention kernels do in one go."""
     generator = torch.Generator().manual_seed(3)
-    prompts, lengths = {0: 25, 1: 8}, ((0, 14), (1, 9), (0, 7), (0, 22))
+    prompts, lengths = {0: 25, 1: 8, 2: 10}, ((0, 14), (1, 9), (0, 7), (0, 22), (2, 7), (0, 4), (0, 14))
     ids = {i: torch.randint(3, V, (n,), generator=generator).tolist() for i, n in prompts.items()}
     return [Row.completion(ids[i], torch.randint(3, V, (n,), generator=generator).tolist()) for i, n in lengths]
 
 
-def test_a_shared_prompt_changes_nothing(family: Path) -> None:
-    """Log-probs, entropies, values, scores and gradients are those of rows that stand alone."""
+def test_packed_rows_are_those_that_stand_alone(family: Path) -> None:
+    """Log-probs, entropies, values, scores and gradients of rows that lie behind one another and share prompts."""
     policy, value_model = load_policy(str(family)), load_reward_model(str(family), fresh_head_seed=3)
-    # BLOOM's positions are part of its attention scores.
-    shares = family.name != "bloom"
-    assert shares_prompts(policy) == shares_prompts(value_model) == shares
+    packed = packs(policy)
+    # BLOOM's positions are part of its attention scores; GPT-J's attention cannot be exchanged.
+    assert packed == packs(value_model) == (family.name not in {"bloom", "gpt-j"})
 
-    def measure(share: bool) -> tuple[dict[int, list[torch.Tensor]], torch.Tensor]:
-        found: dict[int, list[torch.Tensor]] = {}
+    def measure(batches: Iterable[tuple[list[int], TokenBatch]]) -> tuple[dict[int, list[Tensor]], Tensor]:
+        found: dict[int, list[Tensor]] = {}
         policy.zero_grad()
         value_model.zero_grad()
-        for indices, batch in token_batches(answers(), 1000, 1, "cpu", share=share):
-            assert len(batch.input_ids) == (2 if share else 4)
+        for indices, batch in batches:
             logprobs, values = token_logprobs(policy, batch, 0.7), token_values(value_model, batch)
             scores = sequence_scores(value_model, batch)
             logprobs.square().sum().backward()
@@ -80,42 +92,66 @@ def test_a_shared_prompt_changes_nothing(family: Path) -> None:
         parameters = [*policy.parameters(), *value_model.parameters()]
         return found, torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
 
-    (alone, gradient), (shared, shared_gradient) = measure(False), measure(shares)
-    assert sorted(shared) == [0, 1, 2, 3]
-    for i in alone:
-        for one, other in zip(alone[i], shared[i], strict=True):
-            torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-5)
-    assert (shared_gradient - gradient).norm() < 1e-5 * gradient.norm()
+    alone, gradient = measure(([i], collate([row], pad_token_id=1)) for i, row in enumerate(answers()))
+    for max_tokens in (1000, 60):
+        batches = list(token_batches(answers(), max_tokens, 1, "cpu", packed=packed))
+        computed = sum(batch.input_ids.numel() for _, batch in batches)
+        assert not packed or computed < 0.9 * sum(len(row.ids) for row in answers())
+        together, other_gradient = measure(batches)
+        assert sorted(together) == sorted(alone)
+        for i in alone:
+            for one, other in zip(alone[i], together[i], strict=True):
+                torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-5)
+        assert (other_gradient - gradient).norm() < 1e-5 * gradient.norm()
 
 
-def test_sharing_is_exact_in_double_precision(family: Path) -> None:
+def test_packing_is_exact_in_double_precision(family: Path) -> None:
     """What is left of the difference is rounding. (A mask of another type than the model would show here.)"""
     model = load_policy(str(family)).double()
-    if not shares_prompts(model):
-        assert family.name == "bloom"
-        return
 
-    def states(share: bool) -> torch.Tensor:
-        found: dict[int, torch.Tensor] = {}
+    def states(packed: bool) -> Tensor:
+        found: dict[int, Tensor] = {}
         with torch.no_grad():
-            for indices, batch in token_batches(answers(), 1000, 1, "cpu", share=share):
+            for indices, batch in token_batches(answers(), 1000, 1, "cpu", packed=packed):
                 parts = hidden_states(model, batch)[batch.states].split(batch.counts)
                 found |= dict(zip(indices, parts, strict=True))
-        return torch.cat([found[i] for i in range(4)])
+        return torch.cat([found[i] for i in range(len(answers()))])
 
     alone = states(False)
-    assert float((states(True) - alone).norm()) < 1e-12 * float(alone.norm())
+    assert float((states(packs(model)) - alone).norm()) < 1e-12 * float(alone.norm())
 
 
-def test_a_sliding_window_is_not_shared(tmp_path: Path) -> None:
-    config = Qwen2Config(**LLAMA, use_sliding_window=True, sliding_window=4, max_window_layers=0)
-    assert not shares_prompts(load_policy(str(write_model(config, tmp_path / "windowed"))))
+def test_a_sliding_window_is_not_packed(tmp_path: Path) -> None:
+    windowed = {
+        "qwen2": Qwen2Config(**LLAMA, use_sliding_window=True, sliding_window=4, max_window_layers=0),
+        "mistral": MistralConfig(**LLAMA, sliding_window=4),
+    }
+    for name, config in windowed.items():
+        assert not packs(load_policy(str(write_model(config, tmp_path / name))))
+
+
+def test_a_model_that_has_computed_packed_rows_is_otherwise_as_it_was(family: Path, tmp_path: Path) -> None:
+    """Padding masks still hide, and nothing of our attention is saved."""
+    model, fresh = load_policy(str(family)), AutoModelForCausalLM.from_pretrained(family).eval()
+    if packs(model):
+        token_logprobs(model, pack(rows())).sum().backward()
+        assert model.config._attn_implementation == PACKED
+    ids = torch.tensor([[1, 1, 5, 6, 7], [5, 6, 7, 8, 9]])
+    mask = (ids != 1).long()
+    with torch.no_grad():
+        ours, theirs = (each(input_ids=ids, attention_mask=mask).logits for each in (model, fresh))
+    torch.testing.assert_close(ours[mask.bool()], theirs[mask.bool()], rtol=1e-5, atol=1e-5)
+    for each, name in ((model, "saved"), (load_policy(str(family)), "unused")):
+        save_model(each, load_tokenizer(str(family)), tmp_path / name)
+    saved, unused = ((tmp_path / name / "config.json").read_text() for name in ("saved", "unused"))
+    assert saved == unused and PACKED not in saved
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logits_in_chunks_change_nothing(family: Path, temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Log-probs, entropy and gradients, with heads that are tied, untied and biased, against one chunk for all."""
-    policy, batch = load_policy(str(family)), collate(rows(), pad_token_id=1)
+    policy = load_policy(str(family))
+    batch = laid_out(policy)
 
     def measure() -> list[torch.Tensor]:
         policy.zero_grad()
@@ -131,7 +167,8 @@ def test_logits_in_chunks_change_nothing(family: Path, temperature: float, monke
 
 
 def test_gradient_checkpointing_keeps_less_and_changes_nothing(family: Path) -> None:
-    policy, batch = load_policy(str(family)), collate(rows(), pad_token_id=1)
+    policy = load_policy(str(family))
+    batch = laid_out(policy)
 
     def measure() -> tuple[int, list[torch.Tensor]]:
         kept: list[int] = []
@@ -162,6 +199,7 @@ def test_token_logprobs_equal_an_unpadded_forward_pass_of_each_row(family: Path,
     batch = collate(rows(), pad_token_id=1)
     with torch.no_grad():
         found = token_logprobs_and_entropy(ours, batch, temperature)
+        laid = token_logprobs_and_entropy(ours, laid_out(ours), temperature)
         junk = token_logprobs(ours, with_other_padding(batch), temperature)
         expected, entropies = [], []
         for row in rows():
@@ -170,8 +208,9 @@ def test_token_logprobs_equal_an_unpadded_forward_pass_of_each_row(family: Path,
             reference = torch.log_softmax(theirs(ids).logits[0, :-1].double() / temperature, dim=-1)[mask]
             expected.append(reference.gather(1, ids[0, 1:][mask][:, None])[:, 0])
             entropies.append(-(reference.exp() * reference).sum(-1))
-    torch.testing.assert_close(found.logprobs.double(), torch.cat(expected), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(found.entropy.double(), torch.cat(entropies), rtol=1e-4, atol=1e-4)
+    for each in (found, laid):
+        torch.testing.assert_close(each.logprobs.double(), torch.cat(expected), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(each.entropy.double(), torch.cat(entropies), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(junk, found.logprobs, rtol=1e-6, atol=1e-6)
 
 
@@ -183,6 +222,8 @@ def test_values_and_scores_equal_transformers_own_classifier_on_unpadded_rows(fa
     batch = collate(rows(), pad_token_id=1)
     with torch.no_grad():
         scores, values = sequence_scores(ours, batch), token_values(ours, batch)
+        torch.testing.assert_close(sequence_scores(ours, laid_out(ours)), scores, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(token_values(ours, laid_out(ours)), values, rtol=1e-5, atol=1e-5)
         junk = with_other_padding(batch)
         torch.testing.assert_close(sequence_scores(ours, junk), scores, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(token_values(ours, junk), values, rtol=1e-6, atol=1e-6)
@@ -198,7 +239,7 @@ def test_values_and_scores_equal_transformers_own_classifier_on_unpadded_rows(fa
 
 def test_no_dropout_even_in_training_mode_and_gradients_flow(family: Path) -> None:
     model = load_policy(str(family)).train()
-    batch = collate(rows(), pad_token_id=1)
+    batch = laid_out(model)
     first, second = token_logprobs(model, batch), token_logprobs(model, batch)
     assert torch.equal(first, second)
     first.sum().backward()

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import OPTForCausalLM, OPTForSequenceClassification
 
 from actors.sft import predicted_tokens, summed_loss
-from rayrlhf.batching import Row, TokenBatch, collate, micro_batches
+from rayrlhf.batching import Row, TokenBatch, collate, micro_batches, pack
 from rayrlhf.config import Config
 from rayrlhf.config_file import parse_config
 from rayrlhf.data.comparisons import RankedAnswers
@@ -61,18 +61,18 @@ def test_a_row_does_not_depend_on_its_batch_or_on_what_pads_it(
     rows: list[Row], temperature: float, extra: int, seed: int
 ) -> None:
     policy, scorer = models()
-    batch = with_junk(collate(rows, PAD), extra, seed)
-    with torch.no_grad():
-        together = token_logprobs_and_entropy(policy, batch, temperature)
-        values, scores = token_values(scorer, batch), sequence_scores(scorer, batch)
-        columns = (together.logprobs, together.entropy, values)
-        for i, (row, *found) in enumerate(zip(rows, *(c.split(batch.counts) for c in columns), strict=True)):
-            alone = collate([row], PAD)
-            own = token_logprobs_and_entropy(policy, alone, temperature)
-            for ours, theirs in zip(found, (own.logprobs, own.entropy, token_values(scorer, alone)), strict=True):
-                # Dividing the logits magnifies their rounding errors.
-                torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 + 1e-5 / temperature)
-            torch.testing.assert_close(scores[i : i + 1], sequence_scores(scorer, alone), rtol=1e-5, atol=1e-5)
+    for batch in (with_junk(collate(rows, PAD), extra, seed), pack(rows)):
+        with torch.no_grad():
+            together = token_logprobs_and_entropy(policy, batch, temperature)
+            values, scores = token_values(scorer, batch), sequence_scores(scorer, batch)
+            columns = (together.logprobs, together.entropy, values)
+            for i, (row, *found) in enumerate(zip(rows, *(c.split(batch.counts) for c in columns), strict=True)):
+                alone = collate([row], PAD)
+                own = token_logprobs_and_entropy(policy, alone, temperature)
+                for ours, theirs in zip(found, (own.logprobs, own.entropy, token_values(scorer, alone)), strict=True):
+                    # Dividing the logits magnifies their rounding errors.
+                    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 + 1e-5 / temperature)
+                torch.testing.assert_close(scores[i : i + 1], sequence_scores(scorer, alone), rtol=1e-5, atol=1e-5)
 
 
 @given(ROWS, TEMPERATURES)
