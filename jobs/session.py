@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
@@ -172,8 +173,7 @@ class Session:
                 self.tokenizer.pad_token_id,
                 self.local,
                 local=self.local,
-                # Not in the placement group of a Tune trial, which holds no CPUs for generators and scorers.
-                options={"num_cpus": 0, "namespace": namespace(self.config), "scheduling_strategy": "DEFAULT"},
+                options={} if self.local else {"num_cpus": 0, "namespace": namespace(self.config), **_here()},
             )
             self._starting = self._coordinator.submit("start_generators")
         return self._coordinator
@@ -227,6 +227,12 @@ class Session:
             if start:
                 print(f"{done} {start} of {len(work)}", flush=True)
             yield work[start : start + size]
+
+
+def _here() -> dict[str, Any]:
+    """On the driver's node, which is not one that may vanish; and outside the placement group of a Tune trial."""
+    node = ray.get_runtime_context().get_node_id()
+    return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ray.exceptions import RayError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from actors.remote import ActorFailure
@@ -73,7 +74,7 @@ def submit(job: Job, address: str, follow: bool) -> None:
     try:
         client = JobSubmissionClient(address)
         name = client.submit_job(entrypoint=job.entrypoint, runtime_env=job.runtime_env, metadata=job.metadata)
-    except (ConnectionError, RuntimeError) as error:
+    except (ConnectionError, RuntimeError, RayError) as error:  # the last one: without the cluster's token
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"submit: {address} does not take jobs ({reason}); start a cluster (docs/cluster.md), give its dashboard "

@@ -88,7 +88,7 @@ def packed_attention(
             k, v = torch.cat([prompt[0], k], dim=2), torch.cat([prompt[1], v], dim=2)
         mixed = scaled_dot_product_attention(q, k, v, piece.mask, is_causal=piece.mask is None, scale=scaling)
         found.append(mixed.transpose(1, 2).flatten(0, 1))
-    return torch.cat(found).unsqueeze(0), None
+    return (torch.cat(found) if len(found) > 1 else found[0]).unsqueeze(0), None
 
 
 AttentionInterface.register(PACKED, packed_attention)
