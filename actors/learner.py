@@ -27,6 +27,7 @@ from rayrlhf.models.loading import checkpoint_gradients, load_policy, load_rewar
 from rayrlhf.models.lora import add_adapters, load_trained_state, trained_state
 from rayrlhf.ppo import PPO
 from rayrlhf.run import RunFolder
+from rayrlhf.storage import local_copy
 from rayrlhf.trajectory import derive_seed
 
 
@@ -35,9 +36,10 @@ class LearnerArguments:
     """What every worker needs; picklable, paths absolute."""
 
     config: Config
-    run_dir: Path
-    policy: Path
-    value_model: Path
+    run_dir: str
+    """Path or URI, as the next two."""
+    policy: str
+    value_model: str
     """A model directory with a scalar head: the reward model."""
     coordinator: Remote
 
@@ -71,7 +73,7 @@ def ppo_loop(arguments: dict[str, Any]) -> None:
     args: LearnerArguments = arguments["learner"]
     config, coordinator = args.config, args.coordinator
     ranks = Ranks(config.resources.learner.threads, gpu=config.resources.learner.gpus > 0)
-    tokenizer = load_tokenizer(str(args.policy))
+    tokenizer = load_tokenizer(local_copy(args.policy))
     with restored() as checkpoint:
         state = State.read(checkpoint) if checkpoint else None
         policy, value_model = load_models(args, checkpoint, state, ranks)
@@ -136,8 +138,9 @@ def load_models(
     lora = config.model.lora
     # Adapters belong to the weights that training started from; the checkpoint's models have them merged.
     source = None if lora else checkpoint
-    policy = load_policy(str(source / "policy" if source else args.policy), device=ranks.device)
-    value_model = load_reward_model(str(source / "value_model" if source else args.value_model), device=ranks.device)
+    policy = load_policy(str(source / "policy") if source else local_copy(args.policy), device=ranks.device)
+    value_path = str(source / "value_model") if source else local_copy(args.value_model)
+    value_model = load_reward_model(value_path, device=ranks.device)
     if lora:
         add_adapters(policy, lora, derive_seed(config.seed, "policy adapters"))
         add_adapters(value_model, lora, derive_seed(config.seed, "value adapters"))

@@ -41,6 +41,7 @@ from rayrlhf.ranking import ranking_accuracy
 from rayrlhf.reward_accuracy import heldout_pairs, write_accuracy
 from rayrlhf.reward_model import Measured, answer_logprobs, ranked_pass, rows_of, score_rows, summary
 from rayrlhf.run import RunFolder
+from rayrlhf.storage import local_copy
 
 EVALS_PER_EPOCH = 4
 """Held-out accuracy and a checkpoint so often."""
@@ -52,8 +53,9 @@ class RewardModelArguments:
 
     config: Config
     run_dir: str
+    """Path or URI."""
     model: str
-    """Resolved directory of the SFT model."""
+    """Path or URI of the SFT model's directory."""
     comparisons: Any
     """list[RankedAnswers] (`heldout` ones are only measured), or `actors.remote.put` of it."""
     references: Any
@@ -76,11 +78,12 @@ def reward_model_loop(arguments: dict[str, Any]) -> None:
     usable: list[RankedAnswers] = [c for c in fetch(args.comparisons) if c.pairs]
     train, heldout = [c for c in usable if not c.heldout], [c for c in usable if c.heldout]
     references: list[Row] = fetch(args.references)
-    tokenizer = load_tokenizer(args.model)
-    _check(train, [*references, *(row for c in usable for row in rows_of(c))], references, context_length(args.model))
+    sft = local_copy(args.model)
+    tokenizer = load_tokenizer(sft)
+    _check(train, [*references, *(row for c in usable for row in rows_of(c))], references, context_length(sft))
     # First, and the SFT model is gone before the reward model and its optimiser take their memory.
-    sft_logprobs = _sft_logprobs(args.model, heldout, tokenizer.pad_token_id, config, ranks) if heldout else None
-    model = load_reward_model(args.model, device=ranks.device, fresh_head_seed=config.seed)
+    sft_logprobs = _sft_logprobs(sft, heldout, tokenizer.pad_token_id, config, ranks) if heldout else None
+    model = load_reward_model(sft, device=ranks.device, fresh_head_seed=config.seed)
     if config.model.lora:
         add_adapters(model, config.model.lora, config.seed)
     if config.resources.learner.gradient_checkpointing:
@@ -96,7 +99,7 @@ def reward_model_loop(arguments: dict[str, Any]) -> None:
             load_trained_state(model, state["model"])
             optimizer.load_state_dict(state["optimizer"])
             step = state["step"]
-    writer = MetricsWriter(run.path) if ranks.first else None
+    writer = MetricsWriter(run.address) if ranks.first else None
 
     def log(metrics: dict[str, float]) -> None:
         if writer:
@@ -139,6 +142,8 @@ def reward_model_loop(arguments: dict[str, Any]) -> None:
         if evaluate:
             metrics = heldout_metrics()
             log(metrics)
+            if writer:
+                writer.sync()
             report(ranks, {"step": step} | metrics, write)
     bias = -float(score_rows(model, references, tokenizer.pad_token_id, config, ranks).mean())
     log({"rm/reward_bias": bias})
@@ -150,6 +155,7 @@ def reward_model_loop(arguments: dict[str, Any]) -> None:
             pairs = heldout_pairs(heldout, final.margins, sft_logprobs)
             samples = config.evaluate.bootstrap_samples
             write_accuracy(run.heldout_pairs, run.reward_accuracy, pairs, summary(final), samples, config.seed)
+        run.publish(run.heldout_pairs, run.reward_accuracy)
         with run.writing("reward_model") as directory:
             save_model(model, tokenizer, directory, reward_bias=bias)
         writer.close()

@@ -16,6 +16,7 @@ from rayrlhf.gold import Gold
 from rayrlhf.logprobs import token_logprobs
 from rayrlhf.models.loading import autocast, load_policy, load_reward_model
 from rayrlhf.rewards import RewardModelFunction
+from rayrlhf.storage import local_copy
 from rayrlhf.trajectory import PackedTrajectory, Trajectory
 
 
@@ -33,16 +34,17 @@ class Scorer(PackedCalls):
         pad_token_id: int,
         dtype: str,
     ) -> None:
+        """Both models are directories by path or URI."""
         self.name, self.settings, self.pad_token_id, self.dtype = name, settings, pad_token_id, dtype
         self.device = torch.device("cuda" if settings.gpus else "cpu")
         self.limit_threads()
         self.reward = RewardModelFunction(
-            load_reward_model(reward_model, device=self.device).requires_grad_(False),
+            load_reward_model(local_copy(reward_model), device=self.device).requires_grad_(False),
             pad_token_id=pad_token_id,
             micro_batch_tokens=settings.micro_batch_tokens,
             dtype=dtype,
         )
-        self.reference = load_policy(reference, device=self.device).requires_grad_(False)
+        self.reference = load_policy(local_copy(reference), device=self.device).requires_grad_(False)
         self.gold = gold
 
     def __repr__(self) -> str:

@@ -61,6 +61,7 @@ class SFTArguments:
 
     config: Config
     run_dir: str
+    """Path or URI."""
     model: str
     """Resolved: an absolute directory or a hub name."""
     train: Any
@@ -112,14 +113,14 @@ def sft_loop(arguments: dict[str, Any]) -> None:
 
     epochs = Epochs(len(train), settings.batch_size, settings.epochs, settings.evals_per_epoch, config.seed)
     optimizer = Optimizer(model, settings.optimizer, epochs.steps)
-    state = SFTState()
+    state, best_model = SFTState(), run.checkpoints / "sft-best"
     with restored() as checkpoint:
         if checkpoint:
             stored = torch.load(checkpoint / "sft.pt", weights_only=True, map_location=ranks.device)
             load_trained_state(model, stored["model"])
             optimizer.load_state_dict(stored["optimizer"])
             state = SFTState(**stored["state"])
-    writer = MetricsWriter(run.path) if ranks.first else None
+    writer = MetricsWriter(run.address) if ranks.first else None
 
     def log(metrics: dict[str, float]) -> None:
         if writer:
@@ -166,15 +167,18 @@ def sft_loop(arguments: dict[str, Any]) -> None:
         if score > state.best:
             state.best = score
             if ranks.first:
-                save_model(model, tokenizer, run.checkpoints / "sft-best")
+                save_model(model, tokenizer, best_model)
+                run.publish(best_model)
         log(metrics | {"sft/best": state.best})
+        if writer:
+            writer.sync()
         report(ranks, {"step": state.step} | metrics, write)
     if writer:
         if state.step < epochs.steps:
             note = f"stopped after {state.step} steps: {state.stale} evaluations without a better score"
             writer.write_text("sft", state.step, "note", note)
         with run.writing("sft") as directory:
-            shutil.copytree(run.checkpoints / "sft-best", directory, dirs_exist_ok=True)
+            shutil.copytree(run.fetch(best_model), directory, dirs_exist_ok=True)
         writer.close()
 
 

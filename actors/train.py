@@ -26,6 +26,7 @@ from rayrlhf.config import LearnerConfig
 from rayrlhf.distributed import Ranks
 from rayrlhf.errors import UserError
 from rayrlhf.run import replacing
+from rayrlhf.storage import Store, is_uri
 
 # Ray Train polls its workers every 2 s, which would slow every shorter step down to 2 s.
 TRAIN_ENVIRONMENT = {
@@ -62,14 +63,15 @@ def fit(
     arguments: dict[str, Any],
     *,
     name: str,
-    storage: Path,
+    storage: str | Path,
     learner: LearnerConfig,
     keep_checkpoints: int,
     local: bool,
 ) -> None:
     """Run `loop(arguments)` on Ray Train's workers, or in this process if `local`.
 
-    Checkpoints live under `storage/name`; calling again with the same two resumes from the newest one.
+    Checkpoints live under `storage/name`; calling again with the same two resumes from the newest one. `storage` is a
+    path or, unless `local`, a URI.
 
     Raises:
         UserError: raised by the loop on any worker, passed on as it is.
@@ -78,10 +80,9 @@ def fit(
         KeyboardInterrupt: Ctrl-C; the workers are gone then.
     """
     global _local
-    storage.mkdir(parents=True, exist_ok=True)
     if local:
         # Not Ray Train's own local mode, which ends torch's process group: an engine in this process still needs it.
-        _local = _LocalCheckpoints(storage / name, keep_checkpoints)
+        _local = _LocalCheckpoints(Path(storage) / name, keep_checkpoints)
         try:
             not_finite = _until_not_finite(loop, arguments)
             newest = _local.all()[-1:]
@@ -90,6 +91,12 @@ def fit(
         _raise_not_finite(not_finite, str(newest[0]) if newest else None)
         return
     os.environ.update(TRAIN_ENVIRONMENT)
+    filesystem, root = None, str(storage)
+    if is_uri(storage):
+        store = Store.open(str(storage))
+        filesystem, root = store.filesystem, store.root
+    else:
+        Path(storage).mkdir(parents=True, exist_ok=True)
     resources: dict[str, float] = {"CPU": learner.cpus}
     if learner.gpus:
         resources["GPU"] = learner.gpus
@@ -105,7 +112,8 @@ def fit(
         ),
         run_config=RunConfig(
             name=name,
-            storage_path=str(storage),
+            storage_path=root,
+            storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=learner.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=keep_checkpoints),
         ),

@@ -41,7 +41,9 @@ def collect(session: Session) -> None:
             "train SFT longer or raise collect.temperature"
         )
     if asks_people and not rankings_path(config.collect.labeller).is_file():
-        raise ask_people(to_rank, answers, config.collect.labeller)
+        request = ask_people(to_rank, answers, config.collect.labeller)
+        run.publish(to_rank)
+        raise request
 
     labeller = make_labeller(config.collect.labeller)
     if isinstance(labeller, FileLabeller):

@@ -44,13 +44,12 @@ def stage(
         def run_stage(session: Session) -> None:
             run = session.run
             if run.done(name) and not again(session):
-                console.print(f"{name}: already done, see {run.output(name)}")
+                console.print(f"{name}: already done, see {run.address_of(run.output(name))}")
                 return
             for earlier in needs:
                 if not run.done(earlier):
-                    raise UserError(
-                        f"stage {name!r} needs {run.output(earlier)}, which stage {earlier!r} writes; run that first"
-                    )
+                    needed = run.address_of(run.output(earlier))
+                    raise UserError(f"stage {name!r} needs {needed}, which stage {earlier!r} writes; run that first")
             if session.start():
                 console.print(session.overview())
                 if session.placement:
@@ -60,9 +59,9 @@ def stage(
             with interrupted_by_sigterm():  # again: Ray has set a handler of its own when it started
                 function(session)
             seconds = time.monotonic() - started
-            with MetricsWriter(run.path) as metrics:
+            with MetricsWriter(run.address) as metrics:
                 metrics.write("run", STAGES.index(name), {f"time/{name}": seconds})
-            console.print(f"{name}: done in {duration(seconds)}, see {run.output(name)}")
+            console.print(f"{name}: done in {duration(seconds)}, see {run.address_of(run.output(name))}")
 
         return run_stage
 

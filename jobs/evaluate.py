@@ -63,13 +63,16 @@ def evaluate(session: Session) -> None:
     if config.evaluate.prompts is None:
         write_samples(run.samples, table)
         write_evaluation(run.evaluation, result)
-        write_report(run)
-        console.print(f"report: {run.report}")
+        run.publish(run.samples, run.evaluation)
+        run.publish(write_report(run))
+        console.print(f"report: {run.address_of(run.report)}")
     else:  # the run's own evaluation stays that of its split
         other = Path(config.evaluate.prompts).stem
-        write_samples(run.path / f"samples-{other}.parquet", table)
-        write_evaluation(run.path / f"evaluation-{other}.json", result)
-        console.print(f"evaluation of {config.evaluate.prompts}: {run.path / f'evaluation-{other}.json'}")
+        samples, evaluation = run.path / f"samples-{other}.parquet", run.path / f"evaluation-{other}.json"
+        write_samples(samples, table)
+        write_evaluation(evaluation, result)
+        run.publish(samples, evaluation)
+        console.print(f"evaluation of {config.evaluate.prompts}: {run.address_of(evaluation)}")
     console.print(
         sample_panel(
             prompts[0].text, prompts[0].reference, policy.texts[0] or "", title="first of these posts, policy's answer"

@@ -7,6 +7,7 @@ stays in the dashboard.
 from __future__ import annotations
 
 import json
+import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,18 +18,20 @@ from rich.progress import Progress as Bar
 
 from rayrlhf.alarms import alarms
 from rayrlhf.config import Config
-from rayrlhf.metrics import read_metrics
+from rayrlhf.metrics import read_lines, read_metrics
 from rayrlhf.progress import Progress, has_step_line, sample_panel
 from rayrlhf.run import RunFolder
 
-POLL_S = 0.25
+POLL_S, STORE_POLL_S = 0.25, 2.0
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
 def following(run: RunFolder, config: Config, stage: str, total: int, console: Console) -> Iterator[None]:
     """Print a line for each step of `stage` (of `total`) written during the block; on a terminal a bar, too."""
-    offset = run.metrics.stat().st_size if run.metrics.exists() else 0
-    start = next(iter(read_metrics(run.path, stage)), None)  # of an earlier attempt that this one continues
+    offset = len(read_lines(run.address))
+    start = next(iter(read_metrics(run.address, stage)), None)  # of an earlier attempt that this one continues
     progress: Progress | None = None
     stop = threading.Event()
     columns = (
@@ -68,20 +71,18 @@ def following(run: RunFolder, config: Config, stage: str, total: int, console: C
 
     def read() -> None:
         nonlocal offset
-        if not run.metrics.exists():
-            return
-        with run.metrics.open("rb") as file:
-            file.seek(offset)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    return  # half a line: the rest is on its way
-                offset += len(line)
-                if line.strip():
-                    show(line)
+        lines = read_lines(run.address, offset)
+        offset += len(lines)
+        for line in lines.splitlines():
+            if line.strip():
+                show(line)
 
     def poll() -> None:
-        while not stop.wait(POLL_S):
-            read()
+        while not stop.wait(STORE_POLL_S if run.store else POLL_S):
+            try:
+                read()
+            except OSError as error:  # a store may be out of reach for a while; the stage decides what that means
+                log.warning("%s: %s", run.address, error)
 
     with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(stage, total=total)

@@ -17,8 +17,9 @@ def pipeline(session: Session) -> None:
     config, run = session.config, session.run
     if run.done("evaluate"):
         if not run.report.exists():
-            write_report(run)
-        console.print(f"run {config.name!r} is finished: {run.evaluation}, {run.report} (another one: name=OTHER)")
+            run.publish(write_report(run))
+        found = f"{run.address_of(run.evaluation)}, {run.address_of(run.report)}"
+        console.print(f"run {config.name!r} is finished: {found} (another one: name=OTHER)")
         return
     sft(session)
     if config.data.comparisons is None:
@@ -26,7 +27,7 @@ def pipeline(session: Session) -> None:
     reward_model(session)
     ppo(session)
     evaluate(session)
-    console.print(f"finished: {run.path}")
+    console.print(f"finished: {run.address}")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from rayrlhf.models.loading import check_vocabulary
 def ppo(session: Session) -> None:
     """Optimise the policy; continues from the last checkpoint of the same settings."""
     config, run = session.config, session.run
-    check_vocabulary(str(run.sft), str(run.reward_model))
+    check_vocabulary(str(run.fetch(run.sft)), str(run.fetch(run.reward_model)))
     prompts = session.encode(session.train_splits.ppo)
     if not prompts:
         raise UserError("ppo: no prompts are left; lower data.sft_fraction or data.reward_model_fraction")
@@ -24,7 +24,9 @@ def ppo(session: Session) -> None:
     session.start_scorers(run.reward_model, run.sft, measured=session.train_splits.ppo)
     sampling, timeout_s = session.sampling(config.ppo.temperature), config.resources.coordinator_timeout_s
     session.coordinator.call("set_prompts", prompts, sampling, timeout_s=timeout_s)
-    arguments = LearnerArguments(config, run.path, run.sft, run.reward_model, session.coordinator)
+    arguments = LearnerArguments(
+        config, run.address, run.address_of(run.sft), run.address_of(run.reward_model), session.coordinator
+    )
     with (
         following(run, config, "ppo", config.ppo.steps, console),
         asking_first(lambda: session.coordinator.submit("request_stop")) as stopping,
@@ -33,7 +35,7 @@ def ppo(session: Session) -> None:
             ppo_loop,
             {"learner": arguments},
             name=session.checkpoint_name("ppo"),
-            storage=run.checkpoints,
+            storage=run.address_of(run.checkpoints),
             learner=config.resources.learner,
             keep_checkpoints=config.ppo.keep_checkpoints,
             local=session.local,

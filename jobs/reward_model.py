@@ -38,8 +38,8 @@ def reward_model(session: Session) -> None:
     references = [Row.completion(p.ids, r) for p, r in zip(prompts, responses, strict=True)]
     arguments = RewardModelArguments(
         config,
-        str(session.run.path),
-        str(session.run.sft),
+        session.run.address,
+        session.run.address_of(session.run.sft),
         put(comparisons, session.local),
         put(references, session.local),
     )
@@ -50,11 +50,12 @@ def reward_model(session: Session) -> None:
             reward_model_loop,
             {"reward_model": arguments},
             name=session.checkpoint_name("reward_model"),
-            storage=session.run.checkpoints,
+            storage=session.run.address_of(session.run.checkpoints),
             learner=config.resources.learner,
             keep_checkpoints=1,
             local=session.local,
         )
+    session.run.fetch_files()
     if session.run.reward_accuracy.exists():
         result = json.loads(session.run.reward_accuracy.read_text(encoding="utf-8"))
         console.print(reward_accuracy_table(result))

@@ -27,12 +27,14 @@ from rayrlhf.data.records import Demonstration
 from rayrlhf.data.sources import as_prompts, read_comparisons, read_demonstrations
 from rayrlhf.data.splits import Splits, check_disjoint, split_train, split_valid
 from rayrlhf.data.tokens import check_context, encode_prompts
+from rayrlhf.errors import UserError
 from rayrlhf.gold import Gold, gold_labeller
 from rayrlhf.labellers import check_labeller
 from rayrlhf.models.loading import context_length, load_tokenizer, parameter_counts, resolve_model
 from rayrlhf.progress import batch_table
 from rayrlhf.prompts import EncodedPrompt, requests_for
-from rayrlhf.run import STAGES, RunFolder, open_or_create, resolve_runs_dir
+from rayrlhf.run import STAGES, RunFolder, open_or_create, runs_address
+from rayrlhf.storage import is_uri, join
 from rayrlhf.trajectory import Sampling, Trajectory
 
 T = TypeVar("T")
@@ -190,7 +192,7 @@ class Session:
         timeout = self.config.resources.coordinator_timeout_s
         self.wait_for_generators()
         version: int = self.coordinator.call("next_version", timeout_s=timeout)
-        publication = publish_directory(directory, version, local=self.local)
+        publication = publish_directory(self.run.fetch(directory), version, local=self.local)
         self.coordinator.call("load_weights", publication, timeout_s=timeout)
         return version
 
@@ -208,7 +210,7 @@ class Session:
     def start_scorers(self, reward_model: Path, reference: Path, measured: list[Demonstration] | None = None) -> None:
         """Scorers with these models; those of `measured` also have the gold measure of responses to these records."""
         gold = Gold(gold_labeller(self.config), as_prompts(measured), self.tokenizer) if measured else None
-        self._call("start_scorers", str(reward_model), str(reference), gold)
+        self._call("start_scorers", self.run.address_of(reward_model), self.run.address_of(reference), gold)
 
     def score(self, trajectories: list[Trajectory], temperature: float) -> list[Trajectory]:
         """Rewards and reference log-probs filled in."""
@@ -240,8 +242,12 @@ def opened(config: Config, local: bool = False) -> Iterator[Session]:
     """The run's folder (locked) and a `Session` over it; it connects to Ray when a stage starts (never if `local`)."""
     # An evaluation of another file is no part of the run: it neither conflicts with a finished one nor is recorded.
     recorded = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"prompts": None})})
-    run = open_or_create(recorded, resolve_runs_dir(config.runs_dir, inside_job()))
+    runs_dir = runs_address(config.runs_dir, inside_job())
+    if local and is_uri(runs_dir):
+        raise UserError(f"runs_dir={runs_dir}: --local keeps its checkpoints in a directory; give it one")
+    run = RunFolder(join(runs_dir, config.name))
     with run.lock():
+        open_or_create(recorded, runs_dir)
         session = Session(config, run, local)
         try:
             yield session

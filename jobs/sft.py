@@ -28,7 +28,7 @@ def sft(session: Session) -> None:
     ]
     arguments = SFTArguments(
         config,
-        str(session.run.path),
+        session.run.address,
         session.model,
         put(rows[: len(records)], session.local),
         put(dev, session.local),
@@ -42,7 +42,7 @@ def sft(session: Session) -> None:
             sft_loop,
             {"sft": arguments},
             name=session.checkpoint_name("sft"),
-            storage=session.run.checkpoints,
+            storage=session.run.address_of(session.run.checkpoints),
             learner=config.resources.learner,
             keep_checkpoints=1,
             local=session.local,

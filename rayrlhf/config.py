@@ -312,6 +312,7 @@ class Config(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     """Name of the run; its folder is `runs_dir/name`."""
     runs_dir: str = "runs"
+    """A directory that every node sees, or a URI such as `s3://bucket/runs` (docs/jobs.md)."""
     seed: Annotated[int, Field(ge=0)] = 0
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()

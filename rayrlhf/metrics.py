@@ -20,6 +20,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, SupportsFloat
 
+from rayrlhf.storage import Mirror, Store, is_uri, join, local_path
+
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
@@ -29,20 +31,29 @@ FILE = "metrics.jsonl"
 
 
 class MetricsWriter:
-    """Appends to `run_dir/metrics.jsonl` and writes events under `run_dir/tensorboard/STAGE`.
+    """Appends to `metrics.jsonl` of a run folder and writes events under its `tensorboard/STAGE`.
 
-    One process writes a stage. A line is one append, so a kill can tear only the last one.
+    One process writes a stage. A line is one append, so a kill can tear only the last one. In a store they appear a few
+    seconds later, at `sync` and at `close`.
     """
 
     def __init__(self, run_dir: str | Path) -> None:
-        self._run_dir = Path(run_dir)
+        """`run_dir` is an absolute path or a URI."""
+        self._run_dir = local_path(run_dir)
         self._run_dir.mkdir(parents=True, exist_ok=True)
         path = self._run_dir / FILE
+        if is_uri(run_dir):
+            store = Store.open(str(run_dir))
+            if store.exists(path):
+                store.download(path)  # what processes of other nodes wrote stays in front of ours
+            else:
+                path.unlink(missing_ok=True)
         torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         if torn:  # An earlier writer was killed in its last line: it must not swallow ours.
             os.write(self._file, b"\n")
         self._boards: dict[str, SummaryWriter] = {}
+        self._mirror = Mirror(run_dir, [FILE, "tensorboard/*/*"])
 
     def write(self, stage: str, step: int, values: Mapping[str, SupportsFloat]) -> None:
         """Record `values` (names to scalars: numbers, 0-d arrays or tensors) of one step."""
@@ -66,11 +77,16 @@ class MetricsWriter:
         shown = text if isinstance(text, str) else "\n\n".join(f"**{key}**: {value}" for key, value in text.items())
         self._board(stage, step).add_text(name, shown, step)
 
+    def sync(self) -> None:
+        """In a store: what was written is there. Before a checkpoint, lest a restart find steps without lines."""
+        self._mirror.sync()
+
     def close(self) -> None:
         """Flush and close all files."""
         for board in self._boards.values():
             board.close()
         os.close(self._file)
+        self._mirror.close()
 
     def __enter__(self) -> Self:
         return self
@@ -91,26 +107,40 @@ class MetricsWriter:
         return self._boards[stage]
 
 
+def read_lines(run_dir: str | Path, offset: int = 0) -> bytes:
+    """The complete lines of a run's metrics.jsonl from byte `offset` on, however many there are by now."""
+    content = _read(run_dir, offset)
+    return content[: content.rfind(b"\n") + 1]
+
+
 def read_metrics(run_dir: str | Path, stage: str | None = None) -> list[dict[str, Any]]:
     """The valid steps of a run: one mapping for each (stage, step), stages in order of appearance, steps rising.
 
     Steps that a restart superseded are dropped, and so is a torn line. Empty where nothing was written.
     """
-    path = Path(run_dir) / FILE
-    if not path.exists():
-        return []
     stages: dict[str, dict[int, dict[str, Any]]] = {}
-    for number, text in enumerate(path.read_bytes().split(b"\n"), start=1):
+    for number, text in enumerate(_read(run_dir).split(b"\n"), start=1):
         if not text.strip():
             continue
         try:
             line = json.loads(text)
             name, step = line["stage"], line["step"]
         except (ValueError, TypeError, KeyError):
-            log.warning("%s: line %d is torn or foreign and is left out", path, number)
+            log.warning("%s: line %d is torn or foreign and is left out", join(run_dir, FILE), number)
             continue
         steps = stages.setdefault(name, {})
         for later in [s for s in steps if s > step]:
             del steps[later]
         steps[step] = steps.get(step, {}) | line
     return [line for name, steps in stages.items() if stage in (None, name) for line in steps.values()]
+
+
+def _read(run_dir: str | Path, offset: int = 0) -> bytes:
+    if is_uri(run_dir):
+        return Store.open(str(run_dir)).read_from(FILE, offset)
+    path = Path(run_dir) / FILE
+    if not path.exists():
+        return b""
+    with path.open("rb") as file:
+        file.seek(offset)
+        return file.read()

@@ -2,6 +2,9 @@
 
 A stage is done exactly if its output exists; outputs appear by one rename, so a killed stage leaves nothing that
 looks finished. Only the process that holds `RunFolder.lock` writes into the folder.
+
+A run in a store (`rayrlhf.storage`) has the same files. Every process works on its node's copy: what it has written it
+publishes, what others wrote it fetches. In a directory that every node sees, both do nothing.
 """
 
 from __future__ import annotations
@@ -15,12 +18,15 @@ import socket
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import yaml
 
 from rayrlhf.config import Config
 from rayrlhf.config_file import dump_config, parse_config
 from rayrlhf.errors import UserError
+from rayrlhf.lease import leased
+from rayrlhf.storage import Store, is_uri, join
 
 log = logging.getLogger(__name__)
 
@@ -43,12 +49,15 @@ _held: dict[Path, int] = {}
 
 
 class RunFolder:
-    """`runs_dir/name` on a file system that every node of the run shares."""
+    """`runs_dir/name`: a directory that every node of the run sees, or this node's copy of a folder in a store."""
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    def __init__(self, address: str | Path) -> None:
+        self.address = str(address)
+        """An absolute path, or the URI of the folder in a store."""
+        self.store = Store.open(self.address) if is_uri(address) else None
+        self.path = self.store.copy if self.store else Path(address)
         if not self.path.is_absolute():
-            raise UserError(f"run folder {str(path)!r} is relative; give an absolute runs_dir (runs_dir=/abs/path)")
+            raise UserError(f"run folder {self.address!r} is relative; give an absolute runs_dir (runs_dir=/abs/path)")
         self.config = self.path / "config.yaml"
         self.metrics = self.path / "metrics.jsonl"
         self.report = self.path / "report.html"
@@ -72,7 +81,26 @@ class RunFolder:
 
     def done(self, stage: str) -> bool:
         """Whether the output of `stage` exists."""
-        return self.output(stage).exists()
+        return self.store.exists(self.output(stage)) if self.store else self.output(stage).exists()
+
+    def address_of(self, path: Path) -> str:
+        """What processes on other nodes find a file or directory of the folder by; see `storage.local_copy`."""
+        return join(self.address, *path.relative_to(self.path).parts)
+
+    def publish(self, *paths: Path) -> None:
+        """Make the store hold these files and directories as they are here (deleted, if they are not), in order."""
+        if self.store:
+            for path in paths:
+                self.store.upload(path)
+
+    def fetch(self, path: Path) -> Path:
+        """Make the copy here of a file or directory the newest one; returns `path`."""
+        return self.store.download(path) if self.store else path
+
+    def fetch_files(self) -> None:
+        """`fetch` all files directly in the folder; directories, which are large, wait until they are asked for."""
+        if self.store:
+            self.store.pull_files()
 
     @contextlib.contextmanager
     def writing(self, stage: str) -> Iterator[Path]:
@@ -83,6 +111,7 @@ class RunFolder:
         """
         with replacing(self.output(stage), directory=stage in _DIRECTORIES) as temporary:
             yield temporary
+        self.publish(self.output(stage))
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -111,15 +140,16 @@ class RunFolder:
             handle.truncate(0)
             handle.write(f"process {os.getpid()} on {socket.gethostname()}")
             handle.flush()
-            _held[self.path] = 1
-            try:
-                yield
-            finally:
-                del _held[self.path]
-                handle.truncate(0)
+            with leased(self.store) if self.store else contextlib.nullcontext():
+                _held[self.path] = 1
+                try:
+                    yield
+                finally:
+                    del _held[self.path]
+                    handle.truncate(0)
 
 
-def open_or_create(config: Config, runs_dir: Path, redo: Collection[str] = ()) -> RunFolder:
+def open_or_create(config: Config, runs_dir: str | Path, redo: Collection[str] = ()) -> RunFolder:
     """The folder of this run, with `config` as its config.yaml.
 
     A stored config must agree with `config` in every key that went into a finished stage: `model`, `data` and `seed`
@@ -128,20 +158,22 @@ def open_or_create(config: Config, runs_dir: Path, redo: Collection[str] = ()) -
 
     Args:
         config: what this run is to do.
-        runs_dir: absolute, see `resolve_runs_dir`.
+        runs_dir: absolute, see `runs_address`.
         redo: stages whose output is about to be written anew, and so does not bind.
 
     Raises:
         UserError: a key that went into a finished stage has changed, the stored config cannot be read, or another
             process holds the folder.
     """
-    run = RunFolder(runs_dir / config.name)
+    run = RunFolder(join(runs_dir, config.name))
     with run.lock():
+        run.fetch_files()
         if run.config.exists():
             _refuse_changes_of_finished_stages(run, config, redo)
         text = yaml.safe_dump(dump_config(config), sort_keys=False, allow_unicode=True)
         with replacing(run.config) as temporary:
             temporary.write_text(text, encoding="utf-8")
+        run.publish(run.config)
     return run
 
 
@@ -151,14 +183,26 @@ def stages_from(key: str) -> tuple[str, ...]:
     return STAGES[STAGES.index(section) if section in STAGES else 0 :]
 
 
+def runs_address(runs_dir: str, inside_job: bool) -> str:
+    """`runs_dir` as an absolute path or the URI of a store; `file://` is a path, and a relative one counts from the
+    current directory.
+
+    Raises:
+        UserError: relative inside a job, whose working directory is a temporary copy.
+    """
+    if runs_dir.startswith("file://"):
+        return str(Path(urlsplit(runs_dir).path))
+    return runs_dir if is_uri(runs_dir) else str(resolve_runs_dir(runs_dir, inside_job))
+
+
 def resolve_runs_dir(runs_dir: str, inside_job: bool) -> Path:
-    """An absolute `runs_dir`; a relative one counts from the current directory.
+    """An absolute `runs_dir` that has to be a directory; see `runs_address`.
 
     Raises:
         UserError: relative inside a job, whose working directory is a temporary copy; or a URI.
     """
-    if "://" in runs_dir:
-        raise UserError(f"runs_dir={runs_dir}: a run folder is a directory; mount the storage on every node")
+    if is_uri(runs_dir):
+        raise UserError(f"runs_dir={runs_dir}: this needs a directory that every node sees, not a URI")
     path = Path(runs_dir).expanduser()
     if not path.is_absolute() and inside_job:
         raise UserError(
@@ -199,27 +243,28 @@ def _remove_stale(target: Path) -> None:
 
 
 def _refuse_changes_of_finished_stages(run: RunFolder, config: Config, redo: Collection[str]) -> None:
-    changed = _differences(dump_config(_read_stored(run.config)), dump_config(config))
+    changed = _differences(dump_config(_read_stored(run)), dump_config(config))
     bound = [(key, old, new, stage) for key, old, new in changed if (stage := _binding_stage(run, key, redo))]
     if bound:
         what = ", ".join(f"{key} was {old!r} and is now {new!r}" for key, old, new, _ in bound[:3])
         more = f" (and {len(bound) - 3} more)" if len(bound) > 3 else ""
         raise UserError(
-            f"{run.config}: {what}{more}, but stage {bound[0][3]!r} is already done with the old value; "
-            f"choose another name (name=...) or delete {run.path}"
+            f"{run.address_of(run.config)}: {what}{more}, but stage {bound[0][3]!r} is already done with the old "
+            f"value; choose another name (name=...) or delete {run.address}"
         )
     for key, old, new in changed:
         log.info("%s: %s changes from %r to %r", run.name, key, old, new)
 
 
-def _read_stored(path: Path) -> Config:
+def _read_stored(run: RunFolder) -> Config:
+    path = run.address_of(run.config)
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.safe_load(run.config.read_text(encoding="utf-8"))
     except yaml.YAMLError:
         tree = None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: the stored config is not readable; delete it, or choose another name (name=...)")
-    return parse_config(tree, str(path))
+    return parse_config(tree, path)
 
 
 def _binding_stage(run: RunFolder, key: str, redo: Collection[str]) -> str | None:

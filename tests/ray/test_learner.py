@@ -115,7 +115,7 @@ def train(
     config = coordinator.config = make_config(runs_dir, **settings)
     run_dir = runs_dir / "run"
     arguments = LearnerArguments(
-        config, run_dir, Path(TINY), reward_model, Remote("coordinator", coordinator, local=True)
+        config, str(run_dir), TINY, str(reward_model), Remote("coordinator", coordinator, local=True)
     )
     fit(
         ppo_loop,

@@ -203,7 +203,7 @@ def test_runs_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_runs_dir("~/r", inside_job=True) == Path.home() / "r"
     with pytest.raises(UserError, match="runs_dir=/abs/path"):
         resolve_runs_dir("runs", inside_job=True)
-    with pytest.raises(UserError, match="mount"):
+    with pytest.raises(UserError, match="directory that every node sees"):
         resolve_runs_dir("s3://bucket/runs", inside_job=False)
     with pytest.raises(UserError, match="absolute"):
         RunFolder("runs/one")

@@ -1,0 +1,104 @@
+"""The lock of a run in a store: an object that its holder writes anew every few seconds.
+
+Stores have no locks, and pyarrow has no conditional write. So one who finds a lease watches it: if it changes, its
+holder lives; if it does not, it may be taken. Who has written a lease reads it again a moment later, to see whether
+another wrote one at the same time. No clocks are compared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+
+from rayrlhf.errors import UserError
+from rayrlhf.storage import Store, as_user_error
+
+log = logging.getLogger(__name__)
+
+NAME = ".lock"
+RENEW_S, PATIENCE_S, SETTLE_S = 10.0, 35.0, 1.0
+
+
+@contextlib.contextmanager
+def leased(store: Store) -> Iterator[None]:
+    """Hold the store's folder for writing.
+
+    Raises:
+        UserError: the store does not answer or refuses to be written, or another process holds it.
+    """
+    remote, holder = f"{store.root}/{NAME}", f"process {os.getpid()} on {socket.gethostname()}"
+    token, ended = uuid.uuid4().hex, threading.Event()
+
+    def write(count: int) -> None:
+        store.write(remote, f"{holder}\n{token}\n{count}".encode())
+
+    def renew() -> None:
+        count = 0
+        while not ended.wait(RENEW_S):
+            count += 1
+            try:
+                write(count)
+            except OSError as error:
+                log.warning("%s: not renewed, tried again in %.0f s: %s", remote, RENEW_S, error)
+
+    with as_user_error(store.address):
+        store.filesystem.create_dir(store.root, recursive=True)
+        _wait_until_free(store, remote)
+        write(0)
+        time.sleep(SETTLE_S)
+        found = store.read(remote)
+    if found is None or token not in found.decode():
+        raise _held(store, found or b"another process")
+    thread = threading.Thread(target=renew, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        store.delete(remote)
+
+
+def _wait_until_free(store: Store, remote: str) -> None:
+    first = store.read(remote)
+    if first is None or _ended_here(first):
+        return
+    print(f"{store.address} is locked by {_holder(first)}; waiting to see whether that still runs", flush=True)
+    deadline = time.monotonic() + PATIENCE_S
+    while time.monotonic() < deadline:
+        time.sleep(1.0)
+        now = store.read(remote)
+        if now is None:
+            return
+        if now != first:
+            raise _held(store, now)
+
+
+def _holder(lease: bytes) -> str:
+    return lease.decode().partition("\n")[0]
+
+
+def _ended_here(lease: bytes) -> bool:
+    """Whether the holder was a process of this machine that is gone."""
+    words = _holder(lease).split()
+    if len(words) != 4 or words[3] != socket.gethostname():
+        return False
+    try:
+        os.kill(int(words[1]), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass
+    return False
+
+
+def _held(store: Store, lease: bytes) -> UserError:
+    return UserError(
+        f"{store.address} is being written by {_holder(lease)}; wait for it, end it, or choose another name"
+    )

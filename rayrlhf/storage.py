@@ -1,0 +1,265 @@
+"""Where runs are kept: in a directory that every node sees, or in a store, which is any pyarrow filesystem by its URI.
+
+An address is one or the other: an absolute path, or a URI such as `s3://bucket/runs/one` with its options behind a
+question mark (`?endpoint_override=http://host:port`; see pyarrow.fs.FileSystem.from_uri). Of what a store holds, every
+node works on a copy in its cache: written there first, then uploaded; downloaded once, then read by all processes.
+
+A store has no rename. A file appears there at once, when its upload ends; a directory is complete exactly if it holds
+`.done`, which is deleted first and uploaded last. Its content is new for every upload: so a node knows an old copy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import logging
+import os
+import shutil
+import threading
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from pyarrow import ArrowInvalid
+from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem, copy_files
+
+from rayrlhf.errors import UserError
+
+log = logging.getLogger(__name__)
+
+MARK = ".done"
+CACHE = "RAYRLHF_CACHE"
+"""Environment variable: where a node keeps its copies. Default: rayrlhf in XDG_CACHE_HOME or ~/.cache."""
+SYNC_S = 5.0
+"""How often files that grow are uploaded."""
+
+
+def is_uri(address: str | Path) -> bool:
+    """Whether the address is of a store."""
+    return "://" in str(address)
+
+
+def join(address: str | Path, *parts: str) -> str:
+    """The address of something inside; a URI's options stay behind its path."""
+    base, mark, options = str(address).partition("?")
+    return "/".join([base.rstrip("/"), *parts]) + mark + options
+
+
+def local_path(address: str | Path) -> Path:
+    """Where a process of this node finds what is at an address: there, or in the node's cache."""
+    if not is_uri(address):
+        return Path(address)
+    base, _, options = str(address).partition("?")
+    scheme, _, path = base.rstrip("/").partition("://")
+    default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rayrlhf"
+    kind = f"{scheme}-{hashlib.blake2b(options.encode(), digest_size=4).hexdigest()}"
+    return Path(os.environ.get(CACHE) or default).absolute() / kind / path
+
+
+def local_copy(address: str) -> str:
+    """What is at an address, as a path that this process can open; of a store, downloaded unless the node has it.
+
+    Anything else, such as a model's name on the hub, comes back as it is.
+
+    Raises:
+        FileNotFoundError: the store has no such file, and no such directory that is complete.
+    """
+    if not is_uri(address):
+        return address
+    base, mark, options = address.partition("?")
+    folder, _, name = base.rstrip("/").rpartition("/")
+    store = Store.open(folder + mark + options)
+    return str(store.download(store.copy / name))
+
+
+@dataclass(frozen=True)
+class Store:
+    """One folder of a store and this node's copy of it. Paths are those of the copy."""
+
+    address: str
+    filesystem: FileSystem
+    root: str
+    """The folder's path within the filesystem."""
+    copy: Path
+
+    @classmethod
+    @functools.lru_cache
+    def open(cls, uri: str) -> Store:
+        """
+        Raises:
+            UserError: no filesystem of pyarrow's, or one that does not answer.
+        """
+        if urlsplit(uri).username:
+            raise UserError(f"{uri.partition('@')[2]}: a URI is written into config.yaml and logs; give keys as AWS_*")
+        with as_user_error(uri):
+            filesystem, root = FileSystem.from_uri(uri)
+        if not root.strip("/"):
+            raise UserError(f"{uri}: a URI names a bucket, as in s3://bucket/runs")
+        return cls(uri, filesystem, root.rstrip("/"), local_path(uri))
+
+    def upload(self, path: Path) -> None:
+        """Put a file or directory of the copy into the store in place of an earlier one; delete it if it is gone."""
+        target = self._remote(path)
+        if path.is_dir():
+            self.delete(f"{target}/{MARK}")
+            if self.filesystem.get_file_info(target).type == FileType.Directory:
+                self.filesystem.delete_dir(target)
+            (path / MARK).unlink(missing_ok=True)
+            self._copy(str(path), target, LocalFileSystem(), self.filesystem)
+            (path / MARK).write_text(uuid.uuid4().hex, encoding="utf-8")
+            self.write(f"{target}/{MARK}", (path / MARK).read_bytes())
+        elif path.exists():
+            self.filesystem.create_dir(target.rpartition("/")[0], recursive=True)
+            self._copy(str(path), target, LocalFileSystem(), self.filesystem)
+        else:
+            self.delete(target)
+
+    def exists(self, path: Path) -> bool:
+        """Whether the store has this file, or this directory complete."""
+        source = self._remote(path)
+        paths = [source, f"{source}/{MARK}"]
+        return any(info.type == FileType.File for info in self.filesystem.get_file_info(paths))
+
+    def download(self, path: Path) -> Path:
+        """Make the copy of a file, or of a directory, what the store has; returns `path`.
+
+        A directory that is the newest already is left alone. Processes of one node wait for one another.
+
+        Raises:
+            FileNotFoundError: the store has no such file, and no such directory that is complete.
+        """
+        source = self._remote(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _alone(path.parent / f".{path.name}.lock"):
+            mark = self.read(f"{source}/{MARK}")
+            if mark is None and self.filesystem.get_file_info(source).type != FileType.File:
+                raise FileNotFoundError(f"{join(self.address, path.name)} is missing, or not complete")
+            if mark is not None and path.is_dir() and (path / MARK).is_file() and (path / MARK).read_bytes() == mark:
+                return path
+            partial = path.parent / f".{path.name}.download"
+            _remove(partial)  # of a process that was killed
+            self._copy(source, str(partial), self.filesystem, LocalFileSystem())
+            if path.is_dir():
+                _remove(path)  # a directory cannot be renamed over one with contents
+            partial.rename(path)
+        return path
+
+    def pull_files(self) -> None:
+        """Make the files directly in the copy those of the store; directories are downloaded when they are needed."""
+        self.copy.mkdir(parents=True, exist_ok=True)
+        found = self.filesystem.get_file_info(FileSelector(self.root, allow_not_found=True))
+        names = {info.base_name for info in found if info.type == FileType.File and not info.base_name.startswith(".")}
+        for path in self.copy.iterdir():
+            if path.is_file() and not path.name.startswith(".") and path.name not in names:
+                path.unlink()
+        for name in sorted(names):
+            self.download(self.copy / name)
+
+    def read(self, remote: str, offset: int = 0) -> bytes | None:
+        """The bytes of a file from `offset` on; None if there is no such file."""
+        info = self.filesystem.get_file_info(remote)
+        if info.type != FileType.File:
+            return None
+        if info.size <= offset:
+            return b""
+        with self.filesystem.open_input_file(remote) as file:
+            file.seek(offset)
+            return bytes(file.read())
+
+    def read_from(self, name: str, offset: int) -> bytes:
+        """What a file directly in the folder holds from `offset` on; nothing if it is not there."""
+        return self.read(f"{self.root}/{name}", offset) or b""
+
+    def write(self, remote: str, content: bytes) -> None:
+        """Write a small file."""
+        with self.filesystem.open_output_stream(remote) as file:
+            file.write(content)
+
+    def delete(self, remote: str) -> None:
+        """Delete a file, if it is there."""
+        if self.filesystem.get_file_info(remote).type == FileType.File:
+            self.filesystem.delete_file(remote)
+
+    def _remote(self, path: Path) -> str:
+        return f"{self.root}/{path.relative_to(self.copy).as_posix()}"
+
+    def _copy(self, source: str, target: str, source_system: FileSystem, target_system: FileSystem) -> None:
+        # Threads that copy can wait for one another for ever on S3 (apache/arrow#32372).
+        copy_files(source, target, source_filesystem=source_system, destination_filesystem=target_system,
+                   use_threads=False)  # fmt: skip
+
+
+class Mirror:
+    """Uploads what grows in a store's copy: metrics.jsonl and one folder of events. Nothing at all for a directory.
+
+    A store has no append, so an upload is the whole file, every `SYNC_S` if it has changed.
+    """
+
+    def __init__(self, address: str | Path, patterns: list[str]) -> None:
+        self._store = Store.open(str(address)) if is_uri(address) else None
+        self._patterns = patterns
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        self._uploaded = self._state()
+        if self._store:
+            self._thread = threading.Thread(target=self._poll, daemon=True)
+            self._thread.start()
+
+    def sync(self) -> None:
+        """Upload what has changed, now."""
+        if self._store:
+            with self._lock:
+                state = self._state()
+                for path in [path for path in state if state[path] != self._uploaded.get(path)]:
+                    self._store.upload(path)
+                self._uploaded = state
+
+    def close(self) -> None:
+        self._ended.set()
+        if self._store:
+            self._thread.join()
+        self.sync()
+
+    def _state(self) -> dict[Path, tuple[int, int]]:
+        if self._store is None:
+            return {}
+        paths = [path for pattern in self._patterns for path in self._store.copy.glob(pattern) if path.is_file()]
+        return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in paths}
+
+    def _poll(self) -> None:
+        while not self._ended.wait(SYNC_S):
+            try:
+                self.sync()
+            except OSError as error:
+                log.warning("not uploaded, tried again in %.0f s: %s", SYNC_S, error)
+
+
+@contextlib.contextmanager
+def as_user_error(address: str) -> Iterator[None]:
+    """What a store cannot do, in one line, before anything has started."""
+    try:
+        yield
+    except (OSError, ArrowInvalid) as error:
+        reason = str(error).split(" (Request ID")[0].splitlines()[0]
+        raise UserError(
+            f"{address}: {reason}; check the URI, that its bucket exists, and the keys (for S3: AWS_ACCESS_KEY_ID, "
+            "AWS_SECRET_ACCESS_KEY) in the environment"
+        ) from None
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    with path.open("a") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,323 @@
+"""Runs in a store: what is complete, what a node knows already, who may write. Against pyarrow's filesystems and S3."""
+
+import dataclasses
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from rayrlhf import lease
+from rayrlhf.config import Config
+from rayrlhf.config_file import parse_config
+from rayrlhf.errors import UserError
+from rayrlhf.lease import leased
+from rayrlhf.metrics import MetricsWriter, read_lines, read_metrics
+from rayrlhf.run import STAGES, RunFolder, open_or_create, runs_address
+from rayrlhf.storage import Store, join, local_copy, local_path
+from tests.s3 import KEYS, S3, serving
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[S3]:
+    with serving() as s3:
+        yield s3
+
+
+@pytest.fixture
+def s3(server: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> S3:
+    """The server, and keys and cache of a node in the environment."""
+    for name, value in KEYS.items():
+        monkeypatch.setenv(name, value)
+    use_cache(tmp_path / "node", monkeypatch)
+    return server
+
+
+@pytest.fixture(params=["file", "mock", "s3"])
+def store(request: pytest.FixtureRequest, s3: S3, tmp_path: Path) -> Store:
+    """An empty folder of each kind of filesystem."""
+    name = f"runs/{tmp_path.name}-{time.monotonic_ns()}"
+    uris = {"file": f"file://{tmp_path}/{name}", "mock": f"mock:///{name}", "s3": s3.uri(name)}
+    return Store.open(uris[request.param])
+
+
+def use_cache(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Be a process of the node with this cache."""
+    monkeypatch.setenv("RAYRLHF_CACHE", str(path))
+    Store.open.cache_clear()
+
+
+def other_node(store: Store, tmp_path: Path) -> Store:
+    return dataclasses.replace(store, copy=tmp_path / "other node")
+
+
+def fill(path: Path, **files: str) -> Path:
+    path.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (path / name).write_text(text)
+    return path
+
+
+def contents(path: Path) -> dict[str, str]:
+    return {p.name: p.read_text() for p in path.iterdir() if not p.name.startswith(".")}
+
+
+def config(name: str = "one", **changes: object) -> Config:
+    return parse_config({"name": name, **changes}, "test")
+
+
+def test_addresses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAYRLHF_CACHE", str(tmp_path))
+    assert join("/runs", "one", "sft") == "/runs/one/sft"
+    uri = join("s3://bucket/runs/?endpoint_override=http://host:1", "one")
+    assert uri == "s3://bucket/runs/one?endpoint_override=http://host:1"
+    assert local_path("/runs/one") == Path("/runs/one")
+    assert local_path(uri).is_relative_to(tmp_path)
+    # What is inside a folder is inside its copy, and another endpoint's bucket of the same name is another bucket.
+    assert local_path(join(uri, "sft")) == local_path(uri) / "sft"
+    assert local_path(uri.replace("host:1", "host:2")) != local_path(uri)
+    assert runs_address("s3://bucket/runs", inside_job=True) == "s3://bucket/runs"
+    assert runs_address("file:///a/runs", inside_job=True) == "/a/runs"
+    with pytest.raises(UserError, match="relative"):
+        runs_address("runs", inside_job=True)
+
+
+def test_a_directory_and_a_file_reach_another_node(store: Store, tmp_path: Path) -> None:
+    model, table = fill(store.copy / "sft", weights="w" * 3_000_000, config="{}"), store.copy / "table"
+    (model / "more").mkdir()
+    (model / "more" / "deep").write_text("x")
+    table.write_text("1")
+    for path in (model, table):
+        assert not store.exists(path)
+        store.upload(path)
+        assert store.exists(path)
+    other = other_node(store, tmp_path)
+    there = other.download(other.copy / "sft")
+    assert (there / "weights").read_text() == "w" * 3_000_000 and (there / "more" / "deep").read_text() == "x"
+    assert other.download(other.copy / "table").read_text() == "1"
+
+
+def test_a_new_upload_replaces_the_directory_here_and_on_other_nodes(store: Store, tmp_path: Path) -> None:
+    other, model = other_node(store, tmp_path), store.copy / "sft"
+    store.upload(fill(model, old="1", both="1"))
+    there = other.download(other.copy / "sft")
+    (there / "both").write_text("kept")  # shows whether it is downloaded again
+    other.download(there)
+    assert contents(there) == {"old": "1", "both": "kept"}
+    (model / "old").unlink()
+    store.upload(fill(model, new="2", both="2"))
+    assert contents(other.download(there)) == {"new": "2", "both": "2"}
+
+
+def test_half_a_directory_is_none(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other, model = other_node(store, tmp_path), fill(store.copy / "sft", a="1", b="1")
+    store.upload(model)
+
+    def breaks(*_: object) -> None:
+        with store.filesystem.open_output_stream(f"{store.root}/sft/a") as file:
+            file.write(b"2")
+        raise OSError("connection lost")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Store, "_copy", breaks)
+        with pytest.raises(OSError, match="connection lost"):
+            store.upload(model)
+    assert not store.exists(model)
+    with pytest.raises(FileNotFoundError, match="sft"):
+        other.download(other.copy / "sft")
+    assert not (other.copy / "sft").exists()
+    store.upload(model)
+    assert contents(other.download(other.copy / "sft")) == {"a": "1", "b": "1"}
+
+
+def test_processes_of_a_node_download_once(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = other_node(store, tmp_path)
+    store.upload(fill(store.copy / "sft", a="1"))
+    copied, plain = [], Store._copy
+
+    def counted(self: Store, source: str, *rest: object) -> None:
+        copied.append(source)
+        time.sleep(0.1)
+        plain(self, source, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Store, "_copy", counted)
+    threads = [threading.Thread(target=other.download, args=[other.copy / "sft"]) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert copied == [f"{store.root}/sft"]
+    assert contents(other.copy / "sft") == {"a": "1"}
+
+
+def test_files_of_a_folder_are_mirrored(store: Store, tmp_path: Path) -> None:
+    other = other_node(store, tmp_path)
+    fill(store.copy, table="1", stays="1")
+    for path in (store.copy / "table", store.copy / "stays", fill(store.copy / "sft", a="1")):
+        store.upload(path)
+    fill(other.copy, left_over="of an earlier run")
+    other.pull_files()
+    assert sorted(p.name for p in other.copy.iterdir() if not p.name.startswith(".")) == ["stays", "table"]
+    (store.copy / "table").unlink()
+    store.upload(store.copy / "table")
+    (store.copy / "stays").write_text("2")
+    store.upload(store.copy / "stays")
+    other.pull_files()
+    assert contents(other.copy) == {"stays": "2"}
+
+
+def test_part_of_a_file(store: Store) -> None:
+    store.write(f"{store.root}/a" if store.filesystem.type_name == "s3" else _made(store, "a"), b"0123456789")
+    assert store.read_from("a", 4) == b"456789"
+    assert store.read_from("a", 10) == store.read_from("a", 11) == store.read_from("none", 0) == b""
+
+
+def _made(store: Store, name: str) -> str:
+    store.filesystem.create_dir(store.root, recursive=True)
+    return f"{store.root}/{name}"
+
+
+def test_local_copy(s3: S3) -> None:
+    assert local_copy("/a/path") == "/a/path" and local_copy("org/model") == "org/model"
+    store = Store.open(s3.uri("local/one"))
+    store.upload(fill(store.copy / "sft", a="1"))
+    address = s3.uri("local/one/sft")
+    assert local_copy(address) == str(local_path(address))
+    assert contents(local_path(address)) == {"a": "1"}
+    with pytest.raises(FileNotFoundError, match="policy"):
+        local_copy(s3.uri("local/one/policy"))
+
+
+@pytest.mark.parametrize(
+    ("uri", "reason"),
+    [
+        ("nope://bucket/runs", "Unrecognized filesystem type"),
+        ("s3://", "names a bucket"),
+        ("s3://key:secret@bucket/runs", "AWS_"),
+        ("s3://nowhere/runs", "nowhere"),
+    ],
+)
+def test_what_does_not_work_is_said_in_one_line(s3: S3, uri: str, reason: str) -> None:
+    if uri == "s3://nowhere/runs":
+        uri += f"?endpoint_override={s3.endpoint}"
+    with pytest.raises(UserError) as caught, RunFolder(join(uri, "one")).lock():
+        pass
+    message = str(caught.value)
+    assert reason in message and "\n" not in message and "secret@" not in message
+
+
+def test_a_run_in_a_store_continues_from_an_empty_cache(
+    s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = s3.uri("continued")
+    run = open_or_create(config(), runs)
+    for stage in STAGES[:2]:
+        with run.writing(stage) as temporary:
+            (temporary / "file" if temporary.is_dir() else temporary).write_text(stage)
+            assert not run.done(stage)
+        assert run.done(stage)
+    use_cache(tmp_path / "elsewhere", monkeypatch)
+    there = open_or_create(config(), runs)
+    assert there.path != run.path
+    assert [there.done(stage) for stage in STAGES] == [True, True, False, False, False]
+    assert not there.sft.exists() and (there.fetch(there.sft) / "file").read_text() == "sft"
+    assert there.comparisons.read_text() == "collect"
+    assert local_copy(there.address_of(there.sft)) == str(there.sft)
+    with pytest.raises(UserError, match=r"seed was 0 and is now 1.*delete s3://bucket/continued/one"):
+        open_or_create(config(seed=1), runs)
+    assert set(s3.objects("continued/one/")) == {"config.yaml", "comparisons.parquet", "sft/file", "sft/.done"}
+
+
+def test_metrics_reach_the_store_and_the_next_writer(s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    address = s3.uri("metrics/one")
+    with MetricsWriter(address) as writer:
+        writer.write("sft", 0, {"sft/loss": 2.0})
+        writer.sync()
+        first = read_lines(address)
+        assert first.count(b"\n") == 1
+        writer.write("sft", 1, {"sft/loss": 1.0})
+    assert read_lines(address, len(first)).count(b"\n") == 1
+    use_cache(tmp_path / "elsewhere", monkeypatch)
+    with MetricsWriter(address) as writer:
+        writer.write("sft", 1, {"sft/loss": 0.5})
+    assert [line["sft/loss"] for line in read_metrics(address, "sft")] == [2.0, 0.5]
+    objects = s3.objects("metrics/one/")
+    assert objects["metrics.jsonl"].count(b"\n") == 3
+    events = {name: content for name, content in objects.items() if name.startswith("tensorboard/sft/")}
+    assert len(events) == 2
+    for name, content in events.items():
+        fill(tmp_path / "board", **{Path(name).name: ""})
+        (tmp_path / "board" / Path(name).name).write_bytes(content)
+    board = EventAccumulator(str(tmp_path / "board"))
+    board.Reload()
+    assert [(event.step, event.value) for event in board.Scalars("sft/loss")][-1] == (1, 0.5)
+
+
+def test_metrics_appear_while_they_are_written(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rayrlhf.storage.SYNC_S", 0.05)
+    address = s3.uri("growing/one")
+    with MetricsWriter(address) as writer:
+        for step in range(2):
+            writer.write("ppo", step, {"ppo/kl": 1.0})
+            deadline = time.monotonic() + 20
+            while len(read_metrics(address)) <= step and time.monotonic() < deadline:
+                time.sleep(0.05)
+            assert [line["step"] for line in read_metrics(address)] == list(range(step + 1))
+
+
+# ---- the lease
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "RENEW_S", 0.2)
+    monkeypatch.setattr(lease, "PATIENCE_S", 2.5)
+    monkeypatch.setattr(lease, "SETTLE_S", 0.05)
+
+
+def left_behind(store: Store, holder: str) -> str:
+    store.filesystem.create_dir(store.root, recursive=True)
+    store.write(f"{store.root}/.lock", f"{holder}\ntoken\n0".encode())
+    return f"{store.root}/.lock"
+
+
+def test_a_lease_that_is_renewed_keeps_others_out(store: Store, quick: None) -> None:
+    with leased(store):
+        started = time.monotonic()
+        with pytest.raises(UserError, match=f"written by process {os.getpid()} on .*another name"), leased(store):
+            raise AssertionError("two holders")
+        assert time.monotonic() - started < 2.4
+    with leased(store):
+        pass
+    assert store.read(f"{store.root}/.lock") is None
+
+
+def test_a_lease_that_nobody_renews_is_taken(store: Store, quick: None) -> None:
+    left_behind(store, "process 1 on another-machine")
+    started = time.monotonic()
+    with leased(store):
+        assert time.monotonic() - started > 2.5
+
+
+def test_a_lease_of_a_dead_process_of_this_machine_is_taken_at_once(store: Store, quick: None) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    left_behind(store, f"process {ended.pid} on {socket.gethostname()}")
+    started = time.monotonic()
+    with leased(store):
+        assert time.monotonic() - started < 2.0
+
+
+def test_of_two_at_once_the_last_to_write_wins(store: Store, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "SETTLE_S", 1.0)
+    timer = threading.Timer(0.5, left_behind, [store, "process 2 on another-machine"])
+    timer.start()
+    with pytest.raises(UserError, match="written by process 2 on another-machine"), leased(store):
+        raise AssertionError("two holders")
+    timer.join()
