@@ -142,8 +142,6 @@ def reward_model_loop(arguments: dict[str, Any]) -> None:
         if evaluate:
             metrics = heldout_metrics()
             log(metrics)
-            if writer:
-                writer.sync()
             report(ranks, {"step": step} | metrics, write)
     bias = -float(score_rows(model, references, tokenizer.pad_token_id, config, ranks).mean())
     log({"rm/reward_bias": bias})

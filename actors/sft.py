@@ -170,8 +170,6 @@ def sft_loop(arguments: dict[str, Any]) -> None:
                 save_model(model, tokenizer, best_model)
                 run.publish(best_model)
         log(metrics | {"sft/best": state.best})
-        if writer:
-            writer.sync()
         report(ranks, {"step": state.step} | metrics, write)
     if writer:
         if state.step < epochs.steps:

@@ -12,7 +12,7 @@ import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from rayrlhf.config import LearnerConfig
 from rayrlhf.distributed import Ranks
 from rayrlhf.errors import UserError
 from rayrlhf.run import replacing
-from rayrlhf.storage import Store, is_uri
+from rayrlhf.storage import Store, is_uri, sync_mirrors
 
 # Ray Train polls its workers every 2 s, which would slow every shorter step down to 2 s.
 TRAIN_ENVIRONMENT = {
@@ -140,6 +140,9 @@ def _until_not_finite(loop: Callable[[dict[str, Any]], None], arguments: dict[st
         loop(arguments)
     except FloatingPointError as error:
         return str(error)
+    finally:
+        with suppress(OSError):  # what ended the loop is what matters
+            sync_mirrors()
     return None
 
 
@@ -183,6 +186,7 @@ def restored() -> Iterator[Path | None]:
 
 def report(ranks: Ranks, metrics: dict[str, float], write: Callable[[Path], None]) -> None:
     """Inside a loop, on every rank equally often: rank 0's `write(directory)` fills a new checkpoint."""
+    sync_mirrors()  # lest a restart from this checkpoint find steps without their metrics
     if _local:
         _local.save(write)
     elif ranks.first:

@@ -34,7 +34,7 @@ class MetricsWriter:
     """Appends to `metrics.jsonl` of a run folder and writes events under its `tensorboard/STAGE`.
 
     One process writes a stage. A line is one append, so a kill can tear only the last one. In a store they appear a few
-    seconds later, at `sync` and at `close`.
+    seconds later, and at `close`.
     """
 
     def __init__(self, run_dir: str | Path) -> None:
@@ -76,10 +76,6 @@ class MetricsWriter:
         os.write(self._file, json.dumps(line).encode() + b"\n")
         shown = text if isinstance(text, str) else "\n\n".join(f"**{key}**: {value}" for key, value in text.items())
         self._board(stage, step).add_text(name, shown, step)
-
-    def sync(self) -> None:
-        """In a store: what was written is there. Before a checkpoint, lest a restart find steps without lines."""
-        self._mirror.sync()
 
     def close(self) -> None:
         """Flush and close all files."""

@@ -193,6 +193,16 @@ class Store:
                    use_threads=False)  # fmt: skip
 
 
+_mirrors: set[Mirror] = set()
+"""Those of this process that are at work."""
+
+
+def sync_mirrors() -> None:
+    """Upload whatever has changed in the files that this process mirrors, now."""
+    for mirror in tuple(_mirrors):
+        mirror.sync()
+
+
 class Mirror:
     """Uploads what grows in a store's copy: metrics.jsonl and one folder of events. Nothing at all for a directory.
 
@@ -206,6 +216,7 @@ class Mirror:
         self._ended = threading.Event()
         self._uploaded = self._state()
         if self._store:
+            _mirrors.add(self)
             self._thread = threading.Thread(target=self._poll, daemon=True)
             self._thread.start()
 
@@ -219,7 +230,9 @@ class Mirror:
                 self._uploaded = state
 
     def close(self) -> None:
+        """Upload what has changed, for the last time."""
         self._ended.set()
+        _mirrors.discard(self)
         if self._store:
             self._thread.join()
         self.sync()

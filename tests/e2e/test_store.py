@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,14 @@ import pytest
 
 from rayrlhf.metrics import read_metrics
 from tests.s3 import KEYS, serving
+
+STEPS = 6
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 def files(path: Path) -> set[str]:
@@ -26,10 +35,10 @@ def test_a_run_in_a_bucket(finished: Any, start: Any, tmp_path: Path, monkeypatc
         monkeypatch.setenv(name, value)
     with serving() as s3:
         same = [word for word in finished.arguments if not word.startswith("runs_dir=")]
-        arguments = ["run", *same, f"runs_dir={s3.uri('runs')}", "ppo.checkpoint_every=1"]
+        arguments = ["run", *same, f"runs_dir={s3.uri('runs')}", f"ppo.steps={STEPS}", "ppo.checkpoint_every=1"]
         monkeypatch.setenv("RAYRLHF_CACHE", str(tmp_path / "first"))
         command = start("rayrlhf", *arguments)
-        command.wait_for_line(r"ppo 2/3 ", 600)
+        command.wait_for_line(rf"ppo 2/{STEPS} ", 600)
         os.killpg(command.process.pid, signal.SIGINT)
         outcome = command.wait(90)
         assert outcome.code == 130, outcome.err
@@ -38,25 +47,40 @@ def test_a_run_in_a_bucket(finished: Any, start: Any, tmp_path: Path, monkeypatc
         assert any(name.startswith("checkpoints/ppo-") and name.endswith("/state.pt") for name in objects)
         assert ".lock" not in objects
 
+        # The driver on one machine, everything else on another: what they share is the bucket.
+        monkeypatch.setenv("RAYRLHF_CACHE", str(tmp_path / "node"))
+        port = free_port()
+        ports = [f"--port={port}", "--dashboard-agent-listen-port=0", "--include-dashboard=false"]
+        head = start("ray", "start", "--head", "--block", "--num-cpus=2", "--disable-usage-stats",
+                     "--node-ip-address=127.0.0.1", *ports)  # fmt: skip
+        head.wait_for_line(r".*Ray runtime started", 120)
         monkeypatch.setenv("RAYRLHF_CACHE", str(tmp_path / "second"))
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
         outcome = start("rayrlhf", *arguments).wait(600)
         assert outcome.code == 0, outcome.err
+        policies = {path.relative_to(tmp_path).parts[0] for path in tmp_path.glob("*/**/policy/model.safetensors")}
+        assert policies == {"node", "second"}, "written on one, evaluated by the other"
         assert "sft: already done, see s3://bucket/runs/quick/sft" in outcome.out
-        assert "ppo 1/3 " not in outcome.out, "it starts at the checkpoint"
+        assert f"ppo 1/{STEPS} " not in outcome.out, "it starts at the checkpoint"
         for name, content in s3.objects("runs/quick/").items():
             path = tmp_path / "run" / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
 
+        monkeypatch.delenv("RAY_ADDRESS")
+        head.end()
         again = start("rayrlhf", *arguments).wait(120)
         assert again.code == 0 and "run 'quick' is finished: s3://bucket/runs/quick/evaluation.json" in again.out
 
     run = tmp_path / "run"
     assert files(run) == files(finished.path)
     # Runs repeat to the digit, and where their files are makes no difference to them.
-    assert [line["step"] for line in read_metrics(run, "ppo")] == [0, 1, 2]
+    assert [line["step"] for line in read_metrics(run, "ppo")] == list(range(STEPS))
     for stage, metric in (("sft", "sft/loss"), ("reward_model", "rm/loss"), ("ppo", "ppo/reward/mean")):
-        here, there = ([line.get(metric) for line in read_metrics(p, stage)] for p in (run, finished.path))
-        assert here == pytest.approx(there, rel=1e-3, nan_ok=True) and any(here)
-    here, there = (json.loads((p / "evaluation.json").read_text()) for p in (run, finished.path))
-    assert here["policy"]["reward"]["mean"] == pytest.approx(there["policy"]["reward"]["mean"], abs=1e-2)
+        here, there = (
+            [line[metric] for line in read_metrics(path, stage) if metric in line][: 1 if stage == "ppo" else None]
+            for path in (run, finished.path)
+        )
+        assert here and here == pytest.approx(there, rel=1e-3)
+    here, there = (json.loads((path / "evaluation.json").read_text()) for path in (run, finished.path))
+    assert here["sft"]["reward"]["mean"] == pytest.approx(there["sft"]["reward"]["mean"], abs=1e-3)

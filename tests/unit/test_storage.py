@@ -20,7 +20,7 @@ from rayrlhf.errors import UserError
 from rayrlhf.lease import leased
 from rayrlhf.metrics import MetricsWriter, read_lines, read_metrics
 from rayrlhf.run import STAGES, RunFolder, open_or_create, runs_address
-from rayrlhf.storage import Store, join, local_copy, local_path
+from rayrlhf.storage import Store, join, local_copy, local_path, sync_mirrors
 from tests.s3 import KEYS, S3, serving
 
 
@@ -238,7 +238,7 @@ def test_metrics_reach_the_store_and_the_next_writer(s3: S3, tmp_path: Path, mon
     address = s3.uri("metrics/one")
     with MetricsWriter(address) as writer:
         writer.write("sft", 0, {"sft/loss": 2.0})
-        writer.sync()
+        sync_mirrors()
         first = read_lines(address)
         assert first.count(b"\n") == 1
         writer.write("sft", 1, {"sft/loss": 1.0})
@@ -273,6 +273,8 @@ def test_metrics_appear_while_they_are_written(s3: S3, monkeypatch: pytest.Monke
 
 # ---- the lease
 
+on_s3 = pytest.mark.parametrize("store", ["s3"], indirect=True)
+
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,6 +289,7 @@ def left_behind(store: Store, holder: str) -> str:
     return f"{store.root}/.lock"
 
 
+@on_s3
 def test_a_lease_that_is_renewed_keeps_others_out(store: Store, quick: None) -> None:
     with leased(store):
         started = time.monotonic()
@@ -298,6 +301,7 @@ def test_a_lease_that_is_renewed_keeps_others_out(store: Store, quick: None) -> 
     assert store.read(f"{store.root}/.lock") is None
 
 
+@on_s3
 def test_a_lease_that_nobody_renews_is_taken(store: Store, quick: None) -> None:
     left_behind(store, "process 1 on another-machine")
     started = time.monotonic()
@@ -305,6 +309,7 @@ def test_a_lease_that_nobody_renews_is_taken(store: Store, quick: None) -> None:
         assert time.monotonic() - started > 2.5
 
 
+@on_s3
 def test_a_lease_of_a_dead_process_of_this_machine_is_taken_at_once(store: Store, quick: None) -> None:
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
@@ -314,6 +319,7 @@ def test_a_lease_of_a_dead_process_of_this_machine_is_taken_at_once(store: Store
         assert time.monotonic() - started < 2.0
 
 
+@on_s3
 def test_of_two_at_once_the_last_to_write_wins(store: Store, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "SETTLE_S", 1.0)
     timer = threading.Timer(0.5, left_behind, [store, "process 2 on another-machine"])
