@@ -57,7 +57,7 @@ def local_path(address: str | Path) -> Path:
     scheme, _, path = base.rstrip("/").partition("://")
     default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rayrlhf"
     kind = f"{scheme}-{hashlib.blake2b(options.encode(), digest_size=4).hexdigest()}"
-    return Path(os.environ.get(CACHE) or default).absolute() / kind / path
+    return Path(os.environ.get(CACHE) or default).absolute() / kind / path.lstrip("/")
 
 
 def local_copy(address: str) -> str:
@@ -93,7 +93,7 @@ class Store:
         Raises:
             UserError: no filesystem of pyarrow's, or one that does not answer.
         """
-        if urlsplit(uri).username:
+        if urlsplit(uri).password:
             raise UserError(f"{uri.partition('@')[2]}: a URI is written into config.yaml and logs; give keys as AWS_*")
         with as_user_error(uri):
             filesystem, root = FileSystem.from_uri(uri)

@@ -78,7 +78,7 @@ def test_addresses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     uri = join("s3://bucket/runs/?endpoint_override=http://host:1", "one")
     assert uri == "s3://bucket/runs/one?endpoint_override=http://host:1"
     assert local_path("/runs/one") == Path("/runs/one")
-    assert local_path(uri).is_relative_to(tmp_path)
+    assert local_path(uri).is_relative_to(tmp_path) and local_path("hdfs:///runs").is_relative_to(tmp_path)
     # What is inside a folder is inside its copy, and another endpoint's bucket of the same name is another bucket.
     assert local_path(join(uri, "sft")) == local_path(uri) / "sft"
     assert local_path(uri.replace("host:1", "host:2")) != local_path(uri)
