@@ -188,10 +188,13 @@ def runs_address(runs_dir: str, inside_job: bool) -> str:
     current directory.
 
     Raises:
-        UserError: relative inside a job, whose working directory is a temporary copy.
+        UserError: relative inside a job, whose working directory is a temporary copy; or a URI without a bucket.
     """
-    if runs_dir.startswith("file://"):
-        return str(Path(urlsplit(runs_dir).path))
+    parts = urlsplit(runs_dir)
+    if parts.scheme == "file":
+        return str(Path(parts.path))
+    if is_uri(runs_dir) and not (parts.netloc + parts.path).strip("/"):
+        raise UserError(f"runs_dir={runs_dir}: a URI names a bucket, as in s3://bucket/runs")
     return runs_dir if is_uri(runs_dir) else str(resolve_runs_dir(runs_dir, inside_job))
 
 

@@ -97,8 +97,6 @@ class Store:
             raise UserError(f"{uri.partition('@')[2]}: a URI is written into config.yaml and logs; give keys as AWS_*")
         with as_user_error(uri):
             filesystem, root = FileSystem.from_uri(uri)
-        if not root.strip("/"):
-            raise UserError(f"{uri}: a URI names a bucket, as in s3://bucket/runs")
         return cls(uri, filesystem, root.rstrip("/"), local_path(uri))
 
     def upload(self, path: Path) -> None:
@@ -108,6 +106,7 @@ class Store:
             self.delete(f"{target}/{MARK}")
             if self.filesystem.get_file_info(target).type == FileType.Directory:
                 self.filesystem.delete_dir(target)
+            self.filesystem.create_dir(target, recursive=True)
             (path / MARK).unlink(missing_ok=True)
             self._copy(str(path), target, LocalFileSystem(), self.filesystem)
             (path / MARK).write_text(uuid.uuid4().hex, encoding="utf-8")
@@ -142,6 +141,8 @@ class Store:
                 return path
             partial = path.parent / f".{path.name}.download"
             _remove(partial)  # of a process that was killed
+            if mark is not None:
+                partial.mkdir()
             self._copy(source, str(partial), self.filesystem, LocalFileSystem())
             if path.is_dir():
                 _remove(path)  # a directory cannot be renamed over one with contents

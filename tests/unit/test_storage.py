@@ -86,6 +86,8 @@ def test_addresses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert runs_address("file:///a/runs", inside_job=True) == "/a/runs"
     with pytest.raises(UserError, match="relative"):
         runs_address("runs", inside_job=True)
+    with pytest.raises(UserError, match="s3://: a URI names a bucket"):
+        runs_address("s3://", inside_job=False)
 
 
 def test_a_directory_and_a_file_reach_another_node(store: Store, tmp_path: Path) -> None:
@@ -198,7 +200,6 @@ def test_local_copy(s3: S3) -> None:
     ("uri", "reason"),
     [
         ("nope://bucket/runs", "Unrecognized filesystem type"),
-        ("s3://", "names a bucket"),
         ("s3://key:secret@bucket/runs", "AWS_"),
         ("s3://nowhere/runs", "nowhere"),
     ],
