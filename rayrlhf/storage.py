@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 MARK = ".done"
 CACHE = "RAYRLHF_CACHE"
 """Environment variable: where a node keeps its copies. Default: rayrlhf in XDG_CACHE_HOME or ~/.cache."""
+CHUNK_BYTES = 64 * 2**20
+"""A chunk is a request: pyarrow's 1 MiB would make thousands of them for a model."""
 SYNC_S = 5.0
 """How often files that grow are uploaded."""
 
@@ -191,7 +193,7 @@ class Store:
     def _copy(self, source: str, target: str, source_system: FileSystem, target_system: FileSystem) -> None:
         # Threads that copy can wait for one another for ever on S3 (apache/arrow#32372).
         copy_files(source, target, source_filesystem=source_system, destination_filesystem=target_system,
-                   use_threads=False)  # fmt: skip
+                   use_threads=False, chunk_size=CHUNK_BYTES)  # fmt: skip
 
 
 _mirrors: set[Mirror] = set()
