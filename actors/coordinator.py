@@ -16,9 +16,10 @@ from typing import Any
 
 from actors.engine import environment
 from actors.generator import Generator
+from actors.monitoring import Status, export_status
 from actors.pool import Pool
 from actors.remote import ActorFailure, Remote, namespace, put
-from actors.rollouts import Cursor, Limits, Rollouts
+from actors.rollouts import PLACES, Cursor, Limits, Rollouts
 from actors.scorer import Scorer
 from actors.weight_sync import PublishedWeights
 from rayrlhf.batching import shard
@@ -114,6 +115,8 @@ class Coordinator:
         self.stopping = False
         self.followed_with = 0
         """Generators at the last batch."""
+        if not local:
+            export_status(config.name, self.status)
 
     def __repr__(self) -> str:
         return "coordinator"
@@ -367,6 +370,23 @@ class Coordinator:
     def stats(self) -> list[dict[str, Any]]:
         """What each generator has done so far."""
         return self.generators.broadcast("stats") if self.generators else []
+
+    def status(self) -> Status:
+        """Where everything is at this moment. Other calls may be under way: nothing here waits for them."""
+        rollouts, publication = self.rollouts, self.publication
+        pools = [pool for pool in (self.generators, self.scorers) if pool]
+        if rollouts:
+            versions = rollouts.versions()
+        else:
+            names = [actor.name for actor in self.generators.actors] if self.generators else []
+            versions = dict.fromkeys(names, publication.version) if publication else {}
+        return Status(
+            version=self.version,
+            versions=versions,
+            groups=rollouts.groups() if rollouts else dict.fromkeys(PLACES, 0),
+            actors={pool.role: len(pool) for pool in pools},
+            replacements={pool.role: pool.replacements for pool in pools},
+        )
 
     def _started(self) -> Pool:
         """The generators. Once they have been up, a dead one is the pool's to replace, not an error of its start."""
