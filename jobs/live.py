@@ -66,12 +66,12 @@ def read_live(address: str, config: Config) -> Live:
             raise UserError(f"no coordinator of run {config.name!r} is on the cluster at {address}") from None
         except RayError as error:
             raise UserError(f"the coordinator at {address} does not answer ({type(error).__name__})") from None
-        return Live(address, status, tuple(_actors_of_job(coordinator._actor_id.hex())))
+        return Live(address, status, tuple(_actors_of_job(address, coordinator._actor_id.hex())))
 
 
-def _actors_of_job(coordinator: str) -> Iterator[LiveActor]:
+def _actors_of_job(address: str, coordinator: str) -> Iterator[LiveActor]:
     try:
-        found = list_actors(limit=10_000, timeout=int(ANSWER_S))
+        found = list_actors(address, limit=10_000, timeout=int(ANSWER_S))
     except (RayStateApiException, OSError, RuntimeError):
         return  # there is no dashboard
     job = next((actor.job_id for actor in found if actor.actor_id == coordinator), None)
