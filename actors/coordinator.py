@@ -385,6 +385,7 @@ class Coordinator:
             versions=versions,
             groups=rollouts.groups() if rollouts else dict.fromkeys(PLACES, 0),
             actors={pool.role: len(pool) for pool in pools},
+            wanted={pool.role: pool.wanted for pool in pools},
             replacements={pool.role: pool.replacements for pool in pools},
         )
 

@@ -38,7 +38,9 @@ class Status:
     """Prompts, with all their samples, by where they are; nothing is under way between the batches of a
     synchronous PPO and outside PPO."""
     actors: dict[str, int]
-    """By role."""
+    """At work, by role."""
+    wanted: dict[str, int]
+    """Actors that there are to be, by role: the others start or leave."""
     replacements: dict[str, int]
     """Actors that died and were replaced, by role."""
 
@@ -95,6 +97,8 @@ def export_status(run: str, status: Callable[[], Status]) -> None:
                 gauges.set("groups", count, state=place)
             for role, count in now.actors.items():
                 gauges.set("actors", count, role=role)
+            for role, count in now.wanted.items():
+                gauges.set("actors_wanted", count, role=role)
             for role, count in now.replacements.items():
                 gauges.set("replacements", count, role=role)
             time.sleep(EXPORT_S)

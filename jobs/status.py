@@ -134,5 +134,7 @@ def _queue(live: Live) -> Text:
     status = live.status
     parts = [f"weights published: {status.version}"]
     parts.append("prompts " + ", ".join(f"{count} {place}" for place, count in status.groups.items()))
-    parts.append("replaced " + (", ".join(f"{role} {n}" for role, n in status.replacements.items()) or "nobody"))
+    if status.actors:
+        there = ", ".join(f"{count} of {status.wanted[role]} {role}s" for role, count in status.actors.items())
+        parts.append(f"{there}, replaced so far {' and '.join(str(n) for n in status.replacements.values())}")
     return Text("; ".join(parts))

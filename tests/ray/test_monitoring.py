@@ -211,6 +211,7 @@ def test_gauges_of_the_coordinator(scraped: Mapping[str, list[tuple[Labels, floa
         assert value(scraped, "groups", run="watched", state=state) == 0
     for role in ("generator", "scorer"):
         assert value(scraped, "actors", run="watched", role=role) == 1
+        assert value(scraped, "actors_wanted", run="watched", role=role) == 1
         assert value(scraped, "replacements", run="watched", role=role) == 0
 
 

@@ -140,7 +140,8 @@ def test_screen_of_a_run_with_its_actors(tmp_path: Path) -> None:
         version=6,
         versions={"generator-0": 6, "generator-2": 5},
         groups={"waiting": 0, "generating": 3, "scoring": 2, "scored": 1},
-        actors={"generator": 2},
+        actors={"generator": 2, "scorer": 1},
+        wanted={"generator": 3, "scorer": 1},
         replacements={"generator": 1, "scorer": 0},
     )
     actors = (
@@ -156,7 +157,8 @@ def test_screen_of_a_run_with_its_actors(tmp_path: Path) -> None:
     assert cells["coordinator"] == ["alive", "", "", "abc", "11"]
     assert cells["generator-0"] == ["alive", "6", "25%", "abc", "12"]
     assert cells["generator-2"] == ["pending creation", "5", "", "", ""]
-    assert "prompts 0 waiting, 3 generating, 2 scoring, 1 scored; replaced generator 1, scorer 0" in text(shown)
+    assert "prompts 0 waiting, 3 generating, 2 scoring, 1 scored" in text(shown)
+    assert "2 of 3 generators, 1 of 1 scorers, replaced so far 1 and 0" in text(shown)
 
 
 def test_table_of_runs(tmp_path: Path) -> None:
