@@ -89,7 +89,7 @@ def ppo_loop(arguments: dict[str, Any]) -> None:
 
     first = state.step + 1 if state else 0
     version = state.version if state else 0
-    log = metrics_writer(args.run_dir) if ranks.first else None
+    log = metrics_writer(args.run_dir, config.name) if ranks.first else None
     generators = GeneratorLink(coordinator, config, ranks, policy)
     generators.begin(Cursor(*state.cursor) if state else Cursor(0))
     for step in range(first, config.ppo.steps):

@@ -63,9 +63,9 @@ class Gauges:
 class ExportingWriter(MetricsWriter):
     """A metrics writer whose numbers are gauges as well: `ppo/kl` is `ray_rayrlhf_ppo_kl{run, stage}`."""
 
-    def __init__(self, run_dir: str | Path) -> None:
+    def __init__(self, run_dir: str | Path, run: str) -> None:
         super().__init__(run_dir)
-        self._gauges = Gauges(Path(run_dir).name)
+        self._gauges = Gauges(run)
 
     def write(self, stage: str, step: int, values: Mapping[str, SupportsFloat]) -> None:
         super().write(stage, step, values)
@@ -76,9 +76,9 @@ class ExportingWriter(MetricsWriter):
                 self._gauges.set(name, float(value), stage=stage)
 
 
-def metrics_writer(run_dir: str | Path) -> MetricsWriter:
-    """The writer of a training loop; it exports gauges where there is Ray."""
-    return ExportingWriter(run_dir) if ray.is_initialized() else MetricsWriter(run_dir)
+def metrics_writer(run_dir: str | Path, run: str) -> MetricsWriter:
+    """The writer of a training loop of the run of that name; it exports gauges where there is Ray."""
+    return ExportingWriter(run_dir, run) if ray.is_initialized() else MetricsWriter(run_dir)
 
 
 def export_status(run: str, status: Callable[[], Status]) -> None:

@@ -96,7 +96,7 @@ def reward_model_loop(arguments: dict[str, Any]) -> None:
             load_trained_state(model, state["model"])
             optimizer.load_state_dict(state["optimizer"])
             step = state["step"]
-    writer = metrics_writer(run.path) if ranks.first else None
+    writer = metrics_writer(run.path, config.name) if ranks.first else None
 
     def log(metrics: dict[str, float]) -> None:
         if writer:

@@ -119,7 +119,7 @@ def sft_loop(arguments: dict[str, Any]) -> None:
             load_trained_state(model, stored["model"])
             optimizer.load_state_dict(stored["optimizer"])
             state = SFTState(**stored["state"])
-    writer = metrics_writer(run.path) if ranks.first else None
+    writer = metrics_writer(run.path, config.name) if ranks.first else None
 
     def log(metrics: dict[str, float]) -> None:
         if writer:

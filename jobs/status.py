@@ -119,7 +119,7 @@ def _actors(overview: Overview, live: Live) -> Table:
         table.add_row(
             actor.name,
             actor.state.lower().replace("_", " "),
-            "" if version is None else str(version),
+            "" if version is None or version < 0 else str(version),
             "" if idle is None else f"{idle:.0%}",
             actor.node,
             str(actor.pid or ""),
