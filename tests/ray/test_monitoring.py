@@ -251,8 +251,8 @@ def test_every_metric_of_the_page_is_there(scraped: Mapping[str, list[tuple[Labe
 def test_status_of_a_run_from_the_command_line(coordinator: Remote, config: Config) -> None:
     """While the coordinator is busy with a call that takes longer than the command may."""
     run = open_or_create(config, Path(config.runs_dir))
-    forever = GenerationRequest("long", (5, 6, 7))
-    busy = coordinator.submit("generate", [forever] * 3000, Sampling(0.7, RESPONSE, 8191), 2)
+    request, never = GenerationRequest("long", (5, 6, 7)), 8191  # an id that is practically never sampled
+    busy = coordinator.submit("generate", [request] * 3000, Sampling(0.7, 96, never), 2)
     address = str(ray.get_runtime_context().gcs_address)
     command = [sys.executable, "-m", "jobs.cli", "status", str(run.path), "--address", address]
     result = subprocess.run(command, cwd=MONITORING.parent, capture_output=True, text=True, timeout=120)
