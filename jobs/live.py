@@ -25,10 +25,9 @@ ANSWER_S = 20.0
 
 @dataclass(frozen=True)
 class LiveActor:
-    """An actor of the run's job: one of ours, or one of Ray Train's."""
+    """An actor of the run; `learner` for each of Ray Train's workers."""
 
     name: str
-    """Its class where it has none."""
     state: str
     """In Ray's words: ALIVE, PENDING_CREATION, RESTARTING."""
     node: str
@@ -66,18 +65,21 @@ def read_live(address: str, config: Config) -> Live:
             raise UserError(f"no coordinator of run {config.name!r} is on the cluster at {address}") from None
         except RayError as error:
             raise UserError(f"the coordinator at {address} does not answer ({type(error).__name__})") from None
-        return Live(address, status, tuple(_actors_of_job(address, coordinator._actor_id.hex())))
+        return Live(address, status, tuple(_actors(address, coordinator._actor_id.hex(), namespace(config))))
 
 
-def _actors_of_job(address: str, coordinator: str) -> Iterator[LiveActor]:
+def _actors(address: str, coordinator: str, own: str) -> Iterator[LiveActor]:
+    """Those in the namespace `own`, by name, and then the workers of Ray Train that are of the coordinator's job."""
     try:
         found = list_actors(address, limit=10_000, timeout=int(ANSWER_S))
     except (RayStateApiException, OSError, RuntimeError):
         return  # there is no dashboard
     job = next((actor.job_id for actor in found if actor.actor_id == coordinator), None)
-    for actor in sorted(found, key=lambda actor: actor.name or actor.class_name):
-        if actor.job_id == job and actor.state != "DEAD":
-            yield LiveActor(actor.name or actor.class_name, actor.state, (actor.node_id or "")[:8], actor.pid)
+    alive = [actor for actor in found if actor.job_id == job and actor.state != "DEAD"]
+    named = sorted((actor for actor in alive if actor.ray_namespace == own), key=lambda actor: actor.name)
+    workers = [actor for actor in alive if actor.class_name == "RayTrainWorker"]
+    for name, actor in [*((actor.name, actor) for actor in named), *(("learner", actor) for actor in workers)]:
+        yield LiveActor(name, actor.state, (actor.node_id or "")[:8], actor.pid)
 
 
 @contextmanager

@@ -132,9 +132,9 @@ def _actors(overview: Overview, live: Live) -> Table:
 
 def _queue(live: Live) -> Text:
     status = live.status
-    parts = [f"weights published: {status.version}"]
-    parts.append("prompts " + ", ".join(f"{count} {place}" for place, count in status.groups.items()))
-    if status.actors:
-        there = ", ".join(f"{count} of {status.wanted[role]} {role}s" for role, count in status.actors.items())
-        parts.append(f"{there}, replaced so far {' and '.join(str(n) for n in status.replacements.values())}")
-    return Text("; ".join(parts))
+    pools = ", ".join(
+        f"{count} of {status.wanted[role]} {role}s (replaced so far: {status.replacements[role]})"
+        for role, count in status.actors.items()
+    )
+    places = ", ".join(f"{count} {place}" for place, count in status.groups.items())
+    return Text(f"at work: {pools or 'nobody yet'}\nprompts: {places}\nweights published: {status.version}")

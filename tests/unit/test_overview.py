@@ -157,8 +157,8 @@ def test_screen_of_a_run_with_its_actors(tmp_path: Path) -> None:
     assert cells["coordinator"] == ["alive", "", "", "abc", "11"]
     assert cells["generator-0"] == ["alive", "6", "25%", "abc", "12"]
     assert cells["generator-2"] == ["pending creation", "5", "", "", ""]
-    assert "prompts 0 waiting, 3 generating, 2 scoring, 1 scored" in text(shown)
-    assert "2 of 3 generators, 1 of 1 scorers, replaced so far 1 and 0" in text(shown)
+    assert "prompts: 0 waiting, 3 generating, 2 scoring, 1 scored" in text(shown)
+    assert "2 of 3 generators (replaced so far: 1), 1 of 1 scorers (replaced so far: 0)" in text(shown)
 
 
 def test_table_of_runs(tmp_path: Path) -> None:
