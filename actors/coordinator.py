@@ -104,6 +104,8 @@ class Coordinator:
         self.scorers: Pool | None = None
         self.scored_by: tuple[str, str] | None = None
         self.publication: PublishedWeights | None = None
+        self.loaded: dict[str, int] = {}
+        """Weight versions of generators, by name; `rollouts` knows better while there are any."""
         self.loading_s = 0.0
         self.version = 0
         self.prompts: list[EncodedPrompt] = []
@@ -198,6 +200,7 @@ class Coordinator:
         self.publication = None  # whoever replaces a generator during the broadcast gets the weights by the broadcast
         loaded = generators.broadcast("load_weights", publication)
         self.publication, self.loading_s = publication, time.perf_counter() - started
+        self.loaded = {actor.name: version for actor, version in zip(generators.actors, loaded, strict=True)}
         if any(version != publication.version for version in loaded):
             raise ActorFailure(f"weights {publication.version} were published but the generators report {loaded}")
         return publication.version
@@ -352,6 +355,7 @@ class Coordinator:
     def _end_rollouts(self) -> None:
         if self.rollouts:
             self.rollouts.stop()
+            self.loaded = self.rollouts.versions()
             self.rollouts = None
 
     @property
@@ -373,16 +377,13 @@ class Coordinator:
 
     def status(self) -> Status:
         """Where everything is at this moment. Other calls may be under way: nothing here waits for them."""
-        rollouts, publication = self.rollouts, self.publication
+        rollouts = self.rollouts
         pools = [pool for pool in (self.generators, self.scorers) if pool]
-        if rollouts:
-            versions = rollouts.versions()
-        else:
-            names = [actor.name for actor in self.generators.actors] if self.generators else []
-            versions = dict.fromkeys(names, publication.version) if publication else {}
+        names = [actor.name for actor in self.generators.actors] if self.generators else []
+        loaded = rollouts.versions() if rollouts else self.loaded
         return Status(
             version=self.version,
-            versions=versions,
+            versions={name: loaded[name] for name in names if name in loaded},
             groups=rollouts.groups() if rollouts else dict.fromkeys(PLACES, 0),
             actors={pool.role: len(pool) for pool in pools},
             wanted={pool.role: pool.wanted for pool in pools},
@@ -424,4 +425,5 @@ class Coordinator:
 
     def _bring_up_to_date(self, generator: Remote) -> None:
         if self.publication is not None:
-            generator.call("load_weights", self.publication, timeout_s=self.config.resources.call_timeout_s)
+            timeout_s = self.config.resources.call_timeout_s
+            self.loaded[generator.name] = generator.call("load_weights", self.publication, timeout_s=timeout_s)

@@ -33,7 +33,8 @@ class Status:
     version: int
     """Of the weights that were published last; 0 before the first."""
     versions: dict[str, int]
-    """Of the weights that each generator has or is loading, by actor; empty while all of them load."""
+    """Of the weights that each generator has or has been asked to load, by actor; those without any are left out, or
+    have -1."""
     groups: dict[str, int]
     """Prompts, with all their samples, by where they are; nothing is under way between the batches of a
     synchronous PPO and outside PPO."""
