@@ -32,7 +32,8 @@ def show_status(path: Path, address: str | None, console: Console) -> None:
             if address:
                 raise
             live = str(error)
-    console.print(status_screen(overview, live, time.time()))
+    # Read again: to join a cluster takes seconds, in which the run went on.
+    console.print(status_screen(read_overview(path), live, time.time()))
 
 
 def show_runs(directory: Path, console: Console) -> None:
