@@ -16,9 +16,10 @@ from typing import Any
 
 from actors.engine import environment
 from actors.generator import Generator
+from actors.monitoring import Status, export_status
 from actors.pool import Pool
 from actors.remote import ActorFailure, Remote, namespace, put
-from actors.rollouts import Cursor, Limits, Rollouts
+from actors.rollouts import PLACES, Cursor, Limits, Rollouts
 from actors.scorer import Scorer
 from actors.weight_sync import PublishedWeights
 from rayrlhf.batching import shard
@@ -103,6 +104,8 @@ class Coordinator:
         self.scorers: Pool | None = None
         self.scored_by: tuple[str, str] | None = None
         self.publication: PublishedWeights | None = None
+        self.loaded: dict[str, int] = {}
+        """Weight versions of generators, by name; `rollouts` knows better while there are any."""
         self.loading_s = 0.0
         self.version = 0
         self.prompts: list[EncodedPrompt] = []
@@ -114,6 +117,8 @@ class Coordinator:
         self.stopping = False
         self.followed_with = 0
         """Generators at the last batch."""
+        if not local:
+            export_status(config.name, self.status)
 
     def __repr__(self) -> str:
         return "coordinator"
@@ -195,6 +200,7 @@ class Coordinator:
         self.publication = None  # whoever replaces a generator during the broadcast gets the weights by the broadcast
         loaded = generators.broadcast("load_weights", publication)
         self.publication, self.loading_s = publication, time.perf_counter() - started
+        self.loaded = {actor.name: version for actor, version in zip(generators.actors, loaded, strict=True)}
         if any(version != publication.version for version in loaded):
             raise ActorFailure(f"weights {publication.version} were published but the generators report {loaded}")
         return publication.version
@@ -349,6 +355,7 @@ class Coordinator:
     def _end_rollouts(self) -> None:
         if self.rollouts:
             self.rollouts.stop()
+            self.loaded = self.rollouts.versions()
             self.rollouts = None
 
     @property
@@ -367,6 +374,21 @@ class Coordinator:
     def stats(self) -> list[dict[str, Any]]:
         """What each generator has done so far."""
         return self.generators.broadcast("stats") if self.generators else []
+
+    def status(self) -> Status:
+        """Where everything is at this moment. Other calls may be under way: nothing here waits for them."""
+        rollouts = self.rollouts
+        pools = [pool for pool in (self.generators, self.scorers) if pool]
+        names = [actor.name for actor in self.generators.actors] if self.generators else []
+        loaded = rollouts.versions() if rollouts else self.loaded
+        return Status(
+            version=self.version,
+            versions={name: loaded[name] for name in names if name in loaded},
+            groups=rollouts.groups() if rollouts else dict.fromkeys(PLACES, 0),
+            actors={pool.role: len(pool) for pool in pools},
+            wanted={pool.role: pool.wanted for pool in pools},
+            replacements={pool.role: pool.replacements for pool in pools},
+        )
 
     def _started(self) -> Pool:
         """The generators. Once they have been up, a dead one is the pool's to replace, not an error of its start."""
@@ -403,4 +425,5 @@ class Coordinator:
 
     def _bring_up_to_date(self, generator: Remote) -> None:
         if self.publication is not None:
-            generator.call("load_weights", self.publication, timeout_s=self.config.resources.call_timeout_s)
+            timeout_s = self.config.resources.call_timeout_s
+            self.loaded[generator.name] = generator.call("load_weights", self.publication, timeout_s=timeout_s)

@@ -16,13 +16,13 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from actors.coordinator import Batch
+from actors.monitoring import metrics_writer
 from actors.publisher import Publisher
 from actors.remote import Call, Remote, wait
 from actors.rollouts import Cursor
 from actors.train import report, restored
 from rayrlhf.config import Config
 from rayrlhf.distributed import Ranks
-from rayrlhf.metrics import MetricsWriter
 from rayrlhf.models.loading import checkpoint_gradients, load_policy, load_reward_model, load_tokenizer, save_model
 from rayrlhf.models.lora import add_adapters, load_trained_state, trained_state
 from rayrlhf.ppo import PPO
@@ -91,7 +91,7 @@ def ppo_loop(arguments: dict[str, Any]) -> None:
 
     first = state.step + 1 if state else 0
     version = state.version if state else 0
-    log = MetricsWriter(args.run_dir) if ranks.first else None
+    log = metrics_writer(args.run_dir, config.name) if ranks.first else None
     generators = GeneratorLink(coordinator, config, ranks, policy)
     generators.begin(Cursor(*state.cursor) if state else Cursor(0))
     for step in range(first, config.ppo.steps):

@@ -73,12 +73,24 @@ class Remote:
 
     @classmethod
     def spawn(
-        cls, name: str, actor_class: type, *args: Any, local: bool, options: dict[str, Any] | None = None, **kwargs: Any
+        cls,
+        name: str,
+        actor_class: type,
+        *args: Any,
+        local: bool,
+        options: dict[str, Any] | None = None,
+        concurrency_groups: dict[str, int] | None = None,
+        **kwargs: Any,
     ) -> Remote:
-        """Create `actor_class(*args, **kwargs)`: in this process if `local`, else as a Ray actor named `name`."""
+        """Create `actor_class(*args, **kwargs)`: in this process if `local`, else as a Ray actor named `name`.
+
+        Calls run one after the other in the order in which one caller made them; those of a concurrency group
+        (of that many threads) beside the others.
+        """
         if local:
             return cls(name, actor_class(*args, **kwargs), True)
-        handle = ray.remote(actor_class).options(name=name, **(options or {})).remote(*args, **kwargs)
+        remote_class = ray.remote(concurrency_groups=concurrency_groups or {})(actor_class)
+        handle = remote_class.options(name=name, **(options or {})).remote(*args, **kwargs)
         return cls(name, handle, False)
 
     def submit(self, method: str, *args: Any, **kwargs: Any) -> Call:

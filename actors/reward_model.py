@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from actors.monitoring import metrics_writer
 from actors.remote import fetch
 from actors.train import report, restored
 from rayrlhf.batching import Row
@@ -26,7 +27,6 @@ from rayrlhf.data.comparisons import RankedAnswers
 from rayrlhf.distributed import Ranks
 from rayrlhf.epochs import Epochs
 from rayrlhf.errors import UserError
-from rayrlhf.metrics import MetricsWriter
 from rayrlhf.models.loading import (
     checkpoint_gradients,
     context_length,
@@ -99,7 +99,7 @@ def reward_model_loop(arguments: dict[str, Any]) -> None:
             load_trained_state(model, state["model"])
             optimizer.load_state_dict(state["optimizer"])
             step = state["step"]
-    writer = MetricsWriter(run.address) if ranks.first else None
+    writer = metrics_writer(run.address, config.name) if ranks.first else None
 
     def log(metrics: dict[str, float]) -> None:
         if writer:
@@ -123,7 +123,7 @@ def reward_model_loop(arguments: dict[str, Any]) -> None:
         if writer:
             note = ", ".join(f"{int(v)} {k.removeprefix('rm/').replace('_', ' ')}" for k, v in counts.items())
             writer.write_text("reward_model", 0, "note", note)
-        log(counts | heldout_metrics())
+        log({"rm/steps": float(epochs.steps)} | counts | heldout_metrics())
     while step < epochs.steps:
         started = time.perf_counter()
         batch = [train[i] for i in epochs.batch(step)]

@@ -43,6 +43,8 @@ _BUNDLE_S = 0.02
 """What is answered within this time is taken in together: many calls at once cost less than as many one by one."""
 _POLL_S = 0.05
 """New weights and groups are looked for at least this often, and a scorer gets less than a full piece at most so."""
+PLACES = ("waiting", "generating", "scoring", "scored")
+"""Where a group is until a batch takes it."""
 
 
 class Cursor(NamedTuple):
@@ -182,6 +184,20 @@ class Rollouts:
         with self._changed:
             untrained = {*self.dispatched, *(group.position for group in self.waiting)}
             return Cursor(self._next_step, tuple(sorted(untrained)))
+
+    def groups(self) -> dict[str, int]:
+        """How many groups are at each of `PLACES`."""
+        with self._changed:
+            scored, waiting = len(self.scored), len(self.waiting)
+            scoring = len(self.generated) + sum(len(member.held) for member in self._readers)
+            # A group that waits again, for its generator died, stays among the dispatched.
+            known = len(self.dispatched.keys() | {group.position for group in self.waiting})
+            return dict(zip(PLACES, (waiting, known - waiting - scoring - scored, scoring, scored), strict=True))
+
+    def versions(self) -> dict[str, int]:
+        """The weights that each generator has, or has been asked to load before its next work."""
+        with self._changed:
+            return {self.generators.actors[member.index].name: member.version for member in self._writers}
 
     def stop(self) -> None:
         """End the thread and drop what is in flight."""

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from actors.monitoring import metrics_writer
 from actors.publisher import Publisher
 from actors.remote import Remote, fetch
 from actors.train import report, restored
@@ -29,7 +30,6 @@ from rayrlhf.distributed import Ranks
 from rayrlhf.epochs import Epochs
 from rayrlhf.errors import UserError
 from rayrlhf.logprobs import token_logprobs
-from rayrlhf.metrics import MetricsWriter
 from rayrlhf.models.loading import (
     autocast,
     checkpoint_gradients,
@@ -120,7 +120,7 @@ def sft_loop(arguments: dict[str, Any]) -> None:
             load_trained_state(model, stored["model"])
             optimizer.load_state_dict(stored["optimizer"])
             state = SFTState(**stored["state"])
-    writer = MetricsWriter(run.address) if ranks.first else None
+    writer = metrics_writer(run.address, config.name) if ranks.first else None
 
     def log(metrics: dict[str, float]) -> None:
         if writer:
@@ -137,7 +137,7 @@ def sft_loop(arguments: dict[str, Any]) -> None:
         torch.save(stored, directory / "sft.pt")
 
     if state.step == 0:
-        log({"sft/dev_loss": dev_loss()})
+        log({"sft/steps": epochs.steps, "sft/dev_loss": dev_loss()})
     while state.step < epochs.steps and state.stale < settings.patience:
         started = time.perf_counter()
         batch = [train[i] for i in epochs.batch(state.step)]

@@ -9,12 +9,13 @@ from typing import Annotated
 import typer
 
 from jobs.collect import collect
-from jobs.entry import Stage, guarded, run
+from jobs.entry import Stage, console, guarded, run
 from jobs.evaluate import evaluate
 from jobs.pipeline import pipeline
 from jobs.ppo import ppo
 from jobs.reward_model import reward_model
 from jobs.sft import sft
+from jobs.status import show_runs, show_status
 from jobs.submit import MODULES, describe, submit
 from jobs.sweep import sweep
 from rayrlhf import compare as comparison
@@ -121,6 +122,26 @@ def compare(
     code = guarded(action)
     sys.stdout.flush()
     raise typer.Exit(code)
+
+
+@app.command()
+def status(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN_FOLDER", help="For example runs/quickstart.")],
+    address: Annotated[
+        str | None,
+        typer.Option(help="The run's cluster as host:port; without it RAY_ADDRESS, or where the run says it is."),
+    ] = None,
+) -> None:
+    """Stage, step, time to go, actors, last warnings of a run, whether it is under way or not."""
+    raise typer.Exit(guarded(lambda: show_status(run_folder, address, console)))
+
+
+@app.command()
+def runs(
+    directory: Annotated[Path, typer.Argument(metavar="RUNS_DIR", help="Holds run folders.")] = Path("runs"),
+) -> None:
+    """A table of the runs in a directory: how far each is, its last reward and KL, and whether it is running."""
+    raise typer.Exit(guarded(lambda: show_runs(directory, console)))
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from actors.coordinator import Coordinator
+from actors.monitoring import CONTROL
 from actors.remote import Call, Remote, namespace, wait
 from actors.weight_sync import publish_directory
 from jobs.cluster import connected, inside_job, preflight
@@ -69,6 +70,7 @@ class Session:
             check_labeller(self.config.collect.labeller)
         if not self.local:
             self._connection.enter_context(connected(self.config))
+            self.run.tell(f"Ray at {ray.get_runtime_context().gcs_address}")
             self.placement = preflight(self.config)
         self._started = True
         return True
@@ -176,6 +178,7 @@ class Session:
                 self.local,
                 local=self.local,
                 options={} if self.local else {"num_cpus": 0, "namespace": namespace(self.config), **_here()},
+                concurrency_groups={CONTROL: 1},
             )
             self._starting = self._coordinator.submit("start_generators")
         return self._coordinator

@@ -158,10 +158,10 @@ def batch_table(
 
 
 def step_line(
-    stage: str, step: int, total: int, metrics: Mapping[str, float | None], eta_s: float | None = None
+    stage: str, step: int, total: int | None, metrics: Mapping[str, float | None], eta_s: float | None = None
 ) -> str:
     """One line on a finished step: `step` of `total`, the stage's main numbers, seconds by phase, time to go."""
-    parts = [f"{stage} {step:>{len(str(total))}}/{total}"]
+    parts = [f"{stage} {step}" if total is None else f"{stage} {step:>{len(str(total))}}/{total}"]
     for name, words, form in _SHOWN.get(stage, []):
         if name in metrics:
             parts.append(f"{words} {_number(metrics[name], form)}")

@@ -148,6 +148,22 @@ class RunFolder:
                     del _held[self.path]
                     handle.truncate(0)
 
+    def tell(self, more: str) -> None:
+        """Add to what `holder` and the errors of other processes say about this one, which holds the lock."""
+        with (self.path / ".lock").open("a", encoding="utf-8") as handle:
+            handle.write(f", {more}")
+
+    def holder(self) -> str | None:
+        """Who is writing into the folder at this moment, in words; None if nobody is."""
+        if not (self.path / ".lock").exists():
+            return None
+        with (self.path / ".lock").open(encoding="utf-8") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError:
+                return handle.read().strip() or "another process"
+        return None
+
 
 def open_or_create(config: Config, runs_dir: str | Path, redo: Collection[str] = ()) -> RunFolder:
     """The folder of this run, with `config` as its config.yaml.

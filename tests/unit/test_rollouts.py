@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from actors.generator import INITIAL_VERSION
 from actors.pool import Pool
 from actors.remote import ActorDied, ActorFailure, Remote
 from actors.rollouts import Cursor, Group, Limits, Rollouts
@@ -308,3 +309,22 @@ def test_deaths_beyond_the_limit_are_an_error() -> None:
     rollouts._replace(rollouts._writers[0], ActorDied("first"))
     with pytest.raises(ActorDied, match="second"):
         rollouts._replace(rollouts._writers[0], ActorDied("second"))
+
+
+def test_where_the_groups_are() -> None:
+    """Slices by hand: one generator with room for two groups of two, two slices a tick, one token a slice."""
+    setting = Setting({0: 1, 1: 3, 2: 3, 3: 3}, steps=1, per_step=4, staleness=1, generators=1, room=4)
+    rollouts = setting.start(version=10)
+    assert rollouts.groups() == {"waiting": 0, "generating": 0, "scoring": 0, "scored": 0}
+    assert rollouts.versions() == {"generator-0": 10}
+    rollouts._tick()  # group 0 is written, group 1 has two of its three tokens
+    assert rollouts.groups() == {"waiting": 2, "generating": 1, "scoring": 1, "scored": 0}
+    rollouts._tick()  # group 0 is scored, group 1 is written, group 2 takes the place of group 0
+    assert rollouts.groups() == {"waiting": 1, "generating": 1, "scoring": 1, "scored": 1}
+    rollouts.publish(weights(11))
+    rollouts._replace(rollouts._writers[0], ActorDied("killed"))  # group 2 waits again
+    assert rollouts.groups() == {"waiting": 2, "generating": 0, "scoring": 1, "scored": 1}
+    assert rollouts.versions() == {"generator-1": INITIAL_VERSION}
+    assert [g.position for g in rollouts.take(0, 11, 10.0)] == [0, 1, 2, 3]
+    assert rollouts.versions() == {"generator-1": 11}
+    assert set(rollouts.groups().values()) == {0}

@@ -1,0 +1,103 @@
+"""Looking at a run that is under way: its actors, as Ray and the run's coordinator know them."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import ray
+from ray.exceptions import RayError
+from ray.util.state import list_actors
+from ray.util.state.exception import RayStateApiException
+
+from actors.monitoring import CONTROL, Status
+from actors.remote import namespace
+from jobs.cluster import LOCAL_ENVIRONMENT
+from rayrlhf.config import Config
+from rayrlhf.errors import UserError
+
+ANSWER_S = 20.0
+
+
+@dataclass(frozen=True)
+class LiveActor:
+    """An actor of the run; `learner` for each of Ray Train's workers."""
+
+    name: str
+    state: str
+    """In Ray's words: ALIVE, PENDING_CREATION, RESTARTING."""
+    node: str
+    pid: int | None
+    """None until it has a process."""
+
+
+@dataclass(frozen=True)
+class Live:
+    address: str
+    """Of the cluster."""
+    status: Status
+    actors: tuple[LiveActor, ...]
+    """Empty without Ray's dashboard, which keeps the list."""
+
+
+def cluster_address(given: str | None, holder: str | None) -> str | None:
+    """Where the run's cluster is: as given, by RAY_ADDRESS, or as the process says that works on the run."""
+    said = re.search(r"Ray at (\S+)", holder or "")
+    return given or os.environ.get("RAY_ADDRESS") or (said.group(1) if said else None)
+
+
+def read_live(address: str, config: Config) -> Live:
+    """Ask the run's coordinator, and Ray for the actors of its job.
+
+    Raises:
+        UserError: the cluster cannot be reached, or no coordinator of this run is on it.
+    """
+    with _joined(address):
+        try:
+            coordinator = ray.get_actor("coordinator", namespace=namespace(config))
+            call = coordinator.status.options(concurrency_group=CONTROL).remote()
+            status = ray.get(call, timeout=ANSWER_S)
+        except ValueError:
+            raise UserError(f"no coordinator of run {config.name!r} is on the cluster at {address}") from None
+        except RayError as error:
+            raise UserError(f"the coordinator at {address} does not answer ({type(error).__name__})") from None
+        return Live(address, status, tuple(_actors(address, coordinator._actor_id.hex(), namespace(config))))
+
+
+def _actors(address: str, coordinator: str, own: str) -> Iterator[LiveActor]:
+    """Those in the namespace `own`, by name, and then the workers of Ray Train that are of the coordinator's job."""
+    try:
+        found = list_actors(address, limit=10_000, timeout=int(ANSWER_S))
+    except (RayStateApiException, OSError, RuntimeError):
+        return  # there is no dashboard
+    job = next((actor.job_id for actor in found if actor.actor_id == coordinator), None)
+    alive = [actor for actor in found if actor.job_id == job and actor.state != "DEAD"]
+    named = sorted((actor for actor in alive if actor.ray_namespace == own), key=lambda actor: actor.name)
+    workers = [actor for actor in alive if actor.class_name == "RayTrainWorker"]
+    for name, actor in [*((actor.name, actor) for actor in named), *(("learner", actor) for actor in workers)]:
+        yield LiveActor(name, actor.state, (actor.node_id or "")[:8], actor.pid)
+
+
+@contextmanager
+def _joined(address: str) -> Iterator[None]:
+    """Connected to a cluster that is there; a look leaves nothing behind."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    try:
+        # Ray itself would go on trying for minutes.
+        socket.create_connection((host, int(port)), timeout=3).close()
+    except (OSError, ValueError):
+        raise UserError(f"no Ray cluster answers at {address}; give its address as host:port (--address)") from None
+    for key, value in LOCAL_ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level="error")
+    except (RayError, ConnectionError, RuntimeError, ValueError) as error:
+        raise UserError(f"cannot join the Ray cluster at {address}: {' '.join(str(error).split())[:300]}") from None
+    try:
+        yield
+    finally:
+        ray.shutdown()

@@ -1,0 +1,141 @@
+"""`rayrlhf status RUN` and `rayrlhf runs`: what is going on, on one screen, from the run folders and from Ray."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from jobs.live import Live, cluster_address, read_live
+from rayrlhf.errors import UserError
+from rayrlhf.overview import Overview, StageOverview, read_overview, run_folders
+from rayrlhf.progress import duration, step_line
+
+
+def show_status(path: Path, address: str | None, console: Console) -> None:
+    """Print the state of the run in folder `path`; with its actors, if its cluster can be found.
+
+    Raises:
+        UserError: no run folder, or the cluster at an `address` that was given does not know the run.
+    """
+    overview = read_overview(path)
+    where = cluster_address(address, overview.holder)
+    live: Live | str | None = None
+    if where and (overview.holder or address):
+        try:
+            live = read_live(where, overview.config)
+        except UserError as error:
+            if address:
+                raise
+            live = str(error)
+    # Read again: to join a cluster takes seconds, in which the run went on.
+    console.print(status_screen(read_overview(path), live, time.time()))
+
+
+def show_runs(directory: Path, console: Console) -> None:
+    """Print a table of the run folders in `directory`; UserError if there is no such directory."""
+    found = run_folders(directory)
+    console.print(runs_table(found, time.time()) if found else f"no runs in {directory}")
+
+
+def status_screen(overview: Overview, live: Live | str | None, now: float) -> RenderableType:
+    """One screen; `live` is what Ray says, why it says nothing, or None where nothing is under way. `now` is Unix
+    time."""
+    parts: list[RenderableType] = [Text.assemble((overview.run.name, "bold"), f"  {_state(overview)}")]
+    if overview.holder:
+        parts.append(Text(overview.holder, style="dim"))
+    parts.append(_stages(overview, now))
+    if (newest := overview.newest) and newest.last:
+        parts.append(Text(step_line(newest.name, newest.step, newest.steps, newest.last)))
+    if isinstance(live, Live):
+        parts += [_actors(overview, live), _queue(live)]
+    elif live:
+        parts.append(Text(f"no live details: {live}", style="dim"))
+    parts += [Text(f"warning: {text}", style="yellow") for text in overview.warnings]
+    return Group(*parts)
+
+
+def runs_table(paths: Sequence[Path], now: float) -> Table:
+    """One row a run folder; `now` is Unix time."""
+    table = Table()
+    for heading in ("run", "state", "stages done", "at", "reward", "KL", "last written"):
+        table.add_column(heading, justify="right" if heading in ("reward", "KL", "last written") else "left")
+    for path in paths:
+        try:
+            overview = read_overview(path)
+        except UserError:
+            table.add_row(path.name, "its config.yaml cannot be read", *"–––––")
+            continue
+        current, ppo = overview.current, overview.stage("ppo").last or {}
+        table.add_row(
+            path.name,
+            _state(overview),
+            f"{sum(stage.done for stage in overview.stages)} of {len(overview.stages)}",
+            f"{current.name} {_steps(current)}" if current and current.step else current.name if current else "–",
+            *("–" if ppo.get(name) is None else f"{ppo[name]:.3f}" for name in ("ppo/reward/mean", "ppo/kl")),
+            "–" if overview.updated is None else f"{duration(now - overview.updated)} ago",
+        )
+    return table
+
+
+def _state(overview: Overview) -> str:
+    if overview.holder:
+        return "running"
+    return "not running" if overview.current else "finished"
+
+
+def _steps(stage: StageOverview) -> str:
+    return f"{stage.step}" if stage.steps is None else f"{stage.step}/{stage.steps}"
+
+
+def _stages(overview: Overview, now: float) -> Table:
+    table = Table("stage", "state", "steps", "time")
+    for stage in overview.stages:
+        if stage.done:
+            state, said = "done", "" if stage.took_s is None else duration(stage.took_s)
+        elif stage is overview.current and (overview.holder or stage.step):
+            state = "running" if overview.holder else "interrupted"
+            parts = []
+            if overview.holder and stage.eta_s is not None:
+                parts.append(f"ETA {duration(stage.eta_s)}")
+            if stage.last:
+                parts.append(f"last step {duration(now - stage.last['time'])} ago")
+            said = ", ".join(parts)
+        else:
+            state, said = "waiting", ""
+        table.add_row(stage.name, state, _steps(stage) if stage.step else "", said)
+    return table
+
+
+def _actors(overview: Overview, live: Live) -> Table:
+    table = Table("actor", "state", "weights", "idle", "node", "process")
+    last = (overview.newest and overview.newest.last) or {}
+    listed = {actor.name for actor in live.actors}
+    for actor in live.actors:
+        version, idle = live.status.versions.get(actor.name), last.get(f"idle/{actor.name}")
+        table.add_row(
+            actor.name,
+            actor.state.lower().replace("_", " "),
+            "" if version is None or version < 0 else str(version),
+            "" if idle is None else f"{idle:.0%}",
+            actor.node,
+            str(actor.pid or ""),
+        )
+    for name, version in live.status.versions.items():
+        if name not in listed:  # without a dashboard only the coordinator knows them
+            table.add_row(name, "", str(version), "", "", "")
+    return table
+
+
+def _queue(live: Live) -> Text:
+    status = live.status
+    pools = ", ".join(
+        f"{count} of {status.wanted[role]} {role}s (replaced so far: {status.replacements[role]})"
+        for role, count in status.actors.items()
+    )
+    places = ", ".join(f"{count} {place}" for place, count in status.groups.items())
+    return Text(f"at work: {pools or 'nobody yet'}\nprompts: {places}\nweights published: {status.version}")

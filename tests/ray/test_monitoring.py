@@ -1,0 +1,284 @@
+"""The gauges of real training loops, scraped from Ray's own metrics endpoint, and what is asked of monitoring/.
+
+The loops run in a Ray process of ours: Ray Train's workers differ in nothing that matters here and take a minute to
+start.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import yaml
+from ray._common.test_utils import fetch_prometheus_metrics
+
+from actors.coordinator import Coordinator
+from actors.learner import LearnerArguments, ppo_loop
+from actors.monitoring import CONTROL, Gauges
+from actors.remote import Remote, namespace
+from actors.reward_model import RewardModelArguments, reward_model_loop
+from actors.sft import DevPrompt, SFTArguments, sft_loop
+from actors.train import fit
+from actors.weight_sync import publish_directory
+from rayrlhf.batching import Row
+from rayrlhf.config import Config
+from rayrlhf.config_file import parse_config
+from rayrlhf.data.comparisons import RankedAnswers
+from rayrlhf.data.sources import as_prompts, read_demonstrations
+from rayrlhf.data.tokens import encode_prompts
+from rayrlhf.gold import Gold
+from rayrlhf.labellers import ReferenceLabeller
+from rayrlhf.metrics import read_metrics
+from rayrlhf.models.loading import load_reward_model, load_tokenizer, resolve_model, save_model
+from rayrlhf.prompts import EncodedPrompt
+from rayrlhf.run import open_or_create
+from rayrlhf.trajectory import GenerationRequest, Sampling
+
+pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("ray_cluster")]
+
+MONITORING = Path(__file__).parents[2] / "monitoring"
+TINY = resolve_model("embedded:opt-tiny")
+RESPONSE = 16
+Labels = Mapping[str, str]
+
+
+class Loops:
+    """A process for training loops."""
+
+    def run(self, loop: Any, arguments: dict[str, Any], config: Config) -> None:
+        storage = Path(config.runs_dir) / config.name / "checkpoints"
+        fit(
+            loop,
+            arguments,
+            name=loop.__name__,
+            storage=storage,
+            learner=config.resources.learner,
+            keep_checkpoints=1,
+            local=True,
+        )
+
+    def set_and_forget(self) -> None:
+        gauges = Gauges("forgetful")
+        gauges.set("weight_version", 3, actor="generator-0")
+        gauges.set("weight_version", float("nan"), actor="generator-0")
+        gauges.set("weight_version", 4, actor="generator-1")
+
+
+@pytest.fixture(scope="module")
+def ray_cluster() -> Iterator[None]:
+    """As the other tests have it, with a dashboard, and collecting metrics every half second."""
+    directory = tempfile.mkdtemp(prefix="ray", dir="/tmp")
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=True,
+        _temp_dir=directory,
+        log_to_driver=False,
+        _system_config={"metrics_report_interval_ms": 500},
+    )
+    yield
+    ray.shutdown()
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    settings = {
+        "name": "watched",
+        "runs_dir": str(tmp_path_factory.mktemp("runs")),
+        "data": {"max_prompt_tokens": 96, "max_response_tokens": RESPONSE},
+        "sft": {"batch_size": 2},
+        "reward_model": {"prompts_per_batch": 2},
+        "ppo": {"steps": 2, "prompts_per_step": 3, "samples_per_prompt": 2, "epochs": 1, "max_staleness": 1},
+        "resources": {"generators": {"kv_cache_mib": 64, "max_num_seqs": 32}, "call_timeout_s": 200},
+    }
+    return parse_config(settings, "test")
+
+
+@pytest.fixture(scope="module")
+def coordinator(ray_cluster: None, config: Config, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Remote]:
+    tokenizer = load_tokenizer(TINY)
+    reward_model = tmp_path_factory.mktemp("reward") / "model"
+    save_model(load_reward_model(TINY, fresh_head_seed=0), tokenizer, reward_model)
+    records = read_demonstrations(config.data.demonstrations, "train", tokenizer, 96)[:20]
+    ids = encode_prompts(tokenizer, [record.prompt for record in records])
+    remote = Remote.spawn(
+        "coordinator",
+        Coordinator,
+        config,
+        TINY,
+        96 + RESPONSE,
+        tokenizer.pad_token_id,
+        False,
+        local=False,
+        options={"num_cpus": 0, "namespace": namespace(config)},
+        concurrency_groups={CONTROL: 1},
+    )
+    gold = Gold(ReferenceLabeller(), as_prompts(records), tokenizer)
+    remote.call("start_scorers", str(reward_model), TINY, gold, timeout_s=200)
+    remote.call("start_generators", timeout_s=200)
+    prompts = [EncodedPrompt(record.id, tuple(own)) for record, own in zip(records, ids, strict=True)]
+    remote.call("set_prompts", prompts, Sampling(0.7, RESPONSE, tokenizer.eos_token_id), timeout_s=60)
+    arguments = LearnerArguments(config, str(Path(config.runs_dir) / config.name), TINY, str(reward_model), remote)
+    loops = Remote.spawn("loops", Loops, local=False, options={"num_cpus": 0})
+    loops.call("run", ppo_loop, {"learner": arguments}, config, timeout_s=200)
+    loops.call("set_and_forget", timeout_s=60)
+    # The last weights of an asynchronous PPO need not reach a generator: nothing is sampled from them.
+    version = remote.call("next_version", timeout_s=60)
+    remote.call("load_weights", publish_directory(TINY, version, local=False), timeout_s=60)
+    yield remote
+    remote.kill()
+    loops.kill()
+
+
+@pytest.fixture(scope="module")
+def other_loops(ray_cluster: None, config: Config) -> Iterator[Remote]:
+    """SFT and reward model, each for a few steps."""
+    rng = np.random.default_rng(0)
+
+    def tokens(count: int) -> tuple[int, ...]:
+        return tuple(int(token) for token in rng.integers(700, 8000, count))
+
+    run_dir = str(Path(config.runs_dir) / config.name)
+    rows = [Row.completion(tokens(10), tokens(5)) for _ in range(6)]
+    dev = [DevPrompt("p", tokens(10), tokens(5), "a reference")]
+    ranked = [
+        RankedAnswers(f"r{i}", "", tokens(8), ("a", "b"), (tokens(4), tokens(5)), None, "toy", heldout=i > 3)
+        for i in range(6)
+    ]
+    loops = Remote.spawn("other-loops", Loops, local=False, options={"num_cpus": 0})
+    loops.call("run", sft_loop, {"sft": SFTArguments(config, run_dir, TINY, rows, dev, None)}, config, timeout_s=200)
+    ranking = RewardModelArguments(config, run_dir, TINY, ranked, rows)
+    loops.call("run", reward_model_loop, {"reward_model": ranking}, config, timeout_s=200)
+    yield loops
+    loops.kill()
+
+
+def scrape() -> dict[str, list[tuple[Labels, float]]]:
+    """What the node's metrics endpoint says: by name, labels and value of each series."""
+    (node,) = ray.nodes()
+    found = fetch_prometheus_metrics([f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}"])
+    return {name: [(sample.labels, sample.value) for sample in samples] for name, samples in found.items()}
+
+
+@pytest.fixture(scope="module")
+def scraped(coordinator: Remote, other_loops: Remote, config: Config) -> dict[str, list[tuple[Labels, float]]]:
+    """A scrape with the end of all three stages and a status of the coordinator since then."""
+    time.sleep(3)  # longer than an export by the coordinator and a collection by Ray
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        found = scrape()
+        if {"ray_rayrlhf_ppo_kl", "ray_rayrlhf_rm_reward_bias", "ray_rayrlhf_groups"} <= found.keys():
+            return found
+        time.sleep(0.2)
+    pytest.fail(f"not there within 30 s: {sorted(name for name in found if 'rayrlhf' in name)}")
+
+
+def value(scraped: Mapping[str, list[tuple[Labels, float]]], name: str, **labels: str) -> float:
+    """Of the one series with these labels."""
+    (own,) = [v for found, v in scraped[f"ray_rayrlhf_{name}"] if labels.items() <= found.items()]
+    return own
+
+
+def test_gauges_are_what_the_loop_wrote_last(scraped: Mapping[str, list[tuple[Labels, float]]], config: Config) -> None:
+    run_dir = Path(config.runs_dir) / config.name
+    last = read_metrics(run_dir, "ppo")[-1]
+    assert last["step"] == 1
+    for name in ("ppo/kl", "ppo/reward/mean", "ppo/gold/mean", "time/sync", "throughput/tokens_per_s"):
+        ours = value(scraped, name.replace("/", "_"), run="watched", stage="ppo")
+        assert ours == pytest.approx(last[name], rel=1e-6), name
+    for actor in ("learner", "generator-0", "scorer-0"):
+        assert value(scraped, "idle", run="watched", stage="ppo", actor=actor) == pytest.approx(last[f"idle/{actor}"])
+    assert value(scraped, "step", run="watched", stage="sft") == 3 == read_metrics(run_dir, "sft")[-1]["step"]
+    assert value(scraped, "rm_reward_bias", run="watched") == pytest.approx(
+        read_metrics(run_dir, "reward_model")[-1]["rm/reward_bias"]
+    )
+    assert time.time() - 120 < value(scraped, "step_time_seconds", run="watched", stage="ppo") < time.time()
+
+
+def test_gauges_of_the_coordinator(scraped: Mapping[str, list[tuple[Labels, float]]]) -> None:
+    """Two steps were trained, each with weights of its own; then the rollouts ended, and others were loaded."""
+    for actor in ("learner", "generator-0"):
+        assert value(scraped, "weight_version", run="watched", actor=actor) == 3
+    for state in ("waiting", "generating", "scoring", "scored"):
+        assert value(scraped, "groups", run="watched", state=state) == 0
+    for role in ("generator", "scorer"):
+        assert value(scraped, "actors", run="watched", role=role) == 1
+        assert value(scraped, "actors_wanted", run="watched", role=role) == 1
+        assert value(scraped, "replacements", run="watched", role=role) == 0
+
+
+def test_not_a_number_ends_a_series(scraped: Mapping[str, list[tuple[Labels, float]]]) -> None:
+    """Of an actor that is gone, in a process that is not."""
+    series = {labels["actor"]: v for labels, v in scraped["ray_rayrlhf_weight_version"] if labels["run"] == "forgetful"}
+    assert series.pop("generator-1") == 4
+    assert all(np.isnan(v) for v in series.values())
+
+
+def test_every_expression_of_the_dashboard_finds_its_series(
+    scraped: Mapping[str, list[tuple[Labels, float]]],
+) -> None:
+    dashboard = json.loads((MONITORING / "grafana/dashboards/rayrlhf.json").read_text(encoding="utf-8"))
+    targets = [target for panel in dashboard["panels"] for target in panel.get("targets", [])]
+    assert len(targets) > 30
+    for target in targets:
+        selectors = re.findall(r"(ray_\w+)(\{[^}]*\})?", target["expr"])
+        assert selectors, target["expr"]
+        for name, labels in selectors:
+            series = [found for found, _ in scraped.get(name, []) if found.get("run") == "watched"]
+            assert series, f"{target['expr']}: nothing in the scrape"
+            used = {*re.findall(r"(\w+)=", labels), *re.findall(r"\{\{(\w+)\}\}", target["legendFormat"])}
+            assert all(used <= found.keys() for found in series), f"{target['expr']}: {used}, there is {series[0]}"
+    (variable,) = [v for v in dashboard["templating"]["list"] if v["name"] == "run"]
+    name, label = re.fullmatch(r"label_values\((\w+), (\w+)\)", variable["query"]["query"]).groups()  # type: ignore[union-attr]
+    assert {found[label] for found, _ in scraped[name]} == {"watched"}
+
+
+def test_every_metric_of_the_page_is_there(scraped: Mapping[str, list[tuple[Labels, float]]]) -> None:
+    page = (MONITORING.parent / "docs/monitoring.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(ray_rayrlhf_\w+)[`{]", page))
+    assert len(named) > 15
+    assert named <= scraped.keys()
+
+
+def test_status_of_a_run_from_the_command_line(coordinator: Remote, config: Config) -> None:
+    """While the coordinator is busy with a call that takes longer than the command may."""
+    run = open_or_create(config, Path(config.runs_dir))
+    request, never = GenerationRequest("long", (5, 6, 7)), 8191  # an id that is practically never sampled
+    busy = coordinator.submit("generate", [request] * 3000, Sampling(0.7, 96, never), 3)
+    address = str(ray.get_runtime_context().gcs_address)
+    command = [sys.executable, "-m", "jobs.cli", "status", str(run.path), "--address", address]
+    result = subprocess.run(command, cwd=MONITORING.parent, capture_output=True, text=True, timeout=120)
+    assert not ray.wait([busy.ref], timeout=0)[0], "too late to see a busy coordinator"
+    assert result.returncode == 0, result.stderr
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in result.stdout.splitlines()]
+    shown = {row[0]: row[1:] for row in rows if row}
+    (node,) = ray.nodes()
+    assert shown["ppo"][:2] == ["done", "2/2"]
+    assert shown["generator-0"][:2] == ["alive", "3"] and shown["generator-0"][3] == node["NodeID"][:8]
+    assert shown["coordinator"][0] == shown["scorer-0"][0] == "alive"
+    assert "weights published: 3" in result.stdout
+
+
+def test_provisioning_names_files_that_are_there() -> None:
+    """What compose mounts, and where Prometheus and Grafana look for it inside."""
+    compose = yaml.safe_load((MONITORING / "compose.yaml").read_text(encoding="utf-8"))
+    mounts = [mount.split(":")[:2] for service in compose["services"].values() for mount in service["volumes"]]
+    inside = {there: MONITORING / here for here, there in mounts if here.startswith("./")}
+    assert all(path.exists() for path in inside.values())
+    provisioning = inside["/etc/grafana/provisioning"]
+    providers = yaml.safe_load((provisioning / "dashboards/dashboards.yaml").read_text(encoding="utf-8"))["providers"]
+    assert list(inside[providers[0]["options"]["path"]].glob("*.json"))
+    (source,) = yaml.safe_load((provisioning / "datasources/prometheus.yaml").read_text())["datasources"]
+    assert source["url"].removeprefix("http://") in " ".join(compose["services"]["prometheus"]["command"])
