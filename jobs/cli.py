@@ -15,7 +15,7 @@ from jobs.pipeline import pipeline
 from jobs.ppo import ppo
 from jobs.reward_model import reward_model
 from jobs.sft import sft
-from jobs.status import show_runs, show_status
+from jobs.status import scale_run, show_runs, show_status
 from jobs.submit import MODULES, describe, submit
 from jobs.sweep import sweep
 from rayrlhf import compare as comparison
@@ -134,6 +134,25 @@ def status(
 ) -> None:
     """Stage, step, time to go, actors, last warnings of a run, whether it is under way or not."""
     raise typer.Exit(guarded(lambda: show_status(run_folder, address, console)))
+
+
+@app.command()
+def scale(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN_FOLDER", help="Of a run that is under way.")],
+    rollouts: Annotated[int | None, typer.Option(help="How many generators there are to be.")] = None,
+    scorers: Annotated[int | None, typer.Option(help="How many scorers there are to be.")] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(help="The run's cluster as host:port; without it RAY_ADDRESS, or where the run says it is."),
+    ] = None,
+) -> None:
+    """Grow or shrink the pools of a run while it trains. Newcomers join when they are up, leavers finish their work."""
+
+    def action() -> None:
+        wanted = scale_run(run_folder, address, rollouts, scorers)
+        print("wanted from now on: " + ", ".join(f"{count} {role}s" for role, count in wanted.items()))
+
+    raise typer.Exit(guarded(action))
 
 
 @app.command()

@@ -8,9 +8,10 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 from ray.util.state import list_actors
 from ray.util.state.exception import RayStateApiException
 
@@ -56,16 +57,41 @@ def read_live(address: str, config: Config) -> Live:
     Raises:
         UserError: the cluster cannot be reached, or no coordinator of this run is on it.
     """
+    with _coordinator(address, config) as coordinator:
+        status = _ask(coordinator.status, address)
+        return Live(address, status, tuple(_actors(address, coordinator._actor_id.hex(), namespace(config))))
+
+
+def scale_live(address: str, config: Config, generators: int | None, scorers: int | None) -> dict[str, int]:
+    """Have the run's coordinator grow or shrink its pools; returns how many there are to be, by role.
+
+    Raises:
+        UserError: what `read_live` and `Coordinator.scale` raise.
+    """
+    with _coordinator(address, config) as coordinator:
+        wanted: dict[str, int] = _ask(coordinator.scale, address, generators, scorers)
+        return wanted
+
+
+@contextmanager
+def _coordinator(address: str, config: Config) -> Iterator[Any]:
     with _joined(address):
         try:
             coordinator = ray.get_actor("coordinator", namespace=namespace(config))
-            call = coordinator.status.options(concurrency_group=CONTROL).remote()
-            status = ray.get(call, timeout=ANSWER_S)
         except ValueError:
             raise UserError(f"no coordinator of run {config.name!r} is on the cluster at {address}") from None
-        except RayError as error:
-            raise UserError(f"the coordinator at {address} does not answer ({type(error).__name__})") from None
-        return Live(address, status, tuple(_actors(address, coordinator._actor_id.hex(), namespace(config))))
+        yield coordinator
+
+
+def _ask(method: Any, address: str, *args: Any) -> Any:
+    try:
+        return ray.get(method.options(concurrency_group=CONTROL).remote(*args), timeout=ANSWER_S)
+    except RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            raise UserError(str(error.cause)) from None
+        raise
+    except RayError as error:
+        raise UserError(f"the coordinator at {address} does not answer ({type(error).__name__})") from None
 
 
 def _actors(address: str, coordinator: str, own: str) -> Iterator[LiveActor]:

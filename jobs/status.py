@@ -10,7 +10,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from jobs.live import Live, cluster_address, read_live
+from jobs.live import Live, cluster_address, read_live, scale_live
 from rayrlhf.errors import UserError
 from rayrlhf.overview import Overview, StageOverview, read_overview, run_folders
 from rayrlhf.progress import duration, step_line
@@ -34,6 +34,21 @@ def show_status(path: Path, address: str | None, console: Console) -> None:
             live = str(error)
     # Read again: to join a cluster takes seconds, in which the run went on.
     console.print(status_screen(read_overview(path), live, time.time()))
+
+
+def scale_run(path: Path, address: str | None, generators: int | None, scorers: int | None) -> dict[str, int]:
+    """Grow or shrink the pools of the run in folder `path`, which is under way; returns how many there are to be.
+
+    Raises:
+        UserError: nothing to change, a run that nobody works on, or what its coordinator refuses.
+    """
+    if generators is None and scorers is None:
+        raise UserError("scale: say how many, with --rollouts N or --scorers N")
+    overview = read_overview(path)
+    where = cluster_address(address, overview.holder)
+    if where is None or not (overview.holder or address):
+        raise UserError(f"scale: nobody works on {path}; if it runs on another machine, give its --address")
+    return scale_live(where, overview.config, generators, scorers)
 
 
 def show_runs(directory: Path, console: Console) -> None:
