@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 import ray
+import ray.autoscaler.v2.utils
 import yaml
 from ray.autoscaler._private.util import prepare_config
 
@@ -33,8 +34,10 @@ HEAD = "f" * 51 + "00000"
 
 
 @pytest.fixture
-def autoscaler() -> Iterator[None]:
+def autoscaler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A head of cluster.yaml with an autoscaler; the test is connected to it."""
+    # Ray asks once a process which autoscaler there is, and other tests have had clusters without.
+    monkeypatch.setattr(ray.autoscaler.v2.utils, "cached_is_autoscaler_v2", None)
     directory = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))  # short: it holds Unix sockets
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
