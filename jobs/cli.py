@@ -126,7 +126,7 @@ def compare(
 
 @app.command()
 def status(
-    run_folder: Annotated[Path, typer.Argument(metavar="RUN_FOLDER", help="For example runs/quickstart.")],
+    run_folder: Annotated[str, typer.Argument(metavar="RUN_FOLDER", help="runs/quickstart or s3://bucket/runs/mine.")],
     address: Annotated[
         str | None,
         typer.Option(help="The run's cluster as host:port; without it RAY_ADDRESS, or where the run says it is."),
@@ -138,7 +138,7 @@ def status(
 
 @app.command()
 def scale(
-    run_folder: Annotated[Path, typer.Argument(metavar="RUN_FOLDER", help="Of a run that is under way.")],
+    run_folder: Annotated[str, typer.Argument(metavar="RUN_FOLDER", help="Of a run that is under way.")],
     rollouts: Annotated[int | None, typer.Option(help="How many generators there are to be.")] = None,
     scorers: Annotated[int | None, typer.Option(help="How many scorers there are to be.")] = None,
     address: Annotated[
@@ -157,7 +157,7 @@ def scale(
 
 @app.command()
 def runs(
-    directory: Annotated[Path, typer.Argument(metavar="RUNS_DIR", help="Holds run folders.")] = Path("runs"),
+    directory: Annotated[str, typer.Argument(metavar="RUNS_DIR", help="Holds run folders.")] = "runs",
 ) -> None:
     """A table of the runs in a directory: how far each is, its last reward and KL, and whether it is running."""
     raise typer.Exit(guarded(lambda: show_runs(directory, console)))

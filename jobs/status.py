@@ -16,8 +16,8 @@ from rayrlhf.overview import Overview, StageOverview, read_overview, run_folders
 from rayrlhf.progress import duration, step_line
 
 
-def show_status(path: Path, address: str | None, console: Console) -> None:
-    """Print the state of the run in folder `path`; with its actors, if its cluster can be found.
+def show_status(path: str | Path, address: str | None, console: Console) -> None:
+    """Print the state of the run in folder `path`, which may be a URI; with its actors, if its cluster can be found.
 
     Raises:
         UserError: no run folder, or the cluster at an `address` that was given does not know the run.
@@ -36,7 +36,7 @@ def show_status(path: Path, address: str | None, console: Console) -> None:
     console.print(status_screen(read_overview(path), live, time.time()))
 
 
-def scale_run(path: Path, address: str | None, generators: int | None, scorers: int | None) -> dict[str, int]:
+def scale_run(path: str | Path, address: str | None, generators: int | None, scorers: int | None) -> dict[str, int]:
     """Grow or shrink the pools of the run in folder `path`, which is under way; returns how many there are to be.
 
     Raises:
@@ -51,7 +51,7 @@ def scale_run(path: Path, address: str | None, generators: int | None, scorers: 
     return scale_live(where, overview.config, generators, scorers)
 
 
-def show_runs(directory: Path, console: Console) -> None:
+def show_runs(directory: str | Path, console: Console) -> None:
     """Print a table of the run folders in `directory`; UserError if there is no such directory."""
     found = run_folders(directory)
     console.print(runs_table(found, time.time()) if found else f"no runs in {directory}")

@@ -65,6 +65,12 @@ def leased(store: Store) -> Iterator[None]:
         store.delete(remote)
 
 
+def lease_holder(store: Store) -> str | None:
+    """Who has written the lease, in words; None if nobody has, or a process of this machine that is gone."""
+    lease = store.read(f"{store.root}/{NAME}")
+    return None if lease is None or _ended_here(lease) else _holder(lease)
+
+
 def _wait_until_free(store: Store, remote: str) -> None:
     first = store.read(remote)
     if first is None or _ended_here(first):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import statistics
 from collections.abc import Mapping, Sequence
@@ -9,13 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from rayrlhf.alarms import alarms
 from rayrlhf.config import Config
-from rayrlhf.config_file import load_config
+from rayrlhf.config_file import load_config, parse_config
 from rayrlhf.errors import UserError
 from rayrlhf.metrics import read_metrics
 from rayrlhf.progress import has_step_line
 from rayrlhf.run import STAGES, RunFolder
+from rayrlhf.storage import as_user_error, is_uri
 
 _RECENT = 10
 """Steps that the pace is measured over."""
@@ -71,17 +75,19 @@ class Overview:
         return next((stage for stage in reversed(self.stages) if stage.last), None)
 
 
-def read_overview(path: str | Path, max_warnings: int = 5) -> Overview:
-    """Read the run folder at `path`.
+def read_overview(address: str | Path, max_warnings: int = 5) -> Overview:
+    """Read the run folder at `address`, a path or the URI of a folder in a store; nothing is written or copied.
 
     Raises:
-        UserError: it is none, or its config cannot be read.
+        UserError: it is none, its config cannot be read, or the store does not answer.
     """
-    run = RunFolder(Path(path).expanduser().absolute())
-    if not run.config.exists():
-        raise UserError(f"{path}: no run folder (it has no config.yaml); `rayrlhf runs DIR` lists those in DIR")
-    config = load_config(run.config)
-    lines = read_metrics(run.path)
+    run = RunFolder(address if is_uri(address) else Path(address).expanduser().absolute())
+    with as_user_error(run.address) if run.store else contextlib.nullcontext():
+        return _read(run, max_warnings)
+
+
+def _read(run: RunFolder, max_warnings: int) -> Overview:
+    config, lines = _config(run), read_metrics(run.address)
     of = {name: [line for line in lines if line["stage"] == name] for name in STAGES}
     took = {key: line[key] for line in lines if line["stage"] == "run" for key in line if key.startswith("time/")}
     own = [name for name in STAGES if name != "collect" or config.data.comparisons is None]
@@ -96,12 +102,24 @@ def read_overview(path: str | Path, max_warnings: int = 5) -> Overview:
     )
 
 
+def _config(run: RunFolder) -> Config:
+    # Not by `fetch`: where the run itself is on this node, the copy is that of its processes.
+    content = run.store.read(f"{run.store.root}/{run.config.name}") if run.store else None
+    if content is not None:
+        return parse_config(yaml.safe_load(content), run.address_of(run.config))
+    if run.store or not run.config.exists():
+        raise UserError(f"{run.address}: no run folder (it has no config.yaml); `rayrlhf runs DIR` lists those in DIR")
+    return load_config(run.config)
+
+
 def run_folders(runs_dir: str | Path) -> list[Path]:
     """The run folders in `runs_dir`, by name.
 
     Raises:
-        UserError: there is no such directory.
+        UserError: there is no such directory, or it is a store.
     """
+    if is_uri(runs_dir):
+        raise UserError(f"{runs_dir}: directories are listed, not stores; ask for one run: rayrlhf status URI_OF_RUN")
     directory = Path(runs_dir).expanduser()
     if not directory.is_dir():
         raise UserError(f"{runs_dir}: no such directory; give the one that holds the run folders")

@@ -25,7 +25,7 @@ import yaml
 from rayrlhf.config import Config
 from rayrlhf.config_file import dump_config, parse_config
 from rayrlhf.errors import UserError
-from rayrlhf.lease import leased
+from rayrlhf.lease import lease_holder, leased
 from rayrlhf.storage import Store, is_uri, join
 
 log = logging.getLogger(__name__)
@@ -154,7 +154,12 @@ class RunFolder:
             handle.write(f", {more}")
 
     def holder(self) -> str | None:
-        """Who is writing into the folder at this moment, in words; None if nobody is."""
+        """Who is writing into the folder at this moment, in words; None if nobody is.
+
+        In a store also one who died on another machine without a word, until somebody else locks the folder.
+        """
+        if self.store:
+            return lease_holder(self.store)
         if not (self.path / ".lock").exists():
             return None
         with (self.path / ".lock").open(encoding="utf-8") as handle:

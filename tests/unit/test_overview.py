@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -17,15 +18,17 @@ from rich.console import Console, RenderableType
 from actors.monitoring import Status
 from jobs.live import Live, LiveActor, cluster_address, read_live
 from jobs.status import runs_table, show_runs, show_status, status_screen
+from rayrlhf import lease
 from rayrlhf.config_file import parse_config
 from rayrlhf.errors import UserError
 from rayrlhf.overview import read_overview, run_folders
 from rayrlhf.run import RunFolder, open_or_create
+from rayrlhf.storage import Store
 
 NOW = 10_000.0
 
 
-def make_run(directory: Path, name: str = "one", **sections: object) -> RunFolder:
+def make_run(directory: str | Path, name: str = "one", **sections: object) -> RunFolder:
     """Five PPO steps of twelve, 20 s apart but for a pause of 500 s; the last one 7 s ago."""
     run = open_or_create(parse_config({"name": name, "ppo": {"steps": 12}, **sections}, "test"), directory)
     for stage in ("sft", "collect", "reward_model"):
@@ -37,6 +40,7 @@ def make_run(directory: Path, name: str = "one", **sections: object) -> RunFolde
     ppo = [line("ppo", i, t, {"ppo/reward/mean": i / 10, "ppo/kl": 10.0 * i}) for i, t in enumerate(ends)]
     ppo[4] |= {"throughput/tokens_per_s": 1234.5, "idle/generator-0": 0.25}
     run.metrics.write_text("".join(json.dumps(each) + "\n" for each in (*sft, *run_lines, *ppo)))
+    run.publish(run.metrics)
     return run
 
 
@@ -121,6 +125,30 @@ def test_a_cluster_that_is_not_there_is_one_line_at_once(tmp_path: Path) -> None
         read_live("127.0.0.1:9", config)
     with pytest.raises(UserError, match="no Ray cluster answers at nonsense"):
         read_live("nonsense", config)
+
+
+def test_a_run_in_a_store_is_read_there_and_not_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a node with a cache of its own, while another one writes and afterwards."""
+
+    def use_cache(name: str) -> None:
+        monkeypatch.setenv("RAYRLHF_CACHE", str(tmp_path / name))
+        Store.open.cache_clear()
+
+    monkeypatch.setattr(lease, "SETTLE_S", 0.0)
+    use_cache("writer")
+    run = make_run(f"file://{tmp_path}/store")
+    with run.lock():
+        use_cache("reader")
+        overview = read_overview(run.address)
+        assert overview.holder == f"process {os.getpid()} on {socket.gethostname()}"
+    assert [(s.name, s.done) for s in overview.stages] == [(s.name, s.done) for s in read_overview(run.address).stages]
+    assert overview.stage("ppo").step == 5 and overview.stage("reward_model").done and not overview.stage("ppo").done
+    assert read_overview(run.address).holder is None
+    assert not (tmp_path / "reader").exists()
+    with pytest.raises(UserError, match="no run folder"):
+        read_overview(f"file://{tmp_path}/store/other")
+    with pytest.raises(UserError, match="directories are listed, not stores"):
+        run_folders(f"file://{tmp_path}/store")
 
 
 def test_screen_of_a_run_that_was_interrupted(tmp_path: Path) -> None:
