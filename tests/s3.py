@@ -1,15 +1,17 @@
-"""An S3 server of this process on loopback: moto's, with one empty bucket."""
+"""An S3 server on loopback: moto's, with one empty bucket."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
+import socket
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import boto3
-from moto.server import ThreadedMotoServer
 
 BUCKET = "bucket"
 KEYS = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
@@ -37,17 +39,30 @@ class S3:
 
 @contextlib.contextmanager
 def serving() -> Iterator[S3]:
-    """The server, as long as the block lasts."""
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
+    """The server, as long as the block lasts.
+
+    In a process of its own: vLLM, when it starts, touches every attribute of every module that is loaded, and those of
+    the server's web framework raise.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        host, port = server.get_host_and_port()
-        endpoint = f"http://{host}:{port}"
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                break
+            except OSError:
+                assert server.poll() is None and time.monotonic() < deadline, "moto's server does not start"
+                time.sleep(0.1)
+        endpoint = f"http://127.0.0.1:{port}"
         _client(endpoint).create_bucket(Bucket=BUCKET)
         yield S3(endpoint)
     finally:
-        server.stop()
+        server.kill()
+        server.wait()
 
 
 def _client(endpoint: str) -> Any:

@@ -25,7 +25,7 @@ def test_a_run_is_scaled_up_and_down(finished: Any, before_ppo: Path, start: Any
     nobody = start("rayrlhf", "scale", str(before_ppo), "--rollouts", "2").wait(60)
     assert nobody.code == 2 and "scale: nobody works on" in nobody.err
     command = start("rayrlhf", "ppo", *finished.arguments, *changes)
-    command.wait_for_line(rf"ppo 1/{STEPS} ", 300)
+    command.wait_for_line(rf"ppo +1/{STEPS} ", 300)
 
     def scaled(count: int) -> None:
         outcome = start("rayrlhf", "scale", str(before_ppo), "--rollouts", str(count)).wait(60)
