@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import socket
 import time
@@ -12,6 +13,8 @@ from typing import Any, NamedTuple
 
 import pytest
 from ray.job_submission import JobStatus, JobSubmissionClient
+
+from rayrlhf.metrics import read_metrics
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -78,3 +81,29 @@ def test_a_job_refuses_a_relative_run_folder(cluster: Cluster, start: Any) -> No
     (error,) = {line for line in outcome.out.splitlines() if line.startswith("error: ")}
     assert "runs_dir=runs is relative" in error and "submit with runs_dir=/abs/path" in error
     assert JobSubmissionClient(cluster.address).get_job_status(name) == JobStatus.FAILED
+
+
+def test_a_stopped_job_leaves_a_checkpoint_and_goes_on(
+    cluster: Cluster, finished: Any, before_ppo: Path, start: Any
+) -> None:
+    steps = 40
+    changes = [f"runs_dir={before_ppo.parent}", f"ppo.steps={steps}", "ppo.checkpoint_every=100"]
+    arguments = ["submit", "ppo", *finished.arguments, *changes, "--address", cluster.address]
+    followed = start("rayrlhf", *arguments)
+    followed.wait_for_line(rf"ppo +2/{steps} ", 300)
+    client = JobSubmissionClient(cluster.address)
+    (job,) = (job for job in client.list_jobs() if (job.metadata or {}).get("stage") == "ppo")
+    assert job.metadata and job.metadata["run"] == "quick" and job.metadata["git_revision"] != "unknown"
+    assert job.submission_id and client.stop_job(job.submission_id)
+    outcome = followed.wait(120)
+    assert outcome.code == 1 and f"job {job.submission_id} stopped" in outcome.err
+    assert "stopping: PPO writes a checkpoint when its step ends" in outcome.out
+    done = len(read_metrics(before_ppo, "ppo"))
+    assert 2 <= done < steps and not (before_ppo / "policy").exists()
+    assert list((before_ppo / "checkpoints").glob("ppo-*/checkpoint_*")), "nobody asked for one but the stop"
+
+    second = start("rayrlhf", *arguments).wait(400)
+    assert second.code == 0, second.out[-2000:] + second.err
+    printed = [int(number) for number in re.findall(rf"^ppo +(\d+)/{steps} ", second.out, re.MULTILINE)]
+    assert printed == list(range(done + 1, steps + 1)), "from the checkpoint on"
+    assert [line["step"] for line in read_metrics(before_ppo, "ppo")] == list(range(steps))
