@@ -77,14 +77,15 @@ class _Reported:
 
     time: float = 0.0
     replacements: int = 0
-    busy_s: dict[str, float] = field(default_factory=dict)
+    busy_s: dict[str, dict[str, float]] = field(default_factory=dict)
+    """By role and name, in the order of the pools."""
 
     def since(self, before: _Reported) -> dict[str, float]:
-        seconds = self.time - before.time
-        idle = {
-            f"idle/{name}": min(1.0, max(0.0, 1.0 - (busy - before.busy_s.get(name, 0.0)) / seconds))
-            for name, busy in self.busy_s.items()
-        }
+        seconds, idle = self.time - before.time, {}
+        for role, members in self.busy_s.items():
+            was = before.busy_s.get(role, {})
+            for place, (name, busy) in enumerate(members.items()):
+                idle[f"idle/{role}-{place}"] = min(1.0, max(0.0, 1.0 - (busy - was.get(name, 0.0)) / seconds))
         # Replacements: also of those that died while weights were loaded.
         return idle | {"rollout/replacements": float(self.replacements - before.replacements)}
 
@@ -135,6 +136,7 @@ class Coordinator:
                 self._spawn_generator,
                 start_timeout_s=resources.start_timeout_s,
                 call_timeout_s=resources.call_timeout_s,
+                node_timeout_s=resources.wait_for_nodes_s,
                 on_new=self._bring_up_to_date,
             )
         return self.generators.wait_until_ready()
@@ -180,6 +182,7 @@ class Coordinator:
             spawn,
             start_timeout_s=resources.start_timeout_s,
             call_timeout_s=resources.call_timeout_s,
+            node_timeout_s=resources.wait_for_nodes_s,
         )
         return self.scorers.wait_until_ready()
 
@@ -197,7 +200,6 @@ class Coordinator:
             self.publication = publication
             return publication.version
         generators, started = self._started(), time.perf_counter()
-        self.publication = None  # whoever replaces a generator during the broadcast gets the weights by the broadcast
         loaded = generators.broadcast("load_weights", publication)
         self.publication, self.loading_s = publication, time.perf_counter() - started
         self.loaded = {actor.name: version for actor, version in zip(generators.actors, loaded, strict=True)}
@@ -230,12 +232,12 @@ class Coordinator:
         limits, generators = self.config.resources.generators.scale, self.generators
         if limits is None or generators is None:
             return
-        count = len(generators)
-        settled = count == generators.wanted == self.followed_with
-        self.followed_with = count
-        if settled:  # else part of the step was of another number of generators
-            idle = statistics.fmean(metrics[f"idle/generator-{i}"] for i in range(count))
-            generators.scale(wanted_generators(count, metrics["rollout/learner_wait"], idle, limits))
+        idle = [share for name, share in metrics.items() if name.startswith("idle/generator-")]
+        settled = generators.settled and len(idle) == self.followed_with
+        self.followed_with = len(idle)
+        if idle and settled:  # else part of the step was of another number of generators
+            wait = metrics["rollout/learner_wait"]
+            generators.scale(wanted_generators(len(idle), wait, statistics.fmean(idle), limits))
 
     # ---- the end
 
@@ -346,7 +348,7 @@ class Coordinator:
                 background=not self.local,
             )
         asked = time.monotonic()
-        groups = self.rollouts.take(step, version, resources.call_timeout_s)
+        groups = self.rollouts.take(step, version, resources.newcomer_timeout_s + resources.call_timeout_s)
         taken = time.monotonic()
         return [t for group in groups for t in group.trajectories], {
             "rollout/learner_wait": (taken - asked) / (taken - self.reported.time)
@@ -399,7 +401,7 @@ class Coordinator:
 
     def _counts(self) -> _Reported:
         pools = [pool for pool in (self.generators, self.scorers) if pool]
-        busy = {f"{pool.role}-{i}": seconds for pool in pools for i, seconds in enumerate(pool.busy_s)}
+        busy = {pool.role: pool.busy_s() for pool in pools}
         return _Reported(time.monotonic(), sum(pool.replacements for pool in pools), busy)
 
     def _spawn_generator(self, name: str) -> Remote:

@@ -14,7 +14,7 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from actors.pool import Pool
-from actors.remote import ActorDied, Call, answer, late
+from actors.remote import ActorDied, Call, Remote, answer, late
 
 _CHECK_S = 1.0
 """Between two looks for calls that take too long."""
@@ -37,7 +37,9 @@ class Member:
     """One actor of a pool."""
 
     pool: Pool
+    remote: Remote
     index: int
+    """Its place among those of the pool, the last of whom leave first."""
     calls: deque[Asked] = field(default_factory=deque)
     """That it has still to answer, in their order."""
     held: dict[int, Any] = field(default_factory=dict)
@@ -61,27 +63,26 @@ class Members:
     """The actors of some pools."""
 
     def __init__(self, pools: Sequence[Pool], died: Callable[[Member, ActorDied], None]) -> None:
-        """`died` is told of an actor that died with calls to answer; it calls `replace`."""
+        """`died` is told of an actor that died with calls to answer; it calls `lose`."""
         self._pools = pools
-        self.of = [[Member(pool, i) for i in range(len(pool))] for pool in pools]
+        self.of = [[Member(pool, actor, i) for i, actor in enumerate(pool.actors)] for pool in pools]
         self._died = died
         self._answered: SimpleQueue[Answered] = SimpleQueue()
         self._checked = time.monotonic()
 
     def join(self, pool: Pool) -> list[Member]:
         """Those of the pool's newcomers that have become ready."""
-        members = next(members for members, own in zip(self.of, self._pools, strict=True) if own is pool)
-        new = [Member(pool, len(members) + i) for i in range(len(pool.join()))]
+        members = self._of(pool)
+        new = [Member(pool, actor, i) for i, actor in enumerate(pool.join(), len(members))]
         members += new
         return new
 
     def leave(self, pool: Pool) -> list[Member]:
         """Those beyond the pool's size who have nothing left to do, and are gone: from the last one on."""
-        members = next(members for members, own in zip(self.of, self._pools, strict=True) if own is pool)
-        gone = []
+        members, gone = self._of(pool), []
         while len(members) > pool.wanted and not members[-1].held and not members[-1].calls:
             gone.append(members.pop())
-            pool.leave()
+            pool.leave(gone[-1].remote)
         return gone
 
     def ask(
@@ -94,7 +95,7 @@ class Members:
         limit_s: float | None = None,
     ) -> None:
         """Queue a call; `settle` hands its result to `then`, after those of earlier calls."""
-        remote = member.pool.actors[member.index]
+        remote = member.remote
         call = (remote.submit_packed if packed else remote.submit)(method, *args)
         limit_s = member.pool.call_timeout_s if limit_s is None else limit_s
         asked = Asked(member, call, limit_s, then)
@@ -122,30 +123,36 @@ class Members:
         for asked, future in answers:
             member = asked.member
             if asked not in member.calls:
-                continue  # of an actor that has been replaced
-            changed[member] = None
+                continue  # of an actor that has been given up
             try:
                 asked.result = answer(asked.call, future)
             except ActorDied as death:
+                changed.pop(member, None)
                 self._died(member, death)
                 continue
+            changed[member] = None
             asked.answered = True
             while member.calls and member.calls[0].answered:
                 self._in_order(member.calls.popleft())
         self._check_time()
         return changed
 
-    def replace(self, member: Member, death: ActorDied) -> dict[int, Any]:
-        """A new actor, whose first call is `ready`, in the place of a dead one; returns the work that is lost."""
-        member.pool.respawn(member.index, death)
-        lost, member.held = member.held, {}
-        member.calls, member.free_at = deque(), 0.0
-        self.ask(member, "ready", limit_s=member.pool.start_timeout_s)
+    def lose(self, member: Member, death: ActorDied) -> dict[int, Any]:
+        """Go on without a dead one; returns the work that is lost."""
+        member.pool.lose(member.remote, death)
+        members = self._of(member.pool)
+        members.remove(member)
+        for index, other in enumerate(members):
+            other.index = index
+        lost, member.held, member.calls = member.held, {}, deque()
         return lost
+
+    def _of(self, pool: Pool) -> list[Member]:
+        return next(members for members, own in zip(self.of, self._pools, strict=True) if own is pool)
 
     def _in_order(self, asked: Asked) -> None:
         member, now = asked.member, time.monotonic()
-        member.pool.busy_s[member.index] += now - max(asked.call.started, member.free_at)
+        member.pool.worked_for(member.remote, now - max(asked.call.started, member.free_at))
         member.free_at = now
         asked.then(asked.result)
 

@@ -1,4 +1,4 @@
-"""A pool of like actors: started together, given work, replaced when one dies, grown and shrunk while it works."""
+"""A pool of like actors: started together, given work, grown and shrunk while it works, whole again after deaths."""
 
 from __future__ import annotations
 
@@ -7,21 +7,33 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from actors.remote import ActorDied, ActorFailure, Call, Remote, finished, late, wait
 
 log = logging.getLogger(__name__)
 
+_LOOK_S = 1.0
+"""Between two looks at newcomers that the pool waits for."""
+
+
+@dataclass(eq=False)
+class Newcomer:
+    """An actor that is on its way; it may have to wait for a node."""
+
+    actor: Remote
+    ready: Call
+    overdue: bool = False
+
 
 class Pool:
     """`count` actors of one role, made by `spawn(name)`.
 
-    An actor that died is replaced under a new name, brought up to date by `on_new(actor)` and given the lost work
-    again; sampling is a function of the request's seed, so the work is the same.
-
-    `scale` changes the size: newcomers start beside the work and join when they are ready, the last ones leave when
-    they have nothing left to do. Both happen in `settle`, or where `Rollouts` keeps the actors at work.
+    There is one way in: a newcomer starts beside the work, and joins when it is ready and `on_new(actor)` has brought
+    it up to date. So it is when the pool grows (`scale`), and when an actor has died: its work goes to the others at
+    once, or waits for the newcomer if there are none. Sampling is a function of the request's seed: the work is the
+    same, whoever does it. When the pool shrinks, the last ones leave when they have nothing left to do.
     """
 
     def __init__(
@@ -32,23 +44,27 @@ class Pool:
         *,
         start_timeout_s: float,
         call_timeout_s: float,
+        node_timeout_s: float = 0.0,
         on_new: Callable[[Remote], None] = lambda actor: None,
         max_replacements: int = 3,
     ) -> None:
-        """`max_replacements`: between two calls of `worked`."""
+        """
+        Args:
+            node_timeout_s: how much longer a newcomer may take, for which the cluster may first have to grow.
+            max_replacements: of actors that died between two calls of `worked`.
+        """
         self.role, self.spawn, self.on_new = role, spawn, on_new
         self.start_timeout_s, self.call_timeout_s = start_timeout_s, call_timeout_s
+        self.newcomer_timeout_s = start_timeout_s + node_timeout_s
         self.max_replacements, self.replacements = max_replacements, 0
         self._in_vain = 0
         self._names = (f"{role}-{i}" for i in itertools.count())
         self.wanted = count
         """How many there are to be: those beyond leave."""
         self.actors = [spawn(next(self._names)) for _ in range(count)]
-        self._sizing = threading.Lock()
-        self.joining: list[tuple[Remote, Call]] = []
-        """Newcomers, with their calls of `ready`."""
-        self.busy_s = [0.0] * count
-        """Seconds that each place in the pool has worked, on calls of `map` and of `Rollouts`."""
+        self.joining: list[Newcomer] = []
+        self._sizing = threading.RLock()
+        self._busy_s: dict[str, float] = {}
 
     def __len__(self) -> int:
         return len(self.actors)
@@ -58,43 +74,47 @@ class Pool:
         return wait([actor.submit("ready") for actor in self.actors], self.start_timeout_s)
 
     def broadcast(self, method: str, *args: Any) -> list[Any]:
-        """Call `method(*args)` on every actor at the same time; results in the pool's order."""
-        calls = [(i, actor.submit(method, *args)) for i, actor in enumerate(self.actors)]
+        """Call `method(*args)` on every actor at the same time; results in the pool's order, without those who died."""
+        calls = [(actor, actor.submit(method, *args)) for actor in self.actors]
         results = []
-        for i, call in calls:
+        for actor, call in calls:
             try:
                 results.extend(wait([call], self.call_timeout_s))
             except ActorDied as death:
-                self._replace(i, death)
-                results.append(self.actors[i].call(method, *args, timeout_s=self.call_timeout_s))
+                self.lose(actor, death)
         return results
 
     def map(self, method: str, pieces: Sequence[Any], *args: Any) -> list[Any]:
         """`method(piece, *args)` for every piece, one piece at a time on each actor; results in the pieces' order."""
         results: list[Any] = [None] * len(pieces)
         waiting = list(reversed(range(len(pieces))))
-        idle = list(reversed(range(len(self.actors))))
-        running: dict[Call, tuple[int, int]] = {}
+        idle = list(reversed(self.actors))
+        running: dict[Call, tuple[Remote, int]] = {}
         while waiting or running:
             while waiting and idle:
-                member, piece = idle.pop(), waiting.pop()
-                running[self.actors[member].submit(method, pieces[piece], *args)] = (member, piece)
-            done = finished(running, self.call_timeout_s)
+                actor, piece = idle.pop(), waiting.pop()
+                running[actor.submit(method, pieces[piece], *args)] = (actor, piece)
+            if not running:
+                idle += self._await_newcomers()
+                continue
+            done = finished([*running, *(newcomer.ready for newcomer in self.joining)], self.call_timeout_s)
             if not done:
                 raise late(next(iter(running)), self.call_timeout_s)
-            for call in done:
-                member, piece = running.pop(call)
+            idle += self._welcome()
+            for call in [call for call in done if call in running]:
+                actor, piece = running.pop(call)
                 try:
                     (results[piece],) = wait([call], self.call_timeout_s)
-                    self.busy_s[member] += time.monotonic() - call.started
                 except ActorDied as death:
-                    self._replace(member, death)
+                    self.lose(actor, death)
                     waiting.append(piece)
-                idle.append(member)
+                else:
+                    self.worked_for(actor, time.monotonic() - call.started)
+                    idle.append(actor)
         return results
 
     def stop(self) -> None:
-        for actor in [*self.actors, *(actor for actor, _ in self.joining)]:
+        for actor in [*self.actors, *(newcomer.actor for newcomer in self.joining)]:
             actor.kill()
 
     # ---- the size
@@ -103,71 +123,137 @@ class Pool:
         """Want `count` actors from now on. Returns at once; may be called from any thread."""
         with self._sizing:
             self.wanted = count
-            while len(self.actors) + len(self.joining) < count:
-                actor = self.spawn(next(self._names))
-                self.joining.append((actor, actor.submit("ready")))
+            self._fill()
             while self.joining and len(self.actors) + len(self.joining) > count:
-                self.joining.pop()[0].kill()
+                self.joining.pop().actor.kill()
+
+    @property
+    def settled(self) -> bool:
+        """Whether the size is what it will be for a while: nobody is to leave, and nobody is expected any moment."""
+        with self._sizing:
+            return len(self.actors) <= self.wanted and all(newcomer.overdue for newcomer in self.joining)
 
     def join(self) -> list[Remote]:
         """The newcomers that have become ready, now the pool's last; nobody has brought them up to date.
 
-        One that does not start is given up with a warning: the others go on.
+        The others go on without one that is late, and without one that fails to start: if it died, for instance with
+        its node, there is another try.
+
+        Raises:
+            ActorFailure: there are no others.
         """
         if not self.joining:
             return []
         joined = []
         with self._sizing:
-            ready = finished([call for _, call in self.joining], 0)
-            for actor, call in list(self.joining):
-                try:
-                    if call in ready:
-                        wait([call], self.call_timeout_s)
-                    elif time.monotonic() - call.started < self.start_timeout_s:
-                        continue
+            ready = finished([newcomer.ready for newcomer in self.joining], 0)
+            for newcomer in list(self.joining):
+                if newcomer.ready in ready:
+                    self.joining.remove(newcomer)
+                    try:
+                        wait([newcomer.ready], self.call_timeout_s)
+                    except ActorFailure as failure:
+                        newcomer.actor.kill()
+                        self._without(failure)
                     else:
-                        raise late(call, self.start_timeout_s)
-                    joined.append(actor)
-                except ActorFailure as failure:
-                    log.warning("%s; the pool goes on with %d", failure, len(self.actors))
-                    self.wanted -= 1
-                    actor.kill()
-                self.joining.remove((actor, call))
-            self.actors += joined
-            self.busy_s += [0.0] * len(joined)
+                        self.actors = [*self.actors, newcomer.actor]
+                        joined.append(newcomer.actor)
+                elif time.monotonic() - newcomer.ready.started > self.newcomer_timeout_s:
+                    self._look_at_late(newcomer)
+            if not self.actors and all(newcomer.overdue for newcomer in self.joining):
+                raise late(self.joining[-1].ready, self.newcomer_timeout_s)
         return joined
 
-    def leave(self) -> None:
-        """The last actor goes; it has no work."""
-        self.actors.pop().kill()
-        self.busy_s.pop()
+    def _look_at_late(self, newcomer: Newcomer) -> None:
+        if not newcomer.overdue:
+            log.warning(
+                "%s is not up after %.0f s and is waited for; perhaps no node has room for it, see `ray status`; %s",
+                newcomer.actor.name, self.newcomer_timeout_s, self._on_their_way,
+            )  # fmt: skip
+        newcomer.overdue = True
+
+    def _without(self, failure: ActorFailure) -> None:
+        """A newcomer failed: another try if it died, else the others go on, if there are any."""
+        if isinstance(failure, ActorDied) and self._in_vain < self.max_replacements:
+            self._in_vain += 1
+            self._fill()
+            log.warning("%s; %s", failure, self._on_their_way)
+        elif self.actors or self.joining:
+            self.wanted -= 1
+            log.warning("%s; the pool goes on with %d", failure, self.wanted)
+        else:
+            raise failure
+
+    def leave(self, actor: Remote) -> None:
+        """It has no work and goes."""
+        self._remove(actor)
+        actor.kill()
 
     def settle(self) -> None:
-        """Between two rounds of work: newcomers that are ready join, up to date, and those that are too many leave."""
-        for actor in self.join():
-            self.on_new(actor)
-        while len(self.actors) > self.wanted:
-            self.leave()
+        """Between two rounds of work: newcomers that are ready join, and those that are too many leave.
 
-    # ---- deaths
+        Afterwards there is somebody.
+        """
+        self._welcome()
+        if not self.actors:
+            self._await_newcomers()
+        while len(self.actors) > self.wanted:
+            self.leave(self.actors[-1])
+
+    def _welcome(self) -> list[Remote]:
+        """The newcomers that have become ready, brought up to date."""
+        welcome = []
+        for actor in self.join():
+            try:
+                self.on_new(actor)
+                welcome.append(actor)
+            except ActorDied as death:
+                self.lose(actor, death)
+        return welcome
+
+    def _await_newcomers(self) -> list[Remote]:
+        while not (welcome := self._welcome()):
+            finished([newcomer.ready for newcomer in self.joining], _LOOK_S)
+        return welcome
+
+    def _fill(self) -> None:
+        while len(self.actors) + len(self.joining) < self.wanted:
+            actor = self.spawn(next(self._names))
+            self.joining.append(Newcomer(actor, actor.submit("ready")))
+
+    def _remove(self, actor: Remote) -> None:
+        with self._sizing:
+            self.actors = [other for other in self.actors if other is not actor]
+            self._busy_s.pop(actor.name, None)
+
+    # ---- work and deaths
+
+    def worked_for(self, actor: Remote, seconds: float) -> None:
+        self._busy_s[actor.name] = self._busy_s.get(actor.name, 0.0) + seconds
+
+    def busy_s(self) -> dict[str, float]:
+        """Seconds that each actor has worked, on calls of `map` and of `Rollouts`; by name, in the pool's order."""
+        return {actor.name: self._busy_s.get(actor.name, 0.0) for actor in self.actors}
 
     def worked(self) -> None:
         """A round of work is done: deaths before it do not count towards `max_replacements` any more."""
         self._in_vain = 0
 
-    def respawn(self, index: int, death: ActorFailure) -> Remote:
-        """A new actor in the place of a dead one, not ready yet; raises `death` when that happened too often."""
+    def lose(self, actor: Remote, death: ActorFailure) -> None:
+        """Go on without a dead actor; a newcomer is on its way. Raises `death` when that happened too often."""
+        if actor not in self.actors:
+            return  # known already
         if self._in_vain == self.max_replacements:
             raise death
-        name = next(self._names)
         self.replacements += 1
         self._in_vain += 1
-        log.warning("%s; %s takes its place", death, name)
-        self.actors[index].kill()  # one that is only out of reach must not keep its resources
-        self.actors[index] = self.spawn(name)
-        return self.actors[index]
+        actor.kill()  # one that is only out of reach must not keep its resources
+        with self._sizing:
+            self._remove(actor)
+            self._fill()
+            log.warning("%s; %s", death, self._on_their_way)
 
-    def _replace(self, index: int, death: ActorFailure) -> None:
-        actor = self.respawn(index, death)
-        actor.call("ready", timeout_s=self.start_timeout_s)
-        self.on_new(actor)
+    @property
+    def _on_their_way(self) -> str:
+        names = ", ".join(newcomer.actor.name for newcomer in self.joining)
+        return f"{len(self)} of {self.wanted} {self.role}s go on, on their way: {names or 'nobody'}"

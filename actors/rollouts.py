@@ -7,7 +7,8 @@ groups are dispatched; a batch takes those that are finished first, so that a lo
 Staleness k is kept by two rules (as in AReaL, Fu et al. 2025, section 5.1, but for every token):
 
 - under the weights of step s, no group beyond step s + k is dispatched;
-- the batch of step s contains every group that has tokens of the weights of step s - k, and waits for them.
+- of the groups that have tokens of the weights of step s - k + j or older, the batch of step s leaves at most what the
+  j batches fit in that can still have them, and waits if fewer are finished: for j = 0 it contains them all.
 
 Each group is trained exactly once. With k = 1 nothing can be late: all that is in flight is the next batch.
 """
@@ -124,14 +125,14 @@ class Rollouts:
         for position in cursor.untrained:
             of_step = groups_of_step(position // limits.groups_per_step)
             self.waiting.append(Group(position, list(of_step[position % limits.groups_per_step])))
-        self._members = Members([generators, scorers], died=self._replace)
+        self._members = Members([generators, scorers], died=self._lose)
         self._writers, self._readers = self._members.of
         for member in self._writers:
             member.version = publication.version
         self._free = dict.fromkeys(self._writers)
         """Generators that may be given a call, in the order in which they became free."""
-        self._due: set[int] = set()
-        """Groups that the batch which is waited for must contain and that are not scored."""
+        self._due: list[set[int]] = []
+        """Groups that are not scored and have to be in one of the next j + 1 batches, at j."""
         self._poll_s = _POLL_S if background else 0.0
         self._changed = threading.Condition()
         self._failure: BaseException | None = None
@@ -151,16 +152,22 @@ class Rollouts:
     def take(self, step: int, version: int, timeout_s: float) -> list[Group]:
         """The groups of the batch of `step`, for a learner whose weights are `version`, in the order of positions."""
         oldest = version - self.limits.max_staleness
+        size = self.limits.groups_per_step
         deadline = time.monotonic() + timeout_s
         with self._changed:
-            # None is added later: what is dispatched from now on is of newer weights.
-            due = {g.position for g in self.dispatched.values() if g.version is not None and g.version <= oldest}
-            self._due = due - self.scored.keys()
+            self._due = []
+            for j in range(self.limits.max_staleness):
+                # None is added later: what is dispatched from now on is of newer weights.
+                due = {
+                    g.position for g in self.dispatched.values() if g.version is not None and g.version <= oldest + j
+                }
+                assert len(due) <= (j + 1) * size, "more groups were dispatched than staleness allows"
+                self._due.append(due - self.scored.keys())
             while not self._failure and not self._complete:
                 if time.monotonic() > deadline:
                     raise ActorFailure(
                         f"the batch of step {step} was not complete within {timeout_s:.0f} s: {len(self.scored)} of "
-                        f"{self.limits.groups_per_step} prompts are scored, {len(self.dispatched)} in flight"
+                        f"{size} prompts are scored, {len(self.dispatched)} in flight"
                     )
                 if self._thread:
                     self._changed.wait(1.0)
@@ -168,16 +175,16 @@ class Rollouts:
                     self._tick()
             if self._failure:
                 raise self._failure
-            assert len(due) <= self.limits.groups_per_step, "more groups were dispatched than staleness allows"
-            others = sorted(self.scored.keys() - due)
-            chosen = sorted([*due, *others[: self.limits.groups_per_step - len(due)]])
-            for position in chosen:
-                del self.dispatched[position]
-            return [self.scored.pop(position) for position in chosen]
+            oldest_first = sorted(self.scored.values(), key=lambda group: (group.version, group.position))
+            chosen = sorted(oldest_first[:size], key=attrgetter("position"))
+            for group in chosen:
+                del self.dispatched[group.position], self.scored[group.position]
+            return chosen
 
     @property
     def _complete(self) -> bool:
-        return not self._due and len(self.scored) >= self.limits.groups_per_step
+        size = self.limits.groups_per_step
+        return len(self.scored) >= size and all(len(due) <= j * size for j, due in enumerate(self._due))
 
     def cursor(self) -> Cursor:
         """What is left for the batches to come."""
@@ -197,7 +204,7 @@ class Rollouts:
     def versions(self) -> dict[str, int]:
         """The weights that each generator has, or has been asked to load before its next work."""
         with self._changed:
-            return {self.generators.actors[member.index].name: member.version for member in self._writers}
+            return {member.remote.name: member.version for member in self._writers}
 
     def stop(self) -> None:
         """End the thread and drop what is in flight."""
@@ -338,14 +345,15 @@ class Rollouts:
             del member.held[group.position]
             group.trajectories = [next(scored) for _ in group.requests]
             self.scored[group.position] = group
-            self._due.discard(group.position)
+            for due in self._due:
+                due.discard(group.position)
 
-    def _replace(self, member: Member, death: ActorDied) -> None:
-        """A new actor, which is ready and up to date before its first work; what the dead one had goes back."""
-        lost = {group.position: group for group in self._members.replace(member, death).values()}
+    def _lose(self, member: Member, death: ActorDied) -> None:
+        """What a dead one had goes back, to be given to the others; a newcomer is on its way."""
+        lost = {group.position: group for group in self._members.lose(member, death).values()}
+        self._free.pop(member, None)
         again = sorted(lost.values(), key=lambda group: -group.position)
         if member.pool is self.generators:
-            member.version = INITIAL_VERSION
             self.waiting.extendleft(again)
         else:
             self.generated.extendleft(again)

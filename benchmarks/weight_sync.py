@@ -91,13 +91,16 @@ class Sync:
         self.generator = ray.remote(Generator).options(num_cpus=0, runtime_env=variables).remote(
             "generator", ModelConfig(path=model), SETTINGS, CONTEXT, 0
         )  # fmt: skip
-        self.plain = ray.remote(PlainEngine).options(num_cpus=0, runtime_env=variables).remote(model)
+        # Adapters have nothing to be compared with: vLLM's own reload takes whole weights.
+        self.plain = None if lora else ray.remote(PlainEngine).options(num_cpus=0, runtime_env=variables).remote(model)
         ray.get(self.generator.ready.remote(), timeout=TIMEOUT_S)
         self.version = 0
         self.held: Any = None
         self.run(0)
 
     def run(self, turn: int) -> Measurement:
+        if not self.plain:
+            return self._ours()
         measure: list[Callable[[], Measurement]] = [self._ours, self._theirs]
         first, second = measure if turn % 2 == 0 else reversed(measure)
         return first() | second()
@@ -124,6 +127,7 @@ class Sync:
         started = time.perf_counter()
         self.held = ray.put(flat)
         blocked = time.perf_counter() - started
+        assert self.plain
         reload = ray.get(self.plain.reload.remote(self.held, layout), timeout=TIMEOUT_S)
         return {"put": blocked, "put and reload": time.perf_counter() - started, "reload": reload,
                 "memcpy": copied(flat)}  # fmt: skip

@@ -293,7 +293,8 @@ class ResourcesConfig(Section):
     scorers: ScorerConfig = ScorerConfig()
     learner: LearnerConfig = LearnerConfig()
     wait_for_nodes_s: Annotated[int, Field(ge=0)] = 0
-    """How long to wait, before a run starts, for nodes that the cluster lacks; an autoscaler is asked for them."""
+    """How long to wait for nodes that the cluster lacks, before a run starts or when it has lost its last generator;
+    an autoscaler is asked for them."""
     start_timeout_s: Positive = 300
     """How long an actor may take until it is ready."""
     call_timeout_s: Positive = 600
@@ -302,10 +303,15 @@ class ResourcesConfig(Section):
     """Start Ray's dashboard with a local cluster."""
 
     @property
+    def newcomer_timeout_s(self) -> int:
+        """How long an actor may take that starts during a run, for which an autoscaler may first have to add a node."""
+        return self.wait_for_nodes_s + self.start_timeout_s
+
+    @property
     def coordinator_timeout_s(self) -> int:
-        """How long a call to the coordinator may take, whose own calls may find an actor dead and replace it: longer
-        than those, so that the error names the actor that is late and not the coordinator that waits for it."""
-        return self.start_timeout_s + 3 * self.call_timeout_s
+        """How long a call to the coordinator may take, whose own calls may find all actors dead and wait for newcomers:
+        longer than those, so that the error names the actor that is late and not the coordinator that waits for it."""
+        return self.newcomer_timeout_s + 3 * self.call_timeout_s
 
 
 class Config(Section):

@@ -114,23 +114,41 @@ def test_map_keeps_the_order_and_uses_every_member(make_pool: Callable[..., Pool
     assert pool.map("add", [], 0.0) == []
 
 
-def test_work_of_a_killed_member_is_done_by_its_replacement(make_pool: Callable[..., Pool], tmp_path: Path) -> None:
-    replaced: list[str] = []
+def settle(pool: Pool, count: int) -> None:
+    """Until so many are there."""
+    deadline = time.monotonic() + 60
+    pool.settle()
+    while len(pool) != count:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+        pool.settle()
+
+
+def test_work_of_a_killed_member_is_done_again_and_a_newcomer_joins(
+    make_pool: Callable[..., Pool], tmp_path: Path
+) -> None:
+    newcomers: list[str] = []
 
     def bring_up_to_date(actor: Remote) -> None:
-        replaced.append(actor.name)
+        newcomers.append(actor.name)
         actor.call("set_offset", 100, timeout_s=10)
 
     pool = make_pool(2, on_new=bring_up_to_date)
     before = pids(pool)
     # -2 kills whoever gets it first.
     results = pool.map("add_unless", [1, -2, 3, 4, 5], tmp_path)
-    # Offset -1000 would show: the replacement was brought up to date before it got work.
     assert [value for _, value in results] == [101, 102, 103, 104, 105]
-    assert replaced == [f"{pool.role}-2"] and pool.replacements == 1
-    assert (tmp_path / "died--2").exists()
+    assert (tmp_path / "died--2").exists() and pool.replacements == 1
+    settle(pool, 2)
+    assert newcomers == [f"{pool.role}-2"] and pool.actors[-1].name == newcomers[0]
     assert len(set(pids(pool)) & set(before)) == 1
-    assert {a.name for a in pool.actors} > set(replaced)
+    # Offset -1000 would show: the newcomer was brought up to date before it got work.
+    assert set(pool.map("add_pair", [(1, 0.3), (2, 0.3)])) == {(pool.actors[0].name, 101), (pool.actors[1].name, 102)}
+
+
+def test_the_work_of_the_last_member_waits_for_a_newcomer(make_pool: Callable[..., Pool], tmp_path: Path) -> None:
+    pool = make_pool(1, on_new=lambda actor: actor.call("set_offset", 100, timeout_s=10))
+    assert pool.map("add_unless", [1, -2, 3], tmp_path)[1:] == [(f"{pool.role}-1", 102), (f"{pool.role}-1", 103)]
 
 
 def test_a_member_that_died_between_calls(make_pool: Callable[..., Pool]) -> None:
@@ -140,15 +158,46 @@ def test_a_member_that_died_between_calls(make_pool: Callable[..., Pool]) -> Non
     assert pool.replacements == 1
 
 
-def test_broadcast_reaches_the_replacement_of_a_member_that_dies_in_it(
-    make_pool: Callable[..., Pool], tmp_path: Path
-) -> None:
-    pool = make_pool(3)
-    assert pool.broadcast("set_offset_unless", 200, tmp_path / "died") == [200, 200, 200]
-    assert (tmp_path / "died").exists()
-    assert pool.replacements == 1
-    assert [a.name for a in pool.actors] == [f"{pool.role}-{i}" for i in (0, 3, 2)]
-    assert {value for _, value in pool.map("add", [1] * 6, 0.05)} == {201}
+def test_who_dies_in_a_broadcast_is_left_out(make_pool: Callable[..., Pool], tmp_path: Path) -> None:
+    pool = make_pool(3, on_new=lambda actor: actor.call("set_offset", 300, timeout_s=10))
+    assert pool.broadcast("set_offset_unless", 200, tmp_path / "died") == [200, 200]
+    assert (tmp_path / "died").exists() and pool.replacements == 1
+    settle(pool, 3)
+    assert [a.name for a in pool.actors] == [f"{pool.role}-{i}" for i in (0, 2, 3)]
+    assert {value for _, value in pool.map("add", [1] * 6, 0.05)} == {201, 301}
+
+
+def test_without_room_for_a_newcomer_the_others_go_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As when a spot node goes and none comes. With nobody left it is an error in time, which names who is waited for.
+
+    Afterwards there may be room for a newcomer, who then joins: see test_node_loss.
+    """
+    role = next(_roles)
+
+    def spawn(name: str) -> Remote:
+        cpus = 0 if name in (f"{role}-0", f"{role}-1") else 999
+        return Remote.spawn(name, Adder, name, local=False, options={"num_cpus": cpus})
+
+    pool = Pool(role, 2, spawn, start_timeout_s=20, call_timeout_s=20)
+    pool.wait_until_ready()
+    pool.newcomer_timeout_s = 1.0
+    pool.broadcast("set_offset", 100)
+    pieces = [1, -2, 3, 4]
+    assert [value for _, value in pool.map("add_unless", pieces, tmp_path)] == [101, 102, 103, 104]
+    assert len(pool) == 1 and pool.wanted == 2 and not pool.settled
+    time.sleep(1.1)
+    for _ in range(3):
+        pool.settle()
+    said = [record.message for record in caplog.records]
+    assert [f"{role}-2 is not up after 1 s" in line for line in said] == [False, True], said
+    assert said[1].endswith(f"1 of 2 {role}s go on, on their way: {role}-2")
+    assert len(pool) == 1 and pool.settled
+    assert [value for _, value in pool.map("add", [5, 6])] == [105, 106]
+
+    pool.actors[0].kill()
+    with pytest.raises(ActorFailure, match=rf"{role}-3\.ready did not answer within 1 s.*resources.start_timeout_s"):
+        pool.map("add", [7])
+    pool.stop()
 
 
 def test_deaths_beyond_the_limit_are_an_error(make_pool: Callable[..., Pool]) -> None:
@@ -233,17 +282,16 @@ def test_packed_calls(make_pool: Callable[..., Pool]) -> None:
 
 
 def test_members_at_work(make_pool: Callable[..., Pool], tmp_path: Path) -> None:
-    """Many calls of two actors, one of which dies: every answer comes once, the other's in the order of its calls."""
+    """Many calls of two actors, one of which dies: every answer comes once, in the order of each one's calls.
+
+    What the dead one had goes to the other, and a newcomer takes part.
+    """
     pool = make_pool(2)
-    heard: dict[int, list[int]] = {0: [], 1: []}
-    replaced: list[int] = []
+    heard: dict[str, list[int]] = {f"{pool.role}-{i}": [] for i in range(3)}
 
     def died(member: Member, death: ActorDied) -> None:
-        replaced.append(member.index)
-        lost = members.replace(member, death)
-        members.ask(member, "set_offset", 100)
-        for number in sorted(lost):
-            ask(member, number)
+        for number in sorted(members.lose(member, death)):
+            ask(members.of[0][0], number)
 
     def ask(member: Member, number: int) -> None:
         member.held[number] = None
@@ -251,26 +299,43 @@ def test_members_at_work(make_pool: Callable[..., Pool], tmp_path: Path) -> None
         members.ask(member, "add_unless", number, tmp_path, then=then, packed=True)
 
     def hear(member: Member, number: int, result: tuple[str, int]) -> None:
-        heard[member.index].append(result[1])
+        assert result[0] == member.remote.name
+        heard[member.remote.name].append(result[1])
         del member.held[number]
+
+    def work() -> None:
+        deadline = time.monotonic() + 60
+        while any(member.calls for member in members.of[0]):
+            assert time.monotonic() < deadline
+            members.settle(members.answers(1.0))
 
     members = Members([pool], died)
     for number in range(100, 150):
         for member in members.of[0]:
-            ask(member, number)
-    ask(members.of[0][1], -7)
+            ask(member, number + 100 * member.index)
+    ask(members.of[0][0], -7)
+    work()
+    survivor, newcomer = f"{pool.role}-1", f"{pool.role}-2"
+    assert heard[f"{pool.role}-0"] == list(range(200, 200 + len(heard[f"{pool.role}-0"])))
+    assert heard[survivor][:50] == list(range(300, 350))
+    assert sorted(heard[f"{pool.role}-0"] + heard[survivor]) == [107, *range(200, 250), *range(300, 350)]
+
     deadline = time.monotonic() + 60
-    while any(member.calls for member in members.of[0]):
+    while not members.join(pool):
         assert time.monotonic() < deadline
-        members.settle(members.answers(1.0))
-    assert heard[0] == list(range(200, 250))
-    assert sorted(heard[1]) == [107, *range(200, 250)] and replaced == [1]
+        time.sleep(0.2)
+    assert [(member.remote.name, member.index) for member in members.of[0]] == [(survivor, 0), (newcomer, 1)]
+    members.ask(members.of[0][1], "set_offset", 100)
+    ask(members.of[0][1], 900)
+    work()
+    assert heard[newcomer] == [1000]
 
 
-def test_busy_seconds_are_of_the_place_that_worked(make_pool: Callable[..., Pool]) -> None:
+def test_busy_seconds_are_of_the_actor_that_worked(make_pool: Callable[..., Pool]) -> None:
     pool = make_pool(2)
     pool.map("add_pair", [(1, 1.0), (2, 0.2)])
-    long, short = max(pool.busy_s), min(pool.busy_s)
+    assert list(pool.busy_s()) == [actor.name for actor in pool.actors]
+    short, long = sorted(pool.busy_s().values())
     assert 1.0 <= long < 1.6 and 0.2 <= short < 0.8
 
 

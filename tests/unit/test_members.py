@@ -65,13 +65,12 @@ class Log:
         (self.of,) = self.members.of
 
     def died(self, member: Member, death: ActorDied) -> None:
-        self.lost.append(self.members.replace(member, death))
+        self.lost.append(self.members.lose(member, death))
 
     def ask(self, member: Member, method: str) -> Future[Any]:
         self.members.ask(member, method, then=self.heard.append)
-        remote = member.pool.actors[member.index]
-        assert isinstance(remote, ByHand)
-        return remote.asked[method]
+        assert isinstance(member.remote, ByHand)
+        return member.remote.asked[method]
 
     def settle(self) -> list[Member]:
         return list(self.members.settle(self.members.answers(0.0)))
@@ -102,23 +101,25 @@ def test_a_member_is_busy_from_its_call_or_its_last_answer_to_the_next(pool: Poo
     clock.now = 10.0
     last.set_result("")
     log.settle()
-    assert pool.busy_s == [9.0, 0.0]
+    assert pool.busy_s() == {"worker-0": 9.0, "worker-1": 0.0}
 
 
 def test_a_death_gives_the_work_back_and_later_answers_of_the_dead_do_not_count(pool: Pool) -> None:
     log = Log(pool)
-    member = log.of[0]
+    member, other = log.of
     member.held[7] = "work"
     first, second, third = (log.ask(member, name) for name in ("first", "second", "third"))
     second.set_exception(ActorDiedError())  # its answer to the first call is still on its way
-    assert log.settle() == [member]
+    assert log.settle() == []
     assert log.lost == [{7: "work"}] and not member.held
-    assert pool.replacements == 1 and pool.actors[0].name == "worker-2"
     first.set_result("first")
     third.set_exception(ActorDiedError())
     assert log.settle() == [] and log.heard == []
-    assert [asked.call.method for asked in member.calls] == ["ready"]
     assert pool.replacements == 1
+    # The other one has moved up, and one more is on its way.
+    assert log.of == [other] and other.index == 0
+    assert [actor.name for actor in pool.actors] == ["worker-1"]
+    assert [newcomer.actor.name for newcomer in pool.joining] == ["worker-2"]
 
 
 def test_a_call_that_takes_too_long_is_an_error_that_names_it(pool: Pool, clock: Clock) -> None:

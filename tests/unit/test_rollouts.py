@@ -205,7 +205,7 @@ def test_each_prompt_is_trained_once_and_in_time(data: st.DataObject) -> None:
             rollouts._tick()
             if data.draw(st.integers(0, 20)) == 0:
                 deaths = [*rollouts._writers, *rollouts._readers]
-                rollouts._replace(data.draw(st.sampled_from(deaths)), ActorDied("simulated"))
+                rollouts._lose(data.draw(st.sampled_from(deaths)), ActorDied("simulated"))
             if data.draw(st.integers(0, 8)) == 0:
                 setting.generators.scale(data.draw(st.integers(1, 4)))
                 setting.scorers.scale(data.draw(st.integers(1, 3)))
@@ -246,6 +246,21 @@ def test_a_long_response_comes_with_a_later_batch_and_no_later_than_it_may() -> 
     assert 0 in batches[0] and all(len(batch) == 4 for batch in batches)
     assert batches[3][0] == 1  # its first token is three versions old by now
     assert sorted(position for batch in batches for position in batch) == list(range(24))
+
+
+def test_a_batch_leaves_no_more_than_the_next_ones_can_take() -> None:
+    """Groups 1 and 2 have tokens of version 10, and there are two batches left that may have such: that of version 11
+    waits for one of them, though group 3 is finished."""
+    setting = Setting({1: 9, 2: 12}, steps=4, per_step=1, staleness=2, samples=1, generators=1)
+    rollouts, batches = setting.start(), []
+    for step in range(4):
+        if step == 1:
+            for _ in range(2):
+                rollouts._tick()
+            assert set(rollouts.scored) == {3}
+        batches.append(check(rollouts.take(step, 10 + step, 10.0), 10 + step, 2))
+        rollouts.publish(weights(11 + step))
+    assert batches == [[0], [1], [2], [3]]
 
 
 def test_nothing_is_dispatched_further_ahead_than_staleness_allows() -> None:
@@ -306,9 +321,10 @@ def test_deaths_beyond_the_limit_are_an_error() -> None:
     setting = Setting({}, steps=1, per_step=2, staleness=1, generators=1)
     setting.generators.max_replacements = 1
     rollouts = setting.start()
-    rollouts._replace(rollouts._writers[0], ActorDied("first"))
+    rollouts._lose(rollouts._writers[0], ActorDied("first"))
+    rollouts._tick()  # the newcomer joins
     with pytest.raises(ActorDied, match="second"):
-        rollouts._replace(rollouts._writers[0], ActorDied("second"))
+        rollouts._lose(rollouts._writers[0], ActorDied("second"))
 
 
 def test_where_the_groups_are() -> None:
@@ -322,8 +338,10 @@ def test_where_the_groups_are() -> None:
     rollouts._tick()  # group 0 is scored, group 1 is written, group 2 takes the place of group 0
     assert rollouts.groups() == {"waiting": 1, "generating": 1, "scoring": 1, "scored": 1}
     rollouts.publish(weights(11))
-    rollouts._replace(rollouts._writers[0], ActorDied("killed"))  # group 2 waits again
+    rollouts._lose(rollouts._writers[0], ActorDied("killed"))  # group 2 waits again
     assert rollouts.groups() == {"waiting": 2, "generating": 0, "scoring": 1, "scored": 1}
+    assert rollouts.versions() == {}
+    rollouts._resize()
     assert rollouts.versions() == {"generator-1": INITIAL_VERSION}
     assert [g.position for g in rollouts.take(0, 11, 10.0)] == [0, 1, 2, 3]
     assert rollouts.versions() == {"generator-1": 11}

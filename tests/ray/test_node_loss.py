@@ -1,0 +1,119 @@
+"""A rollout node goes in the middle of PPO, as a spot instance does: the run goes on, and its samples are the same."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from actors.coordinator import Batch, Coordinator
+from actors.remote import Remote, this_node, wait
+from actors.rollouts import Cursor
+from actors.weight_sync import publish_directory
+from jobs.cluster import LOCAL_ENVIRONMENT
+from rayrlhf.config_file import parse_config
+from rayrlhf.models.loading import load_reward_model, load_tokenizer, resolve_model, save_model
+from rayrlhf.prompts import EncodedPrompt
+from rayrlhf.trajectory import Sampling
+
+pytestmark = pytest.mark.timeout(600)
+TINY = resolve_model("embedded:opt-tiny")
+ROLLOUT = {"rayrlhf.io/role": "rollout"}
+RESPONSE = 64
+NEVER = 8191
+"""An id that is practically never sampled: every response has its full length."""
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    """A head with room for the scorer, and two rollout nodes with room for a generator each."""
+    directory = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # short: it holds Unix sockets
+    os.environ.update(LOCAL_ENVIRONMENT)
+    head = {"num_cpus": 1, "temp_dir": directory, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    for _ in range(2):
+        cluster.add_node(num_cpus=1, labels=ROLLOUT)
+    ray.init(cluster.address, log_to_driver=False)
+    cluster.wait_for_nodes()
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.mark.parametrize("staleness", [0, 1], ids=["in turn", "ahead"])
+def test_a_lost_node_costs_its_unfinished_prompts_a_second_try(
+    cluster: Cluster, tmp_path: Path, staleness: int
+) -> None:
+    settings = {
+        "name": f"spot{staleness}",
+        "seed": 5,
+        "data": {"max_prompt_tokens": 60, "max_response_tokens": RESPONSE},
+        "ppo": {"prompts_per_step": 12, "samples_per_prompt": 2, "steps": 9, "max_staleness": staleness},
+        "resources": {
+            "generators": {"count": 2, "cpus": 1, "labels": ROLLOUT, "kv_cache_mib": 64, "max_num_seqs": 2},
+            "scorers": {"cpus": 1},
+            "start_timeout_s": 120,
+            "call_timeout_s": 200,
+        },
+    }
+    config, tokenizer = parse_config(settings, "test"), load_tokenizer(TINY)
+    save_model(load_reward_model(TINY, fresh_head_seed=0), tokenizer, tmp_path / "reward")
+    arguments = (config, TINY, 60 + RESPONSE, tokenizer.pad_token_id, False)
+    here = {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(this_node(), soft=False)}
+    coordinator = Remote.spawn(config.name, Coordinator, *arguments, local=False, options=here)
+    places = coordinator.call("start_generators", timeout_s=200)
+    lost_node, other = (place["node"] for place in places)
+    assert lost_node != other
+    coordinator.call("start_scorers", str(tmp_path / "reward"), TINY, timeout_s=200)
+    rng = np.random.default_rng(0)
+    prompts = [EncodedPrompt(f"p{i}", tuple(int(x) for x in rng.integers(3, 8000, 20 + i))) for i in range(40)]
+    coordinator.call("set_prompts", prompts, Sampling(0.7, RESPONSE, NEVER), timeout_s=60)
+
+    def publish() -> int:
+        version: int = coordinator.call("next_version", timeout_s=60)
+        coordinator.call("load_weights", publish_directory(TINY, version, local=False), timeout_s=100)
+        return version
+
+    def batch(step: int) -> Batch:
+        found: Batch = coordinator.call("next_batch", step, publish(), timeout_s=400)
+        return found
+
+    def samples(*batches: Batch) -> dict[tuple[str, int], list[int]]:
+        return {(t.prompt_id, t.seed): t.response_ids.tolist() for b in batches for t in b.trajectories}
+
+    undisturbed = samples(*(batch(step) for step in range(4)))
+    assert len(undisturbed) == 4 * 12 * 2
+    coordinator.call("begin", Cursor(0), timeout_s=60)
+
+    first = batch(0)
+    call = coordinator.submit("next_batch", 1, publish())
+    time.sleep(0.3)
+    node = next(node for node in cluster.list_all_nodes() if node.node_id == lost_node)
+    cluster.remove_node(node, allow_graceful=False)
+    assert not ray.wait([call.ref], timeout=0)[0], "the node was to go while its generator worked"
+    second, third = wait([call], 300)[0], batch(2)
+    assert second.metrics["rollout/replacements"] == 1
+    # Nothing has room for a third generator: the run did not wait for it.
+    assert third.metrics["rollout/generators"] == 1 and third.metrics["rollout/replacements"] == 0
+
+    back = cluster.add_node(num_cpus=1, labels=ROLLOUT)
+    deadline = time.monotonic() + 120
+    while (fourth := batch(3)).metrics["rollout/generators"] < 2:
+        assert time.monotonic() < deadline, "the newcomer does not join"
+        time.sleep(2)
+        coordinator.call("begin", Cursor(3), timeout_s=60)
+    places = coordinator.call("start_generators", timeout_s=60)
+    assert [place["node"] for place in places] == [other, back.node_id]
+    assert samples(first, second, third, fourth) == undisturbed
+    assert all(t.rewards for b in (first, second, third, fourth) for t in b.trajectories)
+    coordinator.kill()
