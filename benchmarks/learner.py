@@ -7,9 +7,11 @@ clipping, metrics, gradient norms or optimiser. What `PPO.update` takes beyond t
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from benchmarks.harness import Child, Comparison, Fact, Measurement, Result, Sto
 from benchmarks.workload import MODEL, RESPONSE, THREADS, Lengths, draw, lengths_text, write_reward_model
 from rayrlhf.config import OptimizerConfig, PPOConfig
 from rayrlhf.distributed import Ranks
-from rayrlhf.models.loading import load_policy, load_reward_model, load_tokenizer
+from rayrlhf.models.loading import checkpoint_gradients, load_policy, load_reward_model, load_tokenizer
 from rayrlhf.ppo import PPO
 from rayrlhf.trajectory import Trajectory
 
@@ -91,6 +93,13 @@ class Learner:
         self.bare(batches)
         self._synchronize()
         bare = time.perf_counter() - started
+        whole_mib = self.peak_mib(batches)
+        started = time.perf_counter()
+        with self._checkpointed():
+            self.bare(batches)
+            self._synchronize()
+            checkpointed = time.perf_counter() - started
+            checkpointed_mib = self.peak_mib(batches)
         useful = sum(t.length for t in trajectories)
         computed = sum(kwargs["input_ids"].numel() for model, kwargs in batches if model is self.ppo.policy.base_model)
         flops = count.get_total_flops()
@@ -99,6 +108,7 @@ class Learner:
             "update without optimiser": useful / (seconds["update"] - seconds["optimiser"]),
             "bare": useful / bare, "step": useful / step, "GFLOP/s": flops / seconds["update"] / 1e9,
             "bare GFLOP/s": flops / bare / 1e9, "computed tokens a token": computed / useful,
+            "checkpointed": useful / checkpointed, "MiB": whole_mib, "checkpointed MiB": checkpointed_mib,
         }  # fmt: skip
 
     def bare(self, batches: Sequence[tuple[nn.Module, dict[str, Any]]]) -> None:
@@ -119,9 +129,36 @@ class Learner:
         policy.zero_grad(set_to_none=True)
         value_model.zero_grad(set_to_none=True)
 
+    def peak_mib(self, batches: Sequence[tuple[nn.Module, dict[str, Any]]]) -> float:
+        """Most memory that the bare pass over the batches takes beyond what there is before it, gradients included."""
+        if self.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            allocated = torch.cuda.memory_allocated()
+            self.bare(batches)
+            return (torch.cuda.max_memory_allocated() - allocated) / 2**20
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # else freed memory, still held, would hide what is needed
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+        before = _resident_mib("VmRSS")
+        self.bare(batches)
+        return _resident_mib("VmHWM") - before
+
+    @contextlib.contextmanager
+    def _checkpointed(self) -> Iterator[None]:
+        models = self.ppo.policy, self.ppo.value_model
+        for model in models:
+            checkpoint_gradients(model)
+        yield
+        for model in models:
+            model.gradient_checkpointing_disable()
+
     def _synchronize(self) -> None:
         if self.device == "cuda":
             torch.cuda.synchronize()
+
+
+def _resident_mib(what: str) -> float:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
+    return int(line.split()[1]) / 1024
 
 
 def made(prompts: Sequence[Any], samples: int) -> list[Trajectory]:
@@ -217,6 +254,7 @@ def run(quick: bool) -> Result:
                 (
                     compare(f"{name}: `PPO.update`", ours=column(found, "update"), at_least=0.9),
                     compare(f"{name}: without clipping and AdamW", ours=column(found, "update without optimiser")),
+                    compare(f"{name}: bare, with gradient checkpointing", ours=column(found, "checkpointed")),
                 )
             )
             result.facts.extend(
@@ -229,6 +267,8 @@ def run(quick: bool) -> Result:
                         "",
                         column(found, "computed tokens a token"),
                     ),
+                    Fact(f"{name}: peak memory of the bare pass", "MiB", column(found, "MiB")),
+                    Fact(f"{name}: the same with gradient checkpointing", "MiB", column(found, "checkpointed MiB")),
                 )
             )
             result.settings[name] = lengths_text(lengths, SAMPLES // samples, len(turns))
