@@ -18,7 +18,7 @@ from actors.engine import environment
 from actors.generator import Generator
 from actors.monitoring import Status, export_status
 from actors.pool import Pool
-from actors.remote import ActorFailure, Remote, namespace, put
+from actors.remote import ActorFailure, Remote, namespace, put, wait
 from actors.rollouts import PLACES, Cursor, Limits, Rollouts
 from actors.scorer import Scorer
 from actors.weight_sync import PublishedWeights
@@ -76,18 +76,18 @@ class _Reported:
     """What had happened up to a batch: the next one's metrics are of what came since."""
 
     time: float = 0.0
-    replacements: int = 0
-    busy_s: dict[str, dict[str, float]] = field(default_factory=dict)
-    """By role and name, in the order of the pools."""
+    deaths: int = 0
+    busy_s: dict[str, float] = field(default_factory=dict)
+    """By name."""
 
     def since(self, before: _Reported) -> dict[str, float]:
-        seconds, idle = self.time - before.time, {}
-        for role, members in self.busy_s.items():
-            was = before.busy_s.get(role, {})
-            for place, (name, busy) in enumerate(members.items()):
-                idle[f"idle/{role}-{place}"] = min(1.0, max(0.0, 1.0 - (busy - was.get(name, 0.0)) / seconds))
-        # Replacements: also of those that died while weights were loaded.
-        return idle | {"rollout/replacements": float(self.replacements - before.replacements)}
+        seconds = self.time - before.time
+        idle = {
+            f"idle/{name}": min(1.0, max(0.0, 1.0 - (busy - before.busy_s.get(name, 0.0)) / seconds))
+            for name, busy in self.busy_s.items()
+        }
+        # Also of those that died while weights were loaded.
+        return idle | {"rollout/replacements": float(self.deaths - before.deaths)}
 
 
 def _spread(settings: GeneratorConfig | ScorerConfig) -> dict[str, Any]:
@@ -116,8 +116,8 @@ class Coordinator:
         self.rollouts: Rollouts | None = None
         self.reported = _Reported()
         self.stopping = False
-        self.followed_with = 0
-        """Generators at the last batch."""
+        self.followed_with: list[str] = []
+        """The generators at the last batch."""
         if not local:
             export_status(config.name, self.status)
 
@@ -232,12 +232,11 @@ class Coordinator:
         limits, generators = self.config.resources.generators.scale, self.generators
         if limits is None or generators is None:
             return
-        idle = [share for name, share in metrics.items() if name.startswith("idle/generator-")]
-        settled = generators.settled and len(idle) == self.followed_with
-        self.followed_with = len(idle)
-        if idle and settled:  # else part of the step was of another number of generators
-            wait = metrics["rollout/learner_wait"]
-            generators.scale(wanted_generators(len(idle), wait, statistics.fmean(idle), limits))
+        names = [actor.name for actor in generators.actors]
+        before, self.followed_with = self.followed_with, names
+        if names and names == before and generators.steady:  # else part of the step was of other generators
+            idle = statistics.fmean(metrics[f"idle/{name}"] for name in names)
+            generators.scale(wanted_generators(len(names), metrics["rollout/learner_wait"], idle, limits))
 
     # ---- the end
 
@@ -279,6 +278,7 @@ class Coordinator:
         """A learner starts, anew or from a checkpoint after which `cursor` was left."""
         self._end_rollouts()
         self.cursor, self.batch = cursor, None
+        self._forget_deaths()
         self.reported = self._counts()
 
     def next_batch(self, step: int, version: int) -> Batch:
@@ -305,10 +305,13 @@ class Coordinator:
         batch.metrics.update(metrics)
         self._follow_the_learner(metrics)
         self.reported, self.batch = now, batch
+        self._forget_deaths()
+        return batch
+
+    def _forget_deaths(self) -> None:
         for pool in (self.generators, self.scorers):
             if pool:
                 pool.worked()
-        return batch
 
     def _in_turn(self, step: int, version: int) -> tuple[list[PackedTrajectory], dict[str, float]]:
         assert self.sampling is not None, "set_prompts comes before next_batch"
@@ -375,7 +378,8 @@ class Coordinator:
 
     def stats(self) -> list[dict[str, Any]]:
         """What each generator has done so far."""
-        return self.generators.broadcast("stats") if self.generators else []
+        calls = [actor.submit("stats") for actor in self.generators.actors] if self.generators else []
+        return wait(calls, self.config.resources.call_timeout_s)
 
     def status(self) -> Status:
         """Where everything is at this moment. Other calls may be under way: nothing here waits for them."""
@@ -389,7 +393,7 @@ class Coordinator:
             groups=rollouts.groups() if rollouts else dict.fromkeys(PLACES, 0),
             actors={pool.role: len(pool) for pool in pools},
             wanted={pool.role: pool.wanted for pool in pools},
-            replacements={pool.role: pool.replacements for pool in pools},
+            replacements={pool.role: pool.deaths for pool in pools},
         )
 
     def _started(self) -> Pool:
@@ -401,8 +405,8 @@ class Coordinator:
 
     def _counts(self) -> _Reported:
         pools = [pool for pool in (self.generators, self.scorers) if pool]
-        busy = {pool.role: pool.busy_s() for pool in pools}
-        return _Reported(time.monotonic(), sum(pool.replacements for pool in pools), busy)
+        busy = {name: seconds for pool in pools for name, seconds in pool.busy_s().items()}
+        return _Reported(time.monotonic(), sum(pool.deaths for pool in pools), busy)
 
     def _spawn_generator(self, name: str) -> Remote:
         settings = self.config.resources.generators

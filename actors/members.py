@@ -64,22 +64,21 @@ class Members:
 
     def __init__(self, pools: Sequence[Pool], died: Callable[[Member, ActorDied], None]) -> None:
         """`died` is told of an actor that died with calls to answer; it calls `lose`."""
-        self._pools = pools
-        self.of = [[Member(pool, actor, i) for i, actor in enumerate(pool.actors)] for pool in pools]
+        self.of = {pool: [Member(pool, actor, i) for i, actor in enumerate(pool.actors)] for pool in pools}
         self._died = died
         self._answered: SimpleQueue[Answered] = SimpleQueue()
         self._checked = time.monotonic()
 
     def join(self, pool: Pool) -> list[Member]:
         """Those of the pool's newcomers that have become ready."""
-        members = self._of(pool)
+        members = self.of[pool]
         new = [Member(pool, actor, i) for i, actor in enumerate(pool.join(), len(members))]
         members += new
         return new
 
     def leave(self, pool: Pool) -> list[Member]:
         """Those beyond the pool's size who have nothing left to do, and are gone: from the last one on."""
-        members, gone = self._of(pool), []
+        members, gone = self.of[pool], []
         while len(members) > pool.wanted and not members[-1].held and not members[-1].calls:
             gone.append(members.pop())
             pool.leave(gone[-1].remote)
@@ -94,7 +93,7 @@ class Members:
         packed: bool = False,
         limit_s: float | None = None,
     ) -> None:
-        """Queue a call; `settle` hands its result to `then`, after those of earlier calls."""
+        """Queue a call; `hand_on` hands its result to `then`, after those of earlier calls."""
         remote = member.remote
         call = (remote.submit_packed if packed else remote.submit)(method, *args)
         limit_s = member.pool.call_timeout_s if limit_s is None else limit_s
@@ -113,7 +112,7 @@ class Members:
         except Empty:
             return found
 
-    def settle(self, answers: Iterable[Answered]) -> dict[Member, None]:
+    def hand_on(self, answers: Iterable[Answered]) -> dict[Member, None]:
         """Hand results on; returns whose queues have become shorter, in order.
 
         Raises:
@@ -140,15 +139,12 @@ class Members:
     def lose(self, member: Member, death: ActorDied) -> dict[int, Any]:
         """Go on without a dead one; returns the work that is lost."""
         member.pool.lose(member.remote, death)
-        members = self._of(member.pool)
+        members = self.of[member.pool]
         members.remove(member)
         for index, other in enumerate(members):
             other.index = index
         lost, member.held, member.calls = member.held, {}, deque()
         return lost
-
-    def _of(self, pool: Pool) -> list[Member]:
-        return next(members for members, own in zip(self.of, self._pools, strict=True) if own is pool)
 
     def _in_order(self, asked: Asked) -> None:
         member, now = asked.member, time.monotonic()
@@ -161,7 +157,7 @@ class Members:
         if now - self._checked < _CHECK_S:
             return
         self._checked = now
-        for member in (member for members in self.of for member in members if member.calls):
+        for member in (member for members in self.of.values() for member in members if member.calls):
             asked = member.calls[0]
             if now - max(asked.call.started, member.free_at) > asked.limit_s:
                 raise late(asked.call, asked.limit_s)

@@ -43,7 +43,7 @@ class Status:
     wanted: dict[str, int]
     """Actors that there are to be, by role: the others start or leave."""
     replacements: dict[str, int]
-    """Actors that died and were replaced, by role."""
+    """Actors that died, by role."""
 
 
 class Gauges:
@@ -67,9 +67,15 @@ class ExportingWriter(MetricsWriter):
     def __init__(self, run_dir: str | Path, run: str) -> None:
         super().__init__(run_dir)
         self._gauges = Gauges(run)
+        self._idle: dict[str, set[str]] = {}
+        """Actors of each stage whose idle share has been exported."""
 
     def write(self, stage: str, step: int, values: Mapping[str, SupportsFloat]) -> None:
         super().write(stage, step, values)
+        idle = {name.removeprefix("idle/") for name in values if name.startswith("idle/")}
+        for gone in self._idle.get(stage, set()) - idle:  # its series would keep its last value
+            self._gauges.set("idle", math.nan, stage=stage, actor=gone)
+        self._idle[stage] = self._idle.get(stage, set()) | idle
         for name, value in {"step": step, "step_time_seconds": time.time(), **values}.items():
             if name.startswith("idle/"):
                 self._gauges.set("idle", float(value), stage=stage, actor=name.removeprefix("idle/"))

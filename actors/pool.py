@@ -51,19 +51,20 @@ class Pool:
         """
         Args:
             node_timeout_s: how much longer a newcomer may take, for which the cluster may first have to grow.
-            max_replacements: of actors that died between two calls of `worked`.
+            max_replacements: how often an actor and those that come in its place may die between two calls of `worked`
+                without an error; with several actors each of the others may die once more, as they do with their node.
         """
         self.role, self.spawn, self.on_new = role, spawn, on_new
         self.start_timeout_s, self.call_timeout_s = start_timeout_s, call_timeout_s
         self.newcomer_timeout_s = start_timeout_s + node_timeout_s
-        self.max_replacements, self.replacements = max_replacements, 0
-        self._in_vain = 0
+        self.max_replacements = max_replacements
+        self.deaths, self._deaths_of_round = 0, 0
         self._names = (f"{role}-{i}" for i in itertools.count())
         self.wanted = count
         """How many there are to be: those beyond leave."""
         self.actors = [spawn(next(self._names)) for _ in range(count)]
         self.joining: list[Newcomer] = []
-        self._sizing = threading.RLock()
+        self._sizing = threading.Lock()
         self._busy_s: dict[str, float] = {}
 
     def __len__(self) -> int:
@@ -125,10 +126,12 @@ class Pool:
             self.wanted = count
             self._fill()
             while self.joining and len(self.actors) + len(self.joining) > count:
-                self.joining.pop().actor.kill()
+                superfluous = next((newcomer for newcomer in self.joining if newcomer.overdue), self.joining[-1])
+                self.joining.remove(superfluous)
+                superfluous.actor.kill()
 
     @property
-    def settled(self) -> bool:
+    def steady(self) -> bool:
         """Whether the size is what it will be for a while: nobody is to leave, and nobody is expected any moment."""
         with self._sizing:
             return len(self.actors) <= self.wanted and all(newcomer.overdue for newcomer in self.joining)
@@ -142,10 +145,11 @@ class Pool:
         Raises:
             ActorFailure: there are no others.
         """
-        if not self.joining:
+        if not self.joining and len(self.actors) >= self.wanted:
             return []
         joined = []
         with self._sizing:
+            self._fill()  # more were wanted while the last one left, or the last newcomer failed and this is a new run
             ready = finished([newcomer.ready for newcomer in self.joining], 0)
             for newcomer in list(self.joining):
                 if newcomer.ready in ready:
@@ -159,13 +163,13 @@ class Pool:
                         self.actors = [*self.actors, newcomer.actor]
                         joined.append(newcomer.actor)
                 elif time.monotonic() - newcomer.ready.started > self.newcomer_timeout_s:
-                    self._look_at_late(newcomer)
+                    self._mark_overdue(newcomer)
             if not self.actors and all(newcomer.overdue for newcomer in self.joining):
                 raise late(self.joining[-1].ready, self.newcomer_timeout_s)
         return joined
 
-    def _look_at_late(self, newcomer: Newcomer) -> None:
-        if not newcomer.overdue:
+    def _mark_overdue(self, newcomer: Newcomer) -> None:
+        if not newcomer.overdue and self.actors:
             log.warning(
                 "%s is not up after %.0f s and is waited for; perhaps no node has room for it, see `ray status`; %s",
                 newcomer.actor.name, self.newcomer_timeout_s, self._on_their_way,
@@ -174,19 +178,17 @@ class Pool:
 
     def _without(self, failure: ActorFailure) -> None:
         """A newcomer failed: another try if it died, else the others go on, if there are any."""
-        if isinstance(failure, ActorDied) and self._in_vain < self.max_replacements:
-            self._in_vain += 1
-            self._fill()
-            log.warning("%s; %s", failure, self._on_their_way)
-        elif self.actors or self.joining:
+        if not (isinstance(failure, ActorDied) and self._may_go_on()):
+            if not self.actors and not self.joining:
+                raise failure
             self.wanted -= 1
-            log.warning("%s; the pool goes on with %d", failure, self.wanted)
-        else:
-            raise failure
+        self._fill()
+        log.warning("%s; %s", failure, self._on_their_way)
 
     def leave(self, actor: Remote) -> None:
         """It has no work and goes."""
-        self._remove(actor)
+        with self._sizing:
+            self._remove(actor)
         actor.kill()
 
     def settle(self) -> None:
@@ -207,8 +209,11 @@ class Pool:
             try:
                 self.on_new(actor)
                 welcome.append(actor)
-            except ActorDied as death:
-                self.lose(actor, death)
+            except ActorFailure as failure:
+                actor.kill()
+                with self._sizing:
+                    self._remove(actor)
+                    self._without(failure)
         return welcome
 
     def _await_newcomers(self) -> list[Remote]:
@@ -222,9 +227,8 @@ class Pool:
             self.joining.append(Newcomer(actor, actor.submit("ready")))
 
     def _remove(self, actor: Remote) -> None:
-        with self._sizing:
-            self.actors = [other for other in self.actors if other is not actor]
-            self._busy_s.pop(actor.name, None)
+        self.actors = [other for other in self.actors if other is not actor]
+        self._busy_s.pop(actor.name, None)
 
     # ---- work and deaths
 
@@ -237,23 +241,27 @@ class Pool:
 
     def worked(self) -> None:
         """A round of work is done: deaths before it do not count towards `max_replacements` any more."""
-        self._in_vain = 0
+        self._deaths_of_round = 0
 
     def lose(self, actor: Remote, death: ActorFailure) -> None:
         """Go on without a dead actor; a newcomer is on its way. Raises `death` when that happened too often."""
-        if actor not in self.actors:
-            return  # known already
-        if self._in_vain == self.max_replacements:
-            raise death
-        self.replacements += 1
-        self._in_vain += 1
-        actor.kill()  # one that is only out of reach must not keep its resources
         with self._sizing:
+            if actor not in self.actors:
+                return  # known already
             self._remove(actor)
+            actor.kill()  # one that is only out of reach must not keep its resources
+            if not self._may_go_on():
+                raise death
             self._fill()
             log.warning("%s; %s", death, self._on_their_way)
+
+    def _may_go_on(self) -> bool:
+        """Count a death; whether it is one that another actor may make up for."""
+        self.deaths += 1
+        self._deaths_of_round += 1
+        return self._deaths_of_round < self.wanted + self.max_replacements
 
     @property
     def _on_their_way(self) -> str:
         names = ", ".join(newcomer.actor.name for newcomer in self.joining)
-        return f"{len(self)} of {self.wanted} {self.role}s go on, on their way: {names or 'nobody'}"
+        return f"{len(self)} {self.role}s go on (wanted: {self.wanted}), on their way: {names or 'nobody'}"

@@ -149,7 +149,8 @@ def answer(call: Call, future: Future[Any]) -> Any:
 
 
 def _fail(call: Call, error: Exception) -> NoReturn:
-    if isinstance(error, RayActorError | ObjectLostError):
+    # What the call raised may be such an error as well, of an actor or an object that it asked for.
+    if isinstance(error, RayActorError | ObjectLostError) and not isinstance(error, RayTaskError):
         cause = " ".join(ANSI.sub("", str(error)).split())[-600:]  # the reason stands at the end
         raise ActorDied(f"{call.actor} died during {call.method}: {cause}") from error
     raised = getattr(error, "cause", None)

@@ -126,7 +126,7 @@ class Rollouts:
             of_step = groups_of_step(position // limits.groups_per_step)
             self.waiting.append(Group(position, list(of_step[position % limits.groups_per_step])))
         self._members = Members([generators, scorers], died=self._lose)
-        self._writers, self._readers = self._members.of
+        self._writers, self._readers = self._members.of[generators], self._members.of[scorers]
         for member in self._writers:
             member.version = publication.version
         self._free = dict.fromkeys(self._writers)
@@ -237,7 +237,7 @@ class Rollouts:
             time.sleep(_BUNDLE_S)
             answers += self._members.answers(0)
         with self._changed:
-            for member in self._members.settle(answers):
+            for member in self._members.hand_on(answers):
                 if member.pool is self.generators and len(member.calls) < _QUEUE:
                     self._free[member] = None
             if self._complete:

@@ -126,10 +126,10 @@ class ControlPlane:
         members = Members([generators], died=lambda member, death: None)
         cpu, rounds = time.process_time(), EMPTY_CALLS // len(generators)
         for _ in range(rounds):
-            for member in members.of[0]:
+            for member in members.of[generators]:
                 members.ask(member, "ready", packed=True)
-        while any(member.calls for member in members.of[0]):
-            members.settle(members.answers(1.0))
+        while any(member.calls for member in members.of[generators]):
+            members.hand_on(members.answers(1.0))
         return (time.process_time() - cpu) / (rounds * len(generators))
 
     def close(self) -> None:

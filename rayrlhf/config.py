@@ -293,8 +293,8 @@ class ResourcesConfig(Section):
     scorers: ScorerConfig = ScorerConfig()
     learner: LearnerConfig = LearnerConfig()
     wait_for_nodes_s: Annotated[int, Field(ge=0)] = 0
-    """How long to wait for nodes that the cluster lacks, before a run starts or when it has lost its last generator;
-    an autoscaler is asked for them."""
+    """How long to wait for nodes that the cluster lacks, before a run starts or when its last generator or scorer has
+    died; an autoscaler is asked for them."""
     start_timeout_s: Positive = 300
     """How long an actor may take until it is ready."""
     call_timeout_s: Positive = 600
@@ -309,9 +309,10 @@ class ResourcesConfig(Section):
 
     @property
     def coordinator_timeout_s(self) -> int:
-        """How long a call to the coordinator may take, whose own calls may find all actors dead and wait for newcomers:
-        longer than those, so that the error names the actor that is late and not the coordinator that waits for it."""
-        return self.newcomer_timeout_s + 3 * self.call_timeout_s
+        """How long a call to the coordinator may take, whose own calls may find all generators dead, and all scorers,
+        and wait for newcomers: longer than those, so that the error names the actor that is late and not the
+        coordinator that waits for it."""
+        return 2 * self.newcomer_timeout_s + 3 * self.call_timeout_s
 
 
 class Config(Section):

@@ -25,7 +25,7 @@ from ray._common.test_utils import fetch_prometheus_metrics
 
 from actors.coordinator import Coordinator
 from actors.learner import LearnerArguments, ppo_loop
-from actors.monitoring import CONTROL, Gauges
+from actors.monitoring import CONTROL, ExportingWriter, Gauges
 from actors.remote import Remote, namespace
 from actors.reward_model import RewardModelArguments, reward_model_loop
 from actors.sft import DevPrompt, SFTArguments, sft_loop
@@ -73,6 +73,10 @@ class Loops:
         gauges.set("weight_version", 3, actor="generator-0")
         gauges.set("weight_version", float("nan"), actor="generator-0")
         gauges.set("weight_version", 4, actor="generator-1")
+        with tempfile.TemporaryDirectory() as directory:
+            writer = ExportingWriter(directory, "forgetful")
+            writer.write("ppo", 0, {"idle/generator-0": 0.5, "idle/scorer-0": 0.75})
+            writer.write("ppo", 1, {"idle/generator-1": 0.25, "idle/scorer-0": 0.5})
 
 
 @pytest.fixture(scope="module")
@@ -221,9 +225,13 @@ def test_gauges_of_the_coordinator(scraped: Mapping[str, list[tuple[Labels, floa
 
 def test_not_a_number_ends_a_series(scraped: Mapping[str, list[tuple[Labels, float]]]) -> None:
     """Of an actor that is gone, in a process that is not."""
-    series = {labels["actor"]: v for labels, v in scraped["ray_rayrlhf_weight_version"] if labels["run"] == "forgetful"}
-    assert series.pop("generator-1") == 4
-    assert all(np.isnan(v) for v in series.values())
+
+    def series(name: str) -> dict[str, float]:
+        found = {labels["actor"]: v for labels, v in scraped[name] if labels["run"] == "forgetful"}
+        return {actor: v for actor, v in found.items() if not np.isnan(v)}
+
+    assert series("ray_rayrlhf_weight_version") == {"generator-1": 4}
+    assert series("ray_rayrlhf_idle") == {"generator-1": 0.25, "scorer-0": 0.5}
 
 
 def test_every_expression_of_the_dashboard_finds_its_series(

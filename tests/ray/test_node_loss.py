@@ -102,9 +102,10 @@ def test_a_lost_node_costs_its_unfinished_prompts_a_second_try(
     cluster.remove_node(node, allow_graceful=False)
     assert not ray.wait([call.ref], timeout=0)[0], "the node was to go while its generator worked"
     second, third = wait([call], 300)[0], batch(2)
-    assert second.metrics["rollout/replacements"] == 1
+    # What the lost one had may have been for the third batch only: its end is seen where an answer is waited for.
+    assert second.metrics["rollout/replacements"] + third.metrics["rollout/replacements"] == 1
     # Nothing has room for a third generator: the run did not wait for it.
-    assert third.metrics["rollout/generators"] == 1 and third.metrics["rollout/replacements"] == 0
+    assert third.metrics["rollout/generators"] == 1
 
     back = cluster.add_node(num_cpus=1, labels=ROLLOUT)
     deadline = time.monotonic() + 120

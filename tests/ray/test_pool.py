@@ -138,7 +138,7 @@ def test_work_of_a_killed_member_is_done_again_and_a_newcomer_joins(
     # -2 kills whoever gets it first.
     results = pool.map("add_unless", [1, -2, 3, 4, 5], tmp_path)
     assert [value for _, value in results] == [101, 102, 103, 104, 105]
-    assert (tmp_path / "died--2").exists() and pool.replacements == 1
+    assert (tmp_path / "died--2").exists() and pool.deaths == 1
     settle(pool, 2)
     assert newcomers == [f"{pool.role}-2"] and pool.actors[-1].name == newcomers[0]
     assert len(set(pids(pool)) & set(before)) == 1
@@ -155,13 +155,13 @@ def test_a_member_that_died_between_calls(make_pool: Callable[..., Pool]) -> Non
     pool = make_pool(2, on_new=lambda actor: actor.call("set_offset", 100, timeout_s=10))
     os.kill(pids(pool)[0], 9)
     assert [value for _, value in pool.map("add", [1, 2, 3, 4], 0.01)] == [101, 102, 103, 104]
-    assert pool.replacements == 1
+    assert pool.deaths == 1
 
 
 def test_who_dies_in_a_broadcast_is_left_out(make_pool: Callable[..., Pool], tmp_path: Path) -> None:
     pool = make_pool(3, on_new=lambda actor: actor.call("set_offset", 300, timeout_s=10))
     assert pool.broadcast("set_offset_unless", 200, tmp_path / "died") == [200, 200]
-    assert (tmp_path / "died").exists() and pool.replacements == 1
+    assert (tmp_path / "died").exists() and pool.deaths == 1
     settle(pool, 3)
     assert [a.name for a in pool.actors] == [f"{pool.role}-{i}" for i in (0, 2, 3)]
     assert {value for _, value in pool.map("add", [1] * 6, 0.05)} == {201, 301}
@@ -184,14 +184,14 @@ def test_without_room_for_a_newcomer_the_others_go_on(tmp_path: Path, caplog: py
     pool.broadcast("set_offset", 100)
     pieces = [1, -2, 3, 4]
     assert [value for _, value in pool.map("add_unless", pieces, tmp_path)] == [101, 102, 103, 104]
-    assert len(pool) == 1 and pool.wanted == 2 and not pool.settled
+    assert len(pool) == 1 and pool.wanted == 2 and not pool.steady
     time.sleep(1.1)
     for _ in range(3):
         pool.settle()
     said = [record.message for record in caplog.records]
     assert [f"{role}-2 is not up after 1 s" in line for line in said] == [False, True], said
-    assert said[1].endswith(f"1 of 2 {role}s go on, on their way: {role}-2")
-    assert len(pool) == 1 and pool.settled
+    assert said[1].endswith(f"1 {role}s go on (wanted: 2), on their way: {role}-2")
+    assert len(pool) == 1 and pool.steady
     assert [value for _, value in pool.map("add", [5, 6])] == [105, 106]
 
     pool.actors[0].kill()
@@ -204,7 +204,68 @@ def test_deaths_beyond_the_limit_are_an_error(make_pool: Callable[..., Pool]) ->
     pool = make_pool(1, max_replacements=2)
     with pytest.raises(ActorDied, match=rf"{pool.role}-2 died during die"):
         pool.map("die", [0])
-    assert pool.replacements == 2
+    assert pool.deaths == 3
+
+
+def test_all_may_die_at_once(make_pool: Callable[..., Pool]) -> None:
+    """As they do with their nodes: that is not the work's fault."""
+    pool = make_pool(3, max_replacements=1, on_new=lambda actor: actor.call("set_offset", 100, timeout_s=10))
+    for pid in pids(pool):
+        os.kill(pid, 9)
+    assert [value for _, value in pool.map("add", [1, 2, 3])] == [101, 102, 103]
+    assert pool.deaths == 3
+    settle(pool, 3)
+
+
+class StillBorn(Adder):
+    def ready(self) -> dict[str, Any]:
+        os.kill(os.getpid(), 9)
+        return {}
+
+
+def test_newcomers_that_die_are_an_error_each_time_when_nobody_is_left() -> None:
+    role = next(_roles)
+
+    def spawn(name: str) -> Remote:
+        return Remote.spawn(
+            name, Adder if name == f"{role}-0" else StillBorn, name, local=False, options={"num_cpus": 0}
+        )
+
+    pool = Pool(role, 1, spawn, start_timeout_s=60, call_timeout_s=60, max_replacements=2)
+    pool.wait_until_ready()
+    pool.actors[0].kill()
+    with pytest.raises(ActorDied, match=rf"{role}-2 died during ready"):
+        pool.map("add", [1])
+    pool.worked()  # a learner that comes back
+    with pytest.raises(ActorDied, match=rf"{role}-5 died during ready"):
+        pool.settle()
+    assert pool.deaths == 6
+    pool.stop()
+
+
+def test_a_newcomer_that_cannot_be_brought_up_to_date_is_given_up(make_pool: Callable[..., Pool]) -> None:
+    def refuse(actor: Remote) -> None:
+        raise ActorFailure(f"{actor.name} refuses")
+
+    pool = make_pool(2, on_new=refuse)
+    os.kill(pids(pool)[0], 9)
+    assert [value for _, value in pool.map("add", [1, 2, 3])] == [101, 102, 103]
+    deadline = time.monotonic() + 60
+    while pool.wanted == 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+        pool.settle()
+    assert [actor.name for actor in pool.actors] == [f"{pool.role}-1"] and not pool.joining
+
+
+def test_who_is_wanted_again_while_the_last_one_leaves_comes_back(make_pool: Callable[..., Pool]) -> None:
+    pool = make_pool(2)
+    pool.scale(1)
+    leaver = pool.actors[-1]  # has been looked at before the next line, as by another thread
+    pool.scale(2)
+    pool.leave(leaver)
+    settle(pool, 2)
+    assert [actor.name for actor in pool.actors] == [f"{pool.role}-{i}" for i in (0, 2)]
 
 
 def test_a_time_out_names_actor_and_method(make_pool: Callable[..., Pool]) -> None:
@@ -236,7 +297,7 @@ def test_errors_pass_through_and_cost_no_member(make_pool: Callable[..., Pool]) 
         pool.map("refuse", [3])
     with pytest.raises(ActorFailure, match=rf"{pool.role}-\d\.fail raised (.|\n)*ZeroDivisionError: at 5"):
         pool.broadcast("fail", 5)
-    assert pids(pool) == before and pool.replacements == 0
+    assert pids(pool) == before and pool.deaths == 0
 
 
 def test_errors_of_a_called_actor_pass_through_the_caller(make_pool: Callable[..., Pool]) -> None:
@@ -291,7 +352,7 @@ def test_members_at_work(make_pool: Callable[..., Pool], tmp_path: Path) -> None
 
     def died(member: Member, death: ActorDied) -> None:
         for number in sorted(members.lose(member, death)):
-            ask(members.of[0][0], number)
+            ask(members.of[pool][0], number)
 
     def ask(member: Member, number: int) -> None:
         member.held[number] = None
@@ -305,15 +366,15 @@ def test_members_at_work(make_pool: Callable[..., Pool], tmp_path: Path) -> None
 
     def work() -> None:
         deadline = time.monotonic() + 60
-        while any(member.calls for member in members.of[0]):
+        while any(member.calls for member in members.of[pool]):
             assert time.monotonic() < deadline
-            members.settle(members.answers(1.0))
+            members.hand_on(members.answers(1.0))
 
     members = Members([pool], died)
     for number in range(100, 150):
-        for member in members.of[0]:
+        for member in members.of[pool]:
             ask(member, number + 100 * member.index)
-    ask(members.of[0][0], -7)
+    ask(members.of[pool][0], -7)
     work()
     survivor, newcomer = f"{pool.role}-1", f"{pool.role}-2"
     assert heard[f"{pool.role}-0"] == list(range(200, 200 + len(heard[f"{pool.role}-0"])))
@@ -324,9 +385,9 @@ def test_members_at_work(make_pool: Callable[..., Pool], tmp_path: Path) -> None
     while not members.join(pool):
         assert time.monotonic() < deadline
         time.sleep(0.2)
-    assert [(member.remote.name, member.index) for member in members.of[0]] == [(survivor, 0), (newcomer, 1)]
-    members.ask(members.of[0][1], "set_offset", 100)
-    ask(members.of[0][1], 900)
+    assert [(member.remote.name, member.index) for member in members.of[pool]] == [(survivor, 0), (newcomer, 1)]
+    members.ask(members.of[pool][1], "set_offset", 100)
+    ask(members.of[pool][1], 900)
     work()
     assert heard[newcomer] == [1000]
 

@@ -62,7 +62,7 @@ class Log:
         self.heard: list[str] = []
         self.lost: list[dict[int, Any]] = []
         self.members = Members([pool], self.died)
-        (self.of,) = self.members.of
+        self.of = self.members.of[pool]
 
     def died(self, member: Member, death: ActorDied) -> None:
         self.lost.append(self.members.lose(member, death))
@@ -73,7 +73,7 @@ class Log:
         return member.remote.asked[method]
 
     def settle(self) -> list[Member]:
-        return list(self.members.settle(self.members.answers(0.0)))
+        return list(self.members.hand_on(self.members.answers(0.0)))
 
 
 def test_answers_are_handed_on_in_the_order_of_the_calls(pool: Pool) -> None:
@@ -115,7 +115,7 @@ def test_a_death_gives_the_work_back_and_later_answers_of_the_dead_do_not_count(
     first.set_result("first")
     third.set_exception(ActorDiedError())
     assert log.settle() == [] and log.heard == []
-    assert pool.replacements == 1
+    assert pool.deaths == 1
     # The other one has moved up, and one more is on its way.
     assert log.of == [other] and other.index == 0
     assert [actor.name for actor in pool.actors] == ["worker-1"]

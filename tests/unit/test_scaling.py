@@ -6,6 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from actors.coordinator import Coordinator
+from actors.pool import Pool
+from actors.remote import ActorDied, Remote
 from rayrlhf.config import ScaleConfig
 from rayrlhf.config_file import parse_config
 from rayrlhf.errors import UserError
@@ -49,6 +52,38 @@ def test_it_settles_where_the_learner_does_not_wait_and_no_generator_is_too_many
     assert after == count
     assert learner_wait <= 0.1 + 1e-9
     assert count == 1 or work > 0.9 * (count - 1), "fewer would do"
+
+
+class Actor:
+    def ready(self) -> dict[str, str]:
+        return {}
+
+
+def test_the_coordinator_follows_once_a_whole_step_was_of_the_same_generators() -> None:
+    scale = {"min": 1, "max": 8, "target_learner_wait": 0.1}
+    settings = {"name": "x", "ppo": {"max_staleness": 1}, "resources": {"generators": {"scale": scale}}}
+    coordinator = Coordinator(parse_config(settings, "test"), "none", 100, 1, local=True)
+    pool = coordinator.generators = Pool(
+        "generator", 2, lambda name: Remote(name, Actor(), True), start_timeout_s=9, call_timeout_s=9
+    )
+
+    def follow(learner_wait: float, idle: float) -> int:
+        shares = {f"idle/{actor.name}": idle for actor in pool.actors}
+        coordinator._follow_the_learner({"rollout/learner_wait": learner_wait} | shares)
+        return pool.wanted
+
+    assert follow(0.5, 0.0) == 2  # the first batch: actors started in it
+    assert follow(0.5, 0.0) == 4
+    assert follow(0.5, 0.0) == 4  # two are on their way
+    pool.join()
+    assert follow(0.5, 0.0) == 4  # they joined in this step
+    assert follow(0.0, 0.5) == 3
+    pool.settle()
+    assert follow(0.0, 0.5) == 3
+    pool.lose(pool.actors[0], ActorDied("with its node"))
+    pool.join()
+    assert follow(0.0, 0.5) == 3  # as many as before, but not the same
+    assert follow(0.0, 0.5) == 2
 
 
 def test_in_turn_there_is_nothing_to_follow() -> None:
