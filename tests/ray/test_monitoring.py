@@ -77,6 +77,7 @@ class Loops:
             writer = ExportingWriter(directory, "forgetful")
             writer.write("ppo", 0, {"idle/generator-0": 0.5, "idle/scorer-0": 0.75})
             writer.write("ppo", 1, {"idle/generator-1": 0.25, "idle/scorer-0": 0.5})
+            writer.close()
 
 
 @pytest.fixture(scope="module")
@@ -250,7 +251,7 @@ def test_every_expression_of_the_dashboard_finds_its_series(
             assert all(used <= found.keys() for found in series), f"{target['expr']}: {used}, there is {series[0]}"
     (variable,) = [v for v in dashboard["templating"]["list"] if v["name"] == "run"]
     name, label = re.fullmatch(r"label_values\((\w+), (\w+)\)", variable["query"]["query"]).groups()  # type: ignore[union-attr]
-    assert {found[label] for found, _ in scraped[name]} == {"watched"}
+    assert {found[label] for found, _ in scraped[name]} == {"watched", "forgetful"}
 
 
 def test_every_metric_of_the_page_is_there(scraped: Mapping[str, list[tuple[Labels, float]]]) -> None:
