@@ -223,9 +223,9 @@ class Coordinator:
             if count is not None and pool is None:
                 raise UserError(f"scale: the run has not started its {role} yet; set resources.{role}.count")
         for pool, count in ((self.generators, generators), (self.scorers, scorers)):
-            if pool and count is not None:
+            if pool is not None and count is not None:
                 pool.scale(count)
-        return {pool.role: pool.wanted for pool in (self.generators, self.scorers) if pool}
+        return {pool.role: pool.wanted for pool in self._pools}
 
     def _follow_the_learner(self, metrics: dict[str, float]) -> None:
         """Grow or shrink the generators by what the last step took, where the config says so."""
@@ -309,9 +309,8 @@ class Coordinator:
         return batch
 
     def _forget_deaths(self) -> None:
-        for pool in (self.generators, self.scorers):
-            if pool:
-                pool.worked()
+        for pool in self._pools:
+            pool.worked()
 
     def _in_turn(self, step: int, version: int) -> tuple[list[PackedTrajectory], dict[str, float]]:
         assert self.sampling is not None, "set_prompts comes before next_batch"
@@ -384,17 +383,21 @@ class Coordinator:
     def status(self) -> Status:
         """Where everything is at this moment. Other calls may be under way: nothing here waits for them."""
         rollouts = self.rollouts
-        pools = [pool for pool in (self.generators, self.scorers) if pool]
         names = [actor.name for actor in self.generators.actors] if self.generators else []
         loaded = rollouts.versions() if rollouts else self.loaded
         return Status(
             version=self.version,
             versions={name: loaded[name] for name in names if name in loaded},
             groups=rollouts.groups() if rollouts else dict.fromkeys(PLACES, 0),
-            actors={pool.role: len(pool) for pool in pools},
-            wanted={pool.role: pool.wanted for pool in pools},
-            replacements={pool.role: pool.deaths for pool in pools},
+            actors={pool.role: len(pool) for pool in self._pools},
+            wanted={pool.role: pool.wanted for pool in self._pools},
+            replacements={pool.role: pool.deaths for pool in self._pools},
         )
+
+    @property
+    def _pools(self) -> list[Pool]:
+        """Those that have been started; one whose actors have all died is one of them."""
+        return [pool for pool in (self.generators, self.scorers) if pool is not None]
 
     def _started(self) -> Pool:
         """The generators. Once they have been up, a dead one is the pool's to replace, not an error of its start."""
@@ -404,9 +407,8 @@ class Coordinator:
         return self.generators
 
     def _counts(self) -> _Reported:
-        pools = [pool for pool in (self.generators, self.scorers) if pool]
-        busy = {name: seconds for pool in pools for name, seconds in pool.busy_s().items()}
-        return _Reported(time.monotonic(), sum(pool.deaths for pool in pools), busy)
+        busy = {name: seconds for pool in self._pools for name, seconds in pool.busy_s().items()}
+        return _Reported(time.monotonic(), sum(pool.deaths for pool in self._pools), busy)
 
     def _spawn_generator(self, name: str) -> Remote:
         settings = self.config.resources.generators

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from actors.coordinator import Coordinator
 from actors.pool import Pool
 from actors.remote import ActorDied, Remote
+from actors.rollouts import Cursor
 from rayrlhf.config import ScaleConfig
 from rayrlhf.config_file import parse_config
 from rayrlhf.errors import UserError
@@ -84,6 +85,20 @@ def test_the_coordinator_follows_once_a_whole_step_was_of_the_same_generators() 
     pool.join()
     assert follow(0.0, 0.5) == 3  # as many as before, but not the same
     assert follow(0.0, 0.5) == 2
+
+
+def test_a_pool_that_has_lost_everybody_is_still_one() -> None:
+    coordinator = Coordinator(parse_config({"name": "x"}, "test"), "none", 100, 1, local=True)
+    pool = coordinator.generators = Pool(
+        "generator", 1, lambda name: Remote(name, Actor(), True), start_timeout_s=9, call_timeout_s=9
+    )
+    pool.lose(pool.actors[0], ActorDied("with its node"))
+    status = coordinator.status()
+    assert (status.actors, status.wanted, status.replacements) == ({"generator": 0}, {"generator": 1}, {"generator": 1})
+    assert coordinator.scale(generators=3) == {"generator": 3}
+    coordinator.begin(Cursor(0))
+    assert coordinator.reported.deaths == 1
+    assert [actor.name for actor in pool.join()] == ["generator-1", "generator-2", "generator-3"]
 
 
 def test_in_turn_there_is_nothing_to_follow() -> None:
