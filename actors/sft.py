@@ -70,6 +70,8 @@ class SFTArguments:
     """list[DevPrompt], or `actors.remote.put` of it. The first `sft.eval_prompts` are answered as well."""
     coordinator: Remote | None
     """Answers dev prompts; without it the checkpoint with the lowest dev loss is kept."""
+    checkpoints: str = "sft"
+    """Name of this training's checkpoints, see `Session.checkpoint_name`."""
 
 
 @dataclass
@@ -89,7 +91,7 @@ def sft_loop(arguments: dict[str, Any]) -> None:
     """Fine-tune on demonstrations; `arguments["sft"]` is an `SFTArguments`.
 
     A restart continues from the last evaluation: weights, optimiser, step, best score, and the best model so far,
-    which waits in `checkpoints/sft-best`. The finished one appears in the run folder's `sft/`.
+    which waits in `checkpoints/NAME-best`. The finished one appears in the run folder's `sft/`.
 
     Raises:
         UserError: no data, or rows that are longer than the model's context.
@@ -113,7 +115,8 @@ def sft_loop(arguments: dict[str, Any]) -> None:
 
     epochs = Epochs(len(train), settings.batch_size, settings.epochs, settings.evals_per_epoch, config.seed)
     optimizer = Optimizer(model, settings.optimizer, epochs.steps)
-    state, best_model = SFTState(), run.checkpoints / "sft-best"
+    # Beside the checkpoints of these settings: those of others have a best model of their own.
+    state, best_model = SFTState(), run.checkpoints / f"{args.checkpoints}-best"
     with restored() as checkpoint:
         if checkpoint:
             stored = torch.load(checkpoint / "sft.pt", weights_only=True, map_location=ranks.device)

@@ -6,9 +6,10 @@ import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import ray
+from ray._private import ray_constants
 from ray.autoscaler.sdk import request_resources
 from rich.table import Table
 
@@ -23,7 +24,7 @@ _NAMED = 4
 
 # Set before Ray starts, so that every process of a local cluster inherits it.
 LOCAL_ENVIRONMENT = {
-    "RAY_AUTH_MODE": "disabled",  # a loopback cluster; otherwise Ray writes a token file and later asks for it
+    "RAY_AUTH_MODE": "disabled",  # otherwise Ray writes a token file and later asks for it; see `loopback_only`
     "RAY_USAGE_STATS_ENABLED": "0",
     "OMP_WAIT_POLICY": "passive",  # roles take turns on the same cores: threads that wait must not spin
 }
@@ -32,6 +33,26 @@ LOCAL_ENVIRONMENT = {
 def inside_job() -> bool:
     """Whether this process is the entry point of a `ray job submit`."""
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+@contextmanager
+def loopback_only() -> Iterator[None]:
+    """Ray that starts or is joined in the block listens on 127.0.0.1 alone, as it does on macOS.
+
+    It would listen on all addresses, and without a token whoever reaches them can run code. Ray has this switch for
+    macOS and Windows, reads it when it is imported, and turns a loopback address that it is given into another one.
+    """
+    before = ray_constants.ENABLE_RAY_CLUSTER, os.environ.get(ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR)
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"  # for the processes that are started
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before[0]
+        if before[1] is None:
+            del os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR]
+        else:
+            os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = before[1]
 
 
 @contextmanager
@@ -45,21 +66,23 @@ def connected(config: Config) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    if "RAY_ADDRESS" in os.environ:  # set by the user, or by Ray for a job
-        ray.init(log_to_driver=False)
-    else:
-        for key, value in LOCAL_ENVIRONMENT.items():
-            os.environ.setdefault(key, value)
-        ray.init(
-            address="local",
-            include_dashboard=config.resources.dashboard,
-            log_to_driver=False,
-            logging_level="warning",
-        )
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    local = "RAY_ADDRESS" not in os.environ  # set by the user, or by Ray for a job
+    with loopback_only() if local else nullcontext():
+        if local:
+            for key, value in LOCAL_ENVIRONMENT.items():
+                os.environ.setdefault(key, value)
+            ray.init(
+                address="local",
+                include_dashboard=config.resources.dashboard,
+                log_to_driver=False,
+                logging_level="warning",
+            )
+        else:
+            ray.init(log_to_driver=False)
+        try:
+            yield
+        finally:
+            ray.shutdown()
 
 
 def preflight(config: Config, runs: int = 1) -> Table:
@@ -72,14 +95,15 @@ def preflight(config: Config, runs: int = 1) -> Table:
     started = time.monotonic()
     plan = make_plan(roles, cluster_nodes(), runs)
     asked = not plan.complete and limit_s > 0
-    if asked:
-        bundles, labels = demand(plan)
-        request_resources(bundles=bundles, bundle_label_selectors=labels)  # of an autoscaler, if there is one
+    bundles, labels = demand(plan)
     try:
         said = -math.inf
         while not plan.complete and (waited := time.monotonic() - started) < limit_s:
             if waited - said >= _SAY_S:
                 said = waited
+                # Of an autoscaler, if there is one. A cluster has one such request: that of another run, or its end,
+                # takes the place of this one.
+                request_resources(bundles=bundles, bundle_label_selectors=labels)
                 print(f"waiting for nodes ({waited:.0f} of {limit_s} s): {_missing(plan)}", flush=True)
             time.sleep(_POLL_S)
             plan = make_plan(roles, cluster_nodes(), runs)

@@ -6,7 +6,7 @@ import os
 import re
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from ray.util.state.exception import RayStateApiException
 
 from actors.monitoring import CONTROL, Status
 from actors.remote import namespace
-from jobs.cluster import LOCAL_ENVIRONMENT
+from jobs.cluster import LOCAL_ENVIRONMENT, loopback_only
 from rayrlhf.config import Config
 from rayrlhf.errors import UserError
 
@@ -117,13 +117,16 @@ def _joined(address: str) -> Iterator[None]:
         socket.create_connection((host, int(port)), timeout=3).close()
     except (OSError, ValueError):
         raise UserError(f"no Ray cluster answers at {address}; give its address as host:port (--address)") from None
-    for key, value in LOCAL_ENVIRONMENT.items():
-        os.environ.setdefault(key, value)
-    try:
-        ray.init(address=address, log_to_driver=False, logging_level="error")
-    except (RayError, ConnectionError, RuntimeError, ValueError) as error:
-        raise UserError(f"cannot join the Ray cluster at {address}: {' '.join(str(error).split())[:300]}") from None
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    own = host == "127.0.0.1"  # of `jobs.cluster.connected`; any other asks for tokens as its environment says
+    if own:
+        for key, value in LOCAL_ENVIRONMENT.items():
+            os.environ.setdefault(key, value)
+    with loopback_only() if own else nullcontext():
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level="error")
+        except (RayError, ConnectionError, RuntimeError, ValueError) as error:
+            raise UserError(f"cannot join the Ray cluster at {address}: {' '.join(str(error).split())[:300]}") from None
+        try:
+            yield
+        finally:
+            ray.shutdown()

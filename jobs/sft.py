@@ -33,6 +33,7 @@ def sft(session: Session) -> None:
         put(rows[: len(records)], session.local),
         put(dev, session.local),
         session.coordinator,
+        session.checkpoint_name("sft"),
     )
     steps = Epochs(
         len(records), config.sft.batch_size, config.sft.epochs, config.sft.evals_per_epoch, config.seed
@@ -41,7 +42,7 @@ def sft(session: Session) -> None:
         fit(
             sft_loop,
             {"sft": arguments},
-            name=session.checkpoint_name("sft"),
+            name=arguments.checkpoints,
             storage=session.run.address_of(session.run.checkpoints),
             learner=config.resources.learner,
             keep_checkpoints=1,

@@ -1,16 +1,20 @@
-"""SIGTERM, which `ray job stop`, Kubernetes and Slurm send before they kill: what can be kept is kept.
+"""SIGTERM, which `ray job stop` sends before it kills: what can be kept is kept.
 
 PPO is asked for a checkpoint at the end of the step that it is in. Everything else ends as by Ctrl-C; so does PPO at
-the second SIGTERM. The same command continues.
+a second SIGTERM some seconds later. The same command continues.
 """
 
 from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+ONE_S = 5.0
+"""Signals that come within this time are one: `uv run` and a shell pass on what Ray has sent to their child as well."""
 
 
 @contextmanager
@@ -23,11 +27,15 @@ def interrupted_by_sigterm() -> Iterator[None]:
 @contextmanager
 def asking_first(ask: Callable[[], object]) -> Iterator[threading.Event]:
     """During the block, the first SIGTERM calls `ask`, from another thread; the event says that it came."""
-    asked = threading.Event()
+    asked, first = threading.Event(), 0.0
 
     def handle(number: int, frame: Any) -> None:
+        nonlocal first
         if asked.is_set():
-            _interrupt(number, frame)
+            if time.monotonic() - first > ONE_S:
+                _interrupt(number, frame)
+            return
+        first = time.monotonic()
         asked.set()
         print("stopping: PPO writes a checkpoint when its step ends; SIGTERM again ends it now", flush=True)
         # Not here: the signal may have come in the middle of a call to Ray.

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from aiohttp import ClientError
 from ray.exceptions import RayError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
@@ -69,27 +70,32 @@ def submit(job: Job, address: str, follow: bool) -> None:
 
     Raises:
         UserError: no cluster at the address, or the job ended with a user's mistake (its log has the line).
-        ActorFailure: the job failed or was stopped.
+        ActorFailure: the job failed or was stopped, or its log cannot be followed any more.
+        SystemExit: interrupted, with 130: the job's end is not known.
     """
     try:
         client = JobSubmissionClient(address)
         name = client.submit_job(entrypoint=job.entrypoint, runtime_env=job.runtime_env, metadata=job.metadata)
-    except (ConnectionError, RuntimeError, RayError) as error:  # the last one: without the cluster's token
+    except (ConnectionError, RuntimeError, ValueError, RayError) as error:  # the last one: without the cluster's token
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"submit: {address} does not take jobs ({reason}); start a cluster (docs/cluster.md), give its dashboard "
             "as --address, and set RAY_AUTH_MODE as the cluster does"
         ) from error
+    look = f"ray job logs --follow --address {address} {name}"
     print(f"submitted {name} ({job.metadata['run']}, revision {job.metadata['git_revision']}) to {address}", flush=True)
     if not follow:
-        print(f"follow it with: ray job logs --follow --address {address} {name}", flush=True)
+        print(f"follow it with: {look}", flush=True)
         return
     try:
         asyncio.run(_print_log(client, name))
         details = _ended(client, name)
     except KeyboardInterrupt:
         print(f"\nleft; {name} goes on. To stop it: ray job stop --address {address} {name}", flush=True)
-        return
+        raise SystemExit(130) from None
+    except (ClientError, OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ActorFailure(f"lost the connection to {address} ({reason}); {name} goes on: {look}") from error
     if details.status != JobStatus.SUCCEEDED:
         if details.driver_exit_code == 2:
             raise UserError(f"job {name}: see the line above")

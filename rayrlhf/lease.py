@@ -2,7 +2,8 @@
 
 Stores have no locks, and pyarrow has no conditional write. So one who finds a lease watches it: if it changes, its
 holder lives; if it does not, it may be taken. Who has written a lease reads it again a moment later, to see whether
-another wrote one at the same time. No clocks are compared.
+another wrote one at the same time. Who renews a lease that has become another's, since the store could not be reached
+for a while, ends. No clocks are compared.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import socket
 import threading
 import time
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 from rayrlhf.errors import UserError
 from rayrlhf.storage import Store, as_user_error
@@ -27,7 +30,7 @@ RENEW_S, PATIENCE_S, SETTLE_S = 10.0, 35.0, 1.0
 
 @contextlib.contextmanager
 def leased(store: Store) -> Iterator[None]:
-    """Hold the store's folder for writing.
+    """Hold the store's folder for writing. The block is interrupted (KeyboardInterrupt) when another has taken it over.
 
     Raises:
         UserError: the store does not answer or refuses to be written, or another process holds it.
@@ -36,13 +39,21 @@ def leased(store: Store) -> Iterator[None]:
     token, ended = uuid.uuid4().hex, threading.Event()
 
     def write(count: int) -> None:
-        store.write(remote, f"{holder}\n{token}\n{count}".encode())
+        store.write(remote, f"{holder}\n{token}\n{count}\n{_machine()}".encode())
+
+    def taken_over() -> bool:
+        found = store.read(remote)
+        return found is not None and token not in found.decode()
 
     def renew() -> None:
         count = 0
         while not ended.wait(RENEW_S):
             count += 1
             try:
+                if taken_over():
+                    log.error("%s: another process has taken it over; this one ends", store.address)
+                    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # wakes it, too
+                    return
                 write(count)
             except OSError as error:
                 log.warning("%s: not renewed, tried again in %.0f s: %s", remote, RENEW_S, error)
@@ -62,7 +73,11 @@ def leased(store: Store) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
-        store.delete(remote)
+        try:
+            if not taken_over():
+                store.delete(remote)
+        except OSError as error:  # what ends the block matters more
+            log.warning("%s: not removed, others will wait %.0f s for it: %s", remote, PATIENCE_S, error)
 
 
 def lease_holder(store: Store) -> str | None:
@@ -86,17 +101,25 @@ def _wait_until_free(store: Store, remote: str) -> None:
             raise _held(store, now)
 
 
+def _machine() -> str:
+    """Where process ids mean the same: host names are alike in containers and on machines that were cloned."""
+    try:
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:  # no Linux
+        return socket.gethostname()
+
+
 def _holder(lease: bytes) -> str:
     return lease.decode().partition("\n")[0]
 
 
 def _ended_here(lease: bytes) -> bool:
     """Whether the holder was a process of this machine that is gone."""
-    words = _holder(lease).split()
-    if len(words) != 4 or words[3] != socket.gethostname():
+    lines = lease.decode().splitlines()
+    if len(lines) != 4 or lines[3] != _machine():
         return False
     try:
-        os.kill(int(words[1]), 0)
+        os.kill(int(lines[0].split()[1]), 0)
     except ProcessLookupError:
         return True
     except PermissionError:

@@ -18,7 +18,7 @@ import socket
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import yaml
 
@@ -26,7 +26,7 @@ from rayrlhf.config import Config
 from rayrlhf.config_file import dump_config, parse_config
 from rayrlhf.errors import UserError
 from rayrlhf.lease import lease_holder, leased
-from rayrlhf.storage import Store, is_uri, join
+from rayrlhf.storage import Store, is_uri, join, refuse_secrets
 
 log = logging.getLogger(__name__)
 
@@ -131,11 +131,16 @@ class RunFolder:
         with (self.path / ".lock").open("a+", encoding="utf-8") as handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except BlockingIOError:
                 handle.seek(0)
                 holder = handle.read().strip() or "another process"
                 raise UserError(
                     f"{self.path} is being written by {holder}; wait for it, end it, or choose another name"
+                ) from None
+            except OSError as error:
+                raise UserError(
+                    f"{self.path}: its file system has no locks ({error.strerror}); mount it with them, or put "
+                    "runs_dir elsewhere"
                 ) from None
             handle.truncate(0)
             handle.write(f"process {os.getpid()} on {socket.gethostname()}")
@@ -165,8 +170,10 @@ class RunFolder:
         with (self.path / ".lock").open(encoding="utf-8") as handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except OSError:
+            except BlockingIOError:
                 return handle.read().strip() or "another process"
+            except OSError:
+                return None
         return None
 
 
@@ -209,11 +216,17 @@ def runs_address(runs_dir: str, inside_job: bool) -> str:
     current directory.
 
     Raises:
-        UserError: relative inside a job, whose working directory is a temporary copy; or a URI without a bucket.
+        UserError: relative inside a job, whose working directory is a temporary copy; or a URI without a bucket, with
+            a secret, or of another machine's files.
     """
     parts = urlsplit(runs_dir)
     if parts.scheme == "file":
-        return str(Path(parts.path))
+        if parts.netloc not in ("", "localhost"):
+            raise UserError(
+                f"runs_dir={runs_dir}: a file URI has three slashes, as in file:///{parts.netloc}{parts.path}"
+            )
+        return str(Path(unquote(parts.path)))
+    refuse_secrets(runs_dir)
     if is_uri(runs_dir) and not (parts.netloc + parts.path).strip("/"):
         raise UserError(f"runs_dir={runs_dir}: a URI names a bucket, as in s3://bucket/runs")
     return runs_dir if is_uri(runs_dir) else str(resolve_runs_dir(runs_dir, inside_job))

@@ -16,15 +16,16 @@ import functools
 import hashlib
 import logging
 import os
+import re
 import shutil
 import threading
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
-from pyarrow import ArrowInvalid
+from pyarrow import ArrowException
 from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem, copy_files
 
 from rayrlhf.errors import UserError
@@ -95,8 +96,7 @@ class Store:
         Raises:
             UserError: no filesystem of pyarrow's, or one that does not answer.
         """
-        if urlsplit(uri).password:
-            raise UserError(f"{uri.partition('@')[2]}: a URI is written into config.yaml and logs; give keys as AWS_*")
+        refuse_secrets(uri)
         with as_user_error(uri):
             filesystem, root = FileSystem.from_uri(uri)
         return cls(uri, filesystem, root.rstrip("/"), local_path(uri))
@@ -254,13 +254,27 @@ class Mirror:
                 log.warning("not uploaded, tried again in %.0f s: %s", SYNC_S, error)
 
 
+def refuse_secrets(uri: str) -> None:
+    """
+    Raises:
+        UserError: a URI with a password, or with what looks like one in its query.
+    """
+    parts = urlsplit(uri)
+    secrets = [key for key in parse_qs(parts.query) if re.search(r"secret|token|password|key|^sig$|sas", key.lower())]
+    if parts.password or secrets:
+        raise UserError(
+            f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}: a URI is written into config.yaml and "
+            f"logs and must hold no keys ({', '.join(secrets) or 'before the @'}); give them in the environment (AWS_*)"
+        )
+
+
 @contextlib.contextmanager
 def as_user_error(address: str) -> Iterator[None]:
     """What a store cannot do, in one line, before anything has started."""
     try:
         yield
-    except (OSError, ArrowInvalid) as error:
-        reason = str(error).split(" (Request ID")[0].splitlines()[0]
+    except (OSError, ArrowException) as error:
+        reason = (str(error).split(" (Request ID")[0].splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"{address}: {reason}; check the URI, that its bucket exists, and the keys (for S3: AWS_ACCESS_KEY_ID, "
             "AWS_SECRET_ACCESS_KEY) in the environment"

@@ -1,5 +1,7 @@
 """The run folder: done means published, a changed config is refused where it matters, one writer at a time."""
 
+import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -180,6 +182,17 @@ def test_lock_keeps_other_processes_out_and_ends_with_its_holder(tmp_path: Path)
         assert (run.path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
     with run.lock():
         pass
+
+
+def test_a_file_system_without_locks_is_named_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    run = RunFolder(tmp_path / "run")
+    with pytest.raises(UserError, match="its file system has no locks"), run.lock():
+        raise AssertionError("held")
+    assert run.holder() is None
 
 
 def test_nested_lock_stays_held_until_the_outer_ends(tmp_path: Path) -> None:

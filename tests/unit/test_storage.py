@@ -86,8 +86,20 @@ def test_addresses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert runs_address("file:///a/runs", inside_job=True) == "/a/runs"
     with pytest.raises(UserError, match="relative"):
         runs_address("runs", inside_job=True)
+    assert runs_address("file://localhost/a%20b/runs", inside_job=True) == "/a b/runs"
     with pytest.raises(UserError, match="s3://: a URI names a bucket"):
         runs_address("s3://", inside_job=False)
+    with pytest.raises(UserError, match="three slashes, as in file:///tmp/runs"):
+        runs_address("file://tmp/runs", inside_job=False)
+
+
+@pytest.mark.parametrize(
+    "uri", ["s3://id:hush@b/runs", "abfs://b/runs?client_secret=hush", "abfs://b/runs?sv=1&sig=hush"]
+)
+def test_keys_in_an_address_are_refused_before_it_is_written_anywhere(uri: str) -> None:
+    with pytest.raises(UserError, match=r"://b/runs: .* must hold no keys") as caught:
+        runs_address(uri, inside_job=False)
+    assert "hush" not in str(caught.value)
 
 
 def test_a_directory_and_a_file_reach_another_node(store: Store, tmp_path: Path) -> None:
@@ -284,9 +296,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "SETTLE_S", 0.05)
 
 
-def left_behind(store: Store, holder: str) -> str:
+def left_behind(store: Store, holder: str, machine: str = "another") -> str:
     store.filesystem.create_dir(store.root, recursive=True)
-    store.write(f"{store.root}/.lock", f"{holder}\ntoken\n0".encode())
+    store.write(f"{store.root}/.lock", f"{holder}\ntoken\n0\n{machine}".encode())
     return f"{store.root}/.lock"
 
 
@@ -314,10 +326,25 @@ def test_a_lease_that_nobody_renews_is_taken(store: Store, quick: None) -> None:
 def test_a_lease_of_a_dead_process_of_this_machine_is_taken_at_once(store: Store, quick: None) -> None:
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    left_behind(store, f"process {ended.pid} on {socket.gethostname()}")
+    left_behind(store, f"process {ended.pid} on {socket.gethostname()}", lease._machine())
     started = time.monotonic()
     with leased(store):
         assert time.monotonic() - started < 2.0
+    # On another machine of the same name (a container, say) a process of that number may well live.
+    left_behind(store, f"process {ended.pid} on {socket.gethostname()}")
+    started = time.monotonic()
+    with leased(store):
+        assert time.monotonic() - started > 2.5
+
+
+@on_s3
+def test_who_has_lost_its_lease_ends_and_leaves_it_to_the_other(store: Store, quick: None) -> None:
+    """As after a while without the network, in which another process took the run over."""
+    with pytest.raises(KeyboardInterrupt), leased(store):
+        lock = left_behind(store, "process 2 on another-machine")
+        time.sleep(10)
+    found = store.read(lock)
+    assert found is not None and found.startswith(b"process 2 on another-machine")
 
 
 @on_s3

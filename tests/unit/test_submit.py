@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+import jobs.submit
+from actors.remote import ActorFailure
 from jobs.submit import MODULES, Job, describe, submit
 from rayrlhf.errors import UserError
 
@@ -71,6 +73,7 @@ def test_the_revision_is_gits(tmp_path: Path) -> None:
         ({"stage": "pppo"}, "submit: 'pppo' is no stage; known: run, sft, collect"),
         ({"overrides": ("runs_dir=runs",)}, "runs_dir=runs is relative"),
         ({"overrides": ("ppo.stepz=1",)}, "stepz"),
+        ({"overrides": ("runs_dir=s3://id:hush@b/runs",)}, "must hold no keys"),
         ({"config": ROOT / "configs/quickstart.yaml"}, "not inside .*--working-dir"),
     ],
 )
@@ -87,3 +90,36 @@ def test_every_stage_has_its_module() -> None:
 def test_no_cluster_is_one_line() -> None:
     with pytest.raises(UserError, match=r"submit: http://127\.0\.0\.1:9 does not take jobs .*docs/cluster\.md"):
         submit(Job("true", {}, {"run": "x"}), "http://127.0.0.1:9", follow=True)
+
+
+class Cluster:
+    """Takes jobs, and then `raises` where its log is followed."""
+
+    raises: BaseException
+
+    def __init__(self, address: str) -> None:
+        pass
+
+    def submit_job(self, **job: Any) -> str:
+        return "raysubmit_1"
+
+    def tail_job_logs(self, name: str) -> Any:
+        raise self.raises
+
+
+def test_a_job_that_is_left_or_lost_goes_on_and_is_no_success(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(jobs.submit, "JobSubmissionClient", Cluster)
+    job = describe_here(tmp_path)
+    monkeypatch.setattr(Cluster, "raises", KeyboardInterrupt(), raising=False)
+    with pytest.raises(SystemExit) as left:
+        submit(job, "http://head:8265", follow=True)
+    assert left.value.code == 130
+    assert (
+        "raysubmit_1 goes on. To stop it: ray job stop --address http://head:8265 raysubmit_1"
+        in capsys.readouterr().out
+    )
+    monkeypatch.setattr(Cluster, "raises", RuntimeError("the tunnel is gone"))
+    with pytest.raises(ActorFailure, match=r"lost the connection .*the tunnel is gone.*goes on: ray job logs --follow"):
+        submit(job, "http://head:8265", follow=True)
