@@ -29,6 +29,8 @@ pytestmark = pytest.mark.timeout(600)
 TINY = resolve_model("embedded:opt-tiny")
 ROLLOUT = {"rayrlhf.io/role": "rollout"}
 RESPONSE = 64
+STEPS = 4
+"""All there are: a batch may have groups of the step after it, but for the last one's."""
 NEVER = 8191
 """An id that is practically never sampled: every response has its full length."""
 
@@ -58,7 +60,7 @@ def test_a_lost_node_costs_its_unfinished_prompts_a_second_try(
         "name": f"spot{staleness}",
         "seed": 5,
         "data": {"max_prompt_tokens": 60, "max_response_tokens": RESPONSE},
-        "ppo": {"prompts_per_step": 12, "samples_per_prompt": 2, "steps": 9, "max_staleness": staleness},
+        "ppo": {"prompts_per_step": 12, "samples_per_prompt": 2, "steps": STEPS, "max_staleness": staleness},
         "resources": {
             "generators": {"count": 2, "cpus": 1, "labels": ROLLOUT, "kv_cache_mib": 64, "max_num_seqs": 2},
             "scorers": {"cpus": 1},
@@ -88,11 +90,20 @@ def test_a_lost_node_costs_its_unfinished_prompts_a_second_try(
         found: Batch = coordinator.call("next_batch", step, publish(), timeout_s=400)
         return found
 
+    def after(former: Batch, generators: int) -> Batch:
+        """The next batch, asked for again until so many generators have made it: a death is found by calls."""
+        deadline = time.monotonic() + 120
+        while (found := batch(former.step + 1)).metrics["rollout/generators"] != generators:
+            assert time.monotonic() < deadline, found.metrics
+            time.sleep(2)
+            coordinator.call("begin", former.cursor, timeout_s=60)
+        return found
+
     def samples(*batches: Batch) -> dict[tuple[str, int], list[int]]:
         return {(t.prompt_id, t.seed): t.response_ids.tolist() for b in batches for t in b.trajectories}
 
-    undisturbed = samples(*(batch(step) for step in range(4)))
-    assert len(undisturbed) == 4 * 12 * 2
+    undisturbed = samples(*(batch(step) for step in range(STEPS)))
+    assert len(undisturbed) == STEPS * 12 * 2
     coordinator.call("begin", Cursor(0), timeout_s=60)
 
     first = batch(0)
@@ -100,19 +111,16 @@ def test_a_lost_node_costs_its_unfinished_prompts_a_second_try(
     time.sleep(0.3)
     node = next(node for node in cluster.list_all_nodes() if node.node_id == lost_node)
     cluster.remove_node(node, allow_graceful=False)
-    assert not ray.wait([call.ref], timeout=0)[0], "the node was to go while its generator worked"
-    second, third = wait([call], 300)[0], batch(2)
-    # What the lost one had may have been for the third batch only: its end is seen where an answer is waited for.
-    assert second.metrics["rollout/replacements"] + third.metrics["rollout/replacements"] == 1
-    # Nothing has room for a third generator: the run did not wait for it.
-    assert third.metrics["rollout/generators"] == 1
-
+    under_way = not ray.wait([call.ref], timeout=0)[0]
+    # Ahead of the learner it has work in any case: the next batch's.
+    assert under_way or staleness, "the node was to go while its generator worked"
+    second = wait([call], 300)[0]
+    # Nothing has room for a third generator: the run does not wait for it.
+    third = after(second, generators=1)
     back = cluster.add_node(num_cpus=1, labels=ROLLOUT)
-    deadline = time.monotonic() + 120
-    while (fourth := batch(3)).metrics["rollout/generators"] < 2:
-        assert time.monotonic() < deadline, "the newcomer does not join"
-        time.sleep(2)
-        coordinator.call("begin", Cursor(3), timeout_s=60)
+    fourth = after(third, generators=2)
+    # Ray may have sent one more newcomer to the lost node before it held the node dead.
+    assert coordinator.call("status", timeout_s=60).replacements["generator"] in (1, 2)
     places = coordinator.call("start_generators", timeout_s=60)
     assert [place["node"] for place in places] == [other, back.node_id]
     assert samples(first, second, third, fourth) == undisturbed
