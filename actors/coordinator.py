@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import Any
 
 from actors.engine import environment
+from actors.generation import generate
 from actors.generator import Generator
 from actors.monitoring import Status, export_status
 from actors.pool import Pool
@@ -251,12 +252,7 @@ class Coordinator:
 
     def generate(self, requests: Sequence[GenerationRequest], sampling: Sampling, version: int) -> list[Trajectory]:
         """One trajectory per request, in order, by generators that all have weight `version`."""
-        generators = self._started()
-        generators.settle()
-        # Consecutive requests stay together: samples of one prompt share its prefix in a generator's cache.
-        size = -(-len(requests) // len(generators))
-        pieces = [list(requests[i : i + size]) for i in range(0, len(requests), size)]
-        return [t for piece in generators.map("generate", pieces, sampling, version) for t in piece]
+        return [packed.unpack() for packed in generate(self._started(), requests, sampling, version)]
 
     def score(self, trajectories: Sequence[Trajectory], temperature: float) -> list[Trajectory]:
         """The trajectories with rewards and reference log-probs, in order."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from actors.engine import Engine
@@ -49,17 +49,6 @@ class Generator(PackedCalls):
             self.engine.generate([warm_up], Sampling(temperature=1.0, max_tokens=2, eos_token_id=0), self._version)
         return {"pid": os.getpid(), "node": this_node(), "version": self._version}
 
-    def generate(self, requests: Sequence[GenerationRequest], sampling: Sampling, version: int) -> list[Trajectory]:
-        """One trajectory per request, in their order, drawn from the policy of exactly `version`.
-
-        Raises:
-            WeightSyncError: this generator holds another version, or a weight load failed half-way.
-            UserError: an impossible request, see `Engine.add`.
-        """
-        if version != self._version:
-            raise WeightSyncError(f"{self._name} has version {self._version}, wanted is {version}: sync it first")
-        return self._counted(self.engine.generate(requests, sampling, version))
-
     def advance(
         self,
         requests: Mapping[int, GenerationRequest],
@@ -71,6 +60,10 @@ class Generator(PackedCalls):
 
         Returns early when nothing is left to do, or when there is room for more: as many are finished as a third of
         what was in flight when some were added last. Weights are loaded first: responses in flight go on under them.
+
+        Raises:
+            WeightSyncError: it has only its initial weights, or a weight load failed half-way.
+            UserError: an impossible request, see `Engine.add`.
         """
         if publication:
             self.load_weights(publication)
@@ -85,7 +78,7 @@ class Generator(PackedCalls):
             if elapsed > SLICE_S and 3 * len(done) >= self._given:
                 break
             done |= self.engine.step()
-        self._counted(list(done.values()))
+        self._tokens += sum(len(trajectory.response_ids) for trajectory in done.values())
         return {ticket: PackedTrajectory.of(trajectory) for ticket, trajectory in done.items()}
 
     def abort(self) -> None:
@@ -107,7 +100,3 @@ class Generator(PackedCalls):
     def stats(self) -> dict[str, Any]:
         """`tokens` generated since the start; `version` held."""
         return {"tokens": self._tokens, "version": self._version}
-
-    def _counted(self, trajectories: list[Trajectory]) -> list[Trajectory]:
-        self._tokens += sum(len(trajectory.response_ids) for trajectory in trajectories)
-        return trajectories

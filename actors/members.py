@@ -16,6 +16,8 @@ from typing import Any
 from actors.pool import Pool
 from actors.remote import ActorDied, Call, Remote, answer, late
 
+QUEUE = 2
+"""Calls that an actor is best given at a time: the second is there when it ends the first."""
 _CHECK_S = 1.0
 """Between two looks for calls that take too long."""
 
@@ -69,10 +71,10 @@ class Members:
         self._answered: SimpleQueue[Answered] = SimpleQueue()
         self._checked = time.monotonic()
 
-    def join(self, pool: Pool) -> list[Member]:
-        """Those of the pool's newcomers that have become ready."""
+    def add(self, pool: Pool, newcomers: Iterable[Remote]) -> list[Member]:
+        """Those who have just joined the pool."""
         members = self.of[pool]
-        new = [Member(pool, actor, i) for i, actor in enumerate(pool.join(), len(members))]
+        new = [Member(pool, actor, i) for i, actor in enumerate(newcomers, len(members))]
         members += new
         return new
 

@@ -101,7 +101,7 @@ class Pool:
             done = finished([*running, *(newcomer.ready for newcomer in self.joining)], self.call_timeout_s)
             if not done:
                 raise late(next(iter(running)), self.call_timeout_s)
-            idle += self._welcome()
+            idle += self.welcome()
             for call in [call for call in done if call in running]:
                 actor, piece = running.pop(call)
                 try:
@@ -196,13 +196,13 @@ class Pool:
 
         Afterwards there is somebody.
         """
-        self._welcome()
+        self.welcome()
         if not self.actors:
             self._await_newcomers()
         while len(self.actors) > self.wanted:
             self.leave(self.actors[-1])
 
-    def _welcome(self) -> list[Remote]:
+    def welcome(self) -> list[Remote]:
         """The newcomers that have become ready, brought up to date."""
         welcome = []
         for actor in self.join():
@@ -217,7 +217,7 @@ class Pool:
         return welcome
 
     def _await_newcomers(self) -> list[Remote]:
-        while not (welcome := self._welcome()):
+        while not (welcome := self.welcome()):
             finished([newcomer.ready for newcomer in self.joining], _LOOK_S)
         return welcome
 

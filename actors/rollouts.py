@@ -27,7 +27,7 @@ from operator import attrgetter
 from typing import Any, NamedTuple
 
 from actors.generator import INITIAL_VERSION, SLICE_S
-from actors.members import Member, Members
+from actors.members import QUEUE, Member, Members
 from actors.pool import Pool
 from actors.remote import ActorDied, ActorFailure
 from actors.weight_sync import PublishedWeights
@@ -36,8 +36,6 @@ from rayrlhf.trajectory import GenerationRequest, PackedTrajectory, Sampling
 _CALLS_PER_S = 100
 """To all generators together. Slices of very many are longer, since each call costs the coordinator CPU time; new
 weights wait for at most two slices: they come with the next call, and one may be queued before it."""
-_QUEUE = 2
-"""Calls that an actor has at a time: the second is there when it ends the first."""
 _COLLECT_AFTER = 50_000
 """New objects between two looks for garbage in cycles."""
 _BUNDLE_S = 0.02
@@ -238,26 +236,26 @@ class Rollouts:
             answers += self._members.answers(0)
         with self._changed:
             for member in self._members.hand_on(answers):
-                if member.pool is self.generators and len(member.calls) < _QUEUE:
+                if member.pool is self.generators and len(member.calls) < QUEUE:
                     self._free[member] = None
             if self._complete:
                 self._changed.notify_all()
 
     def _resize(self) -> None:
         """Take in newcomers, who get the weights with their first work, and let go whoever is too many and done."""
-        for member in self._members.join(self.generators):
+        for member in self._members.add(self.generators, self.generators.join()):
             member.version = INITIAL_VERSION
             self._free[member] = None
         for member in self._members.leave(self.generators):
             self._free.pop(member, None)
-        self._members.join(self.scorers)
+        self._members.add(self.scorers, self.scorers.join())
         self._members.leave(self.scorers)
 
     def _feed(self) -> None:
         given = self._dispatch()
         for member in [member for member in self._free if member.held]:
             self._advance(member, given.get(member.index, {}))
-            while len(member.calls) < _QUEUE:
+            while len(member.calls) < QUEUE:
                 self._advance(member, {})
             del self._free[member]
         for member in self._readers:
@@ -327,7 +325,7 @@ class Rollouts:
         if member.leaving:
             return False
         if self._generated_tokens >= self.limits.score_tokens:
-            return len(member.calls) < _QUEUE
+            return len(member.calls) < QUEUE
         return bool(self.generated) and not member.calls and time.monotonic() - member.asked_at >= self._poll_s
 
     def _piece(self) -> Iterator[Group]:

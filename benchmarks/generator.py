@@ -1,4 +1,4 @@
-"""Our generator against plain vLLM: `Generator.generate` and `vllm.LLM.generate` on the same prompts as token ids.
+"""Our generator against plain vLLM: `generation.generate` and `vllm.LLM.generate` on the same prompts as token ids.
 
 Both engines run in their own process with the same settings, sampling parameters and seeds. Ours also makes a
 trajectory of every output; a second row shows plain vLLM without the seeds and log-probs that PPO needs.
@@ -37,22 +37,30 @@ def requests(case: int, turn: int) -> list[GenerationRequest]:
 class Ours:
     def __init__(self) -> None:
         from actors.generator import Generator
+        from actors.pool import Pool
+        from actors.remote import Remote
         from actors.weight_sync import publish
 
         pad = load_tokenizer(MODEL).pad_token_id  # never sampled: every response has its 48 tokens
         self.sampling = Sampling(TEMPERATURE, RESPONSE, pad)
-        self.generator = Generator("generator", ModelConfig(path=MODEL), SETTINGS, CONTEXT, 0)
-        self.generator.load_weights(publish(load_policy(MODEL).named_parameters(), 1, local=True))
+
+        def spawn(name: str) -> Remote:
+            return Remote.spawn(name, Generator, name, ModelConfig(path=MODEL), SETTINGS, CONTEXT, 0, local=True)
+
+        self.generators = Pool("generator", 1, spawn, start_timeout_s=600, call_timeout_s=600)
+        self.generators.broadcast("load_weights", publish(load_policy(MODEL).named_parameters(), 1, local=True))
         self._generate(0, 99)
 
     def run(self, turn: int) -> Measurement:
         return {CASES[case][0]: self._generate(case, turn) for case in range(len(CASES))}
 
     def _generate(self, case: int, turn: int) -> float:
+        from actors.generation import generate
+
         asked = requests(case, turn)
         started = time.perf_counter()
-        trajectories = self.generator.generate(asked, self.sampling, 1)
-        return sum(len(t.response_ids) for t in trajectories) / (time.perf_counter() - started)
+        trajectories = generate(self.generators, asked, self.sampling, 1)
+        return sum(t.response_tokens for t in trajectories) / (time.perf_counter() - started)
 
 
 class Plain:

@@ -55,7 +55,6 @@ class Ours:
 
     def __init__(self, case: Case, reward_model: str, epochs: int = EPOCHS) -> None:
         from actors.coordinator import Coordinator
-        from actors.generator import Generator
         from actors.publisher import Publisher
         from actors.remote import Remote
         from actors.scorer import Scorer
@@ -69,7 +68,7 @@ class Ours:
         self.sampling = Sampling(TEMPERATURE, RESPONSE, tokenizer.pad_token_id)
         self.clock = Stopwatch()
         for owner, method, phase in (
-            (Generator, "generate", "generate"), (Scorer, "score", "score"), (PPO, "make_experience", "experience"),
+            (Coordinator, "generate", "generate"), (Scorer, "score", "score"), (PPO, "make_experience", "experience"),
             (Optimizer, "clip", "optimiser"), (Optimizer, "apply", "optimiser"),
         ):  # fmt: skip
             self.clock.around(owner, method, phase)

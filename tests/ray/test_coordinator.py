@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from actors.coordinator import Batch, Coordinator
-from actors.remote import ActorFailure, Call, Remote, wait
+from actors.remote import ActorFailure, Call, Remote, namespace, wait
 from actors.weight_sync import publish, publish_directory
 from rayrlhf.config import Config
 from rayrlhf.config_file import parse_config
@@ -183,8 +183,8 @@ def test_versions_that_no_generator_holds_are_refused(coordinator: Remote, first
     assert coordinator.call("next_version", 10, timeout_s=60) == 11  # a restored learner knows of later ones
 
 
-def test_a_generator_killed_at_work_is_replaced_and_its_work_done_again(
-    coordinator: Remote, prompts: list[EncodedPrompt], sampling: Sampling
+def test_a_generator_killed_at_work_is_replaced_and_the_rest_of_its_work_done_again(
+    coordinator: Remote, config: Config, prompts: list[EncodedPrompt], sampling: Sampling
 ) -> None:
     publication = publish_directory(TINY, 12, local=False)
     coordinator.call("load_weights", publication, timeout_s=60)
@@ -192,11 +192,16 @@ def test_a_generator_killed_at_work_is_replaced_and_its_work_done_again(
     undisturbed = coordinator.call("generate", requests, sampling, 12, timeout_s=200)
     pid = generator_pid(coordinator)
     call = coordinator.submit("generate", requests, sampling, 12)
-    ray.wait([call.ref], timeout=0.3)
+    generator = ray.get_actor("generator-0", namespace(config))
+    before = ray.get(generator.stats.remote(), timeout=60)["tokens"]
+    while (handed_over := ray.get(generator.stats.remote(), timeout=60)["tokens"] - before) == 0:
+        assert running(call)
     assert running(call), "too late to kill anybody at work"
     kill(pid)
     assert_same_samples(wait([call], 300)[0], undisturbed)
     assert generator_pid(coordinator) != pid
+    # A newcomer counts from 0.
+    assert 0 < generated_tokens(coordinator) <= sum(len(t.response_ids) for t in undisturbed) - handed_over
 
 
 def test_a_generator_killed_before_a_weight_load(coordinator: Remote, reward_model: Path) -> None:

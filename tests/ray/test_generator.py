@@ -22,7 +22,9 @@ from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM, PreTra
 
 import rayrlhf
 from actors.engine import environment
+from actors.generation import generate
 from actors.generator import Generator
+from actors.pool import Pool
 from actors.remote import ActorFailure, Remote
 from actors.weight_sync import WeightSyncError, publish, publish_directory
 from rayrlhf.batching import Row, collate
@@ -79,6 +81,15 @@ def _requests(count: int, *, length: int, samples: int = 1, vocabulary: int = 10
 
 def _sampling(temperature: float, max_tokens: int = 16, eos: int = NEVER) -> Sampling:
     return Sampling(temperature=temperature, max_tokens=max_tokens, eos_token_id=eos)
+
+
+def _generate(
+    generator: Generator | Remote, requests: Sequence[GenerationRequest], sampling: Sampling, version: int
+) -> list[Trajectory]:
+    """By the only generator of a pool."""
+    actor = generator if isinstance(generator, Remote) else Remote(repr(generator), generator, True)
+    pool = Pool("generator", 1, lambda name: actor, start_timeout_s=300, call_timeout_s=120)
+    return [packed.unpack() for packed in generate(pool, requests, sampling, version)]
 
 
 def _version(generator: Generator) -> int:
@@ -140,7 +151,7 @@ def test_tied_weights_after_every_sync(tied: Generator, embedded: PreTrainedMode
     requests = _requests(8, length=100, samples=2)
     for seed in range(3):
         model = _perturbed(embedded, seed)
-        trajectories = tied.generate(requests, _sampling(1.0), _sync(tied, model))
+        trajectories = _generate(tied, requests, _sampling(1.0), _sync(tied, model))
         assert _gap(embedded, trajectories, 1.0) > 1.0, "the weights must differ, or this test shows nothing"
         assert _gap(model, trajectories, 1.0) < TOLERANCE
 
@@ -150,7 +161,7 @@ def test_untied_weights_after_every_sync(untied: tuple[Generator, PreTrainedMode
     requests = _requests(4, length=60, samples=2)
     for seed in range(3):
         model = _perturbed(initial, seed)
-        trajectories = generator.generate(requests, _sampling(1.0), _sync(generator, model))
+        trajectories = _generate(generator, requests, _sampling(1.0), _sync(generator, model))
         assert _gap(initial, trajectories, 1.0) > 1.0, "the weights must differ, or this test shows nothing"
         assert _gap(model, trajectories, 1.0) < TOLERANCE
 
@@ -158,7 +169,7 @@ def test_untied_weights_after_every_sync(untied: tuple[Generator, PreTrainedMode
 def test_a_model_directory_can_be_published(tied: Generator, embedded: PreTrainedModel) -> None:
     _sync(tied, _perturbed(embedded, 9))
     version = tied.load_weights(publish_directory(EMBEDDED, _version(tied) + 1, local=True))
-    assert _gap(embedded, tied.generate(_requests(4, length=40), _sampling(1.0), version), 1.0) < TOLERANCE
+    assert _gap(embedded, _generate(tied, _requests(4, length=40), _sampling(1.0), version), 1.0) < TOLERANCE
 
 
 def test_prompt_logprobs(tied: Generator, embedded: PreTrainedModel) -> None:
@@ -176,7 +187,7 @@ def test_logprobs_are_of_the_sampling_temperature(
 ) -> None:
     version = _sync(tied, embedded)
     requests = _requests(6, length=50)
-    trajectories = tied.generate(requests, _sampling(temperature), version)
+    trajectories = _generate(tied, requests, _sampling(temperature), version)
     # Dividing the logits magnifies their rounding errors.
     tolerance = max(TOLERANCE, 2e-5 / temperature)
     assert _gap(embedded, trajectories, temperature) < tolerance
@@ -199,7 +210,7 @@ def test_samples_follow_the_distribution(untied: tuple[Generator, PreTrainedMode
     prompt = _requests(1, length=20)[0].prompt_ids
     count = 2000
     requests = [GenerationRequest("p", prompt, i, seed=i) for i in range(count)]
-    trajectories = generator.generate(requests, _sampling(0.7, max_tokens=1), version)
+    trajectories = _generate(generator, requests, _sampling(0.7, max_tokens=1), version)
     with torch.no_grad():
         expected = torch.softmax(model(torch.tensor([prompt])).logits[0, -1].float() / 0.7, dim=-1).numpy()
     observed = np.bincount([t.response_ids[0] for t in trajectories], minlength=len(expected)) / count
@@ -213,32 +224,33 @@ def test_the_seed_decides_the_sample(tied: Generator, embedded: PreTrainedModel)
     version = _sync(tied, embedded)
     requests = _requests(6, length=70, samples=3)
     sampling = _sampling(1.0)
-    first = [t.response_ids.tolist() for t in tied.generate(requests, sampling, version)]
-    reverse = [t.response_ids.tolist() for t in tied.generate(requests[::-1], sampling, version)][::-1]
-    alone = [tied.generate([request], sampling, version)[0].response_ids.tolist() for request in requests]
+    first = [t.response_ids.tolist() for t in _generate(tied, requests, sampling, version)]
+    reverse = [t.response_ids.tolist() for t in _generate(tied, requests[::-1], sampling, version)][::-1]
+    alone = [_generate(tied, [request], sampling, version)[0].response_ids.tolist() for request in requests]
     assert first == reverse == alone
     assert len({tuple(ids) for ids in first}) == len(requests)
     reseeded = [GenerationRequest(r.prompt_id, r.prompt_ids, r.sample_index, r.seed + 1) for r in requests]
     assert all(
-        t.response_ids.tolist() != ids for t, ids in zip(tied.generate(reseeded, sampling, version), first, strict=True)
+        t.response_ids.tolist() != ids
+        for t, ids in zip(_generate(tied, reseeded, sampling, version), first, strict=True)
     )
 
 
 def test_a_response_ends_with_its_first_eos(tied: Generator, embedded: PreTrainedModel) -> None:
     version = _sync(tied, embedded)
     requests = _requests(8, length=40)
-    free = [t.response_ids.tolist() for t in tied.generate(requests, _sampling(1.0, 24), version)]
+    free = [t.response_ids.tolist() for t in _generate(tied, requests, _sampling(1.0, 24), version)]
     eos = free[0][5]
     # The id is in every prompt as well, where it means nothing.
     requests = [GenerationRequest(r.prompt_id, (eos, *r.prompt_ids, eos), 0, r.seed) for r in requests]
-    free = [t.response_ids.tolist() for t in tied.generate(requests, _sampling(1.0, 24), version)]
+    free = [t.response_ids.tolist() for t in _generate(tied, requests, _sampling(1.0, 24), version)]
     eos_of_each = [ids[5] for ids in free]
     reasons = set()
     for request, ids, stop in zip(requests, free, eos_of_each, strict=True):
-        trajectory = tied.generate([request], _sampling(1.0, 24, eos=stop), version)[0]
+        trajectory = _generate(tied, [request], _sampling(1.0, 24, eos=stop), version)[0]
         assert trajectory.response_ids.tolist() == ids[: ids.index(stop) + 1]
         assert trajectory.finish_reason == "eos"
-        trajectory = tied.generate([request], _sampling(1.0, 5, eos=stop), version)[0]
+        trajectory = _generate(tied, [request], _sampling(1.0, 5, eos=stop), version)[0]
         assert trajectory.response_ids.tolist() == ids[: min(5, ids.index(stop) + 1)]
         assert trajectory.finish_reason == ("eos" if ids.index(stop) < 5 else "length")
         reasons.add(trajectory.finish_reason)
@@ -249,9 +261,9 @@ def test_no_kv_cache_for_all_at_once(untied: tuple[Generator, PreTrainedModel]) 
     generator, model = untied
     version = _sync(generator, model)
     requests = _requests(16, length=110)
-    together = generator.generate(requests, _sampling(1.0, 60), version)
+    together = _generate(generator, requests, _sampling(1.0, 60), version)
     assert _gap(model, together, 1.0) < TOLERANCE
-    alone = [generator.generate([request], _sampling(1.0, 60), version)[0] for request in requests[::5]]
+    alone = [_generate(generator, [request], _sampling(1.0, 60), version)[0] for request in requests[::5]]
     assert [t.response_ids.tolist() for t in alone] == [t.response_ids.tolist() for t in together[::5]]
 
 
@@ -259,7 +271,7 @@ def test_more_prompt_tokens_than_one_step_takes(tied: Generator, embedded: PreTr
     version = _sync(tied, embedded)
     requests = _requests(48, length=110)
     assert sum(len(request.prompt_ids) for request in requests) > 4096
-    assert _gap(embedded, tied.generate(requests, _sampling(1.0, 2), version), 1.0) < TOLERANCE
+    assert _gap(embedded, _generate(tied, requests, _sampling(1.0, 2), version), 1.0) < TOLERANCE
 
 
 def test_new_weights_for_responses_in_flight(tied: Generator, embedded: PreTrainedModel) -> None:
@@ -328,12 +340,10 @@ def test_a_slice_ends_when_a_third_is_finished(tied: Generator, embedded: PreTra
 def test_aborted_responses_leave_nothing_behind(tied: Generator, embedded: PreTrainedModel) -> None:
     version = _sync(tied, embedded)
     requests = _requests(4, length=40)
-    expected = tied.generate(requests, _sampling(1.0), version)
+    expected = _generate(tied, requests, _sampling(1.0), version)
     tied.advance(dict(enumerate(requests)), _sampling(1.0, 40), 0.001)
-    with pytest.raises(RuntimeError, match="in flight"):
-        tied.generate(requests, _sampling(1.0), version)
     tied.abort()
-    again = tied.generate(requests, _sampling(1.0), version)
+    again = _generate(tied, requests, _sampling(1.0), version)
     assert [t.response_ids.tolist() for t in again] == [t.response_ids.tolist() for t in expected]
 
 
@@ -344,7 +354,8 @@ def test_versions_rise_strictly_and_stale_weights_are_refused(tied: Generator, e
             tied.load_weights(publish(embedded.named_parameters(), version, local=True))
     for version in (held + 1, held - 1):
         with pytest.raises(WeightSyncError, match=f"^generator-0 has version {held}, wanted is {version}: sync it"):
-            tied.generate(_requests(1, length=10), _sampling(1.0), version)
+            _generate(tied, _requests(9, length=10), _sampling(1.0), version)
+        assert tied.engine.in_flight == 0
 
 
 def test_weights_that_do_not_fit_leave_the_old_ones_whole(tied: Generator, embedded: PreTrainedModel) -> None:
@@ -362,21 +373,21 @@ def test_weights_that_do_not_fit_leave_the_old_ones_whole(tied: Generator, embed
     with pytest.raises(WeightSyncError, match=rf"1 given twice \({bias}\)$"):
         tied.load_weights(publish([*new.items(), (bias, new[bias])], version + 1, local=True))
     assert _version(tied) == version
-    assert _gap(embedded, tied.generate(_requests(4, length=40), _sampling(1.0), version), 1.0) < TOLERANCE
+    assert _gap(embedded, _generate(tied, _requests(4, length=40), _sampling(1.0), version), 1.0) < TOLERANCE
 
 
 def test_the_tied_head_may_be_published_under_its_second_name(tied: Generator, embedded: PreTrainedModel) -> None:
     model = _perturbed(embedded, 4)
     version = _version(tied) + 1
     tied.load_weights(publish(model.state_dict().items(), version, local=True))
-    assert _gap(model, tied.generate(_requests(2, length=40), _sampling(1.0), version), 1.0) < TOLERANCE
+    assert _gap(model, _generate(tied, _requests(2, length=40), _sampling(1.0), version), 1.0) < TOLERANCE
 
 
 def test_impossible_requests_are_user_errors(tied: Generator, embedded: PreTrainedModel) -> None:
     version = _sync(tied, embedded)
 
     def generate(ids: tuple[int, ...], sampling: Sampling) -> None:
-        tied.generate([GenerationRequest("post-1", ids)], sampling, version)
+        _generate(tied, [GenerationRequest("post-1", ids)], sampling, version)
 
     with pytest.raises(UserError, match=r"prompt post-1: it has no tokens"):
         generate((), _sampling(1.0))
@@ -397,7 +408,7 @@ def test_the_process_keeps_its_thread_count(tied: Generator, embedded: PreTraine
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        tied.generate(_requests(1, length=10), _sampling(1.0), _sync(tied, embedded))
+        _generate(tied, _requests(1, length=10), _sampling(1.0), _sync(tied, embedded))
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
@@ -419,18 +430,18 @@ def test_a_ray_actor_from_start_to_resync(ray_cluster: None, tmp_path: Path) -> 
         assert ready["node"] == ray.get_runtime_context().get_node_id()
 
         requests = _requests(4, length=70, samples=2)
-        with pytest.raises(ActorFailure, match=r"generator-7 has version -1, wanted is 0"):
-            generator.call("generate", requests, _sampling(1.0), 0, timeout_s=120)
+        with pytest.raises(ActorFailure, match=r"generator-7 has only its initial weights"):
+            _generate(generator, requests, _sampling(1.0), 0)
 
         assert generator.call("load_weights", publish_directory(tmp_path, 0, local=False), timeout_s=120) == 0
-        trajectories = generator.call("generate", requests, _sampling(1.0), 0, timeout_s=120)
+        trajectories = _generate(generator, requests, _sampling(1.0), 0)
         assert _gap(initial, trajectories, 1.0) < TOLERANCE
         for version in (3, 4):
             changed = _perturbed(initial, version)
             publication = publish(changed.named_parameters(), version, local=False, bucket_bytes=100_000)
             assert len(publication.buckets) > 1
             assert generator.call("load_weights", publication, timeout_s=120) == version
-            trajectories = generator.call("generate", requests, _sampling(1.0), version, timeout_s=120)
+            trajectories = _generate(generator, requests, _sampling(1.0), version)
             assert _gap(initial, trajectories, 1.0) > 1.0
             assert _gap(changed, trajectories, 1.0) < TOLERANCE
 
@@ -438,7 +449,7 @@ def test_a_ray_actor_from_start_to_resync(ray_cluster: None, tmp_path: Path) -> 
         assert stats["version"] == 4
         assert stats["tokens"] == 3 * sum(len(t.response_ids) for t in trajectories)
         with pytest.raises(UserError, match="prompt prompt-0: "):
-            generator.call("generate", requests[:1], _sampling(1.0, 128), 4, timeout_s=120)
+            _generate(generator, requests[:1], _sampling(1.0, 128), 4)
     finally:
         generator.kill()
 
@@ -453,6 +464,6 @@ def test_a_load_that_fails_half_way_ends_the_engine(untied: tuple[Generator, Pre
     with pytest.raises(WeightSyncError, match=r"failed half-way \(NotImplementedError.*restart the generator"):
         generator.engine.load_weights(tensors.items(), _version(generator) + 1)
     with pytest.raises(WeightSyncError, match=r"refuses to work: a weight load failed half-way"):
-        generator.generate(_requests(1, length=10), _sampling(1.0), held)
+        _generate(generator, _requests(1, length=10), _sampling(1.0), held)
     with pytest.raises(WeightSyncError, match=r"refuses to work: a weight load failed half-way"):
         _sync(generator, model)

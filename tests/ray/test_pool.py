@@ -382,7 +382,7 @@ def test_members_at_work(make_pool: Callable[..., Pool], tmp_path: Path) -> None
     assert sorted(heard[f"{pool.role}-0"] + heard[survivor]) == [107, *range(200, 250), *range(300, 350)]
 
     deadline = time.monotonic() + 60
-    while not members.join(pool):
+    while not members.add(pool, pool.join()):
         assert time.monotonic() < deadline
         time.sleep(0.2)
     assert [(member.remote.name, member.index) for member in members.of[pool]] == [(survivor, 0), (newcomer, 1)]
