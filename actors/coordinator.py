@@ -10,90 +10,24 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from functools import partial
 from typing import Any
 
-from actors.engine import environment
+from actors.batch import Batch, Counts
 from actors.generation import generate
-from actors.generator import Generator
 from actors.monitoring import Status, export_status
 from actors.pool import Pool
-from actors.remote import ActorFailure, Remote, namespace, put, wait
+from actors.remote import ActorFailure, Remote, put, wait
 from actors.rollouts import PLACES, Cursor, Limits, Rollouts
-from actors.scorer import Scorer
+from actors.spawning import spawn_generator, spawn_scorer
 from actors.weight_sync import PublishedWeights
 from rayrlhf.batching import shard
-from rayrlhf.config import Config, GeneratorConfig, ScorerConfig
+from rayrlhf.config import Config
 from rayrlhf.errors import UserError
 from rayrlhf.gold import Gold
 from rayrlhf.prompts import EncodedPrompt, prompts_of_step, requests_for
 from rayrlhf.scaling import wanted_generators
 from rayrlhf.trajectory import GenerationRequest, PackedTrajectory, Sampling, Trajectory
-
-
-@dataclass(frozen=True)
-class Batch:
-    """A step's scored trajectories and what making them took."""
-
-    step: int
-    version: int
-    packed: list[PackedTrajectory]
-    cursor: Cursor
-    """Which prompts are left after it."""
-    metrics: dict[str, float]
-
-    @cached_property
-    def trajectories(self) -> list[Trajectory]:
-        """Unpacked where they are first asked for: by the learner."""
-        return [packed.unpack() for packed in self.packed]
-
-    @classmethod
-    def of(cls, step: int, version: int, packed: list[PackedTrajectory], cursor: Cursor, max_staleness: int) -> Batch:
-        """A batch with the metrics of its trajectories.
-
-        Raises:
-            ActorFailure: tokens are older than that, or newer than the learner.
-        """
-        oldest, newest = version - min(t.oldest for t in packed), version - max(t.newest for t in packed)
-        if oldest > max_staleness or newest < 0:
-            raise ActorFailure(
-                f"step {step}: tokens are {newest} to {oldest} versions behind the learner's {version}, allowed are "
-                f"0 to {max_staleness}"
-            )
-        tokens = sum(t.response_tokens for t in packed)
-        metrics = {
-            "rollout/staleness/mean": version - sum(t.version_sum for t in packed) / tokens,
-            "rollout/staleness/max": float(oldest),
-        }
-        gold = [t.gold for t in packed if t.gold is not None]
-        if gold:
-            metrics |= {"ppo/gold/mean": statistics.fmean(gold), "ppo/gold/std": statistics.pstdev(gold)}
-        return cls(step, version, packed, cursor, metrics)
-
-
-@dataclass(frozen=True)
-class _Reported:
-    """What had happened up to a batch: the next one's metrics are of what came since."""
-
-    time: float = 0.0
-    deaths: int = 0
-    busy_s: dict[str, float] = field(default_factory=dict)
-    """By name."""
-
-    def since(self, before: _Reported) -> dict[str, float]:
-        seconds = self.time - before.time
-        idle = {
-            f"idle/{name}": min(1.0, max(0.0, 1.0 - (busy - before.busy_s.get(name, 0.0)) / seconds))
-            for name, busy in self.busy_s.items()
-        }
-        # Also of those that died while weights were loaded.
-        return idle | {"rollout/replacements": float(self.deaths - before.deaths)}
-
-
-def _spread(settings: GeneratorConfig | ScorerConfig) -> dict[str, Any]:
-    """Over all nodes with the labels, and outside the placement group of a Tune trial, which holds no room for them."""
-    return {"scheduling_strategy": "SPREAD", "label_selector": settings.labels or None}
 
 
 class Coordinator:
@@ -115,7 +49,7 @@ class Coordinator:
         self.batch: Batch | None = None
         self.cursor = Cursor(0)
         self.rollouts: Rollouts | None = None
-        self.reported = _Reported()
+        self.reported = Counts()
         self.stopping = False
         self.followed_with: list[str] = []
         """The generators at the last batch."""
@@ -134,7 +68,13 @@ class Coordinator:
             self.generators = Pool(
                 "generator",
                 resources.generators.count,
-                self._spawn_generator,
+                partial(
+                    spawn_generator,
+                    config=self.config,
+                    model=self.model,
+                    max_model_len=self.max_model_len,
+                    local=self.local,
+                ),
                 start_timeout_s=resources.start_timeout_s,
                 call_timeout_s=resources.call_timeout_s,
                 node_timeout_s=resources.wait_for_nodes_s,
@@ -153,33 +93,19 @@ class Coordinator:
         if self.scorers is not None:
             self.scorers.stop()
         self.scored_by = models
-        shared = put(gold, self.local)
+        spawn = partial(
+            spawn_scorer,
+            config=self.config,
+            reward_model=reward_model,
+            reference=reference,
+            pad_token_id=self.pad_token_id,
+            gold=put(gold, self.local),
+            local=self.local,
+        )
         resources = self.config.resources
-        settings = resources.scorers
-
-        def spawn(name: str) -> Remote:
-            return Remote.spawn(
-                name,
-                Scorer,
-                name,
-                reward_model,
-                reference,
-                settings,
-                local=self.local,
-                options={
-                    "num_cpus": settings.cpus,
-                    "num_gpus": settings.gpus,
-                    "namespace": namespace(self.config),
-                    **_spread(settings),
-                },
-                gold=shared,  # Ray hands the actor what is behind a reference
-                pad_token_id=self.pad_token_id,
-                dtype=self.config.model.dtype,
-            )
-
         self.scorers = Pool(
             "scorer",
-            settings.count,
+            resources.scorers.count,
             spawn,
             start_timeout_s=resources.start_timeout_s,
             call_timeout_s=resources.call_timeout_s,
@@ -402,30 +328,9 @@ class Coordinator:
         assert self.generators is not None
         return self.generators
 
-    def _counts(self) -> _Reported:
+    def _counts(self) -> Counts:
         busy = {name: seconds for pool in self._pools for name, seconds in pool.busy_s().items()}
-        return _Reported(time.monotonic(), sum(pool.deaths for pool in self._pools), busy)
-
-    def _spawn_generator(self, name: str) -> Remote:
-        settings = self.config.resources.generators
-        model = self.config.model.model_copy(update={"path": self.model})
-        return Remote.spawn(
-            name,
-            Generator,
-            name,
-            model,
-            settings,
-            self.max_model_len,
-            self.config.seed,
-            local=self.local,
-            options={
-                "num_cpus": settings.cpus,
-                "num_gpus": settings.gpus,
-                "namespace": namespace(self.config),
-                **_spread(settings),
-                "runtime_env": {"env_vars": environment(settings)},  # OpenMP reads its settings as a process starts
-            },
-        )
+        return Counts(time.monotonic(), sum(pool.deaths for pool in self._pools), busy)
 
     def _bring_up_to_date(self, generator: Remote) -> None:
         if self.publication is not None:

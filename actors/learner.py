@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from actors.coordinator import Batch
+from actors.batch import Batch
 from actors.monitoring import metrics_writer
 from actors.publisher import Publisher
 from actors.remote import Call, Remote, wait

@@ -51,7 +51,7 @@ class ControlPlane:
     def run(self, turn: int) -> Measurement:
         import ray
 
-        from actors.coordinator import Batch
+        from actors.batch import Batch
         from actors.pool import Pool
         from actors.remote import Call, Remote, pack
         from actors.rollouts import Cursor, Limits, Rollouts

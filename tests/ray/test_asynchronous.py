@@ -13,7 +13,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from actors.coordinator import Batch, Coordinator
+from actors.batch import Batch
+from actors.coordinator import Coordinator
 from actors.remote import Remote, wait
 from actors.rollouts import Cursor
 from actors.weight_sync import Publication, publish

@@ -17,7 +17,8 @@ import ray
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from actors.coordinator import Batch, Coordinator
+from actors.batch import Batch
+from actors.coordinator import Coordinator
 from actors.remote import ActorFailure, Call, Remote, namespace, wait
 from actors.weight_sync import publish, publish_directory
 from rayrlhf.config import Config

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from rouge_score.rouge_scorer import RougeScorer
 from safetensors.torch import load_file
 
-from actors.coordinator import Batch, Coordinator
+from actors.batch import Batch
+from actors.coordinator import Coordinator
 from actors.learner import LearnerArguments, ppo_loop
 from actors.publisher import AdapterPublication
 from actors.remote import Remote

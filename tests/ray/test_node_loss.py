@@ -15,7 +15,8 @@ import ray
 from ray.cluster_utils import Cluster
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors.coordinator import Batch, Coordinator
+from actors.batch import Batch
+from actors.coordinator import Coordinator
 from actors.remote import Remote, this_node, wait
 from actors.rollouts import Cursor
 from actors.weight_sync import publish_directory

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors.coordinator import Batch, Coordinator
+from actors.batch import Batch
+from actors.coordinator import Coordinator
 from actors.remote import Remote
 from actors.rollouts import Cursor
 from actors.weight_sync import publish_directory
