@@ -18,6 +18,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 
 from rayrlhf.errors import UserError
 from rayrlhf.storage import Store, as_user_error
@@ -36,7 +37,7 @@ def leased(store: Store) -> Iterator[None]:
         UserError: the store does not answer or refuses to be written, or another process holds it.
     """
     remote, holder = f"{store.root}/{NAME}", f"process {os.getpid()} on {socket.gethostname()}"
-    token, ended = uuid.uuid4().hex, threading.Event()
+    token, ended, lost = uuid.uuid4().hex, threading.Event(), threading.Event()
 
     def write(count: int) -> None:
         store.write(remote, f"{holder}\n{token}\n{count}\n{_machine()}".encode())
@@ -52,6 +53,7 @@ def leased(store: Store) -> Iterator[None]:
             try:
                 if taken_over():
                     log.error("%s: another process has taken it over; this one ends", store.address)
+                    lost.set()
                     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # wakes it, too
                     return
                 write(count)
@@ -69,7 +71,8 @@ def leased(store: Store) -> Iterator[None]:
     thread = threading.Thread(target=renew, daemon=True)
     thread.start()
     try:
-        yield
+        with _interruptible(lost):
+            yield
     finally:
         ended.set()
         thread.join()
@@ -84,6 +87,27 @@ def lease_holder(store: Store) -> str | None:
     """Who has written the lease, in words; None if nobody has, or a process of this machine that is gone."""
     lease = store.read(f"{store.root}/{NAME}")
     return None if lease is None or _ended_here(lease) else _holder(lease)
+
+
+@contextlib.contextmanager
+def _interruptible(lost: threading.Event) -> Iterator[None]:
+    """Once `lost` is set, SIGINT is a KeyboardInterrupt also where it is ignored, as in a script's `command &`."""
+    if (
+        signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
+        or threading.current_thread() is not threading.main_thread()
+    ):
+        yield
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if lost.is_set():
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _wait_until_free(store: Store, remote: str) -> None:

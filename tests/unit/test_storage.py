@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -338,13 +340,24 @@ def test_a_lease_of_a_dead_process_of_this_machine_is_taken_at_once(store: Store
 
 
 @on_s3
-def test_who_has_lost_its_lease_ends_and_leaves_it_to_the_other(store: Store, quick: None) -> None:
-    """As after a while without the network, in which another process took the run over."""
+@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN], ids=["terminal", "background"])
+def test_who_has_lost_its_lease_ends_and_leaves_it_to_the_other(
+    store: Store, quick: None, handler: Any, request: pytest.FixtureRequest
+) -> None:
+    """As after a while without the network, in which another process took the run over.
+
+    A shell script's `command &` ignores Ctrl-C, but is not to write into another's run either.
+    """
+    before = signal.signal(signal.SIGINT, handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     with pytest.raises(KeyboardInterrupt), leased(store):
+        if handler is signal.SIG_IGN:
+            os.kill(os.getpid(), signal.SIGINT)
         lock = left_behind(store, "process 2 on another-machine")
         time.sleep(10)
     found = store.read(lock)
     assert found is not None and found.startswith(b"process 2 on another-machine")
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 @on_s3
