@@ -189,7 +189,7 @@ def test_a_generator_killed_at_work_is_replaced_and_the_rest_of_its_work_done_ag
 ) -> None:
     publication = publish_directory(TINY, 12, local=False)
     coordinator.call("load_weights", publication, timeout_s=60)
-    requests = requests_for(prompts, 6, 5, "killed")
+    requests = requests_for(prompts, 12, 5, "killed")
     undisturbed = coordinator.call("generate", requests, sampling, 12, timeout_s=200)
     pid = generator_pid(coordinator)
     call = coordinator.submit("generate", requests, sampling, 12)
