@@ -178,6 +178,8 @@ class Coordinator:
 
     def generate(self, requests: Sequence[GenerationRequest], sampling: Sampling, version: int) -> list[Trajectory]:
         """One trajectory per request, in order, by generators that all have weight `version`."""
+        if self.rollouts:
+            raise ActorFailure("coordinator.generate was called while the generators work ahead of the learner")
         return [packed.unpack() for packed in generate(self._started(), requests, sampling, version)]
 
     def score(self, trajectories: Sequence[Trajectory], temperature: float) -> list[Trajectory]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 
-from actors.members import QUEUE, Member, Members
+from actors.members import CALLS_PER_S, QUEUE, Member, Members
 from actors.pool import Pool
-from actors.remote import ActorDied
+from actors.remote import ActorDied, late
 from actors.weight_sync import WeightSyncError
 from rayrlhf.trajectory import GenerationRequest, PackedTrajectory, Sampling
 
@@ -31,7 +32,7 @@ def generate(
     Raises:
         UserError: an impossible request, see `Engine.add`.
         WeightSyncError: a generator has another version.
-        ActorFailure: a generator raised or did not answer in time, or too many died.
+        ActorFailure: a generator raised, was not done with its share within `call_timeout_s`, or too many died.
     """
     done: dict[int, PackedTrajectory] = {}
     waiting: Requests = dict(enumerate(requests))
@@ -49,21 +50,27 @@ def generate(
 
     def give(member: Member, share: Requests) -> None:
         member.held |= share
-        members.ask(member, "advance", share, sampling, _SLICE_S, then=partial(finish, member), packed=True)
+        slice_s = max(_SLICE_S, len(at_work) / CALLS_PER_S)
+        members.ask(member, "advance", share, sampling, slice_s, then=partial(finish, member), packed=True)
 
     generators.settle()
+    given_at = time.monotonic()
     members = Members([generators], died=lost)
     at_work = members.of[generators]
     try:
         while waiting or any(member.calls for member in at_work):
-            members.add(generators, generators.welcome())
+            if waiting:  # else a newcomer would have to wait for the next round, and the others for its weights
+                members.add(generators, generators.welcome())
             if waiting and at_work:
                 for member, share in zip(at_work, _shares(waiting, len(at_work)), strict=False):
                     give(member, share)
                 waiting.clear()
+                given_at = time.monotonic()
             for member in members.hand_on(members.answers(_LOOK_S)):
                 while member.held and len(member.calls) < QUEUE:
                     give(member, {})
+                if member.held and time.monotonic() - given_at > generators.call_timeout_s:
+                    raise late(member.calls[0].call, generators.call_timeout_s)  # it answers, but does not get on
     except BaseException:
         for member in at_work:  # nobody waits for the answer; the next work finds the engines empty
             members.ask(member, "abort")

@@ -18,6 +18,8 @@ from actors.remote import ActorDied, Call, Remote, answer, late
 
 QUEUE = 2
 """Calls that an actor is best given at a time: the second is there when it ends the first."""
+CALLS_PER_S = 100
+"""To all generators together: slices of very many are longer, since each call costs the coordinator CPU time."""
 _CHECK_S = 1.0
 """Between two looks for calls that take too long."""
 
@@ -28,7 +30,6 @@ class Asked:
 
     member: Member
     call: Call
-    limit_s: float
     then: Callable[[Any], None]
     answered: bool = False
     result: Any = None
@@ -93,13 +94,11 @@ class Members:
         *args: Any,
         then: Callable[[Any], None] = lambda result: None,
         packed: bool = False,
-        limit_s: float | None = None,
     ) -> None:
         """Queue a call; `hand_on` hands its result to `then`, after those of earlier calls."""
         remote = member.remote
         call = (remote.submit_packed if packed else remote.submit)(method, *args)
-        limit_s = member.pool.call_timeout_s if limit_s is None else limit_s
-        asked = Asked(member, call, limit_s, then)
+        asked = Asked(member, call, then)
         member.calls.append(asked)
         member.asked_at = call.started
         call.future().add_done_callback(lambda future: self._answered.put((asked, future)))
@@ -161,5 +160,5 @@ class Members:
         self._checked = now
         for member in (member for members in self.of.values() for member in members if member.calls):
             asked = member.calls[0]
-            if now - max(asked.call.started, member.free_at) > asked.limit_s:
-                raise late(asked.call, asked.limit_s)
+            if now - max(asked.call.started, member.free_at) > member.pool.call_timeout_s:
+                raise late(asked.call, member.pool.call_timeout_s)

@@ -236,7 +236,7 @@ class Pool:
         self._busy_s[actor.name] = self._busy_s.get(actor.name, 0.0) + seconds
 
     def busy_s(self) -> dict[str, float]:
-        """Seconds that each actor has worked, on calls of `map` and of `Rollouts`; by name, in the pool's order."""
+        """Seconds that each actor has worked, on calls of `map` and of `Members`; by name, in the pool's order."""
         return {actor.name: self._busy_s.get(actor.name, 0.0) for actor in self.actors}
 
     def worked(self) -> None:

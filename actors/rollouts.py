@@ -27,15 +27,12 @@ from operator import attrgetter
 from typing import Any, NamedTuple
 
 from actors.generator import INITIAL_VERSION, SLICE_S
-from actors.members import QUEUE, Member, Members
+from actors.members import CALLS_PER_S, QUEUE, Member, Members
 from actors.pool import Pool
 from actors.remote import ActorDied, ActorFailure
 from actors.weight_sync import PublishedWeights
 from rayrlhf.trajectory import GenerationRequest, PackedTrajectory, Sampling
 
-_CALLS_PER_S = 100
-"""To all generators together. Slices of very many are longer, since each call costs the coordinator CPU time; new
-weights wait for at most two slices: they come with the next call, and one may be queued before it."""
 _COLLECT_AFTER = 50_000
 """New objects between two looks for garbage in cycles."""
 _BUNDLE_S = 0.02
@@ -269,7 +266,8 @@ class Rollouts:
                 )
 
     def _advance(self, member: Member, requests: dict[int, GenerationRequest]) -> None:
-        slice_s = max(SLICE_S, len(self.generators) / _CALLS_PER_S)
+        # New weights wait for two slices at most: they come with the next call, and one may be queued before it.
+        slice_s = max(SLICE_S, len(self.generators) / CALLS_PER_S)
         arguments: list[Any] = [requests, self.sampling, slice_s]
         newer = member.version < self.publication.version
         if newer:  # as an argument of its own: the object store counts its references

@@ -191,10 +191,9 @@ def test_a_generator_killed_at_work_is_replaced_and_the_rest_of_its_work_done_ag
     coordinator.call("load_weights", publication, timeout_s=60)
     requests = requests_for(prompts, 12, 5, "killed")
     undisturbed = coordinator.call("generate", requests, sampling, 12, timeout_s=200)
-    pid = generator_pid(coordinator)
-    call = coordinator.submit("generate", requests, sampling, 12)
+    pid, before = generator_pid(coordinator), generated_tokens(coordinator)
     generator = ray.get_actor("generator-0", namespace(config))
-    before = ray.get(generator.stats.remote(), timeout=60)["tokens"]
+    call = coordinator.submit("generate", requests, sampling, 12)
     while (handed_over := ray.get(generator.stats.remote(), timeout=60)["tokens"] - before) == 0:
         assert running(call)
     assert running(call), "too late to kill anybody at work"

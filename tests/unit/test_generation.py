@@ -15,7 +15,7 @@ from ray.exceptions import ActorDiedError
 
 from actors.generation import generate
 from actors.pool import Pool
-from actors.remote import ActorDied, Call, Remote
+from actors.remote import ActorDied, ActorFailure, Call, Remote
 from actors.weight_sync import WeightSyncError
 from rayrlhf.trajectory import GenerationRequest, PackedTrajectory, Sampling, Trajectory
 
@@ -163,6 +163,16 @@ def test_another_version_is_refused_by_name_and_nothing_stays_behind() -> None:
     with pytest.raises(WeightSyncError, match=f"^generator-0 has version 6, wanted is {VERSION}: sync it first$"):
         setting.generate([1, 5, 5, 5])
     assert [actor.requests for actor in setting.made] == [{}, {}]
+
+
+def test_one_that_answers_but_does_not_get_on_is_named() -> None:
+    setting = Setting(2)
+    setting.pool.call_timeout_s = 0.3
+    started = time.monotonic()
+    with pytest.raises(ActorFailure, match=r"^generator-1.advance did not answer within 0 s"):
+        setting.generate([1, 10**9])
+    assert 0.3 < time.monotonic() - started < 5
+    assert setting.made[1].requests == {}
 
 
 def test_too_many_deaths_end_it() -> None:
