@@ -59,7 +59,7 @@ def generate(
     at_work = members.of[generators]
     try:
         while waiting or any(member.calls for member in at_work):
-            if waiting:  # else a newcomer would have to wait for the next round, and the others for its weights
+            if waiting:  # while a newcomer loads its weights the others run out of calls: not for one without work
                 members.add(generators, generators.welcome())
             if waiting and at_work:
                 for member, share in zip(at_work, _shares(waiting, len(at_work)), strict=False):
