@@ -20,7 +20,7 @@ from benchmarks.harness import ENVIRONMENT, Child, Fact, Measurement, Result, al
 from benchmarks.sleepers import WAIT_MS, Marker, Sleepers
 
 if TYPE_CHECKING:
-    from actors.pool import Pool
+    from actors.pools.pool import Pool
 
 ACTORS = 16
 PROMPT, RESPONSE = 128, 48
@@ -51,12 +51,12 @@ class ControlPlane:
     def run(self, turn: int) -> Measurement:
         import ray
 
-        from actors.batch import Batch
-        from actors.pool import Pool
-        from actors.remote import Call, Remote, pack
-        from actors.rollouts import Cursor, Limits, Rollouts
-        from actors.weight_sync import Publication
-        from rayrlhf.prompts import EncodedPrompt, prompts_of_step, requests_for
+        from actors.pools.pool import Pool
+        from actors.pools.remote import Call, Remote, dump
+        from actors.rollouts.ahead import Cursor, Limits, Rollouts
+        from actors.rollouts.batch import Batch
+        from actors.rollouts.weight_sync import Publication
+        from rayrlhf.data.prompts import EncodedPrompt, prompts_of_step, requests_for
         from rayrlhf.trajectory import GenerationRequest, Sampling
 
         class Logical(Remote):
@@ -73,11 +73,11 @@ class ControlPlane:
                 ref = getattr(self._target, method).remote(self.number, *sent)
                 return Call(self.name, method, ref, False, started)
 
-            def submit_packed(self, method: str, *args: Any) -> Call:
+            def submit_serialized(self, method: str, *args: Any) -> Call:
                 Logical.calls += 1
                 started = time.monotonic()
-                ref = self._target.packed_call.remote(pack((method, (self.number, *args))))
-                return Call(self.name, method, ref, False, started, packed=True)
+                ref = self._target.serialized_call.remote(dump((method, (self.number, *args))))
+                return Call(self.name, method, ref, False, started, serialized=True)
 
         def spawn(name: str) -> Remote:
             generator = Logical(name, self.actors[int(name.split("-")[1]) % len(self.actors)], False)
@@ -106,8 +106,8 @@ class ControlPlane:
             packed = [t for group in rollouts.take(step, step, TIMEOUT_S) for t in group.trajectories]
             batch = Batch.of(step, step, packed, rollouts.cursor(), max_staleness=1)
             ray.put(batch)  # as the answer to the learner
-            trained += len(batch.packed)
-            rollouts.publish(Publication(step + 1, (), (), ""))
+            trained += len(batch.serialized)
+            rollouts.set_weights(Publication(step + 1, (), (), ""))
         seconds, cpu, calls = time.perf_counter() - started, time.process_time() - cpu, Logical.calls
         rollouts.stop()
         assert trained == self.steps * self.per_step
@@ -121,13 +121,13 @@ class ControlPlane:
     @staticmethod
     def _empty_calls(generators: Pool) -> float:
         """Seconds of CPU time for one of many."""
-        from actors.members import Members
+        from actors.pools.members import Members
 
         members = Members([generators], died=lambda member, death: None)
         cpu, rounds = time.process_time(), EMPTY_CALLS // len(generators)
         for _ in range(rounds):
             for member in members.of[generators]:
-                members.ask(member, "ready", packed=True)
+                members.ask(member, "ready", serialized=True)
         while any(member.calls for member in members.of[generators]):
             members.hand_on(members.answers(1.0))
         return (time.process_time() - cpu) / (rounds * len(generators))

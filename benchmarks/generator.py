@@ -14,8 +14,8 @@ from typing import Any
 from benchmarks.harness import Child, Comparison, Measurement, Result, alternate, column, main
 from benchmarks.workload import CONTEXT, MODEL, RESPONSE, THREADS, Lengths, draw, lengths_text
 from rayrlhf.config import GeneratorConfig, ModelConfig
+from rayrlhf.data.prompts import requests_for
 from rayrlhf.models.loading import load_policy, load_tokenizer
-from rayrlhf.prompts import requests_for
 from rayrlhf.trajectory import GenerationRequest, Sampling
 
 TEMPERATURE = 0.7
@@ -36,10 +36,10 @@ def requests(case: int, turn: int) -> list[GenerationRequest]:
 
 class Ours:
     def __init__(self) -> None:
-        from actors.generator import Generator
-        from actors.pool import Pool
-        from actors.remote import Remote
-        from actors.weight_sync import publish
+        from actors.pools.pool import Pool
+        from actors.pools.remote import Remote
+        from actors.rollouts.generator import Generator
+        from actors.rollouts.weight_sync import publish
 
         pad = load_tokenizer(MODEL).pad_token_id  # never sampled: every response has its 48 tokens
         self.sampling = Sampling(TEMPERATURE, RESPONSE, pad)
@@ -55,7 +55,7 @@ class Ours:
         return {CASES[case][0]: self._generate(case, turn) for case in range(len(CASES))}
 
     def _generate(self, case: int, turn: int) -> float:
-        from actors.generation import generate
+        from actors.rollouts.in_turn import generate
 
         asked = requests(case, turn)
         started = time.perf_counter()
@@ -64,10 +64,10 @@ class Ours:
 
 
 class Plain:
-    """`vllm.LLM` with the arguments of actors/engine.py."""
+    """`vllm.LLM` with the arguments of actors/rollouts/engine.py."""
 
     def __init__(self, with_logprobs: bool) -> None:
-        from actors.engine import environment
+        from actors.rollouts.engine import environment
 
         os.environ.update({k: v for k, v in environment(SETTINGS).items() if not k.startswith("OMP_")})
         import torch

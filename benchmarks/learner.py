@@ -24,10 +24,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.harness import Child, Comparison, Fact, Measurement, Result, Stopwatch, alternate, column, main
 from benchmarks.workload import MODEL, RESPONSE, THREADS, Lengths, draw, lengths_text, write_reward_model
+from rayrlhf.algorithms.ppo import PPO
 from rayrlhf.config import OptimizerConfig, PPOConfig
-from rayrlhf.distributed import Ranks
 from rayrlhf.models.loading import checkpoint_gradients, load_policy, load_reward_model, load_tokenizer
-from rayrlhf.ppo import PPO
+from rayrlhf.models.ranks import Ranks
 from rayrlhf.trajectory import Trajectory
 
 SAMPLES = 64

@@ -38,11 +38,11 @@ class Loop:
     def __init__(self, max_staleness: int, steps: int, prompts_per_step: int, reward_model: str) -> None:
         import ray
 
-        from actors.coordinator import Coordinator
-        from actors.learner import GeneratorLink
-        from actors.remote import Remote, wait
-        from rayrlhf.distributed import Ranks
-        from rayrlhf.ppo import PPO
+        from actors.pools.remote import Remote, wait
+        from actors.rollouts.coordinator import Coordinator
+        from actors.training.ppo import GeneratorLink
+        from rayrlhf.algorithms.ppo import PPO
+        from rayrlhf.models.ranks import Ranks
 
         os.environ.update(ENVIRONMENT)
         learner_core, rollout_core = sorted(os.sched_getaffinity(0))[:2]
@@ -82,13 +82,13 @@ class Loop:
 
     def run(self, turn: int) -> Measurement:
         """Medians over the steps but for the first, which nothing could be ahead of."""
-        from actors.rollouts import Cursor
+        from actors.rollouts.ahead import Cursor
 
         self.link.begin(Cursor(0))
         seconds: dict[str, list[float]] = {"step": [], "wait": [], "learn": [], "sync": []}
         for step in range(self.config.ppo.steps):
             started = time.perf_counter()
-            self.version = self.link.publish(after=self.version)
+            self.version = self.link.send_weights(after=self.version)
             waiting = time.perf_counter()
             batch = self.link.next_batch(step, self.version)
             learning = time.perf_counter()

@@ -19,8 +19,8 @@ import torch
 from benchmarks.harness import Child, Comparison, Measurement, Result, Stopwatch, alternate, column, main, median_phases
 from benchmarks.workload import CONTEXT, MODEL, RESPONSE, THREADS, Lengths, draw, lengths_text, write_reward_model
 from rayrlhf.config import Config, GeneratorConfig, KLConfig, OptimizerConfig, PPOConfig, ResourcesConfig, ScorerConfig
+from rayrlhf.data.prompts import EncodedPrompt
 from rayrlhf.models.loading import load_policy, load_reward_model, load_tokenizer
-from rayrlhf.prompts import EncodedPrompt
 from rayrlhf.trajectory import Sampling
 
 SAMPLES, EPOCHS, TEMPERATURE, LEARNING_RATE = 64, 4, 0.7, 3e-6
@@ -54,13 +54,13 @@ class Ours:
     """Coordinator, generator (vLLM), scorer and PPO in this process."""
 
     def __init__(self, case: Case, reward_model: str, epochs: int = EPOCHS) -> None:
-        from actors.coordinator import Coordinator
-        from actors.publisher import Publisher
-        from actors.remote import Remote
-        from actors.scorer import Scorer
-        from rayrlhf.distributed import Ranks
-        from rayrlhf.optimizer import Optimizer
-        from rayrlhf.ppo import PPO
+        from actors.pools.remote import Remote
+        from actors.rollouts.coordinator import Coordinator
+        from actors.rollouts.publisher import Publisher
+        from actors.rollouts.scorer import Scorer
+        from rayrlhf.algorithms.optimizer import Optimizer
+        from rayrlhf.algorithms.ppo import PPO
+        from rayrlhf.models.ranks import Ranks
 
         tokenizer = load_tokenizer(MODEL)
         self.case, self.version, self.steps = case, 0, 0

@@ -1,6 +1,6 @@
 """Reward-model steps against TRL's RewardTrainer: the same pairs, batch and optimiser.
 
-Ours is the stage's own loop (`actors.reward_model.reward_model_loop` in this process); its steps are timed by itself.
+Ours is the stage's own loop (`actors.training.reward_model` in this process); its steps are timed by itself.
 A prompt has two answers, or four: then ours scores four rows for its six pairs, and RewardTrainer, which knows pairs
 only, gets all six with both of their rows.
 """
@@ -18,10 +18,10 @@ import numpy as np
 from benchmarks.harness import Child, Comparison, Measurement, Result, alternate, column, main
 from benchmarks.sft import step_timer, training_arguments
 from benchmarks.workload import CAP, MODEL, RESPONSE, THREADS, demonstrations
-from rayrlhf.batching import Row
 from rayrlhf.config import Config, LearnerConfig, OptimizerConfig, ResourcesConfig, RewardModelConfig
 from rayrlhf.data.comparisons import RankedAnswers
 from rayrlhf.data.tokens import encode_prompts, encode_responses
+from rayrlhf.models.batching import Row
 from rayrlhf.models.loading import load_reward_model, load_tokenizer
 
 PROMPTS, LEARNING_RATE = 16, 1e-4
@@ -62,9 +62,9 @@ class Contestant(ABC):
 
 class Ours(Contestant):
     def _train(self, train: Sequence[RankedAnswers]) -> Measurement:
-        from actors.reward_model import RewardModelArguments, reward_model_loop
-        from actors.train import fit
-        from rayrlhf.metrics import read_metrics
+        from actors.training.fit import fit
+        from actors.training.reward_model import RewardModelArguments, reward_model_loop
+        from rayrlhf.runs.metrics import read_metrics
 
         learner = LearnerConfig(threads=THREADS)
         optimizer = OptimizerConfig(lr=LEARNING_RATE, schedule="constant")

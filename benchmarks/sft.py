@@ -1,6 +1,6 @@
 """SFT steps against transformers.Trainer: the same demonstrations, batch size and optimiser.
 
-Ours is the stage's own loop (`actors.sft.sft_loop` in this process); its steps are timed by itself. The Trainer gets
+Ours is the stage's own loop (`actors.training.sft` in this process); its steps are timed by itself. The Trainer gets
 micro-batches of rows of like length, its option for such data, and labels that cover the responses only.
 """
 
@@ -18,9 +18,9 @@ import numpy as np
 
 from benchmarks.harness import Child, Comparison, Measurement, Result, alternate, column, main
 from benchmarks.workload import CAP, MODEL, RESPONSE, THREADS, demonstrations
-from rayrlhf.batching import Row
 from rayrlhf.config import Config, LearnerConfig, OptimizerConfig, ResourcesConfig, SFTConfig
 from rayrlhf.data.tokens import encode_prompts, encode_responses
+from rayrlhf.models.batching import Row
 from rayrlhf.models.loading import load_policy, load_tokenizer
 
 BATCH, LEARNING_RATE = 32, 1e-4
@@ -54,9 +54,9 @@ class Contestant(ABC):
 
 class Ours(Contestant):
     def _train(self, train: Sequence[Row]) -> Measurement:
-        from actors.sft import DevPrompt, SFTArguments, sft_loop
-        from actors.train import fit
-        from rayrlhf.metrics import read_metrics
+        from actors.training.fit import fit
+        from actors.training.sft import DevPrompt, SFTArguments, sft_loop
+        from rayrlhf.runs.metrics import read_metrics
 
         dev = [DevPrompt("dev", tuple(train[0].ids[:32]), (5, 2), "")]
         learner = LearnerConfig(threads=THREADS)

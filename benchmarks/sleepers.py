@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from actors.remote import PackedCalls, pack, unpack
-from rayrlhf.trajectory import GenerationRequest, PackedTrajectory, Sampling, Trajectory
+from actors.pools.remote import SerializedCalls, dump, load
+from rayrlhf.trajectory import GenerationRequest, Sampling, SerializedTrajectory, Trajectory
 
 WAIT_MS = (2000, 10000)
 """How long a response takes: as its seed says."""
@@ -31,10 +31,10 @@ class Sleepers:
     async def abort(self, logical: int) -> None:
         self.running.clear()
 
-    async def packed_call(self, message: bytes) -> bytes:
-        """As of `PackedCalls`; the first argument says which of the generators is meant."""
-        method, args = unpack(message)
-        return pack(await getattr(self, method)(*args))
+    async def serialized_call(self, message: bytes) -> bytes:
+        """As of `SerializedCalls`; the first argument says which of the generators is meant."""
+        method, args = load(message)
+        return dump(await getattr(self, method)(*args))
 
     async def advance(
         self,
@@ -43,7 +43,7 @@ class Sleepers:
         sampling: Sampling,
         seconds: float,
         version: int | None = None,
-    ) -> dict[int, PackedTrajectory]:
+    ) -> dict[int, SerializedTrajectory]:
         async with self.locks[logical]:  # one slice at a time, as in a generator
             self.version = version or self.version
             now, running = time.monotonic(), self.running[logical]
@@ -60,9 +60,9 @@ class Sleepers:
                 del running[ticket]
             return {ticket: self._packed(request, sampling) for ticket, request in done.items()}
 
-    def _packed(self, request: GenerationRequest, sampling: Sampling) -> PackedTrajectory:
+    def _packed(self, request: GenerationRequest, sampling: Sampling) -> SerializedTrajectory:
         tokens = sampling.max_tokens
-        return PackedTrajectory.of(
+        return SerializedTrajectory.of(
             Trajectory(
                 prompt_id=request.prompt_id,
                 sample_index=request.sample_index,
@@ -81,14 +81,16 @@ def _seconds(request: GenerationRequest) -> float:
     return (first + request.seed % (last - first)) / 1000
 
 
-class Marker(PackedCalls):
+class Marker(SerializedCalls):
     """A scorer that gives every response the same."""
 
     def ready(self) -> bool:
         return True
 
-    def score_packed(self, trajectories: Sequence[PackedTrajectory], temperature: float) -> list[PackedTrajectory]:
-        return [PackedTrajectory.of(self._scored(packed.unpack())) for packed in trajectories]
+    def score_serialized(
+        self, trajectories: Sequence[SerializedTrajectory], temperature: float
+    ) -> list[SerializedTrajectory]:
+        return [SerializedTrajectory.of(self._scored(serialized.load())) for serialized in trajectories]
 
     def _scored(self, trajectory: Trajectory) -> Trajectory:
         trajectory.rewards = {"constant": 1.0}

@@ -42,7 +42,7 @@ class PlainEngine:
     """An actor with `vllm.LLM` and vLLM's own reload."""
 
     def __init__(self, model: str) -> None:
-        from actors.engine import environment
+        from actors.rollouts.engine import environment
 
         os.environ.update({k: v for k, v in environment(SETTINGS).items() if not k.startswith("OMP_")})
         from vllm import LLM
@@ -87,9 +87,9 @@ class Sync:
     def __init__(self, model: str, lora: LoRAConfig | None = None) -> None:
         import ray
 
-        from actors.engine import environment
-        from actors.generator import Generator
-        from actors.publisher import Publisher
+        from actors.rollouts.engine import environment
+        from actors.rollouts.generator import Generator
+        from actors.rollouts.publisher import Publisher
         from rayrlhf.models.loading import load_policy
         from rayrlhf.models.lora import add_adapters
 

@@ -9,11 +9,11 @@ from typing import Literal
 import numpy as np
 
 from rayrlhf.config import DataConfig
+from rayrlhf.data.prompts import EncodedPrompt
 from rayrlhf.data.records import Demonstration
 from rayrlhf.data.sources import read_demonstrations
 from rayrlhf.data.tokens import encode_prompts
 from rayrlhf.models.loading import load_reward_model, load_tokenizer, resolve_model, save_model
-from rayrlhf.prompts import EncodedPrompt
 
 MODEL = resolve_model("embedded:opt-tiny")
 THREADS = 2

@@ -1,11 +1,9 @@
-"""One module per stage, each a function and an entry point of the same name; and the `rayrlhf` command."""
+"""The stages of a run, each a function and an entry point of the same name; and the `rayrlhf` command."""
 
 import sys
 
-from rayrlhf.errors import UserError
-from rayrlhf.rooms import check_rooms
+from jobs.rooms import foreign_actors
 
-try:
-    check_rooms()
-except UserError as error:
-    sys.exit(f"error: {error}")
+if fault := foreign_actors():
+    print(f"rayrlhf: {fault}", file=sys.stderr)
+    sys.exit(2)

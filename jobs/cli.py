@@ -9,19 +9,19 @@ from typing import Annotated
 import typer
 
 from jobs.collect import collect
-from jobs.entry import Stage, console, guarded, run
 from jobs.evaluate import evaluate
 from jobs.pipeline import pipeline
 from jobs.ppo import ppo
 from jobs.reward_model import reward_model
 from jobs.sft import sft
+from jobs.stage import Stage, console, guarded, run
 from jobs.status import scale_run, show_runs, show_status
 from jobs.submit import MODULES, describe, submit
 from jobs.sweep import sweep
-from rayrlhf import compare as comparison
 from rayrlhf.config_file import load_config
 from rayrlhf.errors import UserError
-from rayrlhf.sweep import load_sweep
+from rayrlhf.reports import compare as comparison
+from rayrlhf.sweeps.plan import load_sweep
 
 app = typer.Typer(
     help="RLHF on Ray: supervised fine-tuning, a reward model from ranked answers, and PPO against it.",
@@ -139,7 +139,7 @@ def status(
 @app.command()
 def scale(
     run_folder: Annotated[str, typer.Argument(metavar="RUN_FOLDER", help="Of a run that is under way.")],
-    rollouts: Annotated[int | None, typer.Option(help="How many generators there are to be.")] = None,
+    generators: Annotated[int | None, typer.Option(help="How many generators there are to be.")] = None,
     scorers: Annotated[int | None, typer.Option(help="How many scorers there are to be.")] = None,
     address: Annotated[
         str | None,
@@ -149,7 +149,7 @@ def scale(
     """Grow or shrink the pools of a run while it trains. Newcomers join when they are up, leavers finish their work."""
 
     def action() -> None:
-        wanted = scale_run(run_folder, address, rollouts, scorers)
+        wanted = scale_run(run_folder, address, generators, scorers)
         print("wanted from now on: " + ", ".join(f"{count} {role}s" for role, count in wanted.items()))
 
     raise typer.Exit(guarded(action))

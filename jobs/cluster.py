@@ -13,10 +13,10 @@ from ray._private import ray_constants
 from ray.autoscaler.sdk import request_resources
 from rich.table import Table
 
-from actors.train import TRAIN_ENVIRONMENT
+from actors.training.fit import TRAIN_ENVIRONMENT
 from rayrlhf.config import Config
 from rayrlhf.errors import UserError
-from rayrlhf.placement import Node, Plan, demand, make_plan, roles_of
+from rayrlhf.runs.placement import Node, Plan, demand, make_plan, roles_of
 
 _SAY_S, _POLL_S = 15.0, 1.0
 _NAMED = 4

@@ -6,8 +6,8 @@ from collections import Counter
 
 import numpy as np
 
-from jobs.entry import console, main, stage
 from jobs.session import Session
+from jobs.stage import console, main, stage
 from rayrlhf.config import Config
 from rayrlhf.data.comparisons import RankedAnswers, rank_answers, usable_answers, write_comparisons
 from rayrlhf.data.records import Demonstration, Prompt
@@ -15,7 +15,7 @@ from rayrlhf.data.sources import as_prompts
 from rayrlhf.data.splits import is_heldout
 from rayrlhf.data.tokens import decode_response, encode_response
 from rayrlhf.errors import UserError
-from rayrlhf.labellers import FileLabeller, Unranked, ask_people, make_labeller, rankings_path, read_unranked
+from rayrlhf.rewards.labellers import FileLabeller, Unranked, ask_people, make_labeller, rankings_path, read_unranked
 from rayrlhf.trajectory import derive_seed
 
 
@@ -42,7 +42,7 @@ def collect(session: Session) -> None:
         )
     if asks_people and not rankings_path(config.collect.labeller).is_file():
         request = ask_people(to_rank, answers, config.collect.labeller)
-        run.publish(to_rank)
+        run.upload(to_rank)
         raise request
 
     labeller = make_labeller(config.collect.labeller)

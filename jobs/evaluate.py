@@ -7,18 +7,18 @@ from pathlib import Path
 
 import numpy as np
 
-from jobs.entry import console, main, stage
 from jobs.session import Session
+from jobs.stage import console, main, stage
 from rayrlhf.data.records import Demonstration, Prompt
 from rayrlhf.data.sources import as_prompts, read_demonstrations
 from rayrlhf.data.tokens import decode_response, encode_responses
 from rayrlhf.errors import UserError
-from rayrlhf.evaluation import Answers, samples_table, summarize, write_evaluation, write_samples
-from rayrlhf.gold import gold_labeller
-from rayrlhf.labellers import Labeller
-from rayrlhf.progress import sample_panel
-from rayrlhf.report import write_report
-from rayrlhf.tables import evaluation_table
+from rayrlhf.reports.evaluation import Answers, samples_table, summarize, write_evaluation, write_samples
+from rayrlhf.reports.page import write_report
+from rayrlhf.reports.progress import sample_panel
+from rayrlhf.reports.tables import evaluation_table
+from rayrlhf.rewards.gold import gold_labeller
+from rayrlhf.rewards.labellers import Labeller
 from rayrlhf.trajectory import Trajectory
 
 
@@ -63,15 +63,15 @@ def evaluate(session: Session) -> None:
     if config.evaluate.prompts is None:
         write_samples(run.samples, table)
         write_evaluation(run.evaluation, result)
-        run.publish(run.samples, run.evaluation)
-        run.publish(write_report(run))
+        run.upload(run.samples, run.evaluation)
+        run.upload(write_report(run))
         console.print(f"report: {run.address_of(run.report)}")
     else:  # the run's own evaluation stays that of its split
         other = Path(config.evaluate.prompts).stem
         samples, evaluation = run.path / f"samples-{other}.parquet", run.path / f"evaluation-{other}.json"
         write_samples(samples, table)
         write_evaluation(evaluation, result)
-        run.publish(samples, evaluation)
+        run.upload(samples, evaluation)
         console.print(f"evaluation of {config.evaluate.prompts}: {run.address_of(evaluation)}")
     console.print(
         sample_panel(

@@ -16,11 +16,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from rayrlhf.alarms import alarms
 from rayrlhf.config import Config
-from rayrlhf.metrics import read_lines, read_metrics
-from rayrlhf.progress import Progress, has_step_line, sample_panel
-from rayrlhf.run import RunFolder
+from rayrlhf.reports.alarms import alarms
+from rayrlhf.reports.progress import Progress, has_step_line, sample_panel
+from rayrlhf.runs.folder import RunFolder
+from rayrlhf.runs.metrics import read_lines, read_metrics
 
 POLL_S, STORE_POLL_S = 0.25, 2.0
 

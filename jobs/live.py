@@ -15,8 +15,8 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.state import list_actors
 from ray.util.state.exception import RayStateApiException
 
-from actors.monitoring import CONTROL, Status
-from actors.remote import namespace
+from actors.pools.monitoring import CONTROL, Status
+from actors.pools.remote import namespace
 from jobs.cluster import LOCAL_ENVIRONMENT, loopback_only
 from rayrlhf.config import Config
 from rayrlhf.errors import UserError

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from jobs.collect import collect
-from jobs.entry import console, main
 from jobs.evaluate import evaluate
 from jobs.ppo import ppo
 from jobs.reward_model import reward_model
 from jobs.session import Session
 from jobs.sft import sft
-from rayrlhf.report import write_report
+from jobs.stage import console, main
+from rayrlhf.reports.page import write_report
 
 
 def pipeline(session: Session) -> None:
@@ -17,7 +17,7 @@ def pipeline(session: Session) -> None:
     config, run = session.config, session.run
     if run.done("evaluate"):
         if not run.report.exists():
-            run.publish(write_report(run))
+            run.upload(write_report(run))
         found = f"{run.address_of(run.evaluation)}, {run.address_of(run.report)}"
         console.print(f"run {config.name!r} is finished: {found} (another one: name=OTHER)")
         return

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from actors.learner import LearnerArguments, ppo_loop
-from actors.train import fit
-from jobs.entry import console, main, stage
+from actors.training.fit import fit
+from actors.training.ppo import LearnerArguments, ppo_loop
 from jobs.follow import following
 from jobs.session import Session
+from jobs.stage import console, main, stage
 from jobs.stopping import asking_first
 from rayrlhf.errors import UserError
 from rayrlhf.models.loading import check_vocabulary
@@ -16,7 +16,7 @@ from rayrlhf.models.loading import check_vocabulary
 def ppo(session: Session) -> None:
     """Optimise the policy; continues from the last checkpoint of the same settings."""
     config, run = session.config, session.run
-    check_vocabulary(str(run.fetch(run.sft)), str(run.fetch(run.reward_model)))
+    check_vocabulary(str(run.download(run.sft)), str(run.download(run.reward_model)))
     prompts = session.encode(session.train_splits.ppo)
     if not prompts:
         raise UserError("ppo: no prompts are left; lower data.sft_fraction or data.reward_model_fraction")

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 
-from actors.remote import put
-from actors.reward_model import RewardModelArguments, reward_model_loop
-from actors.train import fit
-from jobs.entry import console, main, stage
+from actors.pools.remote import put
+from actors.training.fit import fit
+from actors.training.reward_model import RewardModelArguments, reward_model_loop
 from jobs.follow import following
 from jobs.session import Session
-from rayrlhf.batching import Row
-from rayrlhf.data.comparisons import RankedAnswers, read_comparisons
+from jobs.stage import console, main, stage
+from rayrlhf.data.comparisons import RankedAnswers, read_ranked
+from rayrlhf.data.epochs import Epochs
 from rayrlhf.data.tokens import encode_responses
-from rayrlhf.epochs import Epochs
 from rayrlhf.errors import UserError
-from rayrlhf.reward_accuracy import unbeaten
-from rayrlhf.tables import reward_accuracy_table
+from rayrlhf.models.batching import Row
+from rayrlhf.reports.reward_accuracy import unbeaten
+from rayrlhf.reports.tables import reward_accuracy_table
 
 MAX_REFERENCES = 1000
 """Enough for a mean; scoring all of a large data set would take longer than training."""
@@ -55,7 +55,7 @@ def reward_model(session: Session) -> None:
             keep_checkpoints=1,
             local=session.local,
         )
-    session.run.fetch_files()
+    session.run.download_files()
     if session.run.reward_accuracy.exists():
         result = json.loads(session.run.reward_accuracy.read_text(encoding="utf-8"))
         console.print(reward_accuracy_table(result))
@@ -75,7 +75,7 @@ def collected_or_published(session: Session) -> list[RankedAnswers]:
             f"stage 'reward_model' needs {session.run.comparisons}, which stage 'collect' writes; run that first, "
             "or name a data set in data.comparisons"
         )
-    return read_comparisons(session.run.comparisons)
+    return read_ranked(session.run.comparisons)
 
 
 if __name__ == "__main__":

@@ -15,27 +15,27 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from actors.coordinator import Coordinator
-from actors.monitoring import CONTROL
-from actors.remote import Call, Remote, namespace, wait
-from actors.weight_sync import publish_directory
+from actors.pools.monitoring import CONTROL
+from actors.pools.remote import Call, Remote, namespace, wait
+from actors.rollouts.coordinator import Coordinator
+from actors.rollouts.weight_sync import publish_directory
 from jobs.cluster import connected, inside_job, preflight
 from rayrlhf.config import Config
 from rayrlhf.config_file import dump_config
 from rayrlhf.data.comparisons import RankedAnswers, from_comparisons
 from rayrlhf.data.loading import Split
+from rayrlhf.data.prompts import EncodedPrompt, requests_for
 from rayrlhf.data.records import Demonstration
-from rayrlhf.data.sources import as_prompts, read_comparisons, read_demonstrations
+from rayrlhf.data.sources import as_prompts, read_demonstrations, read_published
 from rayrlhf.data.splits import Splits, check_disjoint, split_train, split_valid
 from rayrlhf.data.tokens import check_context, encode_prompts
 from rayrlhf.errors import UserError
-from rayrlhf.gold import Gold, gold_labeller
-from rayrlhf.labellers import check_labeller
 from rayrlhf.models.loading import context_length, load_tokenizer, parameter_counts, resolve_model
-from rayrlhf.progress import batch_table
-from rayrlhf.prompts import EncodedPrompt, requests_for
-from rayrlhf.run import STAGES, RunFolder, open_or_create, runs_address
-from rayrlhf.storage import is_uri, join
+from rayrlhf.reports.progress import batch_table
+from rayrlhf.rewards.gold import GoldMeasure, gold_labeller
+from rayrlhf.rewards.labellers import check_labeller
+from rayrlhf.runs.folder import STAGES, RunFolder, open_or_create, runs_address
+from rayrlhf.runs.storage import is_uri, join
 from rayrlhf.trajectory import Sampling, Trajectory
 
 T = TypeVar("T")
@@ -70,7 +70,7 @@ class Session:
             check_labeller(self.config.collect.labeller)
         if not self.local:
             self._connection.enter_context(connected(self.config))
-            self.run.tell(f"Ray at {ray.get_runtime_context().gcs_address}")
+            self.run.note_in_lock(f"Ray at {ray.get_runtime_context().gcs_address}")
             self.placement = preflight(self.config)
         self._started = True
         return True
@@ -127,7 +127,7 @@ class Session:
         ranked: list[RankedAnswers] = []
         splits: tuple[Split, ...] = ("train", "valid")
         for split in splits:
-            found, dropped = read_comparisons(data.comparisons, split, self.tokenizer, data.max_prompt_tokens)
+            found, dropped = read_published(data.comparisons, split, self.tokenizer, data.max_prompt_tokens)
             own = from_comparisons(found, self.tokenizer, data.max_response_tokens, heldout=split == "valid")
             if len(own) < len(found):
                 dropped["equal_when_cut"] = len(found) - len(own)
@@ -195,7 +195,7 @@ class Session:
         timeout = self.config.resources.coordinator_timeout_s
         self.wait_for_generators()
         version: int = self.coordinator.call("next_version", timeout_s=timeout)
-        publication = publish_directory(self.run.fetch(directory), version, local=self.local)
+        publication = publish_directory(self.run.download(directory), version, local=self.local)
         self.coordinator.call("load_weights", publication, timeout_s=timeout)
         return version
 
@@ -212,7 +212,7 @@ class Session:
 
     def start_scorers(self, reward_model: Path, reference: Path, measured: list[Demonstration] | None = None) -> None:
         """Scorers with these models; those of `measured` also have the gold measure of responses to these records."""
-        gold = Gold(gold_labeller(self.config), as_prompts(measured), self.tokenizer) if measured else None
+        gold = GoldMeasure(gold_labeller(self.config), as_prompts(measured), self.tokenizer) if measured else None
         self._call("start_scorers", self.run.address_of(reward_model), self.run.address_of(reference), gold)
 
     def score(self, trajectories: list[Trajectory], temperature: float) -> list[Trajectory]:

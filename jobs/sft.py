@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from actors.remote import put
-from actors.sft import DevPrompt, SFTArguments, sft_loop
-from actors.train import fit
-from jobs.entry import console, main, stage
+from actors.pools.remote import put
+from actors.training.fit import fit
+from actors.training.sft import DevPrompt, SFTArguments, sft_loop
 from jobs.follow import following
 from jobs.session import Session
-from rayrlhf.batching import Row
+from jobs.stage import console, main, stage
+from rayrlhf.data.epochs import Epochs
 from rayrlhf.data.tokens import encode_responses
-from rayrlhf.epochs import Epochs
+from rayrlhf.models.batching import Row
 
 
 @stage("sft")

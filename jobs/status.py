@@ -12,8 +12,8 @@ from rich.text import Text
 
 from jobs.live import Live, cluster_address, read_live, scale_live
 from rayrlhf.errors import UserError
-from rayrlhf.overview import Overview, StageOverview, read_overview, run_folders
-from rayrlhf.progress import duration, step_line
+from rayrlhf.reports.overview import Overview, StageOverview, read_overview, run_folders
+from rayrlhf.reports.progress import duration, step_line
 
 
 def show_status(path: str | Path, address: str | None, console: Console) -> None:
@@ -43,7 +43,7 @@ def scale_run(path: str | Path, address: str | None, generators: int | None, sco
         UserError: nothing to change, a run that nobody works on, or what its coordinator refuses.
     """
     if generators is None and scorers is None:
-        raise UserError("scale: say how many, with --rollouts N or --scorers N")
+        raise UserError("scale: say how many, with --generators N or --scorers N")
     overview = read_overview(path)
     where = cluster_address(address, overview.holder)
     if where is None or not (overview.holder or address):

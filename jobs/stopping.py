@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-ONE_S = 5.0
+SAME_SIGNAL_S = 5.0
 """Signals that come within this time are one: `uv run` and a shell pass on what Ray has sent to their child as well."""
 
 
@@ -32,7 +32,7 @@ def asking_first(ask: Callable[[], object]) -> Iterator[threading.Event]:
     def handle(number: int, frame: Any) -> None:
         nonlocal first
         if asked.is_set():
-            if time.monotonic() - first > ONE_S:
+            if time.monotonic() - first > SAME_SIGNAL_S:
                 _interrupt(number, frame)
             return
         first = time.monotonic()

@@ -14,11 +14,11 @@ from aiohttp import ClientError
 from ray.exceptions import RayError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from actors.remote import ActorFailure
+from actors.pools.remote import ActorFailure
 from rayrlhf.config_file import load_config
 from rayrlhf.errors import UserError
-from rayrlhf.run import resolve_runs_dir, runs_address
-from rayrlhf.sweep import load_sweep
+from rayrlhf.runs.folder import resolve_runs_dir, runs_address
+from rayrlhf.sweeps.plan import load_sweep
 
 MODULES = {
     "run": "pipeline", "sft": "sft", "collect": "collect", "reward-model": "reward_model", "ppo": "ppo",

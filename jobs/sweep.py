@@ -25,20 +25,20 @@ from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.search.basic_variant import BasicVariantGenerator
 from ray.tune.search.variant_generator import generate_variants
 
-from actors.remote import ANSI, ActorFailure
+from actors.pools.remote import ANSI, ActorFailure
 from jobs.cluster import connected, inside_job, preflight
 from jobs.collect import collect
-from jobs.entry import Stage, console, guarded, run
 from jobs.pipeline import pipeline
 from jobs.ppo import ppo
 from jobs.reward_model import reward_model
 from jobs.sft import sft
+from jobs.stage import Stage, console, guarded, run
 from rayrlhf.config import Config
-from rayrlhf.progress import duration
-from rayrlhf.run import RunFolder, open_or_create, resolve_runs_dir
-from rayrlhf.sweep import BASE, Space, Sweep, Trial, Value, load_sweep, share
-from rayrlhf.sweep_results import Result, ranked, read_result, results_table, write_results
-from rayrlhf.tables import interval_text
+from rayrlhf.reports.progress import duration
+from rayrlhf.reports.tables import interval_text
+from rayrlhf.runs.folder import RunFolder, open_or_create, resolve_runs_dir
+from rayrlhf.sweeps.plan import BASE, Space, Sweep, Trial, Value, load_sweep, share
+from rayrlhf.sweeps.results import Result, ranked, read_result, results_table, write_results
 
 STAGE_FUNCTIONS: dict[str, Stage] = {"sft": sft, "collect": collect, "reward_model": reward_model, "ppo": ppo}
 TUNE_ENVIRONMENT = {

@@ -250,7 +250,7 @@ class GeneratorConfig(Section):
     cpus: Annotated[float, Field(ge=0)] = 1.0
     gpus: Gpus = 0.0
     labels: dict[str, str] = {}
-    """Only nodes with these Ray labels hold them, such as `rayrlhf.io/role: rollout`."""
+    """Only nodes with these Ray labels hold them, such as `rayrlhf.io/role: generator`."""
     threads: Positive = 1
     """OpenMP threads of one generator (CPU only)."""
     kv_cache_mib: Positive = 512
@@ -266,7 +266,7 @@ class ScorerConfig(Section):
     cpus: Annotated[float, Field(ge=0)] = 1.0
     gpus: Gpus = 0.0
     labels: dict[str, str] = {}
-    """Only nodes with these Ray labels hold them, such as `rayrlhf.io/role: rollout`."""
+    """Only nodes with these Ray labels hold them, such as `rayrlhf.io/role: generator`."""
     threads: Positive = 1
     micro_batch_tokens: Positive = 8192
 

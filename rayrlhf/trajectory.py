@@ -113,7 +113,7 @@ def _unpacked(
     )
 
 
-class PackedTrajectory(NamedTuple):
+class SerializedTrajectory(NamedTuple):
     """A trajectory on its way through the coordinator, which reads these few figures and hands `data` on unread."""
 
     sample_index: int
@@ -131,7 +131,7 @@ class PackedTrajectory(NamedTuple):
     """The pickled trajectory."""
 
     @classmethod
-    def of(cls, t: Trajectory) -> PackedTrajectory:
+    def of(cls, t: Trajectory) -> SerializedTrajectory:
         versions = t.versions.tolist()
         return cls(
             t.sample_index,
@@ -144,7 +144,7 @@ class PackedTrajectory(NamedTuple):
             pickle.dumps(t, protocol=5),
         )
 
-    def unpack(self) -> Trajectory:
+    def load(self) -> Trajectory:
         trajectory: Trajectory = pickle.loads(self.data)
         return trajectory
 

@@ -25,11 +25,11 @@ import pyarrow.parquet as pq
 from rayrlhf.config_file import load_config
 from rayrlhf.data.comparisons import from_comparisons
 from rayrlhf.data.loading import read_file
-from rayrlhf.data.sources import read_comparisons
+from rayrlhf.data.sources import read_published
 from rayrlhf.data.splits import hash_fraction
+from rayrlhf.files import replacing
 from rayrlhf.models.loading import load_tokenizer, resolve_model
-from rayrlhf.reward_accuracy import SCORERS, accuracies
-from rayrlhf.run import replacing
+from rayrlhf.reports.reward_accuracy import SCORERS, accuracies
 
 CONFIG = Path("configs/hh_harmless_tiny.yaml")
 
@@ -89,8 +89,8 @@ def usage_of(data: Path, overrides: Sequence[str]) -> str:
     source, limits = config.data.comparisons, config.data
     assert source is not None
     tokenizer = load_tokenizer(resolve_model(config.model.path), config.model.revision)
-    whole, dropped = read_comparisons(source, "all", tokenizer, 10**6)
-    fitted, _ = read_comparisons(source, "all", tokenizer, limits.max_prompt_tokens)
+    whole, dropped = read_published(source, "all", tokenizer, 10**6)
+    fitted, _ = read_published(source, "all", tokenizer, limits.max_prompt_tokens)
     answers = [len(ids) for c in from_comparisons(whole, tokenizer, 10**6) for ids in c.response_ids]
     used = len(from_comparisons(fitted, tokenizer, limits.max_response_tokens))
     reasons = Counter(dropped) + Counter(equal_after_cutting=len(fitted) - used)

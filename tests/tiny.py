@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import OPTConfig, OPTForCausalLM, OPTForSequenceClassification
 
-from rayrlhf.ppo import PPO
+from rayrlhf.algorithms.ppo import PPO
 from rayrlhf.trajectory import Trajectory
 
 EOS, PAD, VOCABULARY, TEMPERATURE = 2, 1, 50, 0.7

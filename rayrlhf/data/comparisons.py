@@ -171,7 +171,7 @@ def write_comparisons(path: Path, records: Sequence[RankedAnswers]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def read_comparisons(path: Path) -> list[RankedAnswers]:
+def read_ranked(path: Path) -> list[RankedAnswers]:
     """Read what `write_comparisons` wrote, or a file of the same columns whose `ranking` sorts the answers.
 
     Raises:

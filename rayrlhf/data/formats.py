@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from rayrlhf.data.loading import Row
+from rayrlhf.data.loading import SourceRow
 from rayrlhf.data.template import ChatPrompt, Message, PromptParts, TextPrompt, plain_prompt, tldr_prompt
 from rayrlhf.errors import UserError
 
@@ -40,14 +40,14 @@ class RawComparison:
 class Format:
     """One kind of data set: how a row is read as a demonstration and as a comparison, where it can be."""
 
-    demonstration: Callable[[Row], RawDemonstration] | None
-    comparison: Callable[[Row], RawComparison] | None
+    demonstration: Callable[[SourceRow], RawDemonstration] | None
+    comparison: Callable[[SourceRow], RawComparison] | None
 
 
 # --- tldr: subreddit, title, post, summary, [id] ---------------------------------------------------------------------
 
 
-def _tldr(row: Row) -> RawDemonstration:
+def _tldr(row: SourceRow) -> RawDemonstration:
     title = row.text("title", allow_empty=True)
     prompt = tldr_prompt(row.text("subreddit", allow_empty=True), title, row.text("post"))
     return RawDemonstration(prompt, row.text("summary").strip(), title.strip() or None)
@@ -61,7 +61,7 @@ _RENDERED_POST = re.compile(
 )
 
 
-def _rendered_post(row: Row) -> tuple[TextPrompt, str | None]:
+def _rendered_post(row: SourceRow) -> tuple[TextPrompt, str | None]:
     match = _RENDERED_POST.fullmatch(row.text("prompt"))
     if match is None or not match["post"].strip():
         raise SkipRow("not_a_tldr_post")
@@ -69,7 +69,7 @@ def _rendered_post(row: Row) -> tuple[TextPrompt, str | None]:
     return tldr_prompt(match["subreddit"], title, match["post"]), title or None
 
 
-def _summary(row: Row, column: str) -> str:
+def _summary(row: SourceRow, column: str) -> str:
     """Without the `TL;DR:` that some rows repeat: it is the end of the prompt."""
     summary = row.text(column, allow_empty=True).strip().removeprefix("TL;DR:").strip()
     if not summary:
@@ -77,12 +77,12 @@ def _summary(row: Row, column: str) -> str:
     return summary
 
 
-def _openai_tldr(row: Row) -> RawDemonstration:
+def _openai_tldr(row: SourceRow) -> RawDemonstration:
     prompt, title = _rendered_post(row)
     return RawDemonstration(prompt, _summary(row, "label"), title)
 
 
-def _openai_comparison(row: Row) -> RawComparison:
+def _openai_comparison(row: SourceRow) -> RawComparison:
     return RawComparison(_rendered_post(row)[0], (_summary(row, "chosen"), _summary(row, "rejected")))
 
 
@@ -107,7 +107,7 @@ def parse_dialogue(text: str) -> tuple[Message, ...]:
     return tuple(messages)
 
 
-def _hh_comparison(row: Row) -> RawComparison:
+def _hh_comparison(row: SourceRow) -> RawComparison:
     context, _, chosen = row.text("chosen").rpartition("\n\nAssistant:")
     other, _, rejected = row.text("rejected").rpartition("\n\nAssistant:")
     if context != other:
@@ -123,7 +123,7 @@ def _hh_comparison(row: Row) -> RawComparison:
 # --- stanfordnlp/SHP: a Reddit post and two comments, labels 1 where A got more votes --------------------------------
 
 
-def _shp_comparison(row: Row) -> RawComparison:
+def _shp_comparison(row: SourceRow) -> RawComparison:
     a, b = row.text("human_ref_A", allow_empty=True).strip(), row.text("human_ref_B", allow_empty=True).strip()
     history = row.text("history", allow_empty=True).strip()
     if not history or not a or not b:
@@ -137,10 +137,10 @@ def _shp_comparison(row: Row) -> RawComparison:
     )
 
 
-def _chosen(comparison: Callable[[Row], RawComparison]) -> Callable[[Row], RawDemonstration]:
+def _chosen(comparison: Callable[[SourceRow], RawComparison]) -> Callable[[SourceRow], RawDemonstration]:
     """The better answer of a comparison as a demonstration."""
 
-    def demonstration(row: Row) -> RawDemonstration:
+    def demonstration(row: SourceRow) -> RawDemonstration:
         raw = comparison(row)
         return RawDemonstration(raw.prompt, raw.responses[0])
 
@@ -150,7 +150,7 @@ def _chosen(comparison: Callable[[Row], RawComparison]) -> Callable[[Row], RawDe
 # --- prompts: own files ----------------------------------------------------------------------------------------------
 
 
-def _messages(row: Row) -> list[Message]:
+def _messages(row: SourceRow) -> list[Message]:
     value = row.get("messages")
     if not isinstance(value, list) or not value:
         raise UserError(f'{row.where}: \'messages\' must be a list of {{"role", "content"}} objects')
@@ -163,7 +163,7 @@ def _messages(row: Row) -> list[Message]:
     return messages
 
 
-def _own_prompt(row: Row) -> tuple[PromptParts, str | None]:
+def _own_prompt(row: SourceRow) -> tuple[PromptParts, str | None]:
     """The prompt, and the reply where `messages` goes on to one."""
     if row.values.get("messages") is None:
         if row.values.get("prompt") is None:
@@ -178,7 +178,7 @@ def _own_prompt(row: Row) -> tuple[PromptParts, str | None]:
     return ChatPrompt(tuple(messages)), reply
 
 
-def _own_demonstration(row: Row) -> RawDemonstration:
+def _own_demonstration(row: SourceRow) -> RawDemonstration:
     prompt, reply = _own_prompt(row)
     if reply is None:
         column = next((name for name in ("response", "reference") if row.values.get(name) is not None), "response")
@@ -186,7 +186,7 @@ def _own_demonstration(row: Row) -> RawDemonstration:
     return RawDemonstration(prompt, reply)
 
 
-def _own_comparison(row: Row) -> RawComparison:
+def _own_comparison(row: SourceRow) -> RawComparison:
     prompt, reply = _own_prompt(row)
     if reply is not None:
         raise UserError(

@@ -28,7 +28,7 @@ _ASSETS = Path(__file__).parent.parent / "assets"
 
 
 @dataclass(frozen=True)
-class Row:
+class SourceRow:
     """One row and where it stands, so that every complaint can name it."""
 
     where: str
@@ -60,27 +60,29 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Source:
+class SourceRows:
     """The rows of a source. Where it has no validation split, `valid` is None and has to be carved out of `train`."""
 
     name: str
-    train: list[Row]
-    valid: list[Row] | None
+    train: list[SourceRow]
+    valid: list[SourceRow] | None
 
 
-def load_source(config: DatasetConfig) -> Source:
+def load_source(config: DatasetConfig) -> SourceRows:
     """Read `config.path`: `embedded:tldr`, a file, a directory that `datasets` can load, or a hub name.
 
     Raises:
         UserError: nothing there, unreadable, empty, or without the splits that `config` names.
     """
     if config.path == "embedded:tldr":
-        return Source(config.path, read_file(_ASSETS / "tldr/train.parquet"), read_file(_ASSETS / "tldr/valid.parquet"))
+        return SourceRows(
+            config.path, read_file(_ASSETS / "tldr/train.parquet"), read_file(_ASSETS / "tldr/valid.parquet")
+        )
     if config.path.startswith("embedded:"):
         raise UserError(f"{config.path}: no such embedded data; there is embedded:tldr")
     path = Path(config.path).expanduser()
     if path.is_file():
-        return Source(config.path, read_file(path), None)
+        return SourceRows(config.path, read_file(path), None)
     looks_like_a_file = config.path.endswith(_FILE_KINDS) or not _HUB_NAME.fullmatch(config.path)
     if not path.is_dir() and looks_like_a_file:
         raise UserError(
@@ -89,7 +91,7 @@ def load_source(config: DatasetConfig) -> Source:
     return _load_splits(config)
 
 
-def read_file(path: Path) -> list[Row]:
+def read_file(path: Path) -> list[SourceRow]:
     """All rows of one .parquet, .jsonl, .jsonl.gz or .json (an array of objects) file."""
     if not path.name.endswith(_FILE_KINDS):
         raise UserError(f"{path}: unknown kind of file; use {', '.join(_FILE_KINDS)}")
@@ -104,12 +106,12 @@ def read_file(path: Path) -> list[Row]:
     return rows
 
 
-def _parquet_rows(path: Path) -> Iterator[Row]:
+def _parquet_rows(path: Path) -> Iterator[SourceRow]:
     for number, values in enumerate(pq.read_table(path).to_pylist(), start=1):
-        yield Row(f"{path} row {number}", values)
+        yield SourceRow(f"{path} row {number}", values)
 
 
-def _json_rows(path: Path) -> Iterator[Row]:
+def _json_rows(path: Path) -> Iterator[SourceRow]:
     raw = path.read_bytes()
     text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
     if path.suffix == ".json":
@@ -133,10 +135,10 @@ def _json_rows(path: Path) -> Iterator[Row]:
     for where, item in items:
         if not isinstance(item, dict):
             raise UserError(f"{where}: expected an object, found {type(item).__name__}")
-        yield Row(where, item)
+        yield SourceRow(where, item)
 
 
-def _load_splits(config: DatasetConfig) -> Source:
+def _load_splits(config: DatasetConfig) -> SourceRows:
     from datasets import DatasetDict, load_dataset  # imported late: it takes seconds, and most sources are files
 
     folder = Path(config.path).expanduser()
@@ -157,14 +159,16 @@ def _load_splits(config: DatasetConfig) -> Source:
     if valid is None and config.valid_split not in _VALIDATION_NAMES:
         raise UserError(f"{config.path}: no split {config.valid_split!r}; {there_are}; set valid_split")
     rows = {
-        name: [Row(f"{config.path} {name} row {n}", values) for n, values in enumerate(data[name].to_list(), start=1)]
+        name: [
+            SourceRow(f"{config.path} {name} row {n}", values) for n, values in enumerate(data[name].to_list(), start=1)
+        ]
         for name in (train, valid)
         if name is not None
     }
     for name, found in rows.items():
         if not found:
             raise UserError(f"{config.path}: split {name!r} holds no rows")
-    return Source(config.path, rows[train], rows[valid] if valid is not None else None)
+    return SourceRows(config.path, rows[train], rows[valid] if valid is not None else None)
 
 
 def _find_split(names: Any, wanted: str) -> str | None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 from rayrlhf.config import DatasetConfig
 from rayrlhf.data.comparisons import usable_answers
 from rayrlhf.data.formats import FORMATS, Format, RawComparison, RawDemonstration, SkipRow
-from rayrlhf.data.loading import Row, Split, load_source
+from rayrlhf.data.loading import SourceRow, Split, load_source
 from rayrlhf.data.records import Comparison, Demonstration, Prompt
 from rayrlhf.data.splits import hash_fraction
 from rayrlhf.data.template import fit_prompts
@@ -66,7 +66,7 @@ def read_demonstrations(
     ]
 
 
-def read_comparisons(
+def read_published(
     source: DatasetConfig, split: Split, tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int
 ) -> tuple[list[Comparison], dict[str, int]]:
     """Comparisons of one split (see `read_demonstrations`), and how many rows were dropped by reason.
@@ -80,7 +80,7 @@ def read_comparisons(
         raise _cannot(source, "comparisons", "comparison")
     records, dropped = _read(source, split, adapter.comparison)
     remove = special_text_remover(tokenizer)
-    usable: list[tuple[str, Row, RawComparison]] = []
+    usable: list[tuple[str, SourceRow, RawComparison]] = []
     for id, row, raw in records:
         answers = tuple(remove(response).strip() for response in raw.responses)
         kept, reasons = usable_answers(answers)
@@ -105,8 +105,8 @@ def as_prompts(demonstrations: Sequence[Demonstration]) -> list[Prompt]:
 
 
 def _read(
-    source: DatasetConfig, split: Split, parse: Callable[[Row], Raw]
-) -> tuple[list[tuple[str, Row, Raw]], Counter[str]]:
+    source: DatasetConfig, split: Split, parse: Callable[[SourceRow], Raw]
+) -> tuple[list[tuple[str, SourceRow, Raw]], Counter[str]]:
     loaded = load_source(source)
     dropped: Counter[str] = Counter()
     if split == "valid" and loaded.valid is not None:
@@ -139,9 +139,11 @@ def _read(
     return [(id, row, raw) for id, (row, raw) in records.items()], dropped
 
 
-def _parse(rows: Sequence[Row], parse: Callable[[Row], Raw], dropped: Counter[str]) -> dict[str, tuple[Row, Raw]]:
+def _parse(
+    rows: Sequence[SourceRow], parse: Callable[[SourceRow], Raw], dropped: Counter[str]
+) -> dict[str, tuple[SourceRow, Raw]]:
     """Records by id in the order of the rows; rows of identical text collapse into the first."""
-    records: dict[str, tuple[Row, Raw]] = {}
+    records: dict[str, tuple[SourceRow, Raw]] = {}
     texts: set[str] = set()
     for row in rows:
         try:
@@ -169,7 +171,7 @@ def _text_hash(raw: RawDemonstration | RawComparison) -> str:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
 
-def _response(remove: Callable[[str], str], text: str, row: Row) -> str:
+def _response(remove: Callable[[str], str], text: str, row: SourceRow) -> str:
     cleaned = remove(text).strip()
     if not cleaned:
         raise UserError(f"{row.where}: the response holds nothing but special tokens; fill it in or remove the row")

@@ -26,12 +26,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rayrlhf.batching import Row, collate
 from rayrlhf.config import LoRAConfig
 from rayrlhf.errors import UserError
-from rayrlhf.logprobs import hidden_states
+from rayrlhf.files import replacing
+from rayrlhf.models.batching import Row, collate
+from rayrlhf.models.logprobs import hidden_states
 from rayrlhf.models.lora import add_adapters, has_adapters, merged_state
-from rayrlhf.run import replacing
 
 _ASSETS = Path(__file__).parent.parent / "assets"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -105,7 +105,7 @@ def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenize
 
 
 def load_policy(path: str, revision: str | None = None, device: torch.device | str = "cpu") -> PreTrainedModel:
-    """Causal language model for `rayrlhf.logprobs`: float32, no dropout, eval mode, gradients on.
+    """Causal language model for `rayrlhf.models.logprobs`: float32, no dropout, eval mode, gradients on.
 
     Raises:
         UserError: not to be had, not a causal language model, incomplete weights, or logits that are not

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from rayrlhf.metrics import read_metrics
+from rayrlhf.runs.metrics import read_metrics
 
 
 @pytest.mark.timeout(600)

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from jobs.entry import Stage, guarded, run
 from jobs.pipeline import pipeline
 from jobs.ppo import ppo
 from jobs.reward_model import reward_model
+from jobs.stage import Stage, guarded, run
 from rayrlhf.config_file import load_config
 from rayrlhf.models.loading import load_reward_model, load_tokenizer, resolve_model, save_model
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from rayrlhf.metrics import read_metrics
+from rayrlhf.runs.metrics import read_metrics
 
 pytestmark = pytest.mark.timeout(600)
 

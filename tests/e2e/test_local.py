@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from rayrlhf.metrics import read_metrics
+from rayrlhf.runs.metrics import read_metrics
 
 
 @pytest.mark.timeout(600)
@@ -56,10 +56,10 @@ def test_reward_model_from_published_comparisons_without_a_split_of_its_own(
     assert outcome.code == 0, outcome.err
     assert "train comparisons from" in outcome.out
     lines = read_metrics(tmp_path / "hh", "reward_model")
-    assert lines[0]["rm/prompts"] == 16
-    assert lines[0]["rm/heldout_prompts"] > 0, "max_comparisons is about training"
-    assert lines[-1]["rm/reward_bias"] != 0.0
+    assert lines[0]["reward_model/prompts"] == 16
+    assert lines[0]["reward_model/heldout_prompts"] > 0, "max_comparisons is about training"
+    assert lines[-1]["reward_model/reward_bias"] != 0.0
     assert (tmp_path / "hh" / "reward_model" / "model.safetensors").is_file()
     measured = json.loads((tmp_path / "hh" / "reward_model.json").read_text())
-    assert measured["accuracy"]["reward_model"]["mean"] == lines[-1]["rm/heldout_accuracy"]
+    assert measured["accuracy"]["reward_model"]["mean"] == lines[-1]["reward_model/heldout_accuracy"]
     assert f"{measured['pairs']} held-out pairs of" in outcome.out and "SFT log-prob, sum" in outcome.out

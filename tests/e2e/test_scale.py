@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from rayrlhf.metrics import read_metrics
+from rayrlhf.runs.metrics import read_metrics
 
 STEPS = 60
 
@@ -22,13 +22,13 @@ def generators_of_last_step(run: Path) -> float:
 @pytest.mark.timeout(900)
 def test_a_run_is_scaled_up_and_down(finished: Any, before_ppo: Path, start: Any) -> None:
     changes = [f"runs_dir={before_ppo.parent}", f"ppo.steps={STEPS}", "resources.generators.cpus=0.25"]
-    nobody = start("rayrlhf", "scale", str(before_ppo), "--rollouts", "2").wait(60)
+    nobody = start("rayrlhf", "scale", str(before_ppo), "--generators", "2").wait(60)
     assert nobody.code == 2 and "scale: nobody works on" in nobody.err
     command = start("rayrlhf", "ppo", *finished.arguments, *changes)
     command.wait_for_line(rf"ppo +1/{STEPS} ", 300)
 
     def scaled(count: int) -> None:
-        outcome = start("rayrlhf", "scale", str(before_ppo), "--rollouts", str(count)).wait(60)
+        outcome = start("rayrlhf", "scale", str(before_ppo), "--generators", str(count)).wait(60)
         assert outcome.code == 0, outcome.err
         assert f"wanted from now on: {count} generators, 1 scorers" in outcome.out
         deadline = time.monotonic() + 200
@@ -38,7 +38,7 @@ def test_a_run_is_scaled_up_and_down(finished: Any, before_ppo: Path, start: Any
 
     scaled(2)
     scaled(1)
-    refused = start("rayrlhf", "scale", str(before_ppo), "--rollouts", "0").wait(60)
+    refused = start("rayrlhf", "scale", str(before_ppo), "--generators", "0").wait(60)
     assert refused.code == 2 and "at least one is needed" in refused.err
     outcome = command.wait(400)
     assert outcome.code == 0, outcome.err

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from rayrlhf.metrics import read_metrics
+from rayrlhf.runs.metrics import read_metrics
 from tests.s3 import KEYS, serving
 
 STEPS = 6
@@ -76,7 +76,7 @@ def test_a_run_in_a_bucket(finished: Any, start: Any, tmp_path: Path, monkeypatc
     assert files(run) == files(finished.path)
     # Runs repeat to the digit, and where their files are makes no difference to them.
     assert [line["step"] for line in read_metrics(run, "ppo")] == list(range(STEPS))
-    for stage, metric in (("sft", "sft/loss"), ("reward_model", "rm/loss"), ("ppo", "ppo/reward/mean")):
+    for stage, metric in (("sft", "sft/loss"), ("reward_model", "reward_model/loss"), ("ppo", "ppo/reward/mean")):
         here, there = (
             [line[metric] for line in read_metrics(path, stage) if metric in line][: 1 if stage == "ppo" else None]
             for path in (run, finished.path)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from rayrlhf.metrics import read_metrics
+from rayrlhf.runs.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
 STAGES = ("sft", "collect", "reward_model")

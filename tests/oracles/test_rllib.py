@@ -13,7 +13,7 @@ import torch
 from ray.rllib.utils.postprocessing.value_predictions import compute_value_targets
 from torch.nn.utils.rnn import pad_sequence
 
-from rayrlhf.advantages import generalized_advantages
+from rayrlhf.algorithms.advantages import generalized_advantages
 
 LENGTHS = (7, 1, 4, 12, 2)
 

@@ -22,8 +22,8 @@ from torchrl.modules import ProbabilisticActor, ValueOperator
 from torchrl.objectives import ClipPPOLoss
 from torchrl.objectives.value.functional import generalized_advantage_estimate, vec_generalized_advantage_estimate
 
-from rayrlhf.advantages import generalized_advantages
-from rayrlhf.losses import policy_loss, value_loss
+from rayrlhf.algorithms.advantages import generalized_advantages
+from rayrlhf.algorithms.losses import policy_loss, value_loss
 
 LENGTHS = torch.tensor([7, 1, 4, 12, 2])
 TOKENS, VOCABULARY = 400, 11

@@ -16,10 +16,10 @@ from torch.nn.utils.rnn import pad_sequence
 from trl.experimental.ppo.ppo_trainer import forward, masked_mean, masked_var, masked_whiten
 from trl.trainer.utils import entropy_from_logits, selective_log_softmax
 
-from rayrlhf.advantages import whiten
-from rayrlhf.batching import Row, collate
-from rayrlhf.logprobs import token_logprobs_and_entropy
+from rayrlhf.algorithms.advantages import whiten
+from rayrlhf.models.batching import Row, collate
 from rayrlhf.models.loading import load_policy, resolve_model
+from rayrlhf.models.logprobs import token_logprobs_and_entropy
 
 PAD = 1
 

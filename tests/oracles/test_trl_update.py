@@ -35,13 +35,13 @@ from transformers import OPTForCausalLM, OPTForSequenceClassification
 from trl.experimental.ppo import PPOConfig as TRLConfig
 from trl.experimental.ppo import PPOTrainer, ppo_trainer
 
-from rayrlhf.advantages import generalized_advantages, kl_penalised_rewards, whiten
-from rayrlhf.batching import Row, TokenBatch, collate
+from rayrlhf.algorithms.advantages import generalized_advantages, kl_penalised_rewards, whiten
+from rayrlhf.algorithms.ppo import PPO
 from rayrlhf.config import OptimizerConfig, PPOConfig
-from rayrlhf.distributed import Ranks
-from rayrlhf.logprobs import sequence_scores, token_logprobs, token_values
+from rayrlhf.models.batching import Row, TokenBatch, collate
 from rayrlhf.models.loading import load_tokenizer, resolve_model
-from rayrlhf.ppo import PPO
+from rayrlhf.models.logprobs import sequence_scores, token_logprobs, token_values
+from rayrlhf.models.ranks import Ranks
 from rayrlhf.trajectory import Trajectory
 from tests.tiny import EOS, PAD, TEMPERATURE, VOCABULARY, difference, flat, gradient, recorded_gradients, tiny_models
 

@@ -13,14 +13,14 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from actors.batch import Batch
-from actors.coordinator import Coordinator
-from actors.remote import Remote, wait
-from actors.rollouts import Cursor
-from actors.weight_sync import Publication, publish
+from actors.pools.remote import Remote, wait
+from actors.rollouts.ahead import Cursor
+from actors.rollouts.batch import Batch
+from actors.rollouts.coordinator import Coordinator
+from actors.rollouts.weight_sync import Publication, publish
 from rayrlhf.config_file import parse_config
+from rayrlhf.data.prompts import EncodedPrompt
 from rayrlhf.models.loading import load_policy, load_reward_model, load_tokenizer, resolve_model, save_model
-from rayrlhf.prompts import EncodedPrompt
 from rayrlhf.trajectory import GenerationRequest, Sampling, Trajectory
 
 pytestmark = [pytest.mark.timeout(400), pytest.mark.usefixtures("ray_cluster")]

@@ -93,7 +93,7 @@ def smaller() -> Config:
 def test_nodes_come_for_a_run_and_leave_after_it(autoscaler: None) -> None:
     assert roles() == {"head": 1}
     table = preflight(smaller())
-    assert roles() == {"head": 1, "learner": 1, "rollout": 2}
+    assert roles() == {"head": 1, "learner": 1, "generator": 2}
     assert table.row_count == 3
     deadline = time.monotonic() + 90
     while roles() != {"head": 1}:  # nothing was started on them: they are idle from now on

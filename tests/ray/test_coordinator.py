@@ -17,16 +17,16 @@ import ray
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from actors.batch import Batch
-from actors.coordinator import Coordinator
-from actors.remote import ActorFailure, Call, Remote, namespace, wait
-from actors.weight_sync import publish, publish_directory
+from actors.pools.remote import ActorFailure, Call, Remote, namespace, wait
+from actors.rollouts.batch import Batch
+from actors.rollouts.coordinator import Coordinator
+from actors.rollouts.weight_sync import publish, publish_directory
 from rayrlhf.config import Config
 from rayrlhf.config_file import parse_config
+from rayrlhf.data.prompts import EncodedPrompt, prompts_of_step, requests_for
 from rayrlhf.data.sources import read_demonstrations
 from rayrlhf.data.tokens import encode_prompts
 from rayrlhf.models.loading import load_policy, load_reward_model, load_tokenizer, resolve_model, save_model
-from rayrlhf.prompts import EncodedPrompt, prompts_of_step, requests_for
 from rayrlhf.trajectory import Sampling, Trajectory, derive_seed
 
 pytestmark = [pytest.mark.timeout(400), pytest.mark.usefixtures("ray_cluster")]

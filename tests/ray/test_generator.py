@@ -21,17 +21,17 @@ from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 import rayrlhf
-from actors.engine import environment
-from actors.generation import generate
-from actors.generator import Generator
-from actors.pool import Pool
-from actors.remote import ActorFailure, Remote
-from actors.weight_sync import WeightSyncError, publish, publish_directory
-from rayrlhf.batching import Row, collate
+from actors.pools.pool import Pool
+from actors.pools.remote import ActorFailure, Remote
+from actors.rollouts.engine import environment
+from actors.rollouts.generator import Generator
+from actors.rollouts.in_turn import generate
+from actors.rollouts.weight_sync import WeightSyncError, publish, publish_directory
 from rayrlhf.config import GeneratorConfig, ModelConfig
 from rayrlhf.errors import UserError
-from rayrlhf.logprobs import token_logprobs
-from rayrlhf.trajectory import GenerationRequest, PackedTrajectory, Sampling, Trajectory
+from rayrlhf.models.batching import Row, collate
+from rayrlhf.models.logprobs import token_logprobs
+from rayrlhf.trajectory import GenerationRequest, Sampling, SerializedTrajectory, Trajectory
 
 EMBEDDED = Path(rayrlhf.__file__).parent / "assets" / "opt-tiny"
 TOLERANCE = 1e-4
@@ -89,7 +89,7 @@ def _generate(
     """By the only generator of a pool."""
     actor = generator if isinstance(generator, Remote) else Remote(repr(generator), generator, True)
     pool = Pool("generator", 1, lambda name: actor, start_timeout_s=300, call_timeout_s=120)
-    return [packed.unpack() for packed in generate(pool, requests, sampling, version)]
+    return [serialized.load() for serialized in generate(pool, requests, sampling, version)]
 
 
 def _version(generator: Generator) -> int:
@@ -291,7 +291,7 @@ def test_new_weights_for_responses_in_flight(tied: Generator, embedded: PreTrain
     while tied.engine.in_flight:
         done |= tied.advance({}, sampling, 600.0)
     assert sorted(done) == sorted([*requests, *late])
-    responses = {ticket: packed.unpack() for ticket, packed in done.items()}
+    responses = {ticket: serialized.load() for ticket, serialized in done.items()}
     expected = {
         version: {key: _reference_logprobs(model, t, 1.0) for key, t in responses.items()}
         for version, model in models.items()
@@ -317,8 +317,10 @@ def test_new_weights_with_a_slice(tied: Generator, embedded: PreTrainedModel) ->
     done = tied.advance(second, _sampling(1.0, 20), 0.001, publication)
     while tied.engine.in_flight:
         done |= tied.advance({}, _sampling(1.0, 20), 600.0)
-    assert {(packed.oldest, packed.newest) for ticket, packed in done.items() if ticket < 10} == {(old, old + 1)}
-    assert {(packed.oldest, packed.newest) for ticket, packed in done.items() if ticket >= 10} == {(old + 1, old + 1)}
+    assert {(t.oldest, t.newest) for ticket, t in done.items() if ticket < 10} == {(old, old + 1)}
+    assert {(t.oldest, t.newest) for ticket, t in done.items() if ticket >= 10} == {(old + 1, old + 1)}
+        (old + 1, old + 1)
+    }
     assert len(done) == 6
     with pytest.raises(WeightSyncError, match=f"has version {old + 1}, refuses {old + 1}"):
         tied.advance({}, _sampling(1.0, 20), 0.0, publication)
@@ -331,7 +333,7 @@ def test_a_slice_ends_when_a_third_is_finished(tied: Generator, embedded: PreTra
     assert tied.advance(long, _sampling(1.0, 150), 0.0) == {}
     assert sorted(tied.advance(short, _sampling(1.0, 2), 600.0)) == sorted(short)
     assert tied.engine.in_flight == 2
-    done: dict[int, PackedTrajectory] = {}
+    done: dict[int, SerializedTrajectory] = {}
     while tied.engine.in_flight:
         done |= tied.advance({}, _sampling(1.0), 600.0)
     assert sorted(done) == sorted(long)

@@ -14,22 +14,22 @@ from numpy.typing import NDArray
 from rouge_score.rouge_scorer import RougeScorer
 from safetensors.torch import load_file
 
-from actors.batch import Batch
-from actors.coordinator import Coordinator
-from actors.learner import LearnerArguments, ppo_loop
-from actors.publisher import AdapterPublication
-from actors.remote import Remote
-from actors.train import fit
-from actors.weight_sync import PublishedWeights
+from actors.pools.remote import Remote
+from actors.rollouts.batch import Batch
+from actors.rollouts.coordinator import Coordinator
+from actors.rollouts.publisher import AdapterPublication
+from actors.rollouts.weight_sync import PublishedWeights
+from actors.training.fit import fit
+from actors.training.ppo import LearnerArguments, ppo_loop
 from rayrlhf.config import Config
 from rayrlhf.config_file import parse_config
+from rayrlhf.data.prompts import EncodedPrompt
 from rayrlhf.data.sources import as_prompts, read_demonstrations
 from rayrlhf.data.tokens import encode_prompts
-from rayrlhf.gold import Gold
-from rayrlhf.labellers import ReferenceLabeller
-from rayrlhf.metrics import read_metrics
 from rayrlhf.models.loading import load_reward_model, load_tokenizer, resolve_model, save_model
-from rayrlhf.prompts import EncodedPrompt
+from rayrlhf.rewards.gold import GoldMeasure
+from rayrlhf.rewards.labellers import ReferenceLabeller
+from rayrlhf.runs.metrics import read_metrics
 from rayrlhf.trajectory import Sampling, Trajectory
 
 pytestmark = pytest.mark.timeout(300)
@@ -97,7 +97,7 @@ def coordinator(tmp_path_factory: pytest.TempPathFactory, reward_model: Path) ->
     own = Watched(config, TINY, MAX_PROMPT + MAX_RESPONSE, tokenizer.pad_token_id, True)
     records = read_demonstrations(config.data.demonstrations, "train", tokenizer, MAX_PROMPT)[:60]
     ids = encode_prompts(tokenizer, [r.prompt for r in records])
-    own.start_scorers(str(reward_model), TINY, Gold(ReferenceLabeller(), as_prompts(records), tokenizer))
+    own.start_scorers(str(reward_model), TINY, GoldMeasure(ReferenceLabeller(), as_prompts(records), tokenizer))
     own.start_generators()
     own.set_prompts(
         [EncodedPrompt(r.id, tuple(i)) for r, i in zip(records, ids, strict=True)],

@@ -23,26 +23,26 @@ import ray
 import yaml
 from ray._common.test_utils import fetch_prometheus_metrics
 
-from actors.coordinator import Coordinator
-from actors.learner import LearnerArguments, ppo_loop
-from actors.monitoring import CONTROL, ExportingWriter, Gauges
-from actors.remote import Remote, namespace
-from actors.reward_model import RewardModelArguments, reward_model_loop
-from actors.sft import DevPrompt, SFTArguments, sft_loop
-from actors.train import fit
-from actors.weight_sync import publish_directory
-from rayrlhf.batching import Row
+from actors.pools.monitoring import CONTROL, ExportingWriter, Gauges
+from actors.pools.remote import Remote, namespace
+from actors.rollouts.coordinator import Coordinator
+from actors.rollouts.weight_sync import publish_directory
+from actors.training.fit import fit
+from actors.training.ppo import LearnerArguments, ppo_loop
+from actors.training.reward_model import RewardModelArguments, reward_model_loop
+from actors.training.sft import DevPrompt, SFTArguments, sft_loop
 from rayrlhf.config import Config
 from rayrlhf.config_file import parse_config
 from rayrlhf.data.comparisons import RankedAnswers
+from rayrlhf.data.prompts import EncodedPrompt
 from rayrlhf.data.sources import as_prompts, read_demonstrations
 from rayrlhf.data.tokens import encode_prompts
-from rayrlhf.gold import Gold
-from rayrlhf.labellers import ReferenceLabeller
-from rayrlhf.metrics import read_metrics
+from rayrlhf.models.batching import Row
 from rayrlhf.models.loading import load_reward_model, load_tokenizer, resolve_model, save_model
-from rayrlhf.prompts import EncodedPrompt
-from rayrlhf.run import open_or_create
+from rayrlhf.rewards.gold import GoldMeasure
+from rayrlhf.rewards.labellers import ReferenceLabeller
+from rayrlhf.runs.folder import open_or_create
+from rayrlhf.runs.metrics import read_metrics
 from rayrlhf.trajectory import GenerationRequest, Sampling
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("ray_cluster")]
@@ -130,7 +130,7 @@ def coordinator(ray_cluster: None, config: Config, tmp_path_factory: pytest.Temp
         options={"num_cpus": 0, "namespace": namespace(config)},
         concurrency_groups={CONTROL: 1},
     )
-    gold = Gold(ReferenceLabeller(), as_prompts(records), tokenizer)
+    gold = GoldMeasure(ReferenceLabeller(), as_prompts(records), tokenizer)
     remote.call("start_scorers", str(reward_model), TINY, gold, timeout_s=200)
     remote.call("start_generators", timeout_s=200)
     prompts = [EncodedPrompt(record.id, tuple(own)) for record, own in zip(records, ids, strict=True)]
@@ -207,7 +207,7 @@ def test_gauges_are_what_the_loop_wrote_last(scraped: Mapping[str, list[tuple[La
         assert value(scraped, "idle", run="watched", stage="ppo", actor=actor) == pytest.approx(last[f"idle/{actor}"])
     assert value(scraped, "step", run="watched", stage="sft") == 3 == read_metrics(run_dir, "sft")[-1]["step"]
     assert value(scraped, "rm_reward_bias", run="watched") == pytest.approx(
-        read_metrics(run_dir, "reward_model")[-1]["rm/reward_bias"]
+        read_metrics(run_dir, "reward_model")[-1]["reward_model/reward_bias"]
     )
     assert time.time() - 120 < value(scraped, "step_time_seconds", run="watched", stage="ppo") < time.time()
 

@@ -15,20 +15,20 @@ import ray
 from ray.cluster_utils import Cluster
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors.batch import Batch
-from actors.coordinator import Coordinator
-from actors.remote import Remote, this_node, wait
-from actors.rollouts import Cursor
-from actors.weight_sync import publish_directory
+from actors.pools.remote import Remote, this_node, wait
+from actors.rollouts.ahead import Cursor
+from actors.rollouts.batch import Batch
+from actors.rollouts.coordinator import Coordinator
+from actors.rollouts.weight_sync import publish_directory
 from jobs.cluster import LOCAL_ENVIRONMENT
 from rayrlhf.config_file import parse_config
+from rayrlhf.data.prompts import EncodedPrompt
 from rayrlhf.models.loading import load_reward_model, load_tokenizer, resolve_model, save_model
-from rayrlhf.prompts import EncodedPrompt
 from rayrlhf.trajectory import Sampling
 
 pytestmark = pytest.mark.timeout(600)
 TINY = resolve_model("embedded:opt-tiny")
-ROLLOUT = {"rayrlhf.io/role": "rollout"}
+GENERATOR = {"rayrlhf.io/role": "generator"}
 RESPONSE = 64
 STEPS = 4
 """All there are: a batch may have groups of the step after it, but for the last one's."""
@@ -44,7 +44,7 @@ def cluster() -> Iterator[Cluster]:
     head = {"num_cpus": 1, "temp_dir": directory, "include_dashboard": False}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     for _ in range(2):
-        cluster.add_node(num_cpus=1, labels=ROLLOUT)
+        cluster.add_node(num_cpus=1, labels=GENERATOR)
     ray.init(cluster.address, log_to_driver=False)
     cluster.wait_for_nodes()
     yield cluster
@@ -63,7 +63,7 @@ def test_a_lost_node_costs_its_unfinished_prompts_a_second_try(
         "data": {"max_prompt_tokens": 60, "max_response_tokens": RESPONSE},
         "ppo": {"prompts_per_step": 12, "samples_per_prompt": 2, "steps": STEPS, "max_staleness": staleness},
         "resources": {
-            "generators": {"count": 2, "cpus": 1, "labels": ROLLOUT, "kv_cache_mib": 64, "max_num_seqs": 2},
+            "generators": {"count": 2, "cpus": 1, "labels": GENERATOR, "kv_cache_mib": 64, "max_num_seqs": 2},
             "scorers": {"cpus": 1},
             "start_timeout_s": 120,
             "call_timeout_s": 200,
@@ -118,7 +118,7 @@ def test_a_lost_node_costs_its_unfinished_prompts_a_second_try(
     second = wait([call], 300)[0]
     # Nothing has room for a third generator: the run does not wait for it.
     third = after(second, generators=1)
-    back = cluster.add_node(num_cpus=1, labels=ROLLOUT)
+    back = cluster.add_node(num_cpus=1, labels=GENERATOR)
     fourth = after(third, generators=2)
     # Ray may have sent one more newcomer to the lost node before it held the node dead.
     assert coordinator.call("status", timeout_s=60).replacements["generator"] in (1, 2)

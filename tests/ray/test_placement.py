@@ -16,9 +16,9 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from actors.coordinator import Coordinator
-from actors.remote import Remote
-from actors.train import fit
+from actors.pools.remote import Remote
+from actors.rollouts.coordinator import Coordinator
+from actors.training.fit import fit
 from jobs.cluster import LOCAL_ENVIRONMENT, preflight
 from rayrlhf.config import Config
 from rayrlhf.config_file import parse_config
@@ -27,7 +27,7 @@ from rayrlhf.models.loading import load_reward_model, load_tokenizer, resolve_mo
 
 pytestmark = pytest.mark.timeout(300)
 TINY = resolve_model("embedded:opt-tiny")
-LEARNER, ROLLOUT = {"rayrlhf.io/role": "learner"}, {"rayrlhf.io/role": "rollout"}
+LEARNER, GENERATOR = {"rayrlhf.io/role": "learner"}, {"rayrlhf.io/role": "generator"}
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def cluster() -> Iterator[Cluster]:
     cluster = Cluster(initialize_head=True, head_node_args=head)
     cluster.add_node(num_cpus=2, labels=LEARNER)
     cluster.add_node(num_cpus=2, labels=LEARNER)
-    cluster.add_node(num_cpus=2, labels=ROLLOUT)
+    cluster.add_node(num_cpus=2, labels=GENERATOR)
     ray.init(cluster.address, log_to_driver=False)
     cluster.wait_for_nodes()
     yield cluster
@@ -56,8 +56,8 @@ def config(tmp_path: Path, generators: int = 1, wait_s: int = 0) -> Config:
             "data": {"max_prompt_tokens": 40, "max_response_tokens": 8},
             "resources": {
                 "learner": {"workers": 2, "cpus": 1, "labels": LEARNER},
-                "generators": {"count": generators, "cpus": 1, "labels": ROLLOUT, "kv_cache_mib": 64},
-                "scorers": {"cpus": 1, "labels": ROLLOUT},
+                "generators": {"count": generators, "cpus": 1, "labels": GENERATOR, "kv_cache_mib": 64},
+                "scorers": {"cpus": 1, "labels": GENERATOR},
                 "wait_for_nodes_s": wait_s,
             },
         },
@@ -89,7 +89,7 @@ def test_actors_are_where_their_labels_say(cluster: Cluster, tmp_path: Path) -> 
         stack.callback(coordinator.kill)
         nodes = [place["node"] for place in coordinator.call("start_generators", timeout_s=200)]
         nodes += [place["node"] for place in coordinator.call("start_scorers", str(reward_model), TINY, timeout_s=200)]
-        assert [labels_of_node(node)["rayrlhf.io/role"] for node in nodes] == ["rollout", "rollout"]
+        assert [labels_of_node(node)["rayrlhf.io/role"] for node in nodes] == ["generator", "generator"]
 
     fit(
         where, {"directory": tmp_path}, name="where", storage=tmp_path / "train", learner=own.resources.learner,
@@ -104,7 +104,7 @@ def test_what_fits_nowhere_is_one_line(cluster: Cluster, tmp_path: Path) -> None
     with pytest.raises(UserError) as raised:
         preflight(config(tmp_path, generators=4))
     assert str(raised.value).startswith(
-        "resources.generators: 2 of 4 (each 1 CPUs) fit nowhere; nodes with rayrlhf.io/role=rollout: "
+        "resources.generators: 2 of 4 (each 1 CPUs) fit nowhere; nodes with rayrlhf.io/role=generator: "
     )
     assert "placed before: learner 2 x 1 CPUs" in str(raised.value)
     assert "lower resources.generators.count" in str(raised.value)
@@ -124,6 +124,6 @@ def test_a_run_waits_for_nodes(cluster: Cluster, tmp_path: Path, capsys: pytest.
     waiting.start()
     time.sleep(2)
     assert not found
-    cluster.add_node(num_cpus=2, labels=ROLLOUT)  # from the main thread only
+    cluster.add_node(num_cpus=2, labels=GENERATOR)  # from the main thread only
     waiting.join(60)
     assert found == [3]

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from actors.members import Member, Members
-from actors.pool import Pool
-from actors.remote import ActorDied, ActorFailure, PackedCalls, Remote, answer, finished, wait
+from actors.pools.members import Member, Members
+from actors.pools.pool import Pool
+from actors.pools.remote import ActorDied, ActorFailure, Remote, SerializedCalls, answer, finished, wait
 from rayrlhf.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("ray_cluster")
 _roles = (f"adder{i}" for i in itertools.count())
 
 
-class Adder(PackedCalls):
+class Adder(SerializedCalls):
     """Adds to its offset, which a new one has to be told."""
 
     def __init__(self, name: str) -> None:
@@ -323,12 +323,12 @@ def test_finished_calls(make_pool: Callable[..., Pool]) -> None:
 def test_packed_calls(make_pool: Callable[..., Pool]) -> None:
     """Results, errors and deaths come as those of plain calls do, whether awaited or by a future."""
     (one,) = make_pool(1).actors
-    large = one.submit_packed("repeat", b"x", 10**6)  # comes by way of the object store
+    large = one.submit_serialized("repeat", b"x", 10**6)  # comes by way of the object store
     plain, packed, bad, failed = (
         one.submit("add", 1),
-        one.submit_packed("add", 2),
-        one.submit_packed("refuse", 3),
-        one.submit_packed("fail", 5),
+        one.submit_serialized("add", 2),
+        one.submit_serialized("refuse", 3),
+        one.submit_serialized("fail", 5),
     )
     assert wait([plain, packed], 20) == [(one.name, 101), (one.name, 102)]
     assert [answer(call, call.future()) for call in (plain, packed)] == [(one.name, 101), (one.name, 102)]
@@ -337,7 +337,7 @@ def test_packed_calls(make_pool: Callable[..., Pool]) -> None:
         answer(bad, bad.future())
     with pytest.raises(ActorFailure, match=rf"{one.name}\.fail raised (.|\n)*ZeroDivisionError: at 5"):
         wait([failed], 20)
-    died = one.submit_packed("die", 0)
+    died = one.submit_serialized("die", 0)
     with pytest.raises(ActorDied, match=rf"^{one.name} died during die: "):
         answer(died, died.future())
 
@@ -357,7 +357,7 @@ def test_members_at_work(make_pool: Callable[..., Pool], tmp_path: Path) -> None
     def ask(member: Member, number: int) -> None:
         member.held[number] = None
         then = partial(hear, member, number)
-        members.ask(member, "add_unless", number, tmp_path, then=then, packed=True)
+        members.ask(member, "add_unless", number, tmp_path, then=then, serialized=True)
 
     def hear(member: Member, number: int, result: tuple[str, int]) -> None:
         assert result[0] == member.remote.name

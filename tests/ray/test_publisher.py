@@ -11,8 +11,8 @@ import ray
 import torch
 from transformers import PreTrainedModel
 
-from actors.publisher import AdapterPublication, Publisher
-from actors.weight_sync import Publication, WeightSyncError
+from actors.rollouts.publisher import AdapterPublication, Publisher
+from actors.rollouts.weight_sync import Publication, WeightSyncError
 from rayrlhf.config import LoRAConfig
 from rayrlhf.models.loading import load_policy, resolve_model
 from rayrlhf.models.lora import add_adapters, merged_state, trained_state

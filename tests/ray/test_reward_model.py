@@ -13,20 +13,20 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-import actors.reward_model
-import actors.train
-from actors.reward_model import RewardModelArguments, reward_model_loop
-from actors.train import fit
-from rayrlhf.batching import Row
+import actors.training.fit
+import actors.training.reward_model
+from actors.training.fit import fit
+from actors.training.reward_model import RewardModelArguments, reward_model_loop
+from rayrlhf.algorithms.ranked_pass import score_rows
 from rayrlhf.config import Config, DatasetConfig
 from rayrlhf.config_file import parse_config
 from rayrlhf.data.comparisons import RankedAnswers, from_comparisons
-from rayrlhf.data.sources import read_comparisons
-from rayrlhf.distributed import Ranks
+from rayrlhf.data.sources import read_published
 from rayrlhf.errors import UserError
-from rayrlhf.metrics import read_metrics
+from rayrlhf.models.batching import Row
 from rayrlhf.models.loading import load_reward_model, load_tokenizer, resolve_model
-from rayrlhf.reward_model import score_rows
+from rayrlhf.models.ranks import Ranks
+from rayrlhf.runs.metrics import read_metrics
 
 TINY = resolve_model("embedded:opt-tiny")
 PAD, EOS = 1, 2
@@ -87,16 +87,16 @@ def test_learns_a_separable_preference_and_centres_the_references(tmp_path: Path
     run_dir, metrics = run_reward_model(make_config(tmp_path), train + heldout)
     assert [m["step"] for m in metrics] == list(range(13))
     assert metrics[1]["memory/learner_peak_mib"] > 100
-    assert metrics[0]["rm/prompts"] == 96 and metrics[0]["rm/heldout_prompts"] == 40
-    assert metrics[0]["rm/pairs"] == sum(len(c.response_ids) * (len(c.response_ids) - 1) // 2 for c in train)
-    assert metrics[-1]["rm/heldout_accuracy"] > 0.9 > metrics[0]["rm/heldout_accuracy"]
-    assert [m["step"] for m in metrics if "rm/heldout_accuracy" in m] == [0, 3, 6, 9, 12]
-    assert metrics[-1]["rm/heldout_loss"] < metrics[0]["rm/heldout_loss"]
+    assert metrics[0]["reward_model/prompts"] == 96 and metrics[0]["reward_model/heldout_prompts"] == 40
+    assert metrics[0]["reward_model/pairs"] == sum(len(c.response_ids) * (len(c.response_ids) - 1) // 2 for c in train)
+    assert metrics[-1]["reward_model/heldout_accuracy"] > 0.9 > metrics[0]["reward_model/heldout_accuracy"]
+    assert [m["step"] for m in metrics if "reward_model/heldout_accuracy" in m] == [0, 3, 6, 9, 12]
+    assert metrics[-1]["reward_model/heldout_loss"] < metrics[0]["reward_model/heldout_loss"]
 
     # The saved model through transformers alone, row by row.
     plain = AutoModelForSequenceClassification.from_pretrained(run_dir / "reward_model").eval()
     bias = json.loads((run_dir / "reward_model" / "config.json").read_text())["reward_bias"]
-    assert bias == metrics[-1]["rm/reward_bias"]
+    assert bias == metrics[-1]["reward_model/reward_bias"]
 
     def score(ids: Any) -> float:
         with torch.no_grad():
@@ -107,7 +107,7 @@ def test_learns_a_separable_preference_and_centres_the_references(tmp_path: Path
     for c in heldout:
         scores = [score((*c.prompt_ids, *answer)) for answer in c.response_ids]
         right += [scores[better] > scores[worse] for better, worse in c.pairs]
-    assert metrics[-1]["rm/heldout_accuracy"] == pytest.approx(np.mean(right))
+    assert metrics[-1]["reward_model/heldout_accuracy"] == pytest.approx(np.mean(right))
     result = json.loads((run_dir / "reward_model.json").read_text())
     assert result["accuracy"]["reward_model"]["mean"] == pytest.approx(np.mean(right))
     assert (result["prompts"], result["pairs"]) == (40, len(right))
@@ -153,7 +153,7 @@ def test_a_killed_run_continues_and_ends_as_if_nothing_had_happened(
     comparisons = toy(40, seed=6) + toy(8, seed=7, heldout=True)
     whole, _ = run_reward_model(make_config(tmp_path / "whole", lora), comparisons)
     reported: list[int] = []
-    report = actors.train.report
+    report = actors.training.fit.report
 
     def dying(ranks: Ranks, metrics: dict[str, float], write: Callable[[Path], None]) -> None:
         report(ranks, metrics, write)
@@ -162,7 +162,7 @@ def test_a_killed_run_continues_and_ends_as_if_nothing_had_happened(
             raise KeyboardInterrupt
 
     config = make_config(tmp_path / "broken", lora)
-    monkeypatch.setattr(actors.reward_model, "report", dying)
+    monkeypatch.setattr(actors.training.reward_model, "report", dying)
     with pytest.raises(KeyboardInterrupt):
         run_reward_model(config, comparisons)
     assert not (Path(config.runs_dir) / "run" / "reward_model").exists()
@@ -179,14 +179,17 @@ def test_a_killed_run_continues_and_ends_as_if_nothing_had_happened(
 
 def test_people_s_comparisons_of_harmlessness_train(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(TINY)
-    found, _ = read_comparisons(DatasetConfig(format="hh_rlhf", path=str(HH)), "train", tokenizer, 160)
+    found, _ = read_published(DatasetConfig(format="hh_rlhf", path=str(HH)), "train", tokenizer, 160)
     comparisons = from_comparisons(found[:24], tokenizer, 48) + from_comparisons(
         found[24:32], tokenizer, 48, heldout=True
     )
     _, metrics = run_reward_model(make_config(tmp_path, epochs=3), comparisons)
     last = metrics[-1]
-    assert last["rm/loss"] < metrics[1]["rm/loss"]
-    assert sum(v for k, v in last.items() if k.startswith("rm/margin_from/")) == metrics[0]["rm/heldout_pairs"]
+    assert last["reward_model/loss"] < metrics[1]["reward_model/loss"]
+    assert (
+        sum(v for k, v in last.items() if k.startswith("reward_model/margin_from/"))
+        == metrics[0]["reward_model/heldout_pairs"]
+    )
 
 
 def test_without_held_out_pairs_there_is_no_accuracy(tmp_path: Path) -> None:

@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors.batch import Batch
-from actors.coordinator import Coordinator
-from actors.remote import Remote
-from actors.rollouts import Cursor
-from actors.weight_sync import publish_directory
+from actors.pools.remote import Remote
+from actors.rollouts.ahead import Cursor
+from actors.rollouts.batch import Batch
+from actors.rollouts.coordinator import Coordinator
+from actors.rollouts.weight_sync import publish_directory
 from rayrlhf.config_file import parse_config
+from rayrlhf.data.prompts import EncodedPrompt
 from rayrlhf.errors import UserError
 from rayrlhf.models.loading import load_reward_model, load_tokenizer, resolve_model, save_model
-from rayrlhf.prompts import EncodedPrompt
 from rayrlhf.trajectory import Sampling
 
 pytestmark = [pytest.mark.timeout(400), pytest.mark.usefixtures("ray_cluster")]

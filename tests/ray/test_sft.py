@@ -12,18 +12,18 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from actors.remote import Remote, put
-from actors.sft import DevPrompt, SFTArguments, sft_loop
-from actors.train import fit
-from actors.weight_sync import Publication
-from rayrlhf.batching import Row
+from actors.pools.remote import Remote, put
+from actors.rollouts.weight_sync import Publication
+from actors.training.fit import fit
+from actors.training.sft import DevPrompt, SFTArguments, sft_loop
 from rayrlhf.config import Config, DatasetConfig
 from rayrlhf.config_file import parse_config
 from rayrlhf.data.sources import read_demonstrations
 from rayrlhf.data.tokens import decode_response, encode_prompts, encode_responses
 from rayrlhf.errors import UserError
-from rayrlhf.metrics import read_metrics
+from rayrlhf.models.batching import Row
 from rayrlhf.models.loading import load_policy, load_tokenizer, resolve_model
+from rayrlhf.runs.metrics import read_metrics
 from rayrlhf.trajectory import GenerationRequest, Sampling, Trajectory, derive_seed
 
 TINY = resolve_model("embedded:opt-tiny")

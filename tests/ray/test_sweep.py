@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from jobs.sweep import Board, draw, run_trials
-from rayrlhf.run import open_or_create
-from rayrlhf.sweep import load_sweep
+from rayrlhf.runs.folder import open_or_create
+from rayrlhf.sweeps.plan import load_sweep
 
 MEASURE = {"low": 0.0, "high": 1.0, "n": 5}
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from actors.train import fit, report, restored
+from actors.training.fit import fit, report, restored
 from rayrlhf.config import LearnerConfig
-from rayrlhf.distributed import Ranks
+from rayrlhf.models.ranks import Ranks
 
 pytestmark = pytest.mark.timeout(180)
 

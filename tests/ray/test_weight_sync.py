@@ -13,7 +13,7 @@ import ray
 import torch
 from transformers import OPTConfig, OPTForCausalLM
 
-from actors.weight_sync import Publication, WeightSyncError, load, publish, publish_directory
+from actors.rollouts.weight_sync import Publication, WeightSyncError, load, publish, publish_directory
 from rayrlhf.errors import UserError
 from rayrlhf.models.layout import lay_out_together
 

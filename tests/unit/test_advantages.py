@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from rayrlhf.advantages import generalized_advantages, kl_penalised_rewards, whiten
+from rayrlhf.algorithms.advantages import generalized_advantages, kl_penalised_rewards, whiten
 
 
 def ragged(lengths: list[int], seed: int = 0) -> tuple[list[np.ndarray], list[np.ndarray]]:

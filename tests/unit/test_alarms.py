@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from rayrlhf.alarms import ALARMS, alarms
 from rayrlhf.config import AlarmsConfig, Config
 from rayrlhf.config_file import parse_config
+from rayrlhf.reports.alarms import ALARMS, alarms
 
 START: dict[str, Any] = {
     "ppo/score/mean": 0.5,

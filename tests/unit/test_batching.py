@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rayrlhf.batching import Row, TokenBatch, collate, micro_batches, pack, shard, token_batches
-from rayrlhf.epochs import Epochs
+from rayrlhf.data.epochs import Epochs
+from rayrlhf.models.batching import Row, TokenBatch, collate, micro_batches, pack, shard, token_batches
 
 LENGTHS = st.lists(st.integers(1, 60), max_size=40)
 

@@ -21,10 +21,10 @@ from matplotlib.axes import Axes
 from typer.testing import CliRunner
 
 from jobs.cli import app
-from rayrlhf.compare import markdown, mean_over_runs, pooled_difference, read_runs, write
-from rayrlhf.curves import MEASURES, compare_figure, curve, moving_average, over_kl_figure
 from rayrlhf.errors import UserError
-from rayrlhf.statistics import length_controlled_difference
+from rayrlhf.reports.compare import markdown, mean_over_runs, pooled_difference, read_runs, write
+from rayrlhf.reports.curves import CURVES, compare_figure, curve, moving_average, over_kl_figure
+from rayrlhf.reports.intervals import length_controlled_difference
 
 ROOT = Path(__file__).resolve().parents[2]
 N = 12
@@ -203,7 +203,7 @@ def test_moving_average() -> None:
 
 def test_band_of_one_run_is_over_responses(folders: list[Path]) -> None:
     lines = [step_line(step, 0) for step in range(40)]
-    smooth = curve(lines, MEASURES[0])
+    smooth = curve(lines, CURVES[0])
     assert smooth is not None
     assert smooth.half[[0, 1, 20]] == pytest.approx(Z * 2 / 8 / np.sqrt([1, 3, 5]))  # that many steps are averaged
     figure = compare_figure([lines[:9]], {})

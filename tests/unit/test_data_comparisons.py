@@ -13,7 +13,7 @@ from rayrlhf.data.comparisons import (
     RankedAnswers,
     from_comparisons,
     rank_answers,
-    read_comparisons,
+    read_ranked,
     usable_answers,
     write_comparisons,
 )
@@ -87,9 +87,9 @@ def test_parquet_round_trip(tmp_path: Path) -> None:
     records = [ranked((0.1, 0.9), [[1, 2], [2]], [1, 0]), ranked(None, [[1], [2], [3]], [2, 0, 1])]
     path = tmp_path / "comparisons.parquet"
     write_comparisons(path, records)
-    assert read_comparisons(path) == records
+    assert read_ranked(path) == records
     write_comparisons(path, records[:1])
-    assert read_comparisons(path) == records[:1]
+    assert read_ranked(path) == records[:1]
     assert [p.name for p in tmp_path.iterdir()] == ["comparisons.parquet"]
 
 
@@ -100,7 +100,7 @@ def test_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     bad = RankedAnswers("b", "p", (2,), ("x", "y"), (("no id",), (2,)), None, "people")  # type: ignore[arg-type]
     with pytest.raises((pa.ArrowException, TypeError)):
         write_comparisons(path, [bad])
-    assert read_comparisons(path) == records
+    assert read_ranked(path) == records
     assert [p.name for p in tmp_path.iterdir()] == ["comparisons.parquet"]
 
 
@@ -109,22 +109,22 @@ def test_file_of_others_is_sorted_by_its_ranking(tmp_path: Path) -> None:
     write_comparisons(path, [ranked((3.0, 2.0, 1.0), [[1], [2], [3]], [0, 1, 2])])
     row = pq.read_table(path).to_pylist()[0]
     pq.write_table(pa.Table.from_pylist([row | {"ranking": [2, 0, 1], "scores": None}]), path)
-    assert read_comparisons(path)[0].response_ids == ((3,), (1,), (2,))
+    assert read_ranked(path)[0].response_ids == ((3,), (1,), (2,))
     pq.write_table(pa.Table.from_pylist([row | {"ranking": [2, 0, 0]}]), path)
     with pytest.raises(UserError, match=r"comparisons.parquet row 1: \[2, 0, 0\] is not a ranking of 3 answers"):
-        read_comparisons(path)
+        read_ranked(path)
     pq.write_table(pa.Table.from_pylist([row | {"scores": [1.0]}]), path)
     with pytest.raises(UserError, match="row 1: responses, response_ids and scores differ in length"):
-        read_comparisons(path)
+        read_ranked(path)
 
 
 def test_missing_or_foreign_file(tmp_path: Path) -> None:
     path = tmp_path / "comparisons.parquet"
     with pytest.raises(UserError, match="no such file; the collect stage writes it"):
-        read_comparisons(path)
+        read_ranked(path)
     path.write_bytes(b"PAR1")
     with pytest.raises(UserError, match="cannot be read"):
-        read_comparisons(path)
+        read_ranked(path)
     pq.write_table(pa.table({"id": ["a"]}), path)
     with pytest.raises(UserError, match="no column 'prompt'; there are: id"):
-        read_comparisons(path)
+        read_ranked(path)

@@ -10,7 +10,7 @@ from transformers import AutoConfig
 from rayrlhf.config_file import load_config
 from rayrlhf.data.formats import FORMATS
 from rayrlhf.data.tokens import check_context
-from rayrlhf.labellers import LABELLERS
+from rayrlhf.rewards.labellers import LABELLERS
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

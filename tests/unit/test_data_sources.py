@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from rayrlhf.config import DatasetConfig
 from rayrlhf.data.formats import FORMATS, parse_dialogue
 from rayrlhf.data.records import Comparison, Demonstration
-from rayrlhf.data.sources import as_prompts, read_comparisons, read_demonstrations
+from rayrlhf.data.sources import as_prompts, read_demonstrations, read_published
 from rayrlhf.data.splits import check_disjoint
 from rayrlhf.data.tokens import encode_prompts
 from rayrlhf.errors import UserError
@@ -96,20 +96,20 @@ def test_openai_summarize_tldr(tokenizer: PreTrainedTokenizerBase) -> None:
 
 def test_openai_summarize_comparisons(tokenizer: PreTrainedTokenizerBase) -> None:
     hub_like = source("openai_summarize_comparisons", DATA / "openai_summarize_comparisons", valid_split="valid1")
-    train, dropped = read_comparisons(hub_like, "train", tokenizer, 200)
+    train, dropped = read_published(hub_like, "train", tokenizer, 200)
     assert dropped == {"identical": 1, "nearly_empty": 1}
     assert train[1].responses == (
         "Dough does not rise in my cold winter kitchen.",
         "I bake bread every single Sunday at home.",
     )
     assert all(c.prompt.endswith("\n\nTL;DR:") for c in train) and len(train) == 3
-    valid, dropped = read_comparisons(hub_like, "valid", tokenizer, 200)
+    valid, dropped = read_published(hub_like, "valid", tokenizer, 200)
     assert len(valid) == 1 and dropped == {}
 
 
 def test_comparisons_and_demonstrations_share_the_rendering(tokenizer: PreTrainedTokenizerBase) -> None:
     posts = read_demonstrations(source("openai_summarize_tldr", DATA / "openai_summarize_tldr"), "train", tokenizer, 60)
-    pairs, _ = read_comparisons(
+    pairs, _ = read_published(
         source("openai_summarize_comparisons", DATA / "openai_summarize_comparisons", valid_split="valid1"),
         "train",
         tokenizer,
@@ -126,7 +126,7 @@ def test_hh_rlhf(tokenizer: PreTrainedTokenizerBase) -> None:
     for row, record in zip(rows, demonstrations, strict=True):
         whole = record.prompt + " " + record.response
         assert whole.split() == row["chosen"].split()  # nothing lost but white space
-    comparisons, dropped = read_comparisons(source("hh_rlhf", path), "all", tokenizer, 1000)
+    comparisons, dropped = read_published(source("hh_rlhf", path), "all", tokenizer, 1000)
     assert len(comparisons) + sum(dropped.values()) == 43
     by_prompt = {d.prompt: d.response for d in demonstrations}
     for comparison in comparisons:
@@ -147,7 +147,7 @@ def test_hh_rlhf_rows_that_cannot_be_used_are_counted(tokenizer: PreTrainedToken
         pair("Tea is fine", " A drink made of leaves.", " It is not a kind of coffee."),
     ]
     path = write_jsonl(tmp_path / "hh.jsonl", rows)
-    comparisons, dropped = read_comparisons(source("hh_rlhf", path), "all", tokenizer, 100)
+    comparisons, dropped = read_published(source("hh_rlhf", path), "all", tokenizer, 100)
     assert [c.responses for c in comparisons] == [("A drink made of leaves.", "It is not a kind of coffee.")]
     assert dropped == {
         "duplicate": 1,
@@ -164,7 +164,7 @@ def test_turns_of_one_speaker_become_one() -> None:
 
 
 def test_shp(tokenizer: PreTrainedTokenizerBase) -> None:
-    comparisons, dropped = read_comparisons(source("shp", DATA / "shp.jsonl"), "all", tokenizer, 100)
+    comparisons, dropped = read_published(source("shp", DATA / "shp.jsonl"), "all", tokenizer, 100)
     assert dropped == {} and [c.source for c in comparisons] == ["askbaking_train"] * 2 + ["askcarguys_train"]
     assert comparisons[0].responses[0].startswith("Leave it out")  # labels 1: A
     assert comparisons[1].responses[0].startswith("A paper bag")  # labels 0: B
@@ -210,7 +210,7 @@ def test_own_comparisons(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> 
         {"id": "a", "prompt": "What is tea?", "responses": [best, "no", middle, best, worst], "source": "us"},
         {"id": "b", "messages": [{"role": "user", "content": "Tea?"}], "chosen": best, "rejected": worst},
     ]
-    comparisons, dropped = read_comparisons(
+    comparisons, dropped = read_published(
         source("prompts", write_jsonl(tmp_path / "c.jsonl", rows)), "all", tokenizer, 50
     )
     assert comparisons == [
@@ -273,7 +273,7 @@ def test_text_of_both_splits_without_ids_is_dropped_from_validation(
     rows = [{"prompt": f"What is {i}?", "chosen": best, "rejected": worst} for i in range(4)]
     write_jsonl(tmp_path / "train.jsonl", rows[:3])
     write_jsonl(tmp_path / "validation.jsonl", rows[2:])
-    comparisons, dropped = read_comparisons(source("prompts", tmp_path), "valid", tokenizer, 50)
+    comparisons, dropped = read_published(source("prompts", tmp_path), "valid", tokenizer, 50)
     assert [c.prompt for c in comparisons] == ["What is 3?"] and dropped == {"in_train": 1}
 
 
@@ -358,7 +358,7 @@ def test_bad_comparisons(
 ) -> None:
     path = write_jsonl(tmp_path / "bad.jsonl", [row])
     with pytest.raises(UserError, match=message):
-        read_comparisons(source(format, path), "all", tokenizer, 100)
+        read_published(source(format, path), "all", tokenizer, 100)
 
 
 @pytest.mark.parametrize(
@@ -401,7 +401,7 @@ def test_bad_sources(tokenizer: PreTrainedTokenizerBase, format: str, path: str,
 
 def test_format_without_comparisons(tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(UserError, match="'tldr' holds no comparisons; those that do: openai_summarize_comparisons, "):
-        read_comparisons(source("tldr", "embedded:tldr"), "train", tokenizer, 100)
+        read_published(source("tldr", "embedded:tldr"), "train", tokenizer, 100)
     assert all(adapter.demonstration or adapter.comparison for adapter in FORMATS.values())
 
 

@@ -12,7 +12,7 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from rayrlhf.config_file import load_config
-from rayrlhf.placement import Node, Plan, make_plan, roles_of
+from rayrlhf.runs.placement import Node, Plan, make_plan, roles_of
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs/tldr_opt_1b_cluster.yaml"
@@ -78,9 +78,9 @@ def test_the_configs_roles_fit_the_nodes_of_their_label(source: str) -> None:
     plan: Plan = make_plan(roles_of(load_config(CONFIG).resources), nodes)
     assert plan.complete
     kinds = {role: {name.split("-")[0] for name in placed} for role, placed in plan.placed.items()}
-    assert kinds == {"learner": {"learner"}, "generators": {"rollout"}, "scorers": {"rollout"}}
+    assert kinds == {"learner": {"learner"}, "generators": {"generator"}, "scorers": {"generator"}}
     assert {node.name.split("-")[0]: node.labels[ROLE] for node in nodes} == {
-        "head": "head", "learner": "learner", "rollout": "rollout"
+        "head": "head", "learner": "learner", "generator": "generator"
     }  # fmt: skip
     used = {name for placed in plan.placed.values() for name in placed}
     assert used == {node.name for node in nodes if node.labels[ROLE] != "head"}, "a full cluster has nobody idle"

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rayrlhf.distributed import Ranks
+from rayrlhf.models.ranks import Ranks
 
 
 def test_peak_memory_on_a_cpu_is_the_kernels_high_water_mark() -> None:

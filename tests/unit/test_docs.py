@@ -40,7 +40,7 @@ def test_the_page_is_read() -> None:
 
 @pytest.mark.parametrize("code", sorted(set(CODE)))
 def test_functions_exist(code: str) -> None:
-    """`rayrlhf/losses.py: policy_loss, value_loss`."""
+    """`rayrlhf/algorithms/losses.py: policy_loss, value_loss`."""
     path, _, wanted = code.partition(": ")
     assert (ROOT / path).is_file()
     if wanted:

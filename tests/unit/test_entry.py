@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from ray.train import TrainingFailedError
 
-from actors.remote import ActorDied, ActorFailure
-from jobs.entry import guarded, run, stage
+from actors.pools.remote import ActorDied, ActorFailure
 from jobs.session import Session
+from jobs.stage import guarded, run, stage
 from rayrlhf.config import Config
 from rayrlhf.config_file import parse_config
 from rayrlhf.errors import UserError

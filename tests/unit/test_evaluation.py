@@ -11,7 +11,7 @@ import pytest
 from rouge_score import rouge_scorer
 
 from rayrlhf.data.records import Prompt
-from rayrlhf.evaluation import (
+from rayrlhf.reports.evaluation import (
     Answers,
     samples_table,
     summarize,
@@ -19,7 +19,7 @@ from rayrlhf.evaluation import (
     write_evaluation,
     write_samples,
 )
-from rayrlhf.statistics import length_controlled_win_rate
+from rayrlhf.reports.intervals import length_controlled_win_rate
 
 PROMPTS = [
     Prompt("a", "post a", reference=" the cat sat on the mat", title="cat"),

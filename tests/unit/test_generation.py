@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ray.exceptions import ActorDiedError
 
-from actors.generation import generate
-from actors.pool import Pool
-from actors.remote import ActorDied, ActorFailure, Call, Remote
-from actors.weight_sync import WeightSyncError
-from rayrlhf.trajectory import GenerationRequest, PackedTrajectory, Sampling, Trajectory
+from actors.pools.pool import Pool
+from actors.pools.remote import ActorDied, ActorFailure, Call, Remote
+from actors.rollouts.in_turn import generate
+from actors.rollouts.weight_sync import WeightSyncError
+from rayrlhf.trajectory import GenerationRequest, Sampling, SerializedTrajectory, Trajectory
 
 SAMPLING = Sampling(1.0, 1000, 0)
 VERSION = 7
@@ -51,7 +51,7 @@ class Simulated(Remote):
             future.set_exception(death)
         return Answered(self.name, method, future, False, time.monotonic())
 
-    def submit_packed(self, method: str, *args: Any) -> Call:
+    def submit_serialized(self, method: str, *args: Any) -> Call:
         return self.submit(method, *args)
 
     def kill(self) -> None:
@@ -62,7 +62,7 @@ class Simulated(Remote):
 
     def advance(
         self, requests: Mapping[int, GenerationRequest], sampling: Sampling, seconds: float
-    ) -> dict[int, PackedTrajectory]:
+    ) -> dict[int, SerializedTrajectory]:
         if self.slices == self.dies_at:
             raise ActorDiedError
         self.slices += 1
@@ -83,11 +83,11 @@ class Simulated(Remote):
         self.requests, self.written = {}, {}
 
 
-def trajectory(request: GenerationRequest, version: int) -> PackedTrajectory:
+def trajectory(request: GenerationRequest, version: int) -> SerializedTrajectory:
     length = request.prompt_ids[0]
     ids, zeros = np.full(length, request.seed), np.zeros(length, np.float32)
     prompt, versions = np.asarray(request.prompt_ids), np.full(length, version)
-    return PackedTrajectory.of(
+    return SerializedTrajectory.of(
         Trajectory(request.prompt_id, request.sample_index, request.seed, prompt, ids, zeros, versions, "length")
     )
 
@@ -109,19 +109,19 @@ class Setting:
         self.pool = Pool("generator", generators, spawn, start_timeout_s=5, call_timeout_s=5)
         self.pool.max_replacements = 1000
 
-    def generate(self, lengths: list[int]) -> list[PackedTrajectory]:
+    def generate(self, lengths: list[int]) -> list[SerializedTrajectory]:
         return generate(self.pool, requests_of(lengths), SAMPLING, VERSION)
 
 
 @pytest.fixture(autouse=True)
 def newcomers_are_ready(monkeypatch: pytest.MonkeyPatch) -> None:
     """`finished` asks Ray; here every call is answered at once."""
-    monkeypatch.setattr("actors.pool.finished", lambda calls, timeout_s: list(calls))
-    monkeypatch.setattr("actors.pool.wait", lambda calls, timeout_s: [call.future().result() for call in calls])
+    monkeypatch.setattr("actors.pools.pool.finished", lambda calls, timeout_s: list(calls))
+    monkeypatch.setattr("actors.pools.pool.wait", lambda calls, timeout_s: [call.future().result() for call in calls])
 
 
-def assert_drawn(found: list[PackedTrajectory], lengths: list[int]) -> None:
-    assert [(t.response_tokens, t.unpack().seed) for t in found] == [(n, 100 + i) for i, n in enumerate(lengths)]
+def assert_drawn(found: list[SerializedTrajectory], lengths: list[int]) -> None:
+    assert [(t.response_tokens, t.load().seed) for t in found] == [(n, 100 + i) for i, n in enumerate(lengths)]
 
 
 def test_each_generator_has_its_neighbours_from_the_start() -> None:

@@ -10,7 +10,7 @@ import pytest
 from rayrlhf.config import LabellerConfig
 from rayrlhf.data.records import Prompt
 from rayrlhf.errors import UserError
-from rayrlhf.labellers import FileLabeller, Unranked, ask_people, make_labeller, read_unranked
+from rayrlhf.rewards.labellers import FileLabeller, Unranked, ask_people, make_labeller, read_unranked
 
 PROMPT = Prompt("a", "What?\n\nTL;DR:", "the cat sat on the mat")
 

@@ -11,10 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-import rayrlhf.logprobs
-from rayrlhf.batching import Row, TokenBatch, collate, pack, token_batches
-from rayrlhf.logprobs import sequence_scores, token_logprobs, token_logprobs_and_entropy, token_values
+import rayrlhf.models.logprobs
+from rayrlhf.models.batching import Row, TokenBatch, collate, pack, token_batches
 from rayrlhf.models.loading import autocast, load_policy, load_reward_model, resolve_model
+from rayrlhf.models.logprobs import sequence_scores, token_logprobs, token_logprobs_and_entropy, token_values
 
 TINY = resolve_model("embedded:opt-tiny")
 PAD = 1
@@ -101,7 +101,7 @@ def test_logits_are_held_a_chunk_at_a_time(policy: PreTrainedModel, monkeypatch:
     width = policy.config.hidden_size  # of the weight's gradient
     assert sum(batch.counts) > 2 * width
     for limit, low, high in ((2**25, sum(batch.counts), sum(batch.counts)), (64 * vocabulary, 64, width)):
-        monkeypatch.setattr(rayrlhf.logprobs, "LOGITS", limit)
+        monkeypatch.setattr(rayrlhf.models.logprobs, "LOGITS", limit)
         with Logits(vocabulary) as logits:
             token_logprobs(policy, batch, 0.7).sum().backward()
             token_logprobs_and_entropy(policy, batch, 0.7)
@@ -126,7 +126,7 @@ def test_what_is_kept_for_the_backward_pass_is_no_chunk_of_logits(
         return sum(shape[-1:] == (vocabulary,) and math.prod(shape) != weight for shape in shapes)
 
     assert kept() > 0
-    monkeypatch.setattr(rayrlhf.logprobs, "LOGITS", 8 * vocabulary)
+    monkeypatch.setattr(rayrlhf.models.logprobs, "LOGITS", 8 * vocabulary)
     assert kept() == 0
 
 
@@ -153,7 +153,7 @@ def test_bfloat16_autocast_stays_close_and_returns_float32(
     policy: PreTrainedModel, limit: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where logits are cut into chunks and prompts are shared."""
-    monkeypatch.setattr(rayrlhf.logprobs, "LOGITS", limit)
+    monkeypatch.setattr(rayrlhf.models.logprobs, "LOGITS", limit)
     made = [row for row in rows() for _ in range(2)]
     batch = pack(made, shares=[2] * 7)
 

@@ -11,10 +11,9 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from rayrlhf.batching import Row, collate
 from rayrlhf.config import LoRAConfig
 from rayrlhf.errors import UserError
-from rayrlhf.logprobs import sequence_scores, token_logprobs
+from rayrlhf.models.batching import Row, collate
 from rayrlhf.models.loading import (
     checkpoint_gradients,
     load_policy,
@@ -23,6 +22,7 @@ from rayrlhf.models.loading import (
     parameter_counts,
     save_model,
 )
+from rayrlhf.models.logprobs import sequence_scores, token_logprobs
 from rayrlhf.models.lora import (
     adapters,
     add_adapters,

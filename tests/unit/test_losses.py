@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
+from rayrlhf.algorithms.kl import KLController
+from rayrlhf.algorithms.losses import importance_weights, policy_loss, value_loss
 from rayrlhf.config import KLConfig
-from rayrlhf.kl import KLController
-from rayrlhf.losses import importance_weights, policy_loss, value_loss
 
 
 @pytest.mark.parametrize(

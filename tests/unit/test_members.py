@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from ray.exceptions import ActorDiedError
 
-from actors.members import Member, Members
-from actors.pool import Pool
-from actors.remote import ActorDied, ActorFailure, Call, Remote
+from actors.pools.members import Member, Members
+from actors.pools.pool import Pool
+from actors.pools.remote import ActorDied, ActorFailure, Call, Remote
 
 
 class Pending(Call):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from rayrlhf.metrics import MetricsWriter, read_metrics
+from rayrlhf.runs.metrics import MetricsWriter, read_metrics
 
 
 def lines(run_dir: Path) -> list[str]:
@@ -92,7 +92,7 @@ def test_nothing_written_reads_as_nothing(tmp_path: Path) -> None:
 
 def test_two_processes_append_whole_lines(tmp_path: Path) -> None:
     code = (
-        "import sys\nfrom rayrlhf.metrics import MetricsWriter\n"
+        "import sys\nfrom rayrlhf.runs.metrics import MetricsWriter\n"
         "with MetricsWriter(sys.argv[1]) as w:\n"
         "    for step in range(300): w.write(sys.argv[2], step, {f'{sys.argv[2]}/value/{i}': i for i in range(40)})\n"
     )

@@ -19,17 +19,17 @@ from transformers import (
     Qwen2Config,
 )
 
-import rayrlhf.logprobs
-from rayrlhf.attention import PACKED, packs
-from rayrlhf.batching import Row, TokenBatch, collate, pack, token_batches
-from rayrlhf.logprobs import (
+import rayrlhf.models.logprobs
+from rayrlhf.models.attention import PACKED, packs
+from rayrlhf.models.batching import Row, TokenBatch, collate, pack, token_batches
+from rayrlhf.models.loading import checkpoint_gradients, load_policy, load_reward_model, load_tokenizer, save_model
+from rayrlhf.models.logprobs import (
     hidden_states,
     sequence_scores,
     token_logprobs,
     token_logprobs_and_entropy,
     token_values,
 )
-from rayrlhf.models.loading import checkpoint_gradients, load_policy, load_reward_model, load_tokenizer, save_model
 from tests.families import FAMILIES, LLAMA, V, write_model
 
 
@@ -161,7 +161,7 @@ def test_logits_in_chunks_change_nothing(family: Path, temperature: float, monke
         return [logprobs.detach(), gradient, *token_logprobs_and_entropy(policy, batch, temperature)]
 
     whole = measure()
-    monkeypatch.setattr(rayrlhf.logprobs, "LOGITS", 4 * V)
+    monkeypatch.setattr(rayrlhf.models.logprobs, "LOGITS", 4 * V)
     for found, expected in zip(measure(), whole, strict=True):
         assert float((found - expected).norm()) <= 1e-6 * float(expected.norm())
 

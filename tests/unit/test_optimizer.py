@@ -15,10 +15,10 @@ from torch import nn
 from torch.optim import lr_scheduler
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
+from rayrlhf.algorithms.optimizer import Optimizer
 from rayrlhf.config import Config, OptimizerConfig
 from rayrlhf.config_file import parse_config
-from rayrlhf.distributed import Ranks
-from rayrlhf.optimizer import Optimizer
+from rayrlhf.models.ranks import Ranks
 
 PEAK = 0.5
 

@@ -15,15 +15,15 @@ from typing import Any
 import pytest
 from rich.console import Console, RenderableType
 
-from actors.monitoring import Status
+from actors.pools.monitoring import Status
 from jobs.live import Live, LiveActor, cluster_address, read_live
 from jobs.status import runs_table, show_runs, show_status, status_screen
-from rayrlhf import lease
 from rayrlhf.config_file import parse_config
 from rayrlhf.errors import UserError
-from rayrlhf.overview import read_overview, run_folders
-from rayrlhf.run import RunFolder, open_or_create
-from rayrlhf.storage import Store
+from rayrlhf.reports.overview import read_overview, run_folders
+from rayrlhf.runs import lease
+from rayrlhf.runs.folder import RunFolder, open_or_create
+from rayrlhf.runs.storage import Store
 
 NOW = 10_000.0
 
@@ -40,7 +40,7 @@ def make_run(directory: str | Path, name: str = "one", **sections: object) -> Ru
     ppo = [line("ppo", i, t, {"ppo/reward/mean": i / 10, "ppo/kl": 10.0 * i}) for i, t in enumerate(ends)]
     ppo[4] |= {"throughput/tokens_per_s": 1234.5, "idle/generator-0": 0.25}
     run.metrics.write_text("".join(json.dumps(each) + "\n" for each in (*sft, *run_lines, *ppo)))
-    run.publish(run.metrics)
+    run.upload(run.metrics)
     return run
 
 
@@ -94,7 +94,7 @@ def test_a_run_with_given_comparisons_collects_none(tmp_path: Path) -> None:
 
 def test_the_holder_is_seen_from_another_process_while_it_holds(tmp_path: Path) -> None:
     run = make_run(tmp_path)
-    look = "import sys; from rayrlhf.run import RunFolder; print(RunFolder(sys.argv[1]).holder())"
+    look = "import sys; from rayrlhf.runs.folder import RunFolder; print(RunFolder(sys.argv[1]).holder())"
 
     def seen() -> str:
         return subprocess.run(
@@ -103,7 +103,7 @@ def test_the_holder_is_seen_from_another_process_while_it_holds(tmp_path: Path) 
 
     assert seen() == "None"
     with run.lock():
-        run.tell("Ray at 10.0.0.1:6379")
+        run.note_in_lock("Ray at 10.0.0.1:6379")
         said = seen()
     assert said.startswith(f"process {os.getpid()} on ") and said.endswith(", Ray at 10.0.0.1:6379")
     assert seen() == "None"

@@ -10,20 +10,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rayrlhf.config import GeneratorConfig, LearnerConfig, ResourcesConfig
-from rayrlhf.placement import Node, Role, demand, make_plan, roles_of
+from rayrlhf.runs.placement import Node, Role, demand, make_plan, roles_of
 
 
 def role(
-    name: str = "generators", count: int = 1, cpus: float = 1.0, gpus: float = 0.0, packed: bool = False, **labels: str
+    name: str = "generators",
+    count: int = 1,
+    cpus: float = 1.0,
+    gpus: float = 0.0,
+    together: bool = False,
+    **labels: str,
 ) -> Role:
-    return Role(name, count, cpus, gpus, labels, packed)
+    return Role(name, count, cpus, gpus, labels, together)
 
 
 NODES = [Node("a", 4, 0), Node("b", 4, 0), Node("c", 4, 0)]
 
 
-def test_learners_are_packed_and_rollouts_spread() -> None:
-    plan = make_plan([role("learner", 3, packed=True), role("generators", 3), role("scorers", 2)], NODES)
+def test_learners_are_kept_together_and_rollouts_spread() -> None:
+    plan = make_plan([role("learner", 3, together=True), role("generators", 3), role("scorers", 2)], NODES)
     assert plan.complete
     assert plan.placed["learner"] == {"a": 3}
     assert plan.placed["generators"] == {"a": 1, "b": 1, "c": 1}
@@ -31,8 +36,8 @@ def test_learners_are_packed_and_rollouts_spread() -> None:
 
 
 def test_labels_keep_rollouts_off_the_learners_nodes() -> None:
-    nodes = [Node("big", 64, 8, {"role": "learner"}), Node("small", 2, 0, {"role": "rollout"})]
-    plan = make_plan([role("learner", packed=True, role="learner"), role(count=3, role="rollout")], nodes)
+    nodes = [Node("big", 64, 8, {"role": "learner"}), Node("small", 2, 0, {"role": "generator"})]
+    plan = make_plan([role("learner", together=True, role="learner"), role(count=3, role="generator")], nodes)
     assert plan.placed["generators"] == {"small": 2} and plan.missing(plan.roles[1]) == 1
     assert not plan.complete
 
@@ -48,7 +53,7 @@ def test_shares_of_a_gpu_are_of_one_gpu() -> None:
 
 
 def test_runs_at_a_time_ask_for_as_much() -> None:
-    roles = [role("learner", packed=True), role()]
+    roles = [role("learner", together=True), role()]
     assert make_plan(roles, NODES, runs=6).complete
     plan = make_plan(roles, NODES, runs=7)
     assert [plan.missing(r) for r in plan.roles] == [0, 2]

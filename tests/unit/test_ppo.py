@@ -10,12 +10,12 @@ import pytest
 import torch
 from transformers import OPTForCausalLM, OPTForSequenceClassification
 
-from rayrlhf.batching import Row, collate
+from rayrlhf.algorithms.ppo import PPO
 from rayrlhf.config import OptimizerConfig, PPOConfig
-from rayrlhf.distributed import Ranks
-from rayrlhf.logprobs import sequence_scores, token_values
-from rayrlhf.ppo import PPO
-from rayrlhf.prompts import EncodedPrompt, prompts_of_step, requests_for
+from rayrlhf.data.prompts import EncodedPrompt, prompts_of_step, requests_for
+from rayrlhf.models.batching import Row, collate
+from rayrlhf.models.logprobs import sequence_scores, token_values
+from rayrlhf.models.ranks import Ranks
 from rayrlhf.trajectory import Trajectory
 from tests.tiny import EOS, PAD, TEMPERATURE, VOCABULARY, flat, tiny_models, with_sgd
 

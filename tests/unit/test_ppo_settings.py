@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from rayrlhf.algorithms.ppo import PPO
 from rayrlhf.config import KLConfig, OptimizerConfig, PPOConfig
-from rayrlhf.distributed import Ranks
-from rayrlhf.ppo import PPO
+from rayrlhf.models.ranks import Ranks
 from rayrlhf.trajectory import Trajectory
 from tests.tiny import PAD, TEMPERATURE, flat, random_trajectories, recorded_gradients, tiny_models
 

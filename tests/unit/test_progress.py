@@ -7,8 +7,8 @@ from rich.console import Console, RenderableType
 
 from rayrlhf.config import Config
 from rayrlhf.config_file import parse_config
-from rayrlhf.progress import Progress, StageLoad, batch_table, duration, sample_panel, stage_loads, step_line
-from rayrlhf.tables import evaluation_table
+from rayrlhf.reports.progress import Progress, StageLoad, batch_table, duration, sample_panel, stage_loads, step_line
+from rayrlhf.reports.tables import evaluation_table
 
 
 def render(thing: RenderableType, width: int = 120) -> str:
@@ -90,7 +90,7 @@ def test_step_line_of_ppo() -> None:
         "policy loss -0.0100  value loss n/a  12.3 s (generate 4.1, learn 6.0)  1,234 tok/s  ETA 3 min 20 s"
     )
     assert step_line("sft", 1, 5, {"sft/loss": 2.0, "sft/lr": 1e-4}) == "sft 1/5  loss 2.0000  lr 1.00e-04"
-    assert step_line("reward_model", 1, 5, {"rm/loss": float("nan")}) == "reward_model 1/5  loss n/a"
+    assert step_line("reward_model", 1, 5, {"reward_model/loss": float("nan")}) == "reward_model 1/5  loss n/a"
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rayrlhf.advantages import generalized_advantages, kl_penalised_rewards, whiten
-from rayrlhf.losses import policy_loss, value_loss
+from rayrlhf.algorithms.advantages import generalized_advantages, kl_penalised_rewards, whiten
+from rayrlhf.algorithms.losses import policy_loss, value_loss
 
 JUNK = st.sampled_from([float("nan"), float("inf"), float("-inf"), 1e30, -7.0])
 FRACTION = st.floats(0.0, 1.0)

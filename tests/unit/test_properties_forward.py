@@ -14,15 +14,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import OPTForCausalLM, OPTForSequenceClassification
 
-from actors.sft import predicted_tokens, summed_loss
-from rayrlhf.batching import Row, TokenBatch, collate, micro_batches, pack
+from actors.training.sft import predicted_tokens, summed_loss
+from rayrlhf.algorithms.ranked_pass import ranked_pass
 from rayrlhf.config import Config
 from rayrlhf.config_file import parse_config
 from rayrlhf.data.comparisons import RankedAnswers
-from rayrlhf.distributed import Ranks
-from rayrlhf.logprobs import sequence_scores, token_logprobs_and_entropy, token_values
-from rayrlhf.reward_model import ranked_pass
-from rayrlhf.rewards import RewardModelFunction
+from rayrlhf.models.batching import Row, TokenBatch, collate, micro_batches, pack
+from rayrlhf.models.logprobs import sequence_scores, token_logprobs_and_entropy, token_values
+from rayrlhf.models.ranks import Ranks
+from rayrlhf.rewards.functions import RewardModelFunction
 from tests.tiny import EOS, PAD, VOCABULARY, difference, gradient, random_trajectories, tiny_models
 
 EXAMPLES = settings(max_examples=20)

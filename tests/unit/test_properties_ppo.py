@@ -23,9 +23,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
+from rayrlhf.algorithms.ppo import PPO, Experience
 from rayrlhf.config import KLConfig, OptimizerConfig, PPOConfig
-from rayrlhf.distributed import Ranks
-from rayrlhf.ppo import PPO, Experience
+from rayrlhf.models.ranks import Ranks
 from rayrlhf.trajectory import Trajectory
 from tests.tiny import (
     PAD,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn.functional import logsigmoid
 
-from rayrlhf.ranking import (
+from rayrlhf.algorithms.ranking import (
     CONFIDENCE_EDGES,
     MARGIN_EDGES,
     accuracy_by_confidence,

@@ -12,10 +12,10 @@ import pytest
 
 from rayrlhf.config_file import parse_config
 from rayrlhf.data.records import Prompt
-from rayrlhf.evaluation import Answers, samples_table, summarize, write_evaluation, write_samples
-from rayrlhf.metrics import MetricsWriter
-from rayrlhf.report import PANELS, stage_figure, write_report
-from rayrlhf.run import RunFolder, open_or_create
+from rayrlhf.reports.evaluation import Answers, samples_table, summarize, write_evaluation, write_samples
+from rayrlhf.reports.page import PANELS, stage_figure, write_report
+from rayrlhf.runs.folder import RunFolder, open_or_create
+from rayrlhf.runs.metrics import MetricsWriter
 
 EVIL = '<script>alert("x")</script> & <img src=x onerror=y>'
 
@@ -57,7 +57,7 @@ def finished_run(tmp_path: Path) -> tuple[RunFolder, dict[str, Any]]:
     with MetricsWriter(run.path) as writer:
         for step in range(5):
             writer.write("sft", step, {"sft/loss": 3.0 - step, "sft/rouge1": 0.1 * step})
-            writer.write("reward_model", step, {"rm/accuracy": 0.5 + 0.1 * step})
+            writer.write("reward_model", step, {"reward_model/accuracy": 0.5 + 0.1 * step})
         for step in range(6):
             numbers = {name: 1.0 + step for panel in PANELS["ppo"] for name in panel.curves}
             writer.write("ppo", step, {**numbers, "ppo/kl": float("nan") if step == 2 else 0.5 * step})

@@ -13,14 +13,21 @@ import pytest
 from rich.console import Console
 from scipy import stats
 
-from rayrlhf import reward_accuracy
 from rayrlhf.config_file import parse_config
 from rayrlhf.data.comparisons import RankedAnswers
-from rayrlhf.report import write_report
-from rayrlhf.reward_accuracy import SCORERS, accuracies, cluster_bootstrap, heldout_pairs, unbeaten, write_accuracy
-from rayrlhf.run import open_or_create
-from rayrlhf.statistics import bootstrap
-from rayrlhf.tables import reward_accuracy_table
+from rayrlhf.reports import reward_accuracy
+from rayrlhf.reports.intervals import bootstrap
+from rayrlhf.reports.page import write_report
+from rayrlhf.reports.reward_accuracy import (
+    SCORERS,
+    accuracies,
+    cluster_bootstrap,
+    heldout_pairs,
+    unbeaten,
+    write_accuracy,
+)
+from rayrlhf.reports.tables import reward_accuracy_table
+from rayrlhf.runs.folder import open_or_create
 
 
 def planted() -> pa.Table:
@@ -124,9 +131,11 @@ def test_scorers_that_are_not_clearly_beaten() -> None:
 
 def test_file_table_and_report_say_the_same(tmp_path: Path) -> None:
     run = open_or_create(parse_config({"name": "demo"}, "test"), tmp_path)
-    write_accuracy(run.heldout_pairs, run.reward_accuracy, planted(), {"rm/heldout_loss": 0.7}, samples=50, seed=3)
+    write_accuracy(
+        run.heldout_pairs, run.reward_accuracy, planted(), {"reward_model/heldout_loss": 0.7}, samples=50, seed=3
+    )
     result = json.loads(run.reward_accuracy.read_text())
-    assert (result["prompts"], result["pairs"], result["metrics"]) == (2, 4, {"rm/heldout_loss": 0.7})
+    assert (result["prompts"], result["pairs"], result["metrics"]) == (2, 4, {"reward_model/heldout_loss": 0.7})
     assert result["bootstrap"] == {"samples": 50, "seed": 3, "confidence": 0.95, "unit": "prompt"}
     assert pq.read_table(run.heldout_pairs).equals(planted())
     assert {path.name for path in run.path.iterdir() if not path.name.startswith(".lock")} == {

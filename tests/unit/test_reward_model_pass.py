@@ -13,13 +13,13 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 from torch.nn.functional import logsigmoid
 
-from rayrlhf.batching import Row
+from rayrlhf.algorithms.ranked_pass import Measured, answer_logprobs, ranked_pass, rows_of, score_rows, summary
 from rayrlhf.config import Config
 from rayrlhf.config_file import parse_config
 from rayrlhf.data.comparisons import RankedAnswers
-from rayrlhf.distributed import Ranks
+from rayrlhf.models.batching import Row
 from rayrlhf.models.loading import load_policy, load_reward_model, resolve_model
-from rayrlhf.reward_model import Measured, answer_logprobs, ranked_pass, rows_of, score_rows, summary
+from rayrlhf.models.ranks import Ranks
 
 TINY = resolve_model("embedded:opt-tiny")
 PAD, EOS = 1, 2
@@ -126,8 +126,11 @@ def test_answer_logprobs_are_transformers_own(micro_batch_tokens: int) -> None:
 def test_summary_by_source_and_confidence() -> None:
     margins = torch.tensor([2.0, -1.0, 0.1, 3.0])
     found = summary(Measured(0.4, margins, ["a", "a", "b", "b"]))
-    assert found["rm/heldout_accuracy"] == 0.75
-    assert (found["rm/source/a/accuracy"], found["rm/source/b/accuracy"]) == (0.5, 1.0)
-    assert found["rm/confidence/0.8-0.9/accuracy"] == 1.0 and found["rm/confidence/0.7-0.8/accuracy"] == 0.0
-    assert found["rm/confidence/0.9-1/pairs"] == 1 and "rm/confidence/0.6-0.7/accuracy" not in found
-    assert found["rm/margin_from/2"] == 2 and found["rm/margin_from/-1"] == 1
+    assert found["reward_model/heldout_accuracy"] == 0.75
+    assert (found["reward_model/source/a/accuracy"], found["reward_model/source/b/accuracy"]) == (0.5, 1.0)
+    assert (
+        found["reward_model/confidence/0.8-0.9/accuracy"] == 1.0
+        and found["reward_model/confidence/0.7-0.8/accuracy"] == 0.0
+    )
+    assert found["reward_model/confidence/0.9-1/pairs"] == 1 and "reward_model/confidence/0.6-0.7/accuracy" not in found
+    assert found["reward_model/margin_from/2"] == 2 and found["reward_model/margin_from/-1"] == 1

@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors.generator import INITIAL_VERSION
-from actors.pool import Pool
-from actors.remote import ActorDied, ActorFailure, Remote
-from actors.rollouts import Cursor, Group, Limits, Rollouts
-from actors.weight_sync import Publication
-from rayrlhf.trajectory import GenerationRequest, PackedTrajectory, Sampling, Trajectory
+from actors.pools.pool import Pool
+from actors.pools.remote import ActorDied, ActorFailure, Remote
+from actors.rollouts.ahead import Cursor, Group, Limits, Rollouts
+from actors.rollouts.generator import INITIAL_VERSION
+from actors.rollouts.weight_sync import Publication
+from rayrlhf.trajectory import GenerationRequest, Sampling, SerializedTrajectory, Trajectory
 
 SAMPLING = Sampling(1.0, 1000, 0)
 
@@ -55,7 +55,7 @@ class SimulatedGenerator:
         sampling: Sampling,
         seconds: float,
         publication: Publication | None = None,
-    ) -> dict[int, PackedTrajectory]:
+    ) -> dict[int, SerializedTrajectory]:
         if publication:
             self.load_weights(publication)
         assert self.version >= 0
@@ -69,7 +69,7 @@ class SimulatedGenerator:
         done = {t: r for t, r in self.running.items() if len(r.versions) == r.request.prompt_ids[0]}
         for ticket in done:
             del self.running[ticket]
-        return {ticket: PackedTrajectory.of(trajectory(running)) for ticket, running in done.items()}
+        return {ticket: SerializedTrajectory.of(trajectory(running)) for ticket, running in done.items()}
 
     def abort(self) -> None:
         self.running = {}
@@ -91,12 +91,14 @@ class SimulatedScorer:
     def ready(self) -> dict[str, Any]:
         return {"name": self.name}
 
-    def score_packed(self, trajectories: Sequence[PackedTrajectory], temperature: float) -> list[PackedTrajectory]:
+    def score_serialized(
+        self, trajectories: Sequence[SerializedTrajectory], temperature: float
+    ) -> list[SerializedTrajectory]:
         self.sizes.append(len(trajectories))
-        unpacked = [packed.unpack() for packed in trajectories]
+        unpacked = [serialized.load() for serialized in trajectories]
         for each in unpacked:
             each.rewards = {"length": float(len(each.response_ids))}
-        return [PackedTrajectory.of(each) for each in unpacked]
+        return [SerializedTrajectory.of(each) for each in unpacked]
 
 
 class Setting:
@@ -163,7 +165,7 @@ def check(groups: Sequence[Group], version: int, staleness: int) -> list[int]:
     """The positions of a batch; complete, in order, and not too old."""
     for group in groups:
         assert [t.sample_index for t in group.trajectories] == list(range(len(group.requests)))
-        for each in (packed.unpack() for packed in group.trajectories):
+        for each in (serialized.load() for serialized in group.trajectories):
             assert each.prompt_id == str(group.position)
             assert each.rewards == {"length": float(each.prompt_ids[0])}
             assert (np.diff(each.versions) >= 0).all()
@@ -204,13 +206,13 @@ def test_each_prompt_is_trained_once_and_in_time(data: st.DataObject) -> None:
         for _ in range(data.draw(st.integers(0, 10))):  # the learner trains
             rollouts._tick()
             if data.draw(st.integers(0, 20)) == 0:
-                deaths = [*rollouts._writers, *rollouts._readers]
+                deaths = [*rollouts._generators, *rollouts._scorers]
                 rollouts._lose(data.draw(st.sampled_from(deaths)), ActorDied("simulated"))
             if data.draw(st.integers(0, 8)) == 0:
                 setting.generators.scale(data.draw(st.integers(1, 4)))
                 setting.scorers.scale(data.draw(st.integers(1, 3)))
         version += 1
-        rollouts.publish(weights(version))
+        rollouts.set_weights(weights(version))
     assert sorted(trained) == list(range(steps * per_step))
 
 
@@ -222,10 +224,10 @@ def test_newcomers_get_work_and_leavers_finish_theirs_first() -> None:
     rollouts._tick()
     assert [len(generator.running) for generator in setting.made] == [4, 4, 4]
     trained = check(rollouts.take(0, 10, 10.0), 10, 1)
-    rollouts.publish(weights(11))
+    rollouts.set_weights(weights(11))
     rollouts._tick()
     setting.generators.scale(1)
-    held = [len(member.held) for member in rollouts._writers]
+    held = [len(member.held) for member in rollouts._generators]
     assert min(held[1:]) > 0
     for _ in range(8):
         rollouts._tick()
@@ -233,7 +235,7 @@ def test_newcomers_get_work_and_leavers_finish_theirs_first() -> None:
     assert setting.made[1].version == setting.made[2].version == 11
     for step in range(1, 5):
         trained += check(rollouts.take(step, 10 + step, 10.0), 10 + step, 1)
-        rollouts.publish(weights(11 + step))
+        rollouts.set_weights(weights(11 + step))
     assert sorted(trained) == list(range(40))
 
 
@@ -242,7 +244,7 @@ def test_a_long_response_comes_with_a_later_batch_and_no_later_than_it_may() -> 
     rollouts, batches = setting.start(), []
     for step in range(6):
         batches.append(check(rollouts.take(step, 10 + step, 10.0), 10 + step, 3))
-        rollouts.publish(weights(11 + step))
+        rollouts.set_weights(weights(11 + step))
     assert 0 in batches[0] and all(len(batch) == 4 for batch in batches)
     assert batches[3][0] == 1  # its first token is three versions old by now
     assert sorted(position for batch in batches for position in batch) == list(range(24))
@@ -259,7 +261,7 @@ def test_a_batch_leaves_no_more_than_the_next_ones_can_take() -> None:
                 rollouts._tick()
             assert set(rollouts.scored) == {3}
         batches.append(check(rollouts.take(step, 10 + step, 10.0), 10 + step, 2))
-        rollouts.publish(weights(11 + step))
+        rollouts.set_weights(weights(11 + step))
     assert batches == [[0], [1], [2], [3]]
 
 
@@ -275,7 +277,7 @@ def test_nothing_is_dispatched_further_ahead_than_staleness_allows() -> None:
         for _ in range(20):
             rollouts._tick()
         assert max(rollouts.dispatched) == (step + 3) * 4 - 1
-        rollouts.publish(weights(11 + step))
+        rollouts.set_weights(weights(11 + step))
 
 
 def test_generators_are_filled_evenly_and_not_beyond_their_room() -> None:
@@ -296,7 +298,7 @@ def test_a_thread_of_its_own_does_the_same_and_gathers_what_is_to_be_scored() ->
     rollouts, trained = setting.start(background=True), list[int]()
     for step in range(4):
         trained += check(rollouts.take(step, 10 + step, 10.0), 10 + step, 1)
-        rollouts.publish(weights(11 + step))
+        rollouts.set_weights(weights(11 + step))
     rollouts.stop()
     assert sorted(trained) == list(range(40))
     assert sum(setting.scorer.sizes) == 80 and len(setting.scorer.sizes) < 20
@@ -321,10 +323,10 @@ def test_deaths_beyond_the_limit_are_an_error() -> None:
     setting = Setting({}, steps=1, per_step=2, staleness=1, generators=1)
     setting.generators.max_replacements = 1
     rollouts = setting.start()
-    rollouts._lose(rollouts._writers[0], ActorDied("first"))
+    rollouts._lose(rollouts._generators[0], ActorDied("first"))
     rollouts._tick()  # the newcomer joins
     with pytest.raises(ActorDied, match="second"):
-        rollouts._lose(rollouts._writers[0], ActorDied("second"))
+        rollouts._lose(rollouts._generators[0], ActorDied("second"))
 
 
 def test_where_the_groups_are() -> None:
@@ -337,8 +339,8 @@ def test_where_the_groups_are() -> None:
     assert rollouts.groups() == {"waiting": 2, "generating": 1, "scoring": 1, "scored": 0}
     rollouts._tick()  # group 0 is scored, group 1 is written, group 2 takes the place of group 0
     assert rollouts.groups() == {"waiting": 1, "generating": 1, "scoring": 1, "scored": 1}
-    rollouts.publish(weights(11))
-    rollouts._lose(rollouts._writers[0], ActorDied("killed"))  # group 2 waits again
+    rollouts.set_weights(weights(11))
+    rollouts._lose(rollouts._generators[0], ActorDied("killed"))  # group 2 waits again
     assert rollouts.groups() == {"waiting": 2, "generating": 0, "scoring": 1, "scored": 1}
     assert rollouts.versions() == {}
     rollouts._resize()

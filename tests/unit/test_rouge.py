@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from rouge_score import rouge_scorer
 
-from rayrlhf.rouge import ROUGE_NAMES, rouge, rouge_per_example
+from rayrlhf.rewards.rouge import ROUGE_NAMES, rouge, rouge_per_example
 
 PREDICTIONS = [
     "My girlfriend lies about running shoes.",
@@ -72,7 +72,7 @@ def test_concurrent_processes_with_an_empty_cache_offline(tmp_path: Path) -> Non
         "import socket\n"
         "def refuse(*a, **k): raise AssertionError('network access')\n"
         "socket.getaddrinfo = refuse; socket.create_connection = refuse\n"
-        "from rayrlhf.rouge import rouge\n"
+        "from rayrlhf.rewards.rouge import rouge\n"
         "print(rouge(['the cat sat'] * 50, ['the cat ran'] * 50)['rouge1'])\n"
     )
     env = {"HOME": str(tmp_path), "HF_HOME": str(tmp_path / "hf"), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}

@@ -14,7 +14,8 @@ import yaml
 from rayrlhf.config import Config, PPOConfig, SFTConfig
 from rayrlhf.config_file import dump_config, parse_config
 from rayrlhf.errors import UserError
-from rayrlhf.run import STAGES, RunFolder, open_or_create, replacing, resolve_runs_dir
+from rayrlhf.files import replacing
+from rayrlhf.runs.folder import STAGES, RunFolder, open_or_create, resolve_runs_dir
 
 
 def config(**changes: object) -> Config:
@@ -72,7 +73,7 @@ def test_publication_replaces_a_directory_as_a_whole(tmp_path: Path) -> None:
 
 def test_a_killed_writer_leaves_no_output_and_its_rest_is_swept(tmp_path: Path) -> None:
     code = (
-        "import os, signal, sys\nfrom rayrlhf.run import RunFolder\n"
+        "import os, signal, sys\nfrom rayrlhf.runs.folder import RunFolder\n"
         "with RunFolder(sys.argv[1]).writing('sft') as t:\n"
         "    (t / 'model').write_text('half')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -165,7 +166,7 @@ def test_an_unreadable_stored_config_is_named(tmp_path: Path, text: str) -> None
 
 def test_lock_keeps_other_processes_out_and_ends_with_its_holder(tmp_path: Path) -> None:
     code = (
-        "import sys\nfrom rayrlhf.run import RunFolder\n"
+        "import sys\nfrom rayrlhf.runs.folder import RunFolder\n"
         "with RunFolder(sys.argv[1]).lock():\n    print('held', flush=True)\n    sys.stdin.read()\n"
     )
     run = RunFolder(tmp_path / "one")
@@ -196,7 +197,9 @@ def test_a_file_system_without_locks_is_named_as_one(tmp_path: Path, monkeypatch
 
 
 def test_nested_lock_stays_held_until_the_outer_ends(tmp_path: Path) -> None:
-    code = "import sys\nfrom rayrlhf.run import RunFolder\nwith RunFolder(sys.argv[1]).lock(): print('took it')\n"
+    code = (
+        "import sys\nfrom rayrlhf.runs.folder import RunFolder\nwith RunFolder(sys.argv[1]).lock(): print('took it')\n"
+    )
     run = RunFolder(tmp_path / "one")
     with run.lock():
         with run.lock():

@@ -6,14 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.coordinator import Coordinator
-from actors.pool import Pool
-from actors.remote import ActorDied, Remote
-from actors.rollouts import Cursor
+from actors.pools.pool import Pool
+from actors.pools.remote import ActorDied, Remote
+from actors.rollouts.ahead import Cursor
+from actors.rollouts.coordinator import Coordinator
 from rayrlhf.config import ScaleConfig
 from rayrlhf.config_file import parse_config
 from rayrlhf.errors import UserError
-from rayrlhf.scaling import wanted_generators
+from rayrlhf.runs.scaling import wanted_generators
 
 LIMITS = ScaleConfig(min=2, max=8, target_learner_wait=0.1)
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from scipy import optimize, stats
 
-from rayrlhf import statistics
-from rayrlhf.statistics import (
+from rayrlhf.reports import intervals as statistics
+from rayrlhf.reports.intervals import (
     PERMUTATIONS,
     RIDGE,
     Array,

@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from rayrlhf import lease
 from rayrlhf.config import Config
 from rayrlhf.config_file import parse_config
 from rayrlhf.errors import UserError
-from rayrlhf.lease import leased
-from rayrlhf.metrics import MetricsWriter, read_lines, read_metrics
-from rayrlhf.run import STAGES, RunFolder, open_or_create, runs_address
-from rayrlhf.storage import Store, join, local_copy, local_path, sync_mirrors
+from rayrlhf.runs import lease
+from rayrlhf.runs.folder import STAGES, RunFolder, open_or_create, runs_address
+from rayrlhf.runs.lease import leased
+from rayrlhf.runs.metrics import MetricsWriter, read_lines, read_metrics
+from rayrlhf.runs.storage import Store, join, local_copy, local_path, sync_mirrors
 from tests.s3 import KEYS, S3, serving
 
 
@@ -241,7 +241,7 @@ def test_a_run_in_a_store_continues_from_an_empty_cache(
     there = open_or_create(config(), runs)
     assert there.path != run.path
     assert [there.done(stage) for stage in STAGES] == [True, True, False, False, False]
-    assert not there.sft.exists() and (there.fetch(there.sft) / "file").read_text() == "sft"
+    assert not there.sft.exists() and (there.download(there.sft) / "file").read_text() == "sft"
     assert there.comparisons.read_text() == "collect"
     assert local_copy(there.address_of(there.sft)) == str(there.sft)
     with pytest.raises(UserError, match=r"seed was 0 and is now 1.*delete s3://bucket/continued/one"):
@@ -275,7 +275,7 @@ def test_metrics_reach_the_store_and_the_next_writer(s3: S3, tmp_path: Path, mon
 
 
 def test_metrics_appear_while_they_are_written(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rayrlhf.storage.SYNC_S", 0.05)
+    monkeypatch.setattr("rayrlhf.runs.storage.SYNC_S", 0.05)
     address = s3.uri("growing/one")
     with MetricsWriter(address) as writer:
         for step in range(2):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import jobs.submit
-from actors.remote import ActorFailure
+from actors.pools.remote import ActorFailure
 from jobs.submit import MODULES, Job, describe, submit
 from rayrlhf.errors import UserError
 

@@ -16,11 +16,11 @@ from rich.console import Console
 from jobs.sweep import draw
 from rayrlhf.config_file import load_config
 from rayrlhf.errors import UserError
-from rayrlhf.metrics import MetricsWriter
-from rayrlhf.report import write_report
-from rayrlhf.run import RunFolder, open_or_create
-from rayrlhf.sweep import BASE, Space, Sweep, load_sweep, share, short_names, trial_name
-from rayrlhf.sweep_results import Result, ranked, read_result, results_table, write_results
+from rayrlhf.reports.page import write_report
+from rayrlhf.runs.folder import RunFolder, open_or_create
+from rayrlhf.runs.metrics import MetricsWriter
+from rayrlhf.sweeps.plan import BASE, Space, Sweep, load_sweep, share, short_names, trial_name
+from rayrlhf.sweeps.results import Result, ranked, read_result, results_table, write_results
 
 EXAMPLE = Path(__file__).parents[2] / "configs/sweeps/quickstart_ppo.yaml"
 GRID = {"ppo.optimizer.lr": {"grid": ["1e-4", 3e-4]}, "ppo.kl.coefficient": {"grid": [0.05, 0.1]}}

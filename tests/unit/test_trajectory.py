@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ray import cloudpickle
 
-from actors.remote import pack, unpack
-from rayrlhf.trajectory import PackedTrajectory, Trajectory
+from actors.pools.remote import dump, load
+from rayrlhf.trajectory import SerializedTrajectory, Trajectory
 
 
 @st.composite
@@ -37,14 +37,14 @@ def trajectories(draw: st.DrawFn) -> Trajectory:
 
 
 def packed(sent: Trajectory) -> Trajectory:
-    return PackedTrajectory.of(sent).unpack()
+    return SerializedTrajectory.of(sent).load()
 
 
 def packed_twice_on_its_way(sent: Trajectory) -> Trajectory:
     """As by a scorer, between two messages."""
-    first: PackedTrajectory = unpack(pack(PackedTrajectory.of(sent)))
-    second: PackedTrajectory = cloudpickle.loads(cloudpickle.dumps(PackedTrajectory.of(first.unpack())))
-    return second.unpack()
+    first: SerializedTrajectory = load(dump(SerializedTrajectory.of(sent)))
+    second: SerializedTrajectory = cloudpickle.loads(cloudpickle.dumps(SerializedTrajectory.of(first.load())))
+    return second.load()
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_a_trajectory_survives_its_journey(journey: Callable[[Trajectory], Traje
 
 @given(sent=trajectories())
 def test_what_stands_beside_a_packed_trajectory_is_its_own(sent: Trajectory) -> None:
-    packed = PackedTrajectory.of(sent)
+    packed = SerializedTrajectory.of(sent)
     assert packed.length == len(sent.token_ids) and packed.response_tokens == len(sent.response_ids)
     assert (packed.oldest, packed.newest) == (sent.versions.min(), sent.versions.max())
     assert packed.version_sum == sent.versions.sum()

@@ -1,0 +1,1 @@
+"""Ray actors and pools of them. Nothing here knows of language models."""

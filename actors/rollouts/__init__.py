@@ -1,0 +1,1 @@
+"""Generators, scorers and the coordinator that keeps them at work."""

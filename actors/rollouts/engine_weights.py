@@ -1,0 +1,73 @@
+"""New weights for a running vLLM engine: what a complete set is, and how vLLM is made to take one."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from actors.rollouts.weight_sync import WeightSyncError
+
+
+@dataclass(frozen=True)
+class CheckpointLayout:
+    """What a complete set of an architecture's weights consists of, by Hugging Face name."""
+
+    shapes: dict[str, tuple[int, ...]]
+    aliases: frozenset[str]
+    """Further names of tied tensors, which need not be there."""
+
+    @classmethod
+    def read(cls, model_path: str, revision: str | None) -> CheckpointLayout:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_path, revision=revision))
+        state = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        unique = {name for name, _ in model.named_parameters()}
+        aliases = {name for name, _ in model.named_parameters(remove_duplicate=False)} - unique
+        return cls({name: shape for name, shape in state.items() if name not in aliases}, frozenset(aliases))
+
+    def validated(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> list[tuple[str, torch.Tensor]]:
+        """The tensors, without aliases; raises WeightSyncError unless they are a complete set."""
+        weights = [(name, tensor) for name, tensor in tensors if name not in self.aliases]
+        shapes = {name: tuple(tensor.shape) for name, tensor in weights}
+        wanted = self.shapes
+        faults = {
+            "missing": sorted(wanted.keys() - shapes.keys()),
+            "unknown": sorted(shapes.keys() - wanted.keys()),
+            "of another shape": sorted(n for n in shapes.keys() & wanted.keys() if shapes[n] != wanted[n]),
+            "given twice": sorted({name for name, count in Counter(name for name, _ in weights).items() if count > 1}),
+        }
+        found = "; ".join(f"{len(names)} {what} ({', '.join(names[:3])})" for what, names in faults.items() if names)
+        if found:
+            raise WeightSyncError(f"the weights do not fit the model, nothing was loaded: {found}")
+        return weights
+
+
+def reload(worker: Any, weights: list[tuple[str, torch.Tensor]]) -> None:
+    """Runs on vLLM's worker, between two steps: its layerwise reload, made to notice what it does not load."""
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+    model = worker.model_runner.get_model()
+    expected = {name for name, _ in model.named_parameters()}
+    with set_current_vllm_config(worker.vllm_config), torch.no_grad():
+        initialize_layerwise_reload(model)
+        loaded = model.load_weights(iter(weights))
+        finalize_layerwise_reload(model, worker.model_config)
+    if loaded is not None and expected - loaded:
+        raise RuntimeError(f"vLLM kept old weights for {sorted(expected - loaded)[:3]}")
+    for layer in model.modules():
+        # On a CPU the output head multiplies with a packed copy of its weight, which the reload leaves as it was
+        # when head and embedding are tied: without an error, log-probs would come from old and new weights mixed.
+        if isinstance(layer, VocabParallelEmbedding) and hasattr(layer, "cpu_linear"):
+            dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
+
+
+def one_line(error: BaseException, limit: int) -> str:
+    return " ".join(str(error).split())[:limit]

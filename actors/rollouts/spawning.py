@@ -1,0 +1,59 @@
+"""Generators and scorers as Ray actors: what they are made of, and where they go."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from actors.pools.remote import Remote, namespace
+from actors.rollouts.engine import environment
+from actors.rollouts.generator import Generator
+from actors.rollouts.scorer import Scorer
+from rayrlhf.config import Config, GeneratorConfig, ScorerConfig
+
+
+def spawn_generator(name: str, config: Config, model: str, max_model_len: int, local: bool) -> Remote:
+    """A generator of `model`, a directory or a hub name, in this process if `local`."""
+    settings = config.resources.generators
+    return Remote.spawn(
+        name,
+        Generator,
+        name,
+        config.model.model_copy(update={"path": model}),
+        settings,
+        max_model_len,
+        config.seed,
+        local=local,
+        # OpenMP reads its settings as a process starts.
+        options=_options(config, settings) | {"runtime_env": {"env_vars": environment(settings)}},
+    )
+
+
+def spawn_scorer(
+    name: str, config: Config, reward_model: str, reference: str, pad_token_id: int, gold: Any, local: bool
+) -> Remote:
+    """A scorer with these models. `gold` is a `GoldMeasure`, a Ray reference to one, or None."""
+    settings = config.resources.scorers
+    return Remote.spawn(
+        name,
+        Scorer,
+        name,
+        reward_model,
+        reference,
+        settings,
+        local=local,
+        options=_options(config, settings),
+        gold=gold,
+        pad_token_id=pad_token_id,
+        dtype=config.model.dtype,
+    )
+
+
+def _options(config: Config, settings: GeneratorConfig | ScorerConfig) -> dict[str, Any]:
+    """Over all nodes with the labels, and outside the placement group of a Tune trial, which holds no room for them."""
+    return {
+        "num_cpus": settings.cpus,
+        "num_gpus": settings.gpus,
+        "namespace": namespace(config),
+        "scheduling_strategy": "SPREAD",
+        "label_selector": settings.labels or None,
+    }

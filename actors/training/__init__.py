@@ -1,0 +1,1 @@
+"""The training loops that run inside Ray Train's workers."""

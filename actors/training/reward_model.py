@@ -1,0 +1,182 @@
+"""The reward model: the loop that runs inside Ray Train's workers.
+
+    { global batch of prompts with all their answers, ranking loss over all pairs, AdamW } per step
+
+It starts from the SFT model with a fresh scalar head (Stiennon et al. 2020) and ends with a bias under which people's
+reference answers score 0 on average. At last its accuracy on held-out pairs is measured, beside trivial baselines.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from actors.pools.monitoring import metrics_writer
+from actors.pools.remote import fetch
+from actors.training.fit import report, restored
+from rayrlhf.algorithms.optimizer import Optimizer
+from rayrlhf.algorithms.ranked_pass import Measured, answer_logprobs, ranked_pass, rows_of, score_rows, summary
+from rayrlhf.algorithms.ranking import ranking_accuracy
+from rayrlhf.config import Config
+from rayrlhf.data.comparisons import RankedAnswers
+from rayrlhf.data.epochs import Epochs
+from rayrlhf.errors import UserError
+from rayrlhf.models.batching import Row
+from rayrlhf.models.loading import (
+    checkpoint_gradients,
+    context_length,
+    load_policy,
+    load_reward_model,
+    load_tokenizer,
+    save_model,
+)
+from rayrlhf.models.lora import add_adapters, load_trained_state, trained_state
+from rayrlhf.models.ranks import Ranks
+from rayrlhf.reports.reward_accuracy import heldout_pairs, write_accuracy
+from rayrlhf.runs.folder import RunFolder
+from rayrlhf.runs.storage import local_copy
+
+EVALS_PER_EPOCH = 4
+"""Held-out accuracy and a checkpoint so often."""
+
+
+@dataclass(frozen=True)
+class RewardModelArguments:
+    """What every worker needs; picklable, paths absolute."""
+
+    config: Config
+    run_dir: str
+    """Path or URI."""
+    model: str
+    """Path or URI of the SFT model's directory."""
+    comparisons: Any
+    """list[RankedAnswers] (`heldout` ones are only measured), or `put` of it."""
+    references: Any
+    """list[Row] of prompts with people's own answers, which will score 0 on average; or `put` of it."""
+
+
+def reward_model_loop(arguments: dict[str, Any]) -> None:
+    """Train on ranked answers; `arguments["reward_model"]` is a `RewardModelArguments`.
+
+    A restart continues from the last of `EVALS_PER_EPOCH` checkpoints an epoch. The finished model, with its
+    `reward_bias`, appears in the run folder's `reward_model/`; its accuracy on held-out pairs, if there are any, in
+    `reward_model.json`.
+
+    Raises:
+        UserError: no pairs to learn from, no reference answers, or rows longer than the model's context.
+    """
+    args: RewardModelArguments = arguments["reward_model"]
+    config, settings = args.config, args.config.reward_model
+    run, ranks = RunFolder(args.run_dir), Ranks(config.resources.learner.threads, gpu=config.resources.learner.gpus > 0)
+    usable: list[RankedAnswers] = [c for c in fetch(args.comparisons) if c.pairs]
+    train, heldout = [c for c in usable if not c.heldout], [c for c in usable if c.heldout]
+    references: list[Row] = fetch(args.references)
+    sft = local_copy(args.model)
+    tokenizer = load_tokenizer(sft)
+    _check(train, [*references, *(row for c in usable for row in rows_of(c))], references, context_length(sft))
+    # First, and the SFT model is gone before the reward model and its optimiser take their memory.
+    sft_logprobs = _sft_logprobs(sft, heldout, tokenizer.pad_token_id, config, ranks) if heldout else None
+    model = load_reward_model(sft, device=ranks.device, fresh_head_seed=config.seed)
+    if config.model.lora:
+        add_adapters(model, config.model.lora, config.seed)
+    if config.resources.learner.gradient_checkpointing:
+        checkpoint_gradients(model)
+    model.config.reward_bias = 0.0
+
+    epochs = Epochs(len(train), settings.prompts_per_batch, settings.epochs, EVALS_PER_EPOCH, config.seed)
+    optimizer = Optimizer(model, settings.optimizer, epochs.steps)
+    step = 0
+    with restored() as checkpoint:
+        if checkpoint:
+            state = torch.load(checkpoint / "reward_model.pt", weights_only=True, map_location=ranks.device)
+            load_trained_state(model, state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            step = state["step"]
+    writer = metrics_writer(run.address, config.name) if ranks.first else None
+
+    def log(metrics: dict[str, float]) -> None:
+        if writer:
+            writer.write("reward_model", step, metrics)
+
+    def measure(comparisons: Sequence[RankedAnswers], scale: float | None = None) -> Measured:
+        return ranked_pass(model, comparisons, tokenizer.pad_token_id, config, ranks, scale)
+
+    def write(directory: Path) -> None:
+        state = {"model": trained_state(model), "optimizer": optimizer.state_dict(), "step": step}
+        torch.save(state, directory / "reward_model.pt")
+
+    def heldout_metrics() -> dict[str, float]:
+        return summary(measure(heldout)) if heldout else {}
+
+    if step == 0:
+        counts = {
+            "reward_model/prompts": float(len(train)), "reward_model/pairs": float(sum(len(c.pairs) for c in train)),
+            "reward_model/heldout_prompts": float(len(heldout)),
+            "reward_model/heldout_pairs": float(sum(len(c.pairs) for c in heldout)),
+        }  # fmt: skip
+        if writer:
+            note = ", ".join(f"{int(v)} {k.removeprefix('reward_model/').replace('_', ' ')}" for k, v in counts.items())
+            writer.write_text("reward_model", 0, "note", note)
+        log({"reward_model/steps": float(epochs.steps)} | counts | heldout_metrics())
+    while step < epochs.steps:
+        started = time.perf_counter()
+        batch = [train[i] for i in epochs.batch(step)]
+        lr = optimizer.lr
+        found = measure(batch, scale=1.0 / len(batch))
+        norm = optimizer.step(ranks)
+        evaluate = epochs.evaluates_after(step)
+        step += 1
+        seconds = time.perf_counter() - started
+        log({
+            "reward_model/loss": found.loss, "reward_model/accuracy": ranking_accuracy(found.margins),
+            "reward_model/margin": float(found.margins.mean()), "reward_model/lr": lr,
+            "reward_model/grad_norm": norm, "time/step": seconds,
+            "throughput/tokens_per_s": sum(len(row.ids) for c in batch for row in rows_of(c)) / seconds,
+            "memory/learner_peak_mib": ranks.peak_memory_mib(),
+        })  # fmt: skip
+        if evaluate:
+            metrics = heldout_metrics()
+            log(metrics)
+            report(ranks, {"step": step} | metrics, write)
+    bias = -float(score_rows(model, references, tokenizer.pad_token_id, config, ranks).mean())
+    log({"reward_model/reward_bias": bias})
+    final = measure(heldout) if heldout else None
+    if writer:
+        for stale in (run.reward_accuracy, run.heldout_pairs):
+            stale.unlink(missing_ok=True)
+        if final and sft_logprobs is not None:
+            pairs = heldout_pairs(heldout, final.margins, sft_logprobs)
+            samples = config.evaluate.bootstrap_samples
+            write_accuracy(run.heldout_pairs, run.reward_accuracy, pairs, summary(final), samples, config.seed)
+        run.upload(run.heldout_pairs, run.reward_accuracy)
+        with run.writing("reward_model") as directory:
+            save_model(model, tokenizer, directory, reward_bias=bias)
+        writer.close()
+
+
+def _sft_logprobs(
+    path: str, comparisons: Sequence[RankedAnswers], pad_token_id: int, config: Config, ranks: Ranks
+) -> NDArray[np.float64]:
+    """[n] log-prob of every answer, in order, under the model that training starts from; it is not kept."""
+    rows = [row for c in comparisons for row in rows_of(c)]
+    return answer_logprobs(load_policy(path, device=ranks.device), rows, pad_token_id, config, ranks)
+
+
+def _check(train: Sequence[RankedAnswers], rows: Sequence[Row], references: Sequence[Row], context: int) -> None:
+    if not train:
+        raise UserError("reward_model: no comparison with a preference to train on; collect more prompts or answers")
+    if not references:
+        raise UserError("reward_model: no reference answers to set the score's zero by; give demonstrations")
+    longest = max(len(row.ids) for row in rows)
+    if longest > context:
+        raise UserError(
+            f"reward_model: the longest prompt with answer has {longest} tokens and the model's context is {context}; "
+            "lower data.max_prompt_tokens or data.max_response_tokens"
+        )

@@ -1,0 +1,120 @@
+"""What every stage has around it: skipping what is done, refusing to start too early, errors in one line, exit codes.
+
+Exit codes: 0 success, 1 failure, 2 a mistake that the user can mend, 130 interrupted (Ctrl-C or SIGTERM).
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import logging
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+from ray.exceptions import RayError
+from ray.train import TrainingFailedError
+from rich.console import Console
+
+from actors.pools.remote import ActorFailure
+from jobs.session import Session, opened
+from jobs.stopping import interrupted_by_sigterm
+from rayrlhf.config import Config
+from rayrlhf.config_file import load_config
+from rayrlhf.errors import UserError
+from rayrlhf.reports.progress import duration
+from rayrlhf.runs.folder import STAGES
+from rayrlhf.runs.metrics import MetricsWriter
+
+Stage = Callable[[Session], None]
+# A log has no width of its own, and tables need one.
+console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120)
+
+
+def stage(
+    name: str, needs: Sequence[str] = (), again: Callable[[Session], bool] = lambda session: False
+) -> Callable[[Stage], Stage]:
+    """Make a stage of a function: it runs only if its output is missing and the outputs of `needs` are there.
+
+    `again` says of a session that it asks for something else than the run's own output, so that "done" does not count.
+    """
+
+    def decorate(function: Stage) -> Stage:
+        @functools.wraps(function)
+        def run_stage(session: Session) -> None:
+            run = session.run
+            if run.done(name) and not again(session):
+                console.print(f"{name}: already done, see {run.address_of(run.output(name))}")
+                return
+            for earlier in needs:
+                if not run.done(earlier):
+                    needed = run.address_of(run.output(earlier))
+                    raise UserError(f"stage {name!r} needs {needed}, which stage {earlier!r} writes; run that first")
+            if session.start():
+                console.print(session.overview())
+                if session.placement:
+                    console.print(session.placement)
+            console.rule(f"[bold]{name}", align="left")
+            started = time.monotonic()
+            with interrupted_by_sigterm():  # again: Ray has set a handler of its own when it started
+                function(session)
+            seconds = time.monotonic() - started
+            with MetricsWriter(run.address) as metrics:
+                metrics.write("run", STAGES.index(name), {f"time/{name}": seconds})
+            console.print(f"{name}: done in {duration(seconds)}, see {run.address_of(run.output(name))}")
+
+        return run_stage
+
+    return decorate
+
+
+def run(config: Config, stages: Sequence[Stage], local: bool) -> None:
+    """Run stages one after the other with one Ray connection."""
+    with opened(config, local) as session:
+        for each in stages:
+            each(session)
+
+
+def guarded(action: Callable[[], None]) -> int:
+    """Run `action`; turn what can go wrong into one line on standard error and an exit code."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        with interrupted_by_sigterm():
+            action()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except ActorFailure as error:
+        print(f"failed: {error}", file=sys.stderr, flush=True)
+        return 1
+    except TrainingFailedError as error:
+        print(
+            f"failed: Ray Train gave up; finished stages and checkpoints are kept\n{error}", file=sys.stderr, flush=True
+        )
+        return 1
+    except FloatingPointError as error:
+        print(f"failed: {error}", file=sys.stderr, flush=True)
+        return 1
+    except (OSError, RayError) as error:
+        print(f"failed: {type(error).__name__}: {' '.join(str(error).split())[-600:]}", file=sys.stderr, flush=True)
+        return 1
+    except KeyboardInterrupt:
+        print(
+            "interrupted: finished stages and checkpoints are kept; the same command continues",
+            file=sys.stderr,
+            flush=True,
+        )
+        return 130
+    return 0
+
+
+def main(function: Stage) -> None:
+    """The command line of `python -m jobs.STAGE`."""
+    parser = argparse.ArgumentParser(description=function.__doc__)
+    parser.add_argument("--config", required=True, help="the run's YAML file")
+    parser.add_argument("--local", action="store_true", help="everything in this process, without Ray (for a debugger)")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changes to the config")
+    arguments = parser.parse_args()
+    code = guarded(lambda: run(load_config(arguments.config, arguments.overrides), [function], arguments.local))
+    sys.stdout.flush()
+    sys.exit(code)

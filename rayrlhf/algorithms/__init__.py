@@ -1,0 +1,1 @@
+"""What is learnt from a batch: losses, advantages, optimiser, metrics. One file an algorithm."""

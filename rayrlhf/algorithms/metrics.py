@@ -1,0 +1,136 @@
+"""The metrics of a PPO step: sums over this rank's tokens, reduced over ranks, then divided once.
+
+A mean of means over micro-batches or ranks would weigh tokens by where they happened to be computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from rayrlhf.models.ranks import Ranks
+
+BATCH_SUMS = (
+    "responses",
+    "tokens",
+    "tokens_squared",
+    "score",
+    "score_squared",
+    "reward",
+    "score_clipped",
+    "log_ratio",
+    "log_ratio_squared",
+    "k3",
+    "ended",
+    "gap",
+    "entropy",
+    "returns",
+    "returns_squared",
+    "residual",
+    "residual_squared",
+    "importance",
+    "importance_truncated",
+)
+UPDATE_SUMS = (
+    "tokens",
+    "policy_loss",
+    "value_loss",
+    "squared_log_ratio",
+    "ratio",
+    "ratio_off_one",
+    "clipped",
+    "value_clipped",
+)
+
+
+def reduce_sums(sums: Mapping[str, Tensor], names: tuple[str, ...], ranks: Ranks) -> dict[str, float]:
+    """Sums over all ranks; `names` fixes their order, so that every rank adds the same things."""
+    zero = torch.zeros((), dtype=torch.float64, device=ranks.device)
+    vector = torch.stack([sums.get(name, zero).double() for name in names])
+    return dict(zip(names, ranks.sum(vector).tolist(), strict=True))
+
+
+def batch_sums(
+    score: Tensor,
+    reward: Tensor,
+    log_ratio: Tensor,
+    generator_gap: Tensor,
+    mask: Tensor,
+    returns: Tensor,
+    values: Tensor,
+    ended: Tensor,
+    entropy: Tensor,
+) -> dict[str, Tensor]:
+    """Sums over this rank's responses. score, reward (the clipped score), ended [B]; entropy the sum over tokens; the
+    rest [B, R]."""
+    response_log_ratio = torch.where(mask, log_ratio, 0.0).double().sum(1)
+    log_ratio, returns = log_ratio[mask].double(), returns[mask].double()
+    residual = returns - values[mask].double()
+    return {
+        "responses": mask.any(1).sum(),
+        "tokens": mask.sum(),
+        "tokens_squared": mask.sum(1).double().square().sum(),
+        "score": score.double().sum(),
+        "score_squared": score.double().square().sum(),
+        "reward": reward.double().sum(),
+        "score_clipped": (reward != score).sum(),
+        "log_ratio": response_log_ratio.sum(),
+        "log_ratio_squared": response_log_ratio.square().sum(),
+        "k3": (torch.expm1(-log_ratio) + log_ratio).sum(),
+        "ended": ended.sum(),
+        "gap": generator_gap[mask].double().sum(),
+        "entropy": entropy,
+        "returns": returns.sum(),
+        "returns_squared": returns.square().sum(),
+        "residual": residual.sum(),
+        "residual_squared": residual.square().sum(),
+    }
+
+
+def importance_sums(weights: Tensor, mask: Tensor, limit: float) -> dict[str, Tensor]:
+    """Of the weights [B, R] that correct for stale tokens, which are 1 where none can be stale."""
+    own = weights[mask].double()
+    return {"importance": own.sum(), "importance_truncated": (own >= limit).sum()}
+
+
+def batch_metrics(s: Mapping[str, float], beta: float) -> dict[str, float]:
+    """What the batch looked like before the update. `reward` is the clipped score less the KL penalty, and
+    standard deviations are over responses."""
+    n, tokens = s["responses"], s["tokens"]
+    score, kl, length = s["score"] / n, s["log_ratio"] / n, tokens / n
+    return_variance = s["returns_squared"] / tokens - (s["returns"] / tokens) ** 2
+    residual_variance = s["residual_squared"] / tokens - (s["residual"] / tokens) ** 2
+    return {
+        "ppo/responses": n,
+        "ppo/reward/mean": s["reward"] / n - beta * kl,
+        "ppo/score/mean": score,
+        "ppo/score/std": max(0.0, s["score_squared"] / n - score**2) ** 0.5,
+        "ppo/score/clip_fraction": s["score_clipped"] / n,
+        "ppo/kl": kl,
+        "ppo/kl_std": max(0.0, s["log_ratio_squared"] / n - kl**2) ** 0.5,
+        "ppo/kl_k3": s["k3"] / n,
+        "ppo/kl_coefficient": beta,
+        "ppo/length/mean": length,
+        "ppo/length/std": max(0.0, s["tokens_squared"] / n - length**2) ** 0.5,
+        "ppo/eos_rate": s["ended"] / n,
+        "ppo/entropy": s["entropy"] / tokens,
+        "ppo/logprob_gap/mean": s["gap"] / tokens,
+        "ppo/importance_weight/mean": s["importance"] / tokens,
+        "ppo/importance_weight/truncated": s["importance_truncated"] / tokens,
+        "ppo/explained_variance": 1.0 - residual_variance / max(return_variance, 1e-12),
+    }
+
+
+def update_metrics(s: Mapping[str, float]) -> dict[str, float]:
+    """Means over all tokens of all mini-batches and epochs of the step."""
+    tokens = s["tokens"]
+    return {
+        "ppo/policy_loss": s["policy_loss"] / tokens,
+        "ppo/value_loss": s["value_loss"] / tokens,
+        "ppo/approx_kl": 0.5 * s["squared_log_ratio"] / tokens,
+        "ppo/ratio/mean": s["ratio"] / tokens,
+        "ppo/clip_fraction": s["clipped"] / tokens,
+        "ppo/value_clip_fraction": s["value_clipped"] / tokens,
+    }

@@ -1,0 +1,83 @@
+"""AdamW with gradient clipping and a learning-rate schedule, for one model on all ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from rayrlhf.config import OptimizerConfig
+from rayrlhf.models.ranks import Ranks
+
+
+class Optimizer:
+    """AdamW on float32 weights with clipping and a learning-rate schedule over a known number of steps."""
+
+    def __init__(self, model: nn.Module, config: OptimizerConfig, steps: int, lr: float | None = None) -> None:
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.max_grad_norm = config.max_grad_norm
+        self.adamw = torch.optim.AdamW(
+            self.parameters,
+            lr=lr or config.lr,
+            betas=config.betas,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.adamw, lambda step: lr_factor(config, step, steps))
+
+    @property
+    def lr(self) -> float:
+        return float(self.schedule.get_last_lr()[0])
+
+    def step(self, ranks: Ranks) -> float:
+        """Sum gradients over ranks, clip, update, advance the schedule. Returns the gradient norm before clipping.
+
+        Raises:
+            FloatingPointError: a gradient is not finite; the weights are left as they were.
+        """
+        norm = self.clip(ranks)
+        self.apply()
+        return norm
+
+    def clip(self, ranks: Ranks) -> float:
+        """The first half of `step`: nothing is changed yet. Where two models learn together, both are clipped first."""
+        ranks.sum_gradients(self.parameters)
+        norm = float(nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm))
+        if not np.isfinite(norm):
+            raise FloatingPointError(
+                f"the gradient norm is {norm} (usually a learning rate that is too high); training stopped before the "
+                "update"
+            )
+        return norm
+
+    def apply(self) -> None:
+        """The second half of `step`."""
+        self.adamw.step()
+        self.schedule.step()
+        self.adamw.zero_grad(set_to_none=True)
+
+    def skip(self) -> None:
+        """Advance the schedule without an update: without gradients AdamW changes nothing."""
+        self.adamw.zero_grad(set_to_none=True)
+        self.apply()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"adamw": self.adamw.state_dict(), "schedule": self.schedule.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.adamw.load_state_dict(state["adamw"])
+        self.schedule.load_state_dict(state["schedule"])
+
+
+def lr_factor(config: OptimizerConfig, step: int, steps: int) -> float:
+    """Learning rate at `step` as a share of its peak: linear warm-up, then constant, linear or cosine decay to 0."""
+    warmup = round(config.warmup_fraction * steps)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
+    if config.schedule == "constant":
+        return 1.0
+    return 1.0 - progress if config.schedule == "linear" else 0.5 * (1.0 + float(np.cos(np.pi * progress)))

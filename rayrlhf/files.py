@@ -1,0 +1,39 @@
+"""Writing files and directories so that others see them whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def replacing(target: Path, directory: bool = False) -> Iterator[Path]:
+    """A temporary sibling of `target` that is renamed to `target` when the block ends well.
+
+    Temporaries that killed processes left behind are removed first, so there is one writer at a time (see `lock`).
+    """
+    _remove_stale(target)
+    temporary = target.parent / f".{target.name}.tmp-{os.getpid()}"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if directory:
+        temporary.mkdir()
+    try:
+        yield temporary
+        if target.is_dir():
+            # A directory cannot be renamed over one with contents: for a moment there is none, which reads as not done.
+            target.rename(target.parent / f".{target.name}.old-{os.getpid()}")
+        temporary.rename(target)
+    finally:
+        _remove_stale(target)
+
+
+def _remove_stale(target: Path) -> None:
+    for kind in ("tmp", "old"):
+        for stale in target.parent.glob(f".{target.name}.{kind}-*"):
+            if stale.is_dir():
+                shutil.rmtree(stale)
+            else:
+                stale.unlink()

@@ -1,0 +1,271 @@
+"""One run, or the same run under several seeds: Markdown tables and curves of what was measured.
+
+Intervals of a single run are bootstraps over prompts: what to expect of the same models on other prompts. Student's t
+over runs says what to expect of another seed on the same prompts. A mean over runs has the wider of the two.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+from rayrlhf.errors import UserError
+from rayrlhf.files import replacing
+from rayrlhf.reports.curves import compare_figure
+from rayrlhf.reports.evaluation import AT_EQUAL_LENGTH, MEASURES, WIN_RATES
+from rayrlhf.reports.intervals import Array, Interval, over_runs, p_text, pooled
+from rayrlhf.runs.folder import STAGES, RunFolder
+from rayrlhf.runs.metrics import read_metrics
+
+SOURCES = {"title": "title", "reference": "reference", "sft": "SFT", "policy": "policy"}
+ROWS = (*MEASURES, "win_rate_vs_reference", *WIN_RATES, "kl")
+PHASES = ("generate", "score", "learn", "sync", "step")
+_SAME = {"name", "runs_dir", "seed", "resources", "alarms"}
+"""Top-level keys of the config in which runs of one comparison may differ without a word."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a finished run left behind."""
+
+    label: str
+    config: Mapping[str, Any]
+    evaluation: Mapping[str, Any]
+    samples: pa.Table
+    metrics: Sequence[Mapping[str, Any]]
+
+    def stage(self, name: str) -> list[Mapping[str, Any]]:
+        """Lines of one stage of metrics.jsonl."""
+        return [line for line in self.metrics if line["stage"] == name]
+
+
+def read_runs(folders: Sequence[str | Path]) -> list[Run]:
+    """The finished runs in `folders`, evaluated on the same prompts.
+
+    Raises:
+        UserError: a folder that is no finished run, is named twice, or was evaluated on other prompts than the first.
+    """
+    paths = [Path(os.path.abspath(folder)) for folder in folders]
+    for path in paths:
+        if paths.count(path) > 1:
+            raise UserError(f"{path} is named twice: a run counts once")
+    names = [path.name for path in paths]
+    labels = names if len(set(names)) == len(names) else [str(folder) for folder in folders]
+    runs = [_read(RunFolder(path), label) for path, label in zip(paths, labels, strict=True)]
+    first = runs[0].samples["id"].to_pylist()
+    for path, run in zip(paths, runs, strict=True):
+        ids = run.samples["id"].to_pylist()
+        if ids != first:
+            raise UserError(
+                f"{path} was evaluated on other prompts than {paths[0]} ({len(ids)} and {len(first)}, "
+                f"{len(set(ids) & set(first))} of them the same); compare runs with the same data and evaluate settings"
+            )
+    return runs
+
+
+def _read(folder: RunFolder, label: str) -> Run:
+    if not folder.config.exists():
+        raise UserError(f"{folder.path} is no run folder: it has no {folder.config.name}")
+    missing = [file.name for file in (folder.evaluation, folder.samples) if not file.exists()]
+    if missing:
+        raise UserError(f"{folder.path} is unfinished: it has no {missing[0]}; finish it with `rayrlhf run`")
+    try:
+        config = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
+        evaluation = json.loads(folder.evaluation.read_text(encoding="utf-8"))
+        evaluation["policy"], evaluation["differences"]["policy_minus_sft"]
+        samples = pq.read_table(folder.samples)
+        samples["id"]
+    except (ValueError, KeyError, TypeError, yaml.YAMLError, pa.ArrowException) as error:
+        raise UserError(
+            f"{folder.path} cannot be read ({type(error).__name__}); delete evaluation.json and evaluate it again"
+        ) from None
+    metrics = read_metrics(folder.path)
+    if not any(line["stage"] == "ppo" for line in metrics):
+        raise UserError(f"{folder.path} has no PPO steps in {folder.metrics.name}; it is not a whole run folder")
+    return Run(label, config, evaluation, samples, metrics)
+
+
+def markdown(runs: Sequence[Run]) -> str:
+    """All tables, each with what its numbers are."""
+    several = len(runs) > 1
+    parts = ["# " + ", ".join(f"{run.label} (seed {run.config.get('seed')})" for run in runs)]
+    facts = runs[0].evaluation["metadata"]
+    parts.append(f"Evaluated on {facts.get('data', 'the test split')}: {facts['prompts']} prompts.")
+    if changed := config_differences(runs):
+        parts.append(f"**Not only the seed differs**: {', '.join(changed)}.")
+    kind = "Means [95 % bootstrap interval over prompts]."
+    if several:
+        kind = (
+            f"Means over {len(runs)} runs [95 % interval, the wider of two: Student's t over runs, "
+            "and the runs' bootstrap over prompts]."
+        )
+    parts += [f"## Evaluation\n\n{kind}", table(mean_rows(runs))]
+    if several:
+        for source in ("policy", "sft"):
+            parts.append(f"{SOURCES[source]}, each run [95 % bootstrap interval over prompts]:")
+            parts.append(table(run_rows(runs, source)))
+    parts.append(
+        "## Policy minus SFT\n\nPaired differences on the same prompts [95 % bootstrap interval over prompts], "
+        "p of the sign-flip test." + (" Pooled: runs and prompts are resampled." if several else "")
+    )
+    parts.append(table(difference_rows(runs)))
+    parts += ["## Time\n\nMedians" + (" (smallest to largest run)." if several else "."), table(stage_rows(runs))]
+    parts.append(table(phase_rows(runs)))
+    return "\n\n".join(parts) + "\n"
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; the first row is its head."""
+    head, *body = (f"| {' | '.join(row)} |" for row in rows)
+    return "\n".join([head, "|---" * len(rows[0]) + "|", *body])
+
+
+def config_differences(runs: Sequence[Run]) -> list[str]:
+    """`key (value, value, ...)` for each key of the configs in which the runs differ, seed and the like aside."""
+    flat = [_flatten({k: v for k, v in run.config.items() if k not in _SAME}) for run in runs]
+    keys = dict.fromkeys(key for config in flat for key in config)
+    values = {key: [config.get(key, "not set") for config in flat] for key in keys}
+    return [f"{key} ({', '.join(map(str, v))})" for key, v in values.items() if any(x != v[0] for x in v)]
+
+
+def mean_rows(runs: Sequence[Run]) -> list[list[str]]:
+    """A row a measure, a column a source: means over runs."""
+    sources = [source for source in SOURCES if source in runs[0].evaluation]
+    rows = [["measure", *(SOURCES[source] for source in sources)]]
+    for measure in ROWS:
+        found = [mean_over_runs(runs, source, measure) for source in sources]
+        if any(found):
+            rows.append([measure, *(_cell(measure, value) for value in found)])
+    return rows
+
+
+def run_rows(runs: Sequence[Run], source: str) -> list[list[str]]:
+    """A row a measure, a column a run."""
+    rows = [["measure", *(run.label for run in runs)]]
+    for measure in ROWS:
+        found = [_interval(run.evaluation[source].get(measure)) for run in runs]
+        if any(found):
+            rows.append([measure, *(_cell(measure, value) for value in found)])
+    return rows
+
+
+def difference_rows(runs: Sequence[Run]) -> list[list[str]]:
+    """A row a measure (then those at equal length), a column a run, and all runs pooled where there are several."""
+    rows = [["measure", *(run.label for run in runs), *(["pooled"] if len(runs) > 1 else [])]]
+    kinds = (
+        ("policy_minus_sft", "", MEASURES),
+        ("policy_minus_sft_at_equal_length", ", at equal length", AT_EQUAL_LENGTH),
+    )
+    for kind, words, measures in kinds:
+        for measure in measures:
+            found = [run.evaluation["differences"].get(kind, {}).get(measure) for run in runs]
+            cells = [_cell(measure, _interval(f)) + (f", {p_text(f['p'])}" if f and "p" in f else "") for f in found]
+            if len(runs) > 1:
+                cells.append(_cell(measure, pooled_difference(runs, measure, at_equal_length=bool(words))))
+            if set(cells) != {"–"}:
+                rows.append([measure + words, *cells])
+    return rows
+
+
+def stage_rows(runs: Sequence[Run]) -> list[list[str]]:
+    """Seconds by stage, and tokens per second of the steps in each."""
+    rows = [["stage", "seconds", "tokens/s of a step, median"]]
+    for stage in STAGES:
+        seconds = [line[f"time/{stage}"] for run in runs for line in run.stage("run") if f"time/{stage}" in line]
+        rates = [_median(run.stage(stage), "throughput/tokens_per_s") for run in runs]
+        rows.append([stage, _spread(seconds, ".0f"), _spread([rate for rate in rates if rate is not None], ",.0f")])
+    return rows
+
+
+def phase_rows(runs: Sequence[Run]) -> list[list[str]]:
+    """Where a PPO step's time goes."""
+    rows = [["phase of a PPO step", "seconds, median"]]
+    for phase in PHASES:
+        seconds = [_median(run.stage("ppo"), f"time/{phase}") for run in runs]
+        rows.append([phase, _spread([value for value in seconds if value is not None], ".2f")])
+    return rows
+
+
+def mean_over_runs(runs: Sequence[Run], source: str, measure: str) -> Interval | None:
+    """The mean over runs with the wider of the t interval over runs and the mean of their intervals over prompts."""
+    found = [_interval(run.evaluation.get(source, {}).get(measure)) for run in runs]
+    known = [value for value in found if value is not None]
+    if len(known) < len(runs):
+        return None
+    if len(known) == 1:
+        return known[0]
+    seeds, low, high = over_runs([v.mean for v in known]), mean(v.low for v in known), mean(v.high for v in known)
+    return Interval(seeds.mean, min(low, seeds.low), max(high, seeds.high), seeds.n)
+
+
+def pooled_difference(runs: Sequence[Run], measure: str, *, at_equal_length: bool = False) -> Interval | None:
+    """Policy minus SFT over all runs and prompts; None where samples.parquet lacks what it takes (older runs)."""
+    values = _paired(runs, measure)
+    lengths = _paired(runs, "length") if at_equal_length else None
+    if values is None or (at_equal_length and lengths is None):
+        return None
+    return pooled(values, lengths)
+
+
+def write(runs: Sequence[Run], output: Path) -> tuple[Path, Path]:
+    """Write `compare.md` and `curves.png` into the folder `output`, and return their paths."""
+    rouge = {
+        source: {m: value for m in MEASURES if m.startswith("rouge") and (value := mean_over_runs(runs, source, m))}
+        for source in SOURCES
+    }
+    text, image = output / "compare.md", output / "curves.png"
+    with replacing(image) as temporary:
+        compare_figure([run.stage("ppo") for run in runs], rouge).savefig(temporary, format="png", dpi=150)
+    with replacing(text) as temporary:
+        temporary.write_text(f"{markdown(runs)}\n![curves](curves.png)\n", encoding="utf-8")
+    return text, image
+
+
+def _paired(runs: Sequence[Run], measure: str) -> Array | None:
+    """[runs, prompts] policy minus SFT."""
+    names = [f"{measure}_{source}" for source in ("policy", "sft")]
+    if any(name not in run.samples.column_names for run in runs for name in names):
+        return None
+    policy, sft = (np.array([run.samples[name].to_numpy() for run in runs], dtype=np.float64) for name in names)
+    return np.asarray(policy - sft)
+
+
+def _interval(value: Mapping[str, float] | None) -> Interval | None:
+    return None if value is None else Interval(value["mean"], value["low"], value["high"], int(value["n"]))
+
+
+def _cell(measure: str, value: Interval | None) -> str:
+    if value is None:
+        return "–"
+    form = "z.1f" if measure == "length" else "z.3f"
+    return f"{value.mean:{form}} [{value.low:{form}}, {value.high:{form}}]"
+
+
+def _median(lines: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    values = [line[name] for line in lines if line.get(name) is not None]
+    return median(values) if values else None
+
+
+def _spread(values: Sequence[float], form: str) -> str:
+    """The median, with the range of several."""
+    if not values:
+        return "–"
+    text = format(median(values), form)
+    return text if len(values) == 1 else f"{text} ({min(values):{form}} to {max(values):{form}})"
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat

@@ -1,0 +1,279 @@
+"""Figures over PPO steps: one run or several seeds, with intervals; and the proxy and gold against KL.
+
+Thin lines are runs, thick ones means over runs. Means of a step are smoothed by a centred moving average.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from scipy import stats
+
+from rayrlhf.reports.intervals import CONFIDENCE, Array, Interval, t_interval
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Lines = Sequence[Mapping[str, Any]]
+"""Lines of stage `ppo` of one run's metrics.jsonl, as `read_metrics` gives them."""
+
+SMOOTHING = 5
+"""Steps of the moving average; fewer for runs under 30 steps."""
+# Okabe and Ito's palette, which the colour-blind tell apart.
+PROXY, GOLD, OTHER = "#0072b2", "#d55e00", "#4d4d4d"
+_SOURCES = {"title": ("post's title", "#b3b3b3"), "sft": ("SFT", "#56b4e9"), "policy": ("policy (PPO)", PROXY)}
+_ROUGE = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}
+_MUTED = "#677083"
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What one panel over steps shows: a mean over a step's responses, and where their standard deviation is."""
+
+    title: str
+    unit: str
+    mean: str
+    std: str = ""
+    colour: str = OTHER
+    most: float = np.inf
+    """What it cannot be above."""
+
+
+CURVES = (
+    Measure("Proxy: reward model's score", "score", "ppo/score/mean", "ppo/score/std", PROXY),
+    Measure("Gold: labeller's own measure", "gold", "ppo/gold/mean", "ppo/gold/std", GOLD),
+    Measure("KL to the SFT policy", "nats per response", "ppo/kl", "ppo/kl_std"),
+    Measure("Response length", "tokens", "ppo/length/mean", "ppo/length/std"),
+    Measure("Responses that end by themselves", "share", "ppo/eos_rate", most=1.0),
+    Measure("Entropy", "nats per token", "ppo/entropy"),
+)
+_KL = "ppo/kl"
+_OPTIMISED = CURVES[:2]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One run's smoothed measure: [steps] each; `half` of its interval is NaN where the metrics do not tell."""
+
+    steps: Array
+    values: Array
+    half: Array
+
+
+def curve(lines: Lines, measure: Measure) -> Curve | None:
+    """The smoothed curve of one run; None where the measure was never written.
+
+    `half` is the half-width of the interval of the smoothed value: responses of different steps are independent draws,
+    so that squared standard errors std / sqrt(n) add up with the squared weights of the moving average.
+    """
+    known = [line for line in lines if line.get(measure.mean) is not None]
+    return _smoothed(known, measure) if known else None
+
+
+def moving_average(n: int) -> Array:
+    """[n, n] weights of a centred moving average over `SMOOTHING` steps, fewer near both ends and for few steps.
+
+    Near an end the window shrinks on both sides, so that a trend is not bent and the first value is as measured.
+    """
+    half = np.minimum(np.minimum(np.arange(n), np.arange(n)[::-1]), min(SMOOTHING // 2, n // 15))
+    inside = np.abs(np.subtract.outer(np.arange(n), np.arange(n))) <= half[:, None]
+    return inside / inside.sum(axis=1, keepdims=True)
+
+
+def compare_figure(runs: Sequence[Lines], rouge: Mapping[str, Mapping[str, Interval]]) -> Figure:
+    """Curves of one or more runs over PPO steps, proxy and gold against KL, and the ROUGE of the evaluation.
+
+    What the runs' metrics lack is left out.
+
+    Args:
+        runs: each run's lines of stage `ppo`.
+        rouge: by source (`title`, `sft`, `policy`), then by measure (`rouge1`, ...).
+    """
+    # Not pyplot: it keeps figures alive and picks a back end for the whole process.
+    from matplotlib.figure import Figure
+
+    over_steps = {m.title: (m, [c for lines in runs if (c := curve(lines, m))]) for m in CURVES}
+    cells: list[Any] = [title for title, (_, curves) in over_steps.items() if curves]
+    paths = [path for lines in runs if (path := path_over_kl(lines))]
+    last = ["kl", "kl", "rouge"] if paths else ["rouge"]
+    cells += last[::-1] if len(cells) % 3 == 2 else last  # what is two columns wide has to fit into one row
+    cells += ["."] * (-len(cells) % 3)
+    rows = len(cells) // 3
+    figure = Figure(figsize=(11, 2.75 * rows + 0.3), layout="constrained")
+    panels = figure.subplot_mosaic([cells[3 * row : 3 * row + 3] for row in range(rows)])
+    for cell, axes in panels.items():
+        if cell == "rouge":
+            _draw_rouge(axes, rouge)
+        elif cell == "kl":
+            _draw_over_kl(axes, paths)
+        else:
+            _draw_over_steps(axes, *over_steps[cell])
+    figure.legend(handles=_key(len(runs)), loc="outside upper center", ncols=3, fontsize=9, frameon=False)
+    return figure
+
+
+@dataclass(frozen=True)
+class KLPath:
+    """One run's gains over KL: [steps] each, in the order of KL."""
+
+    root_kl: Array
+    gains: Mapping[str, Curve]
+    """By metric."""
+
+
+def path_over_kl(lines: Lines) -> KLPath | None:
+    """Proxy and gold against the square root of KL, as in Gao et al. 2023; None where the metrics lack one of them.
+
+    Gains are changes since the first step, in standard deviations over that step's responses, which puts both on one
+    scale: while gold follows the proxy, the two rise together, and where the proxy is over-optimised they part.
+    Steps are taken in the order of their KL and smoothed in that order; intervals leave out the start's own error.
+
+    Source: Gao, Schulman & Hilton 2023, Scaling Laws for Reward Model Overoptimization.
+    """
+    needed = {name for measure in _OPTIMISED for name in (_KL, measure.mean, measure.std)}
+    known = [line for line in lines if all(line.get(name) is not None for name in needed)]
+    if not known or not all(known[0][measure.std] for measure in _OPTIMISED):
+        return None
+    ordered = sorted(known, key=lambda line: line[_KL])
+    gains = {}
+    for measure in _OPTIMISED:
+        start, spread = known[0][measure.mean], known[0][measure.std]
+        smooth = _smoothed(ordered, measure)
+        gains[measure.mean] = Curve(smooth.steps, (smooth.values - start) / spread, smooth.half / spread)
+    kl = moving_average(len(ordered)) @ np.array([line[_KL] for line in ordered], dtype=np.float64)
+    return KLPath(np.sqrt(np.maximum(kl, 0)), gains)  # an estimate of a KL near 0 can be below it
+
+
+def over_kl_figure(lines: Lines) -> Figure | None:
+    """Proxy and gold of one run against KL; None where the metrics lack one of them."""
+    from matplotlib.figure import Figure
+
+    path = path_over_kl(lines)
+    if path is None:
+        return None
+    figure = Figure(figsize=(8.4, 3.2), layout="constrained")
+    _draw_over_kl(figure.subplots(), [path])
+    return figure
+
+
+def _draw_over_kl(axes: Axes, paths: Sequence[KLPath]) -> None:
+    last, right = (f(path.root_kl[-1] for path in paths) for f in (min, max))
+    x = np.linspace(max(path.root_kl[0] for path in paths), last, 200)  # the KLs that every run has been through
+    for measure in _OPTIMISED:
+        colour, curves = measure.colour, []
+        for path in paths:
+            c = path.gains[measure.mean]
+            if len(paths) > 1:
+                axes.plot(path.root_kl, c.values, **_one_run(colour))
+            curves.append(Curve(x, np.interp(x, path.root_kl, c.values), np.interp(x, path.root_kl, c.half)))
+        end = _draw_mean(axes, x, curves, measure)
+        name = measure.title.split(":")[0]
+        axes.annotate(name, (right, end), xytext=(8, 0), textcoords="offset points", color=colour, va="center")
+    axes.axhline(0, color="#b9c0cd", linewidth=0.8)
+    axes.margins(x=0.08)
+    axes.set_xlim(left=0)
+    words = _average_words(min(len(path.root_kl) for path in paths))
+    style(axes, "Proxy and gold against KL", "gain since the start, SDs", f"√KL, KL in nats per response{words}")
+
+
+def style(axes: Axes, title: str, unit: str, x: str) -> None:
+    """The look of every panel: title at the left, muted axes, horizontal grid."""
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.set_ylabel(unit, fontsize=8, color=_MUTED)
+    axes.set_xlabel(x, fontsize=8, color=_MUTED)
+    axes.tick_params(labelsize=8, colors=_MUTED)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#b9c0cd")
+    axes.grid(axis="y", color="#eceef3", linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def _draw_over_steps(axes: Axes, measure: Measure, curves: Sequence[Curve]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    steps = np.array(sorted(set.intersection(*(set(c.steps) for c in curves))))
+    if len(curves) > 1:
+        for c in curves:
+            axes.plot(c.steps, c.values, **_one_run(measure.colour))
+    _draw_mean(axes, steps, [_at(c, steps) for c in curves], measure)
+    style(axes, measure.title, measure.unit, f"PPO step{_average_words(len(steps))}")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+
+
+def _draw_mean(axes: Axes, x: Array, curves: Sequence[Curve], measure: Measure) -> float:
+    """The mean of curves that share `x`, with its interval; returns where it ends."""
+    if len(curves) == 1:
+        mean, half = curves[0].values, curves[0].half
+    else:
+        mean, half = t_interval(np.stack([c.values for c in curves]))
+    if len(curves) != 2:  # the t interval over two runs is 13 standard errors wide: it would hide the curves
+        top = np.minimum(mean + half, measure.most)
+        axes.fill_between(x, mean - half, top, color=measure.colour, alpha=0.18, linewidth=0)
+    axes.plot(x, mean, color=measure.colour, linewidth=2.2)
+    return float(mean[-1])
+
+
+def _one_run(colour: str) -> dict[str, Any]:
+    return {"color": colour, "linewidth": 0.7, "alpha": 0.55}
+
+
+def _at(c: Curve, steps: Array) -> Curve:
+    kept = np.isin(c.steps, steps)
+    return Curve(c.steps[kept], c.values[kept], c.half[kept])
+
+
+def _average_words(steps: int) -> str:
+    window = int(np.count_nonzero(moving_average(steps)[steps // 2]))
+    return f" (moving average of {window})" if window > 1 else ""
+
+
+def _draw_rouge(axes: Axes, rouge: Mapping[str, Mapping[str, Interval]]) -> None:
+    present = [source for source in _SOURCES if rouge.get(source)]
+    width = 0.8 / max(1, len(present))
+    for i, source in enumerate(present):
+        label, colour = _SOURCES[source]
+        found = [(column, rouge[source][name]) for column, name in enumerate(_ROUGE) if name in rouge[source]]
+        x = [column + (i - (len(present) - 1) / 2) * width for column, _ in found]
+        means = [value.mean for _, value in found]
+        errors = [[v.mean - v.low for _, v in found], [v.high - v.mean for _, v in found]]
+        axes.bar(x, means, 0.92 * width, color=colour, label=label)
+        axes.errorbar(x, means, np.maximum(errors, 0), fmt="none", ecolor="#1f2430", elinewidth=1, capsize=2)
+    axes.set_xticks(range(len(_ROUGE)), list(_ROUGE.values()))
+    if present:
+        axes.legend(fontsize=8, frameon=False)
+    style(axes, "ROUGE on the evaluation's prompts", "F1", "")
+
+
+def _smoothed(known: Lines, measure: Measure) -> Curve:
+    steps, values = (np.array([line[name] for line in known], dtype=np.float64) for name in ("step", measure.mean))
+    errors = np.array([_squared_error(line, measure) for line in known])
+    weights = moving_average(len(steps))
+    quantile = stats.norm.ppf((1 + CONFIDENCE) / 2)
+    return Curve(steps, weights @ values, quantile * np.sqrt(weights**2 @ errors))
+
+
+def _squared_error(line: Mapping[str, Any], measure: Measure) -> float:
+    """Squared standard error of a step's mean; NaN where the metrics do not tell."""
+    n, mean = line.get("ppo/responses"), line[measure.mean]
+    if not n:
+        return np.nan
+    if measure.mean == "ppo/eos_rate":
+        return float(mean * (1 - mean) / n)
+    std = line.get(measure.std)
+    return np.nan if std is None else float(std**2 / n)
+
+
+def _key(runs: int) -> list[Any]:
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    mean = Line2D([], [], color=OTHER, linewidth=2.2, label=f"mean of {runs} runs" if runs > 1 else "mean of a step")
+    band = Patch(color=OTHER, alpha=0.18, label=f"95 % interval over {'runs (t)' if runs > 1 else 'responses'}")
+    one = Line2D([], [], **_one_run(OTHER), label="one run")
+    if runs == 1:
+        return [mean, band]
+    return [one, mean] if runs == 2 else [one, mean, band]

@@ -1,0 +1,206 @@
+"""What an evaluation says of two models, and the tables that hold it.
+
+Arrays have one entry a prompt ([n]); NaN means "not measured for this prompt" (see `rayrlhf.reports.intervals`). A
+measure that is not defined at all is None, and null in evaluation.json.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import ArrayLike, NDArray
+
+from rayrlhf.data.records import Prompt
+from rayrlhf.files import replacing
+from rayrlhf.reports.intervals import (
+    CONFIDENCE,
+    Interval,
+    bootstrap,
+    length_controlled_difference,
+    length_controlled_win_rate,
+    paired_difference,
+    win_rate,
+)
+from rayrlhf.rewards.rouge import rouge_per_example
+
+_ROUGE = ("rouge1", "rouge2", "rougeL")
+MEASURES = ("reward", "gold", *_ROUGE, "length", "eos_rate")
+Statistic = Callable[..., Interval | None]
+WIN_RATES: dict[str, tuple[Statistic, tuple[str, ...]]] = {
+    "win_rate_vs_sft": (win_rate, ("reward",)),
+    "lc_win_rate_vs_sft": (length_controlled_win_rate, ("reward", "length")),
+    "gold_win_rate_vs_sft": (win_rate, ("gold",)),
+    "gold_lc_win_rate_vs_sft": (length_controlled_win_rate, ("gold", "length")),
+}
+"""The policy's win rates over SFT, and from which measures of the two; `lc` is length-controlled."""
+AT_EQUAL_LENGTH = ("reward", "gold")
+"""Measures whose paired difference is also given for answers of equal length."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One source's answers to the n prompts of an evaluation, in the order of the prompts, and what was measured.
+
+    A measure that this source does not have is None; a prompt that it does not answer has text None.
+    """
+
+    name: str
+    texts: Sequence[str | None]
+    """[n]"""
+    rewards: ArrayLike | None = None
+    """[n] reward model's scores."""
+    gold: ArrayLike | None = None
+    """[n] the labeller's own measure; None where the labeller is people or already the same text."""
+    lengths: ArrayLike | None = None
+    """[n] tokens of the answer, EOS included when it was sampled."""
+    finished: ArrayLike | None = None
+    """[n] whether the answer ended with EOS; None for texts that were not sampled."""
+    kl: ArrayLike | None = None
+    """[n] sum over tokens of log p - log p_ref of a separate sample at the training temperature, nats."""
+    rouge: Mapping[str, ArrayLike] = field(default_factory=dict)
+    """[n] F1 by name, filled in by `with_rouge`."""
+
+    def measure(self, name: str) -> NDArray[np.float64] | None:
+        """[n] values of one of `MEASURES` or of `kl`; NaN where there is no text, None if never measured."""
+        sources = {"reward": self.rewards, "gold": self.gold, "length": self.lengths, "eos_rate": self.finished}
+        raw = {**sources, "kl": self.kl, **self.rouge}.get(name)
+        if raw is None:
+            return None
+        values = np.asarray(raw, dtype=np.float64)
+        if values.shape != (len(self.texts),):
+            raise ValueError(f"{self.name}: {name} has shape {values.shape}, expected ({len(self.texts)},)")
+        return np.where([text is None for text in self.texts], np.nan, values)
+
+
+def with_rouge(answers: Answers, references: Sequence[str | None]) -> Answers:
+    """The same answers with ROUGE F1 against `references` [n]; NaN where either text is missing."""
+    pairs = [
+        (i, text, reference)
+        for i, (text, reference) in enumerate(zip(answers.texts, references, strict=True))
+        if text is not None and reference is not None
+    ]
+    if not pairs:
+        return answers
+    rows, texts, targets = zip(*pairs, strict=True)
+    scores = rouge_per_example(texts, targets)
+    filled = {name: np.full(len(references), np.nan) for name in _ROUGE}
+    for name in _ROUGE:
+        filled[name][list(rows)] = scores[name]
+    return Answers(**{**vars(answers), "rouge": filled})
+
+
+def summarize(
+    prompts: Sequence[Prompt],
+    sft: Answers,
+    policy: Answers | None,
+    reference: Answers,
+    title: Answers | None,
+    *,
+    labeller: str,
+    metadata: Mapping[str, Any],
+    samples: int = 2000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """The contents of evaluation.json, from answers to the same n prompts.
+
+    Each of `sft`, `policy`, `title` and `reference` maps every name of `MEASURES` to
+    `{"mean", "low", "high", "n"}` or null. `win_rate_vs_reference` is by the reward model; it is null for the
+    reference itself, and for all where the labeller is the reference: a reward model that learnt "closer to the
+    reference is better" says nothing about beating it. The policy has the `WIN_RATES`, too. ROUGE and gold of the
+    reference against itself are null. `differences.policy_minus_sft` holds paired differences with their p-values
+    `p`, of which gold tells reward hacking from progress; `differences.policy_minus_sft_at_equal_length` those that
+    are left at equal length (null where no lengths were measured, or nothing is known of equal lengths).
+
+    Args:
+        prompts: the n prompts; their `reference` is what ROUGE compares with.
+        sft, policy: the models' answers; `policy` is None before PPO.
+        reference: the people's own answers (text None where there is none).
+        title: the posts' titles as answers, the baseline that costs nothing.
+        labeller: `reference`, or who else made the comparisons that the reward model learnt from.
+        metadata: what else belongs to the record: split, checkpoint paths, seeds.
+        samples, seed: of the bootstrap.
+
+    Raises:
+        ValueError: answers that do not match the prompts in number, or an infinite measure.
+    """
+    references = [prompt.reference for prompt in prompts]
+    sources = {"sft": sft, "policy": policy, "title": title, "reference": reference}
+    present = {name: answers for name, answers in sources.items() if answers is not None}
+    for name, answers in present.items():
+        if len(answers.texts) != len(prompts):
+            raise ValueError(f"{name}: {len(answers.texts)} answers to {len(prompts)} prompts")
+        if name != "reference":
+            present[name] = with_rouge(answers, references)
+
+    def interval(values: NDArray[np.float64] | None) -> dict[str, float] | None:
+        return None if values is None else _as_dict(bootstrap(values, samples, seed))
+
+    def compare(statistic: Statistic, a: Answers, b: Answers, *measures: str) -> dict[str, float] | None:
+        pairs = [answers.measure(measure) for measure in measures for answers in (a, b)]
+        arrays = [values for values in pairs if values is not None]
+        return _as_dict(statistic(*arrays, samples=samples, seed=seed)) if len(arrays) == len(pairs) else None
+
+    result: dict[str, Any] = {}
+    for name, answers in present.items():
+        row: dict[str, Any] = {measure: interval(answers.measure(measure)) for measure in MEASURES}
+        meaningful = name != "reference" and labeller != "reference"
+        row["win_rate_vs_reference"] = compare(win_rate, answers, reference, "reward") if meaningful else None
+        result[name] = row
+    if "policy" in present:
+        pair = present["policy"], present["sft"]
+        for name, (statistic, measures) in WIN_RATES.items():
+            result["policy"][name] = compare(statistic, *pair, *measures)
+        result["policy"]["kl"] = interval(present["policy"].measure("kl"))
+        result["differences"] = {
+            "policy_minus_sft": {m: compare(paired_difference, *pair, m) for m in MEASURES},
+            "policy_minus_sft_at_equal_length": {
+                m: compare(length_controlled_difference, *pair, m, "length") for m in AT_EQUAL_LENGTH
+            },
+        }
+    bootstrap_facts = {"samples": samples, "seed": seed, "confidence": CONFIDENCE, "unit": "prompt"}
+    result["metadata"] = {"labeller": labeller, "prompts": len(prompts), "bootstrap": bootstrap_facts, **metadata}
+    return result
+
+
+def samples_table(prompts: Sequence[Prompt], answers: Sequence[Answers]) -> pa.Table:
+    """One row a prompt: `id`, `post`, a text column named after each source, `MEASURE_SOURCE` for all that is measured.
+
+    Measures are `MEASURES` and `kl`; null is "not measured for this prompt".
+    """
+    references = [prompt.reference for prompt in prompts]
+    measured = [source if source.name == "reference" else with_rouge(source, references) for source in answers]
+    columns: dict[str, Any] = {"id": [p.id for p in prompts], "post": [p.text for p in prompts]}
+    columns |= {source.name: pa.array(source.texts, pa.string()) for source in answers}
+    for measure in (*MEASURES, "kl"):
+        for source in measured:
+            values = source.measure(measure)
+            if values is not None:
+                columns[f"{measure}_{source.name}"] = pa.array(values, pa.float64(), from_pandas=True)  # NaN is null
+    return pa.table(columns)
+
+
+def write_samples(path: Path, table: pa.Table) -> None:
+    """Write samples.parquet by one rename."""
+    with replacing(path) as temporary:
+        pq.write_table(table, temporary)
+
+
+def write_evaluation(path: Path, result: Mapping[str, Any]) -> None:
+    """Write evaluation.json by one rename; strict JSON.
+
+    Raises:
+        ValueError: a number that is not finite.
+    """
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _as_dict(interval: Interval | None) -> dict[str, float] | None:
+    return None if interval is None else asdict(interval)

@@ -1,0 +1,152 @@
+"""What a run folder says about its run: which stages are done, how far the one under way is, what it warns of."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rayrlhf.config import Config
+from rayrlhf.config_file import load_config, parse_config
+from rayrlhf.errors import UserError
+from rayrlhf.reports.alarms import alarms
+from rayrlhf.reports.progress import has_step_line
+from rayrlhf.runs.folder import STAGES, RunFolder
+from rayrlhf.runs.metrics import read_metrics
+from rayrlhf.runs.storage import as_user_error, is_uri
+
+_RECENT = 10
+"""Steps that the pace is measured over."""
+
+
+@dataclass(frozen=True)
+class StageOverview:
+    name: str
+    done: bool
+    step: int
+    """Finished steps."""
+    steps: int | None
+    """Of how many; None where the metrics do not say, and for stages without steps."""
+    last: Mapping[str, Any] | None
+    """The newest line that says how training goes, as `rayrlhf.runs.metrics.read_metrics` gives it."""
+    seconds_a_step: float | None
+    """Median over the last steps, with what lies between them: checkpoints, evaluations."""
+    took_s: float | None
+    """Of a finished stage."""
+
+    @property
+    def eta_s(self) -> float | None:
+        """Seconds to go at that pace."""
+        if self.done or self.steps is None or self.seconds_a_step is None:
+            return None
+        return (self.steps - self.step) * self.seconds_a_step
+
+
+@dataclass(frozen=True)
+class Overview:
+    run: RunFolder
+    config: Config
+    holder: str | None
+    """The process that works on the run, in words; None if nobody does."""
+    stages: tuple[StageOverview, ...]
+    """Those that the run has: none collects where comparisons are given."""
+    warnings: tuple[str, ...]
+    """The last ones, oldest first."""
+    updated: float | None
+    """Unix time of the last line of metrics.jsonl."""
+
+    @property
+    def current(self) -> StageOverview | None:
+        """The first stage that is not done."""
+        return next((stage for stage in self.stages if not stage.done), None)
+
+    def stage(self, name: str) -> StageOverview:
+        return next(stage for stage in self.stages if stage.name == name)
+
+    @property
+    def newest(self) -> StageOverview | None:
+        """The last stage that has something to say about its training."""
+        return next((stage for stage in reversed(self.stages) if stage.last), None)
+
+
+def read_overview(address: str | Path, max_warnings: int = 5) -> Overview:
+    """Read the run folder at `address`, a path or the URI of a folder in a store; nothing is written or copied.
+
+    Raises:
+        UserError: it is none, its config cannot be read, or the store does not answer.
+    """
+    run = RunFolder(address if is_uri(address) else Path(address).expanduser().absolute())
+    with as_user_error(run.address) if run.store else contextlib.nullcontext():
+        return _read(run, max_warnings)
+
+
+def _read(run: RunFolder, max_warnings: int) -> Overview:
+    config, lines = _config(run), read_metrics(run.address)
+    of = {name: [line for line in lines if line["stage"] == name] for name in STAGES}
+    took = {key: line[key] for line in lines if line["stage"] == "run" for key in line if key.startswith("time/")}
+    own = [name for name in STAGES if name != "collect" or config.data.comparisons is None]
+    stages = tuple(_stage(name, run.done(name), of[name], config, took.get(f"time/{name}")) for name in own)
+    return Overview(
+        run,
+        config,
+        run.holder(),
+        stages,
+        tuple(text for name in STAGES for text in _warnings(name, of[name], config))[-max_warnings:],
+        max((line["time"] for line in lines), default=None),
+    )
+
+
+def _config(run: RunFolder) -> Config:
+    # Not by `download`: where the run itself is on this node, the copy is that of its processes.
+    content = run.store.read(f"{run.store.root}/{run.config.name}") if run.store else None
+    if content is not None:
+        return parse_config(yaml.safe_load(content), run.address_of(run.config))
+    if run.store or not run.config.exists():
+        raise UserError(f"{run.address}: no run folder (it has no config.yaml); `rayrlhf runs DIR` lists those in DIR")
+    return load_config(run.config)
+
+
+def run_folders(runs_dir: str | Path) -> list[Path]:
+    """The run folders in `runs_dir`, by name.
+
+    Raises:
+        UserError: there is no such directory, or it is a store.
+    """
+    if is_uri(runs_dir):
+        raise UserError(f"{runs_dir}: directories are listed, not stores; ask for one run: rayrlhf status URI_OF_RUN")
+    directory = Path(runs_dir).expanduser()
+    if not directory.is_dir():
+        raise UserError(f"{runs_dir}: no such directory; give the one that holds the run folders")
+    return sorted(path.parent for path in directory.glob("*/config.yaml"))
+
+
+def _stage(
+    name: str, done: bool, lines: Sequence[Mapping[str, Any]], config: Config, took_s: float | None
+) -> StageOverview:
+    prefix = name
+    logged = next((line[f"{prefix}/steps"] for line in lines if f"{prefix}/steps" in line), None)
+    steps = config.ppo.steps if name == "ppo" else logged if logged is None else int(logged)
+    step = _finished_steps(name, lines[-1]) if lines else 0
+    times = [line["time"] for line in lines[-_RECENT - 1 :]]
+    gaps = [after - before for before, after in itertools.pairwise(times)]
+    last = next((line for line in reversed(lines) if has_step_line(name, line)), None)
+    return StageOverview(name, done, step, steps, last, statistics.median(gaps) if gaps else None, took_s)
+
+
+def _finished_steps(stage: str, line: Mapping[str, Any]) -> int:
+    """PPO's lines are numbered by the step they describe, from 0; the others by the steps finished."""
+    return int(line["step"]) + (stage == "ppo")
+
+
+def _warnings(stage: str, lines: Sequence[Mapping[str, Any]], config: Config) -> list[str]:
+    return [
+        f"{stage} step {_finished_steps(stage, line)}: {text}"
+        for line in lines
+        for text in alarms(line, config, lines[0])
+    ]

@@ -1,0 +1,290 @@
+"""report.html: a run on one page that needs no other file: evaluation, curves, samples, config."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow.parquet as pq
+
+from rayrlhf.config import Config
+from rayrlhf.config_file import load_config
+from rayrlhf.files import replacing
+from rayrlhf.reports.alarms import alarms
+from rayrlhf.reports.curves import over_kl_figure, style
+from rayrlhf.reports.evaluation import MEASURES, WIN_RATES
+from rayrlhf.reports.intervals import p_text
+from rayrlhf.reports.reward_accuracy import SCORERS
+from rayrlhf.runs.folder import STAGES, RunFolder
+from rayrlhf.runs.metrics import read_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MAX_SAMPLES = 12
+MAX_WARNINGS = 12
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One pair of axes: metrics that share a unit."""
+
+    title: str
+    unit: str
+    curves: Mapping[str, str]
+    """Metric name to label."""
+    stacked: bool = False
+
+
+PANELS: dict[str, list[Panel]] = {
+    "sft": [
+        Panel("Loss", "nats per token", {"sft/loss": "train", "sft/dev_loss": "dev"}),
+        Panel("ROUGE on dev prompts", "F1", {f"sft/rouge{k}": f"ROUGE-{k}" for k in ("1", "2", "L")}),
+    ],
+    "reward_model": [
+        Panel("Loss", "nats per pair", {"reward_model/loss": "train"}),
+        Panel(
+            "Accuracy",
+            "share of pairs",
+            {"reward_model/accuracy": "train", "reward_model/heldout_accuracy": "held out"},
+        ),
+        Panel("Margin", "score", {"reward_model/margin": "chosen − rejected"}),
+    ],
+    "ppo": [
+        Panel("Reward", "score", {"ppo/score/mean": "reward model", "ppo/reward/mean": "with KL penalty"}),
+        Panel("KL to the reference policy", "nats per response", {"ppo/kl": "KL"}),
+        Panel("Labeller's own measure", "gold", {"ppo/gold/mean": "gold"}),
+        Panel("Response length", "tokens", {"ppo/length/mean": "mean"}),
+        Panel("Responses that end", "share", {"ppo/eos_rate": "with EOS"}),
+        Panel("Entropy", "nats per token", {"ppo/entropy": "policy"}),
+        Panel("Policy loss", "", {"ppo/policy_loss": "policy loss"}),
+        Panel("Value loss", "", {"ppo/value_loss": "value loss"}),
+        Panel("Explained variance of returns", "share", {"ppo/explained_variance": "value model"}),
+        Panel("Clipped tokens", "share", {"ppo/clip_fraction": "clip fraction"}),
+        Panel("Approximate KL of an update", "nats per token", {"ppo/approx_kl": "new to old policy"}),
+        Panel("Log-prob gap, generator to learner", "nats", {f"ppo/logprob_gap/{k}": k for k in ("mean", "max")}),
+        Panel("Gradient norm before clipping", "", {"ppo/grad_norm": "policy", "ppo/value_grad_norm": "value"}),
+        Panel("Coefficient of the KL penalty", "reward per nat", {"ppo/kl_coefficient": "beta"}),
+        Panel("Seconds by phase", "s", {f"time/{k}": k for k in ("generate", "score", "learn", "sync")}, stacked=True),
+        Panel("Throughput", "tokens per s", {"throughput/tokens_per_s": "tokens"}),
+    ],
+}
+"""What is drawn for each stage, where it was measured."""
+
+_HEADINGS = {"sft": "Supervised fine-tuning", "reward_model": "Reward model", "ppo": "PPO"}
+_SOURCES = {"policy": "policy (PPO)", "sft": "SFT", "title": "post's title", "reference": "reference"}
+_DIFFERENCES = {
+    "policy_minus_sft": "policy − SFT, paired",
+    "policy_minus_sft_at_equal_length": "the same at equal length",
+}
+_ROWS = {
+    "reward": "reward model's score",
+    "gold": "labeller's measure (gold)",
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rougeL": "ROUGE-L",
+    "length": "length, tokens",
+    "eos_rate": "ends with EOS",
+    "win_rate_vs_reference": "win rate against the reference",
+    "win_rate_vs_sft": "win rate against SFT",
+    "lc_win_rate_vs_sft": "the same at equal length",
+    "gold_win_rate_vs_sft": "win rate against SFT by gold",
+    "gold_lc_win_rate_vs_sft": "the same at equal length, gold",
+    "kl": "KL to SFT, nats per response",
+}
+_COLOURS = ["#3b6fb6", "#d1772e", "#4a9a62", "#8d5fa8"]
+_STYLE = """
+:root { color-scheme: light; }
+body { font: 15px/1.5 system-ui, sans-serif; color: #1f2430; background: #fff; }
+body { max-width: 1100px; margin: 2rem auto; padding: 0 1rem; }
+h1 { margin-bottom: 0; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #d9dde5; }
+.sub, caption, .ci { color: #677083; } .ci { font-size: 85%; white-space: nowrap; }
+img { max-width: 100%; display: block; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+caption { text-align: left; padding-bottom: .5rem; }
+th, td { padding: .35rem .9rem .35rem 0; text-align: right; vertical-align: top; border-bottom: 1px solid #eceef3; }
+th:first-child { text-align: left; font-weight: normal; } thead th { font-weight: 600; }
+details, pre { background: #f6f7fa; border-radius: 6px; padding: .6rem .9rem; } details { margin: .6rem 0; }
+pre, .post { white-space: pre-wrap; overflow-wrap: anywhere; } pre { font-size: 13px; }
+.answers { display: grid; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); gap: .8rem; }
+.answers { margin: .6rem 0 1.6rem; }
+.answers > div { border-left: 3px solid #c9d2e3; padding-left: .7rem; white-space: pre-wrap; overflow-wrap: anywhere; }
+.answers b { display: block; } summary { cursor: pointer; }
+"""
+
+
+def write_report(run: RunFolder) -> Path:
+    """Write `report.html` of a run, finished or not, and return its path."""
+    metrics = read_metrics(run.path)
+    done = [stage for stage in STAGES if run.done(stage)]
+    parts = [f"<h1>{escape(run.name)}</h1>", f'<p class="sub">done: {", ".join(done) or "nothing yet"}</p>']
+    if run.evaluation.exists():
+        parts.append(_evaluation(json.loads(run.evaluation.read_text(encoding="utf-8"))))
+    ppo = [line for line in metrics if line["stage"] == "ppo"]
+    if ppo and run.config.exists():
+        parts.append(_warnings(ppo, load_config(run.config)))
+    for stage in ("ppo", "reward_model", "sft"):
+        lines = [line for line in metrics if line["stage"] == stage]
+        figure = stage_figure(stage, lines)
+        if figure is not None:
+            words = f"{_HEADINGS[stage]}: curves over {len(lines)} steps"
+            parts.append(f'<h2>{_HEADINGS[stage]}</h2><img alt="{words}" src="{_inline(figure)}">')
+        over_kl = over_kl_figure(lines) if stage == "ppo" else None
+        if over_kl is not None:
+            parts.append(f'<img alt="gains of proxy and gold against KL" src="{_inline(over_kl)}">')
+        if stage == "reward_model" and run.reward_accuracy.exists():
+            parts.append(_reward_accuracy(json.loads(run.reward_accuracy.read_text(encoding="utf-8"))))
+    if run.samples.exists():
+        parts.append(_samples(pq.read_table(run.samples)))
+    if run.config.exists():
+        text = escape(run.config.read_text(encoding="utf-8"))
+        parts.append(f"<h2>Config</h2><details><summary>config.yaml</summary><pre>{text}</pre></details>")
+    head = f'<meta charset="utf-8"><title>{escape(run.name)}</title><style>{_STYLE}</style>'
+    page = f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n' + "\n".join(parts) + "\n</body></html>\n"
+    with replacing(run.report) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    return run.report
+
+
+def stage_figure(stage: str, lines: Sequence[Mapping[str, Any]]) -> Figure | None:
+    """The curves of one stage's lines of metrics.jsonl; None if none of its metrics was written."""
+    # Not pyplot: it keeps figures alive and picks a back end for the whole process.
+    from matplotlib.figure import Figure
+
+    names = {name for line in lines for name, value in line.items() if value is not None}
+    panels = [panel for panel in PANELS[stage] if names & set(panel.curves)]
+    if not panels:
+        return None
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(4.2 * columns, 2.7 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes, panel in zip(grid.flat, panels, strict=False):
+        _draw(axes, panel, lines)
+    for axes in list(grid.flat)[len(panels) :]:
+        axes.remove()
+    return figure
+
+
+def _draw(axes: Axes, panel: Panel, lines: Sequence[Mapping[str, Any]]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    series = {}
+    for name, label in panel.curves.items():
+        points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+        if points:
+            series[label] = points
+    if panel.stacked:
+        steps = sorted({step for points in series.values() for step, _ in points})
+        heights = [[dict(points).get(step, 0.0) for step in steps] for points in series.values()]
+        axes.stackplot(steps, heights, labels=list(series), colors=_COLOURS, alpha=0.85)
+        axes.set_ylim(0, 1.3 * max(map(sum, zip(*heights, strict=True))) or None)  # room for the legend
+    else:
+        for colour, (label, points) in zip(_COLOURS, series.items(), strict=False):
+            marker = "o" if len(points) <= 25 else None
+            axes.plot(*zip(*points, strict=True), label=label, color=colour, linewidth=1.6, marker=marker, markersize=3)
+    style(axes, panel.title, panel.unit, "step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    if len(series) > 1:
+        if panel.stacked:
+            axes.legend(fontsize=8, frameon=False, loc="upper left", ncols=len(series), handlelength=1, columnspacing=1)
+        else:
+            axes.legend(fontsize=8, frameon=False)
+
+
+def _inline(figure: Figure) -> str:
+    """The figure as a data URI; an image of its own, so that ids inside two figures cannot clash."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg")
+    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _evaluation(result: Mapping[str, Any]) -> str:
+    sources = [name for name in _SOURCES if name in result]
+    differences = result.get("differences", {})
+    changes = {head: differences[name] for name, head in _DIFFERENCES.items() if name in differences}
+    heads = [*(_SOURCES[name] for name in sources), *changes]
+    rows = []
+    for name in (*MEASURES, "win_rate_vs_reference", *WIN_RATES, "kl"):
+        cells = [row.get(name) for row in (*(result[source] for source in sources), *changes.values())]
+        means = [abs(cell["mean"]) for cell in cells if cell is not None]
+        if means:
+            digits = 1 if max(means) >= 10 else 3
+            rows.append(f"<tr><th>{_ROWS[name]}</th>{''.join(_cell(cell, digits) for cell in cells)}</tr>")
+    facts = result.get("metadata", {})
+    caption = (
+        f"{facts.get('data', 'test split')}, {facts.get('prompts', '?')} prompts; "
+        f"labeller: {facts.get('labeller', '?')}. "
+        "Means with 95 % bootstrap intervals over prompts; win rates by the reward model unless it says gold, ties "
+        "count half; p of the paired sign-flip test; at equal length: by regression on the difference in length."
+    )
+    head = "".join(f"<th>{escape(words)}</th>" for words in ("", *heads))
+    return (
+        f"<h2>Evaluation</h2><table><caption>{escape(caption)}</caption>"
+        f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    )
+
+
+def _reward_accuracy(result: Mapping[str, Any]) -> str:
+    cells = {name: (result["accuracy"][name], result["reward_model_minus"].get(name)) for name in SCORERS}
+    rows = [f"<tr><th>{SCORERS[name]}</th>{''.join(_cell(c, 3) for c in both)}</tr>" for name, both in cells.items()]
+    caption = (
+        f"{result['pairs']} held-out pairs of {result['prompts']} prompts: share ordered rightly, ties count half, "
+        "with 95 % bootstrap intervals over prompts."
+    )
+    return (
+        f"<table><caption>{caption}</caption><thead><tr><th>ordered by</th><th>accuracy</th>"
+        f"<th>reward model − it, paired</th></tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    )
+
+
+def _cell(value: Mapping[str, float] | None, digits: int) -> str:
+    if value is None:
+        return "<td>–</td>"
+    mean, low, high = (f"{value[key]:z.{digits}f}".replace("-", "−") for key in ("mean", "low", "high"))
+    p = f"<br>{escape(p_text(value['p']))}" if "p" in value else ""
+    return f'<td title="n = {value["n"]}">{mean}<br><span class="ci">{low} to {high}{p}</span></td>'
+
+
+def _warnings(lines: Sequence[Mapping[str, Any]], config: Config) -> str:
+    found = [(line["step"], warning) for line in lines for warning in alarms(line, config, lines[0])]
+    if not found:
+        return "<h2>Warnings</h2><p class='sub'>none of the PPO steps passed a limit of the config's alarms</p>"
+    shown = "".join(f"<li>step {step + 1}: {escape(warning)}</li>" for step, warning in found[:MAX_WARNINGS])
+    more = f"<p class='sub'>and {len(found) - MAX_WARNINGS} more</p>" if len(found) > MAX_WARNINGS else ""
+    return f"<h2>Warnings</h2><ul>{shown}</ul>{more}"
+
+
+def _samples(table: Any) -> str:
+    parts = [f"<h2>Samples</h2><p class='sub'>the first {min(MAX_SAMPLES, table.num_rows)} of {table.num_rows}</p>"]
+    sources = [name for name in ("reference", "sft", "policy") if name in table.column_names]
+    for row in table.slice(0, MAX_SAMPLES).to_pylist():
+        post = escape(str(row["post"]).strip())
+        answers = "".join(_answer(row, source) for source in sources if row[source] is not None)
+        parts.append(
+            f'<details><summary>{escape(_headline(str(row["post"])))}</summary><div class="post">{post}</div></details>'
+            f'<div class="answers">{answers}</div>'
+        )
+    return "\n".join(parts)
+
+
+def _answer(row: Mapping[str, Any], source: str) -> str:
+    measures = ((kind, row.get(f"{kind}_{source}")) for kind in ("reward", "gold"))
+    numbers = ", ".join(f"{kind} {value:.3f}" for kind, value in measures if value is not None)
+    text = escape(row[source].strip()) or "<i>(empty)</i>"
+    return f'<div><b>{escape(_SOURCES[source])} <span class="ci">{numbers}</span></b>{text}</div>'
+
+
+def _headline(post: str) -> str:
+    """The line of a rendered post that says what it is about."""
+    lines = [line.strip() for line in post.splitlines() if line.strip()]
+    title = next((line.removeprefix("TITLE:").strip() for line in lines if line.startswith("TITLE:")), None)
+    text = title or (lines[0] if lines else "(empty post)")
+    return text if len(text) <= 110 else text[:109] + "…"

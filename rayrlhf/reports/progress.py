@@ -1,0 +1,254 @@
+"""What a person sees in the terminal or in a job's log: what the numbers mean, one line a step, a sample."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from rayrlhf.config import Config
+
+_SHOWN: dict[str, list[tuple[str, str, str]]] = {
+    "sft": [
+        ("sft/loss", "loss", ".4f"),
+        ("sft/dev_loss", "dev loss", ".4f"),
+        ("sft/rouge1", "ROUGE-1", ".3f"),
+        ("sft/rougeL", "ROUGE-L", ".3f"),
+        ("sft/lr", "lr", ".2e"),
+    ],
+    "reward_model": [
+        ("reward_model/loss", "loss", ".4f"),
+        ("reward_model/accuracy", "accuracy", ".3f"),
+        ("reward_model/heldout_accuracy", "held-out", ".3f"),
+        ("reward_model/margin", "margin", ".3f"),
+    ],
+    "ppo": [
+        ("ppo/score/mean", "score", ".3f"),
+        ("ppo/reward/mean", "reward", ".3f"),
+        ("ppo/gold/mean", "gold", ".3f"),
+        ("ppo/kl", "KL", ".3f nats"),
+        ("ppo/length/mean", "length", ".1f"),
+        ("ppo/eos_rate", "EOS", ".0%"),
+        ("ppo/policy_loss", "policy loss", ".4f"),
+        ("ppo/value_loss", "value loss", ".4f"),
+        ("ppo/logprob_gap/mean", "log-prob gap", ".1e"),
+    ],
+}
+"""By stage: metric, its words, its format (a unit may follow after a blank)."""
+
+_PHASES = ("wait", "generate", "score", "learn", "sync")
+
+
+@dataclass(frozen=True)
+class StageLoad:
+    """What one stage costs, as the config implies it. Counts are totals over all workers unless named otherwise."""
+
+    stage: str
+    records: int
+    prompts_a_step: int
+    samples_a_step: int
+    optimiser_steps: int | None
+    """None where nothing is trained."""
+    micro_batches: int | None
+    """Passes of one worker for one optimiser step, if every text has full length; None where nothing is trained."""
+    tokens_a_step: int
+    """Prompt and response tokens a step, at most."""
+
+
+def stage_loads(config: Config, n_sft: int, n_prompts: int, n_comparisons: int | None, n_test: int) -> list[StageLoad]:
+    """The load of each stage of a run.
+
+    Args:
+        config: the run's config.
+        n_sft: demonstrations in the SFT split.
+        n_prompts: prompts in the PPO split.
+        n_comparisons: ranked prompts for the reward model; None if the `collect` stage makes them.
+        n_test: prompts in the split that is evaluated.
+    """
+    longest = config.data.max_prompt_tokens + config.data.max_response_tokens
+    workers = config.resources.learner.workers
+
+    def micro(rows: int, micro_batch_tokens: int) -> int:
+        return math.ceil(math.ceil(rows / workers) / max(1, micro_batch_tokens // longest))
+
+    sft, rm, ppo, collect = config.sft, config.reward_model, config.ppo, config.collect
+    loads = []
+
+    records = min(n_sft, sft.max_demonstrations or n_sft)
+    rows = min(sft.batch_size, records)
+    steps = sft.epochs * math.ceil(records / sft.batch_size)
+    passes = micro(rows, sft.micro_batch_tokens)
+    loads.append(StageLoad("sft", records, rows, rows, steps, passes, rows * longest))
+
+    answers = 2
+    if n_comparisons is None:
+        answers = collect.answers_per_prompt + collect.include_reference
+        drawn = collect.prompts * collect.answers_per_prompt
+        loads.append(StageLoad("collect", collect.prompts, collect.prompts, drawn, None, None, drawn * longest))
+        n_comparisons = round(collect.prompts * (1 - collect.heldout_fraction))
+    records = min(n_comparisons, rm.max_comparisons or n_comparisons)
+    prompts = min(rm.prompts_per_batch, records)
+    steps = rm.epochs * math.ceil(records / rm.prompts_per_batch)
+    rows = prompts * answers
+    passes = micro(rows, rm.micro_batch_tokens)
+    loads.append(StageLoad("reward_model", records, prompts, rows, steps, passes, rows * longest))
+
+    rows = ppo.prompts_per_step * ppo.samples_per_prompt
+    passes = micro(math.ceil(rows / ppo.minibatches), ppo.micro_batch_tokens)
+    steps = ppo.steps * ppo.epochs * ppo.minibatches
+    loads.append(StageLoad("ppo", n_prompts, ppo.prompts_per_step, rows, steps, passes, rows * longest))
+
+    records = min(n_test, config.evaluate.max_prompts or n_test)
+    rows = 2 * records  # the SFT model's answers and the policy's
+    loads.append(StageLoad("evaluate", records, records, rows, None, None, rows * longest))
+    return loads
+
+
+def batch_table(
+    config: Config,
+    n_sft: int,
+    n_prompts: int,
+    n_comparisons: int | None = None,
+    n_test: int = 0,
+    parameters: tuple[int, int] | None = None,
+) -> Table:
+    """A table of what the batch numbers mean; arguments as for `stage_loads`.
+
+    `parameters`, the policy's frozen and trained ones, adds what the learner's weights, gradients and Adam moments
+    take, in GiB.
+    """
+    ppo = config.ppo
+    notes = [
+        f"PPO: {ppo.steps} steps × {ppo.epochs} epochs × {ppo.minibatches} mini-batches; "
+        f"each step draws {ppo.prompts_per_step} prompts × {ppo.samples_per_prompt} samples, "
+        f"{ppo.steps * ppo.prompts_per_step * ppo.samples_per_prompt:,} samples in all.",
+        f"Micro-batches: for one optimiser step, per learner worker (of {config.resources.learner.workers}), "
+        "if every text has full length. "
+        f"Tokens: at most ({config.data.max_prompt_tokens} prompt + {config.data.max_response_tokens} response).",
+    ]
+    if parameters:
+        frozen, trained = parameters
+        if frozen:
+            notes.append(f"LoRA: of the policy {trained:,} parameters are trained and {frozen:,} are frozen.")
+        # A float32 weight is 4 bytes, a trained one with its gradient and two Adam moments 16; policy and value model.
+        size = 2 * (4 * frozen + 16 * trained) / 2**30
+        notes.append(f"PPO learner: about {size:.2f} GiB a worker, without activations.")
+    table = Table(title=f"run {config.name}", caption="\n".join(notes), caption_justify="left", title_justify="left")
+    table.add_column("stage")
+    for heading in (
+        "records",
+        "prompts\na step",
+        "samples\na step",
+        "optimiser\nsteps",
+        "micro-\nbatches",
+        "tokens\na step",
+    ):
+        table.add_column(heading, justify="right")
+    for load in stage_loads(config, n_sft, n_prompts, n_comparisons, n_test):
+        numbers = (load.records, load.prompts_a_step, load.samples_a_step, load.optimiser_steps, load.micro_batches)
+        table.add_row(load.stage, *("–" if n is None else f"{n:,}" for n in (*numbers, load.tokens_a_step)))
+    return table
+
+
+def step_line(
+    stage: str, step: int, total: int | None, metrics: Mapping[str, float | None], eta_s: float | None = None
+) -> str:
+    """One line on a finished step: `step` of `total`, the stage's main numbers, seconds by phase, time to go."""
+    parts = [f"{stage} {step}" if total is None else f"{stage} {step:>{len(str(total))}}/{total}"]
+    for name, words, form in _SHOWN.get(stage, []):
+        if name in metrics:
+            parts.append(f"{words} {_number(metrics[name], form)}")
+    seconds = metrics.get("time/step")
+    known = [phase for phase in _PHASES if f"time/{phase}" in metrics]
+    if "generate" in known and "wait" in known:
+        known.remove("wait")  # of which generating and scoring are the parts
+    phases = [f"{phase} {_number(metrics[f'time/{phase}'], '.1f')}" for phase in known]
+    if seconds is not None:
+        parts.append(f"{seconds:.1f} s" + (f" ({', '.join(phases)})" if phases else ""))
+    if "throughput/tokens_per_s" in metrics:
+        parts.append(f"{_number(metrics['throughput/tokens_per_s'], ',.0f')} tok/s")
+    if eta_s is not None:
+        parts.append(f"ETA {duration(eta_s)}")
+    return "  ".join(parts)
+
+
+def has_step_line(stage: str, metrics: Mapping[str, Any]) -> bool:
+    """Whether `step_line` would have more to say than which step it is."""
+    return any(name in metrics for name, _, _ in _SHOWN.get(stage, []))
+
+
+def duration(seconds: float) -> str:
+    """`8 s`, `3 min 20 s`, `2 h 05 min`."""
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+class Progress:
+    """Prints one line a step with time to go: colour on a terminal, plain unbroken lines in a log.
+
+    Args:
+        stage: a stage's name.
+        total: its last step.
+        done: steps finished before this process started (after a resume).
+        console: where to print; standard output by default.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        stage: str,
+        total: int,
+        done: int = 0,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.stage, self.total, self.step = stage, total, done
+        self._first, self._clock = done, clock
+        self._start = self._last = clock()
+        self.console = console or Console()
+
+    @property
+    def steps_per_s(self) -> float:
+        """Mean over the steps of this process; 0 before the first."""
+        elapsed = self._last - self._start
+        return (self.step - self._first) / elapsed if elapsed > 0 else 0.0
+
+    @property
+    def eta_s(self) -> float | None:
+        """Seconds to go at that pace; None before the first step."""
+        return (self.total - self.step) / self.steps_per_s if self.steps_per_s > 0 else None
+
+    def update(self, step: int, metrics: Mapping[str, float | None]) -> None:
+        """Say that `step` (the count of finished steps) is done."""
+        self.step, self._last = step, self._clock()
+        line = Text(step_line(self.stage, step, self.total, metrics, self.eta_s))
+        line.highlight_words([self.stage], "bold cyan")
+        line.highlight_regex(r"ETA .*", "dim")
+        # A log has no width: a wrapped line could not be searched.
+        self.console.print(line, soft_wrap=True)
+
+
+def sample_panel(prompt: str, reference: str | None, answer: str, title: str = "sample") -> Panel:
+    """One prompt with the person's answer and the model's; texts are shown as they are, never read as markup."""
+    parts = [Text(prompt.strip())]
+    for name, text in (("reference", reference), ("answer", answer)):
+        if text is not None:
+            parts.append(Text.assemble((f"\n{name}: ", "bold"), text.strip() or "(empty)"))
+    return Panel(Group(*parts), title=Text(title), title_align="left")
+
+
+def _number(value: float | None, form: str) -> str:
+    spec, _, unit = form.partition(" ")
+    text = "n/a" if value is None or not math.isfinite(value) else format(value, spec)
+    return f"{text} {unit}" if unit else text

@@ -1,0 +1,147 @@
+"""How often a reward model orders held-out pairs as people did, beside scorers that cost nothing.
+
+Without them an accuracy says little: where people prefer the longer answer, counting tokens goes far.
+A pair's margin is score(better) - score(worse); a pair is right where it is positive, and a tie counts half.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import ArrayLike, NDArray
+
+from rayrlhf.data.comparisons import RankedAnswers
+from rayrlhf.files import replacing
+from rayrlhf.reports.intervals import CONFIDENCE, Interval
+
+SCORERS = {
+    "reward_model": "reward model",
+    "longer": "longer answer",
+    "shorter": "shorter answer",
+    "sft_logprob_sum": "SFT log-prob, sum",
+    "sft_logprob_mean": "SFT log-prob, mean per token",
+}
+"""Who orders the pairs, and the words for it. Length is in tokens, as the reward model reads the answer."""
+_BLOCK = 4_000_000
+"""Resampled values held at once, to bound memory."""
+
+
+def heldout_pairs(comparisons: Sequence[RankedAnswers], margins: ArrayLike, logprobs: ArrayLike) -> pa.Table:
+    """One row a pair: `id` of its record, `prompt` (a number; records with equal prompts share it), `better` and
+    `worse` (indices of the record's answers), `source`, and each scorer's margin under its name in `SCORERS`.
+
+    Args:
+        comparisons: the records, in order.
+        margins: [m] the reward model's, pair by pair, as `rayrlhf.algorithms.ranked_pass.ranked_pass` returns them.
+        logprobs: [n] sum of each answer's token log-probs under the SFT model, nats, answer by answer.
+    """
+    sums = iter(np.asarray(logprobs, np.float64).tolist())
+    own = iter(np.asarray(margins, np.float64).tolist())
+    numbers: dict[tuple[int, ...], int] = {}
+    rows = []
+    for c in comparisons:
+        prompt = numbers.setdefault(c.prompt_ids, len(numbers))
+        lengths = [len(ids) for ids in c.response_ids]
+        totals = [next(sums) for _ in lengths]
+        for better, worse in c.pairs:
+            rows.append({
+                "id": c.id, "prompt": prompt, "better": better, "worse": worse, "source": c.source,
+                "reward_model": next(own),
+                "longer": float(lengths[better] - lengths[worse]),
+                "shorter": float(lengths[worse] - lengths[better]),
+                "sft_logprob_sum": totals[better] - totals[worse],
+                "sft_logprob_mean": totals[better] / lengths[better] - totals[worse] / lengths[worse],
+            })  # fmt: skip
+    return pa.Table.from_pylist(rows)
+
+
+def accuracies(pairs: pa.Table, prompts: ArrayLike, samples: int = 2000, seed: int = 0) -> dict[str, Any]:
+    """Accuracy of every scorer over m pairs, and the paired difference reward model minus each of the others.
+
+    Each is `{"mean", "low", "high", "n"}`: a mean over pairs, its 95 % interval over prompts, and n prompts; all from
+    the same resamples.
+
+    Args:
+        pairs: a column of margins [m] for each of `SCORERS`.
+        prompts: [m] what each pair's prompt is called; pairs of one prompt stand or fall together.
+    """
+    right = {name: _right(pairs.column(name).to_numpy()) for name in SCORERS}
+    own = right["reward_model"]
+
+    def interval(values: NDArray[np.float64]) -> dict[str, float]:
+        return asdict(cluster_bootstrap(values, prompts, samples, seed))
+
+    return {
+        "accuracy": {name: interval(values) for name, values in right.items()},
+        "reward_model_minus": {name: interval(own - right[name]) for name in SCORERS if name != "reward_model"},
+        "ties": {name: int((values == 0.5).sum()) for name, values in right.items()},
+    }
+
+
+def unbeaten(result: Mapping[str, Any]) -> list[str]:
+    """The scorers, in words, that the reward model of a reward_model.json does not clearly beat: the interval of the
+    paired difference is not above 0."""
+    return [SCORERS[name] for name, difference in result["reward_model_minus"].items() if difference["low"] <= 0]
+
+
+def cluster_bootstrap(
+    values: ArrayLike, clusters: ArrayLike, samples: int = 2000, seed: int = 0, confidence: float = CONFIDENCE
+) -> Interval:
+    """Mean of `values` [m] with a percentile-bootstrap interval that draws whole clusters with replacement.
+
+    `clusters` [m] names each value's cluster; the interval's n counts clusters. A resample's mean is over the values
+    that it holds, so large clusters weigh more, as they do in the mean itself. Equal seed and clusters give equal
+    resamples. With one value a cluster this is the ordinary bootstrap.
+
+    Source: Davison & Hinkley 1997, Bootstrap Methods and their Application, section 3.8 (resampling of groups).
+
+    Raises:
+        ValueError: no values, one that is not finite, or not one cluster a value.
+    """
+    given = np.asarray(values, dtype=np.float64)
+    _, index = np.unique(np.asarray(clusters), return_inverse=True)
+    if given.ndim != 1 or given.shape != index.shape or not len(given) or not np.isfinite(given).all():
+        raise ValueError("cluster_bootstrap needs finite values in one dimension, and a cluster for each")
+    sums, counts = np.bincount(index, weights=given), np.bincount(index).astype(np.float64)
+    n = len(counts)
+    rng = np.random.default_rng(seed)
+    block = max(1, _BLOCK // n)
+    means = []
+    for start in range(0, samples, block):
+        drawn = rng.integers(0, n, (min(block, samples - start), n))
+        means.append(sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1))
+    low, high = np.quantile(np.concatenate(means), [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(float(given.mean()), float(low), float(high), n)
+
+
+def write_accuracy(
+    pairs_path: Path, path: Path, pairs: pa.Table, metrics: Mapping[str, float], samples: int, seed: int
+) -> None:
+    """Write `pairs` (Parquet) and what they say (JSON: `accuracies`, `metrics` and counts), each by one rename.
+
+    Raises:
+        ValueError: a number that is not finite.
+    """
+    prompts = pairs.column("prompt").to_numpy()
+    result = {
+        "prompts": len(np.unique(prompts)),
+        "pairs": pairs.num_rows,
+        **accuracies(pairs, prompts, samples, seed),
+        "metrics": dict(metrics),
+        "bootstrap": {"samples": samples, "seed": seed, "confidence": CONFIDENCE, "unit": "prompt"},
+    }
+    with replacing(pairs_path) as temporary:
+        pq.write_table(pairs, temporary)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _right(margins: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.where(margins > 0, 1.0, np.where(margins == 0, 0.5, 0.0))

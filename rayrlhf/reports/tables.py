@@ -1,0 +1,66 @@
+"""What was measured, as tables for the terminal: means with their 95 % intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Group
+from rich.table import Table
+
+from rayrlhf.reports.intervals import p_text
+from rayrlhf.reports.reward_accuracy import SCORERS
+
+
+def evaluation_table(result: Mapping[str, Any]) -> Group:
+    """evaluation.json as tables: a column a source, means with their 95 % intervals; then policy minus SFT."""
+    sources = [name for name in ("title", "reference", "sft", "policy") if name in result]
+    measures = list(dict.fromkeys(measure for name in ("policy", "sft") for measure in result.get(name, {})))
+    facts = result["metadata"]
+    table = _narrow_table(f"{facts['data']}: {facts['prompts']} prompts, mean [95 % interval]")
+    table.add_column("measure", no_wrap=True)
+    for name in sources:
+        table.add_column(name, justify="right")
+    for measure in measures:
+        row = [result[name].get(measure) for name in sources]
+        if any(row):
+            table.add_row(measure, *(interval_text(value) for value in row))
+    differences = result.get("differences", {})
+    if not differences:
+        return Group(table)
+    pairs = _narrow_table("\npolicy minus SFT on the same prompts")
+    for heading in ("measure", "difference", "sign-flip test", "at equal length"):
+        pairs.add_column(heading, justify="left" if heading == "measure" else "right")
+    controlled = differences.get("policy_minus_sft_at_equal_length", {})
+    for measure, value in differences["policy_minus_sft"].items():
+        if value is not None:
+            p = p_text(value["p"]) if "p" in value else "–"
+            pairs.add_row(measure, interval_text(value), p, interval_text(controlled.get(measure)))
+    return Group(table, pairs)
+
+
+def _narrow_table(title: str) -> Table:
+    """Four sources and the longest name fit into a log's 120 columns."""
+    padding = (0, 1, 0, 0)
+    return Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=padding, pad_edge=False, show_edge=False)
+
+
+def reward_accuracy_table(result: Mapping[str, Any]) -> Table:
+    """reward_model.json as a table: a row a scorer, with the paired difference to the reward model."""
+    title = f"{result['pairs']} held-out pairs of {result['prompts']} prompts, mean [95 % interval]"
+    table = Table("ordered by", title=title, title_justify="left", box=SIMPLE_HEAD)
+    for heading in ("accuracy", "reward model minus it"):
+        table.add_column(heading, justify="right")
+    for name, words in SCORERS.items():
+        difference = result["reward_model_minus"].get(name)
+        table.add_row(words, interval_text(result["accuracy"][name]), interval_text(difference))
+    return table
+
+
+def interval_text(value: Mapping[str, float] | None) -> str:
+    """`mean [low, high]`; a dash where nothing was measured."""
+    if value is None:
+        return "–"
+    form = ".1f" if abs(value["mean"]) >= 10 else ".3f"
+    return f"{value['mean']:{form}} [{value['low']:{form}}, {value['high']:{form}}]"

@@ -1,0 +1,1 @@
+"""What says how good a response is: reward functions, the gold measure, labellers, ROUGE."""

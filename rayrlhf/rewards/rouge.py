@@ -1,0 +1,53 @@
+"""ROUGE F1 through `evaluate`, from the metric module that ships with this package.
+
+`evaluate` copies the module into the Hugging Face modules cache under a file lock, and with `keep_in_memory`
+it writes nothing else, so that any number of processes can compute ROUGE at once.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+ROUGE_NAMES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
+
+
+def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """Mean F1, in [0, 1], over n examples for each name in `ROUGE_NAMES`.
+
+    Raises:
+        ValueError: no examples, or not as many predictions as references.
+    """
+    return {name: float(values.mean()) for name, values in rouge_per_example(predictions, references).items()}
+
+
+def rouge_per_example(predictions: Sequence[str], references: Sequence[str]) -> dict[str, NDArray[np.float64]]:
+    """F1, in [0, 1], of each example: arrays [n] by name. Porter stemmer on, words lower-cased.
+
+    ROUGE-Lsum takes newlines as the ends of sentences; for texts of one line it equals ROUGE-L.
+    An empty prediction or reference scores 0.
+
+    Raises:
+        ValueError: no examples, or not as many predictions as references.
+    """
+    if len(predictions) != len(references) or not predictions:
+        raise ValueError(f"ROUGE needs pairs: {len(predictions)} predictions, {len(references)} references")
+    result = _metric().compute(
+        predictions=list(predictions), references=list(references), use_stemmer=True, use_aggregator=False
+    )
+    return {name: np.asarray(result[name], dtype=np.float64) for name in ROUGE_NAMES}
+
+
+@functools.cache
+def _metric() -> Any:
+    # Heavy import (datasets, dill); only processes that compute ROUGE pay for it.
+    import evaluate
+
+    module = Path(__file__).parent.parent / "assets" / "metrics" / "rouge"
+    return evaluate.load(str(module), keep_in_memory=True, experiment_id=f"rayrlhf-{os.getpid()}")

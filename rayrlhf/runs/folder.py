@@ -1,0 +1,293 @@
+"""One run, one folder: paths, what is already done, atomic publication, the config of record and the lock.
+
+A stage is done exactly if its output exists; outputs appear by one rename, so a killed stage leaves nothing that
+looks finished. Only the process that holds `RunFolder.lock` writes into the folder.
+
+A run in a store (`rayrlhf.runs.storage`) has the same files. Every process works on its node's copy: what it has written it
+publishes, what others wrote it fetches. In a directory that every node sees, both do nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import socket
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import yaml
+
+from rayrlhf.config import Config
+from rayrlhf.config_file import dump_config, parse_config
+from rayrlhf.errors import UserError
+from rayrlhf.files import replacing
+from rayrlhf.runs.lease import lease_holder, leased
+from rayrlhf.runs.storage import Store, is_uri, join, refuse_secrets
+
+log = logging.getLogger(__name__)
+
+OUTPUTS = {
+    "sft": "sft",
+    "collect": "comparisons.parquet",
+    "reward_model": "reward_model",
+    "ppo": "policy",
+    "evaluate": "evaluation.json",
+}
+"""Stages in the order in which each builds on those before it, and the output that makes each done."""
+
+STAGES = tuple(OUTPUTS)
+_DIRECTORIES = {"sft", "reward_model", "ppo"}
+_FREE_KEYS = {"name", "runs_dir", "alarms", "resources"}
+"""Top-level keys that do not change results."""
+
+_held: dict[Path, int] = {}
+"""Run folders that this process has locked, and how many times."""
+
+
+class RunFolder:
+    """`runs_dir/name`: a directory that every node of the run sees, or this node's copy of a folder in a store."""
+
+    def __init__(self, address: str | Path) -> None:
+        self.address = str(address)
+        """An absolute path, or the URI of the folder in a store."""
+        self.store = Store.open(self.address) if is_uri(address) else None
+        self.path = self.store.copy if self.store else Path(address)
+        if not self.path.is_absolute():
+            raise UserError(f"run folder {self.address!r} is relative; give an absolute runs_dir (runs_dir=/abs/path)")
+        self.config = self.path / "config.yaml"
+        self.metrics = self.path / "metrics.jsonl"
+        self.report = self.path / "report.html"
+        self.sft = self.path / "sft"
+        self.reward_model = self.path / "reward_model"
+        self.policy = self.path / "policy"
+        self.reward_accuracy = self.path / "reward_model.json"
+        self.heldout_pairs = self.path / "heldout_pairs.parquet"
+        self.comparisons = self.path / "comparisons.parquet"
+        self.samples = self.path / "samples.parquet"
+        self.evaluation = self.path / "evaluation.json"
+        self.checkpoints = self.path / "checkpoints"
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    def output(self, stage: str) -> Path:
+        """Where `stage` (one of `STAGES`) publishes its result."""
+        return self.path / OUTPUTS[stage]
+
+    def done(self, stage: str) -> bool:
+        """Whether the output of `stage` exists."""
+        return self.store.exists(self.output(stage)) if self.store else self.output(stage).exists()
+
+    def address_of(self, path: Path) -> str:
+        """What processes on other nodes find a file or directory of the folder by; see `storage.local_copy`."""
+        return join(self.address, *path.relative_to(self.path).parts)
+
+    def upload(self, *paths: Path) -> None:
+        """Make the store hold these files and directories as they are here (deleted, if they are not), in order."""
+        if self.store:
+            for path in paths:
+                self.store.upload(path)
+
+    def download(self, path: Path) -> Path:
+        """Make the copy here of a file or directory the newest one; returns `path`."""
+        return self.store.download(path) if self.store else path
+
+    def download_files(self) -> None:
+        """`download` all files directly in the folder; directories, which are large, wait until they are asked for."""
+        if self.store:
+            self.store.pull_files()
+
+    @contextlib.contextmanager
+    def writing(self, stage: str) -> Iterator[Path]:
+        """A temporary beside the stage's output that takes its place when the block ends well.
+
+        For `sft`, `reward_model` and `ppo` it is an empty directory; for `collect` and `evaluate` the path of a file
+        that the block creates. If the block raises, the temporary is removed and an earlier output stays.
+        """
+        with replacing(self.output(stage), directory=stage in _DIRECTORIES) as temporary:
+            yield temporary
+        self.upload(self.output(stage))
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the folder for writing; one process may take it again inside (a pipeline calls its stages).
+
+        Raises:
+            UserError: another process holds it; the message names it.
+        """
+        if self.path in _held:
+            _held[self.path] += 1
+            try:
+                yield
+            finally:
+                _held[self.path] -= 1
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("a+", encoding="utf-8") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                handle.seek(0)
+                holder = handle.read().strip() or "another process"
+                raise UserError(
+                    f"{self.path} is being written by {holder}; wait for it, end it, or choose another name"
+                ) from None
+            except OSError as error:
+                raise UserError(
+                    f"{self.path}: its file system has no locks ({error.strerror}); mount it with them, or put "
+                    "runs_dir elsewhere"
+                ) from None
+            handle.truncate(0)
+            handle.write(f"process {os.getpid()} on {socket.gethostname()}")
+            handle.flush()
+            with leased(self.store) if self.store else contextlib.nullcontext():
+                _held[self.path] = 1
+                try:
+                    yield
+                finally:
+                    del _held[self.path]
+                    handle.truncate(0)
+
+    def note_in_lock(self, more: str) -> None:
+        """Add to what `holder` and the errors of other processes say about this one, which holds the lock."""
+        with (self.path / ".lock").open("a", encoding="utf-8") as handle:
+            handle.write(f", {more}")
+
+    def holder(self) -> str | None:
+        """Who is writing into the folder at this moment, in words; None if nobody is.
+
+        In a store also one who died on another machine without a word, until somebody else locks the folder.
+        """
+        if self.store:
+            return lease_holder(self.store)
+        if not (self.path / ".lock").exists():
+            return None
+        with (self.path / ".lock").open(encoding="utf-8") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return handle.read().strip() or "another process"
+            except OSError:
+                return None
+        return None
+
+
+def open_or_create(config: Config, runs_dir: str | Path, redo: Collection[str] = ()) -> RunFolder:
+    """The folder of this run, with `config` as its config.yaml.
+
+    A stored config must agree with `config` in every key that went into a finished stage: `model`, `data` and `seed`
+    went into all of them, a stage's own section into that stage and those after it. Other keys may change; the new
+    config is stored then.
+
+    Args:
+        config: what this run is to do.
+        runs_dir: absolute, see `runs_address`.
+        redo: stages whose output is about to be written anew, and so does not bind.
+
+    Raises:
+        UserError: a key that went into a finished stage has changed, the stored config cannot be read, or another
+            process holds the folder.
+    """
+    run = RunFolder(join(runs_dir, config.name))
+    with run.lock():
+        run.download_files()
+        if run.config.exists():
+            _refuse_changes_of_finished_stages(run, config, redo)
+        text = yaml.safe_dump(dump_config(config), sort_keys=False, allow_unicode=True)
+        with replacing(run.config) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+        run.upload(run.config)
+    return run
+
+
+def stages_from(key: str) -> tuple[str, ...]:
+    """The stages that the value of a dotted config key goes into: its own and those after it, or all."""
+    section = key.split(".")[0]
+    return STAGES[STAGES.index(section) if section in STAGES else 0 :]
+
+
+def runs_address(runs_dir: str, inside_job: bool) -> str:
+    """`runs_dir` as an absolute path or the URI of a store; `file://` is a path, and a relative one counts from the
+    current directory.
+
+    Raises:
+        UserError: relative inside a job, whose working directory is a temporary copy; or a URI without a bucket, with
+            a secret, or of another machine's files.
+    """
+    parts = urlsplit(runs_dir)
+    if parts.scheme == "file":
+        if parts.netloc not in ("", "localhost"):
+            raise UserError(
+                f"runs_dir={runs_dir}: a file URI has three slashes, as in file:///{parts.netloc}{parts.path}"
+            )
+        return str(Path(unquote(parts.path)))
+    refuse_secrets(runs_dir)
+    if is_uri(runs_dir) and not (parts.netloc + parts.path).strip("/"):
+        raise UserError(f"runs_dir={runs_dir}: a URI names a bucket, as in s3://bucket/runs")
+    return runs_dir if is_uri(runs_dir) else str(resolve_runs_dir(runs_dir, inside_job))
+
+
+def resolve_runs_dir(runs_dir: str, inside_job: bool) -> Path:
+    """An absolute `runs_dir` that has to be a directory; see `runs_address`.
+
+    Raises:
+        UserError: relative inside a job, whose working directory is a temporary copy; or a URI.
+    """
+    if is_uri(runs_dir):
+        raise UserError(f"runs_dir={runs_dir}: this needs a directory that every node sees, not a URI")
+    path = Path(runs_dir).expanduser()
+    if not path.is_absolute() and inside_job:
+        raise UserError(
+            f"runs_dir={runs_dir} is relative, and a job's working directory is a temporary copy; "
+            "submit with runs_dir=/abs/path"
+        )
+    return Path(os.path.abspath(path))
+
+
+def _refuse_changes_of_finished_stages(run: RunFolder, config: Config, redo: Collection[str]) -> None:
+    changed = _differences(dump_config(_read_stored(run)), dump_config(config))
+    bound = [(key, old, new, stage) for key, old, new in changed if (stage := _binding_stage(run, key, redo))]
+    if bound:
+        what = ", ".join(f"{key} was {old!r} and is now {new!r}" for key, old, new, _ in bound[:3])
+        more = f" (and {len(bound) - 3} more)" if len(bound) > 3 else ""
+        raise UserError(
+            f"{run.address_of(run.config)}: {what}{more}, but stage {bound[0][3]!r} is already done with the old "
+            f"value; choose another name (name=...) or delete {run.address}"
+        )
+    for key, old, new in changed:
+        log.info("%s: %s changes from %r to %r", run.name, key, old, new)
+
+
+def _read_stored(run: RunFolder) -> Config:
+    path = run.address_of(run.config)
+    try:
+        tree = yaml.safe_load(run.config.read_text(encoding="utf-8"))
+    except yaml.YAMLError:
+        tree = None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: the stored config is not readable; delete it, or choose another name (name=...)")
+    return parse_config(tree, path)
+
+
+def _binding_stage(run: RunFolder, key: str, redo: Collection[str]) -> str | None:
+    """The first finished stage that the value of `key` went into."""
+    if key.split(".")[0] in _FREE_KEYS:
+        return None
+    return next((stage for stage in stages_from(key) if stage not in redo and run.done(stage)), None)
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """Dotted keys whose values differ, with both values, in the order of `new`."""
+    found: list[tuple[str, Any, Any]] = []
+    for key in [*new, *(k for k in old if k not in new)]:
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            found += _differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            found.append((prefix + key, before, after))
+    return found

@@ -1,0 +1,142 @@
+"""Scalars of a run: one JSON object a line in metrics.jsonl, and the same numbers for TensorBoard.
+
+A line is `{"stage", "step", "time", ...}`: the step within the stage, Unix time in seconds, then values under
+slash-separated names. Beside numbers there can be text, under `"sample"` and `"note"`. A value that is not finite is
+written as null and named in `"non_finite"`, since JSON has neither NaN nor infinity.
+
+A stage that restarts at step k writes k, k + 1, ... again; `read_metrics` drops what the earlier attempt wrote from
+step k on. Several lines of one step add up; a name written twice has its last value.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, SupportsFloat
+
+from rayrlhf.runs.storage import Mirror, Store, is_uri, join, local_path
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+log = logging.getLogger(__name__)
+
+FILE = "metrics.jsonl"
+
+
+class MetricsWriter:
+    """Appends to `metrics.jsonl` of a run folder and writes events under its `tensorboard/STAGE`.
+
+    One process writes a stage. A line is one append, so a kill can tear only the last one. In a store they appear a few
+    seconds later, and at `close`.
+    """
+
+    def __init__(self, run_dir: str | Path) -> None:
+        """`run_dir` is an absolute path or a URI."""
+        self._run_dir = local_path(run_dir)
+        self._run_dir.mkdir(parents=True, exist_ok=True)
+        path = self._run_dir / FILE
+        if is_uri(run_dir):
+            store = Store.open(str(run_dir))
+            if store.exists(path):
+                store.download(path)  # what processes of other nodes wrote stays in front of ours
+            else:
+                path.unlink(missing_ok=True)
+        torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        if torn:  # An earlier writer was killed in its last line: it must not swallow ours.
+            os.write(self._file, b"\n")
+        self._boards: dict[str, SummaryWriter] = {}
+        self._mirror = Mirror(run_dir, [FILE, "tensorboard/*/*"])
+
+    def write(self, stage: str, step: int, values: Mapping[str, SupportsFloat]) -> None:
+        """Record `values` (names to scalars: numbers, 0-d arrays or tensors) of one step."""
+        numbers = {name: float(value) for name, value in values.items()}
+        bad = {name: str(value) for name, value in numbers.items() if not math.isfinite(value)}
+        line: dict[str, Any] = {"stage": stage, "step": int(step), "time": round(time.time(), 3)}
+        line |= {name: None if name in bad else value for name, value in numbers.items()}
+        if bad:
+            line["non_finite"] = bad
+            log.warning("%s step %d: not finite, written as null: %s", stage, step, bad)
+        os.write(self._file, json.dumps(line, allow_nan=False).encode() + b"\n")
+        board = self._board(stage, step)
+        for name, value in numbers.items():
+            if name not in bad:
+                board.add_scalar(name, value, step)
+
+    def write_text(self, stage: str, step: int, name: str, text: str | Mapping[str, str]) -> None:
+        """Record something to read: `"sample"` (prompt, reference, answer) or `"note"` (one line)."""
+        line = {"stage": stage, "step": int(step), "time": round(time.time(), 3), name: text}
+        os.write(self._file, json.dumps(line).encode() + b"\n")
+        shown = text if isinstance(text, str) else "\n\n".join(f"**{key}**: {value}" for key, value in text.items())
+        self._board(stage, step).add_text(name, shown, step)
+
+    def close(self) -> None:
+        """Flush and close all files."""
+        for board in self._boards.values():
+            board.close()
+        os.close(self._file)
+        self._mirror.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _board(self, stage: str, step: int) -> SummaryWriter:
+        if stage not in self._boards:
+            from torch.utils.tensorboard import SummaryWriter  # Takes seconds to import.
+
+            # purge_step hides what an earlier attempt wrote from this step on, as read_metrics does.
+            self._boards[stage] = SummaryWriter(
+                str(self._run_dir / "tensorboard" / stage), purge_step=step, flush_secs=10
+            )
+        return self._boards[stage]
+
+
+def read_lines(run_dir: str | Path, offset: int = 0) -> bytes:
+    """The complete lines of a run's metrics.jsonl from byte `offset` on, however many there are by now."""
+    content = _read(run_dir, offset)
+    return content[: content.rfind(b"\n") + 1]
+
+
+def read_metrics(run_dir: str | Path, stage: str | None = None) -> list[dict[str, Any]]:
+    """The valid steps of a run: one mapping for each (stage, step), stages in order of appearance, steps rising.
+
+    Steps that a restart superseded are dropped, and so is a torn line. Empty where nothing was written.
+    """
+    stages: dict[str, dict[int, dict[str, Any]]] = {}
+    for number, text in enumerate(_read(run_dir).split(b"\n"), start=1):
+        if not text.strip():
+            continue
+        try:
+            line = json.loads(text)
+            name, step = line["stage"], line["step"]
+        except (ValueError, TypeError, KeyError):
+            log.warning("%s: line %d is torn or foreign and is left out", join(run_dir, FILE), number)
+            continue
+        steps = stages.setdefault(name, {})
+        for later in [s for s in steps if s > step]:
+            del steps[later]
+        steps[step] = steps.get(step, {}) | line
+    return [line for name, steps in stages.items() if stage in (None, name) for line in steps.values()]
+
+
+def _read(run_dir: str | Path, offset: int = 0) -> bytes:
+    if is_uri(run_dir):
+        return Store.open(str(run_dir)).read_from(FILE, offset)
+    path = Path(run_dir) / FILE
+    if not path.exists():
+        return b""
+    with path.open("rb") as file:
+        file.seek(offset)
+        return file.read()

@@ -1,0 +1,243 @@
+"""A sweep: one config, some keys of it at several values, a run folder for each combination.
+
+The sweep's folder `runs_dir/NAME` holds `base`, a run of the stages that no swept key goes into, and a folder for
+each trial, which starts with those stages done. A trial is an ordinary run in every other respect.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import json
+import os
+import re
+import shlex
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from rayrlhf.config import Config, Positive, Section
+from rayrlhf.config_file import dump_config, parse_config, parse_override, parse_section, read_yaml, set_key
+from rayrlhf.errors import UserError
+from rayrlhf.files import replacing
+from rayrlhf.reports.evaluation import MEASURES
+from rayrlhf.runs.folder import STAGES, RunFolder, stages_from
+
+Scalar = str | int | float | bool | None
+Value = Scalar | list[Scalar]
+Range = tuple[float, float]
+METRICS = (
+    *(f"policy.{measure}" for measure in (*MEASURES, "win_rate_vs_reference", "win_rate_vs_sft", "kl")),
+    *(f"sft.{measure}" for measure in (*MEASURES, "win_rate_vs_reference")),
+    *(f"policy_minus_sft.{measure}" for measure in MEASURES),
+)
+"""What can rank the trials: the means of evaluation.json."""
+BASE = "base"
+"""The folder of the stages that all trials share."""
+_DIFFERENT_BY_TRIAL = {"name", "runs_dir"}
+
+
+class Space(Section):
+    """The values of one swept key: exactly one of the four."""
+
+    grid: Annotated[list[Value], Field(min_length=1)] | None = None
+    """Each of these, with every combination of the other keys' grids."""
+    choice: Annotated[list[Value], Field(min_length=1)] | None = None
+    """Drawn from these."""
+    uniform: Range | None = None
+    """Drawn between these two."""
+    loguniform: Range | None = None
+    """Drawn between these two, every order of magnitude as likely as another."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Space:
+        if sum(kind is not None for kind in (self.grid, self.choice, self.uniform, self.loguniform)) != 1:
+            raise ValueError("write one of {grid: [...]}, {choice: [...]}, {uniform: [low, high]}, {loguniform: ...}")
+        for low, high in (bounds for bounds in (self.uniform, self.loguniform) if bounds):
+            if low >= high or (self.loguniform and low <= 0):
+                raise ValueError("a range is [low, high] with low < high, and low > 0 for loguniform")
+        return self
+
+
+class SweepConfig(Section):
+    """A sweep's YAML file."""
+
+    config: str
+    """The run's YAML file, relative to the sweep's."""
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """Name of the sweep; its folder is `runs_dir/name`."""
+    search: Annotated[dict[str, Any], Field(min_length=1)]
+    """Dotted config key to its `Space`."""
+    fixed: dict[str, Any] = Field(default_factory=dict)
+    """Dotted config keys that all trials change alike."""
+    samples: Positive = 1
+    """Draws for every point of the grid."""
+    metric: str = "policy.gold"
+    """What ranks the trials, named as in evaluation.json: `policy.X`, `sft.X`, or the paired `policy_minus_sft.X`."""
+    mode: Literal["max", "min"] = "max"
+    concurrent: Positive = 1
+    """Trials at a time; each asks for the config's `resources`."""
+
+    @field_validator("metric")
+    @classmethod
+    def _known_metric(cls, name: str) -> str:
+        if name not in METRICS:
+            close = difflib.get_close_matches(name, METRICS, n=1)
+            raise ValueError(f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(METRICS)}")
+        return name
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One combination of the swept keys' values."""
+
+    name: str
+    values: dict[str, Value]
+    config: Config
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep as its file and the command line say."""
+
+    settings: SweepConfig
+    search: dict[str, Space]
+    tree: dict[str, Any]
+    """The config that all trials share, before the swept keys are set."""
+    changes: dict[str, Any]
+    """What `tree` changes of the config's file: dotted key to value, the split of a sweep not among them."""
+    source: Path
+    config_file: Path
+    base: Config
+
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """The stages that no swept key goes into, in order: they run once."""
+        touched = {stage for key in self.search for stage in stages_from(key)}
+        made = [stage for stage in STAGES if stage != "collect" or self.base.data.comparisons is None]
+        return tuple(stage for stage in made if stage not in touched)
+
+    def trials(self, points: Iterable[Mapping[str, Value]], folder: Path) -> list[Trial]:
+        """The trials at `points` (dotted key to value) as runs in `folder`, each once.
+
+        Raises:
+            UserError: a value that the config does not take, or two trials of one name.
+        """
+        found: dict[str, Trial] = {}
+        for point in points:
+            tree = copy.deepcopy(self.tree)
+            for key, value in point.items():
+                set_key(tree, key, value, f"{self.source}: search")
+            config = parse_config(tree | {"name": BASE, "runs_dir": str(folder)}, f"{self.source}: search")
+            values = {key: _value(config, key) for key in point}  # as the config reads them: 1e-4 is a number
+            name = trial_name(values)
+            if name in found and found[name].values != values:
+                raise UserError(f"{self.source}: search: {found[name].values} and {values} would both be named {name}")
+            found[name] = Trial(name, values, config.model_copy(update={"name": name}))
+        return list(found.values())
+
+    def command(self, trial: Trial) -> str:
+        """The command line that runs the pipeline as `trial` did, evaluated on the test split."""
+        words = {"name": f"{self.settings.name}-best"} | self.changes | trial.values
+        file = os.path.relpath(self.config_file)
+        settings = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in words.items()]
+        return shlex.join(["rayrlhf", "run", file if not file.startswith("..") else str(self.config_file), *settings])
+
+
+def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
+    """Read a sweep's file and the config that it names.
+
+    An override whose key is one of the sweep file's (`samples=8`, `name=other`) changes the sweep; any other one the
+    config. The trials are evaluated on the dev split unless `fixed` or an override says otherwise.
+
+    Raises:
+        UserError: missing or malformed file, unknown key, wrong type, a key that cannot be swept.
+    """
+    path = Path(path)
+    own = read_yaml(path, "sweep file; the examples are in configs/sweeps/")
+    changes: dict[str, Any] = {}
+    for override in overrides:
+        key, value = parse_override(override)
+        (own if key in SweepConfig.model_fields else changes)[key] = value
+    settings = parse_section(SweepConfig, own, str(path))
+    changes = settings.fixed | changes
+    search = {key: parse_section(Space, space, f"{path}: search: {key}") for key, space in settings.search.items()}
+
+    config_file = path.parent / settings.config
+    tree = read_yaml(config_file, f"config file; {path} names it in `config`")
+    for key, value in ({"evaluate.split": "dev"} | changes).items():
+        set_key(tree, key, value, str(path))
+    base = parse_config(tree, f"{path}: {config_file}")
+    for key in search:
+        if key in _DIFFERENT_BY_TRIAL or key in changes:
+            why = "every trial has its own" if key in _DIFFERENT_BY_TRIAL else "it is fixed for all trials"
+            raise UserError(f"{path}: search: {key!r} cannot be swept: {why}")
+    if base.evaluate.prompts is not None:
+        raise UserError(f"{path}: evaluate.prompts is set; a sweep compares trials on a split of the data")
+    changes.pop("evaluate.split", None)
+    return Sweep(settings, search, tree, changes, path, config_file, base)
+
+
+def trial_name(values: Mapping[str, Value]) -> str:
+    """`lr-0.0003_coefficient-0.05`: the keys, as short as they stay distinct, with their values."""
+    labels = short_names(values)
+    words = (f"{labels[key]}-{_word(value)}" for key, value in values.items())
+    return "_".join(words)
+
+
+def short_names(keys: Iterable[str]) -> dict[str, str]:
+    """The fewest last parts of each dotted key that tell it from the others."""
+    parts = {key: key.split(".") for key in keys}
+
+    def ending(key: str, length: int) -> str:
+        return ".".join(parts[key][-length:])
+
+    short = {}
+    for key in parts:
+        lengths = range(1, len(parts[key]) + 1)
+        unique = (n for n in lengths if sum(ending(other, n) == ending(key, n) for other in parts) == 1)
+        short[key] = ending(key, next(unique))
+    return short
+
+
+def share(base: RunFolder, trial: RunFolder, stages: Iterable[str]) -> None:
+    """Let `trial` start with `stages` of `base` done: their outputs by hard links, their lines of metrics.jsonl.
+
+    Outputs are published once and never changed, so that sharing them is as good as a copy.
+    """
+    with trial.lock():
+        if base.metrics.exists() and not trial.metrics.exists():
+            with replacing(trial.metrics) as temporary:
+                shutil.copyfile(base.metrics, temporary)
+        for stage in stages:
+            if trial.done(stage):
+                continue
+            with trial.writing(stage) as temporary:
+                if temporary.is_dir():
+                    shutil.copytree(base.output(stage), temporary, copy_function=_link, dirs_exist_ok=True)
+                else:
+                    _link(base.output(stage), temporary)
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(source, target)
+
+
+def _value(config: Config, key: str) -> Value:
+    node: Any = dump_config(config)
+    for part in key.split("."):
+        node = node[part]
+    return node
+
+
+def _word(value: Value) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    text = re.sub(r"[^A-Za-z0-9.-]+", "-", text.replace("+", ""))
+    return text if isinstance(value, int | float) else text.strip("-.")
