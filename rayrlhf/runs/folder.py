@@ -3,8 +3,8 @@
 A stage is done exactly if its output exists; outputs appear by one rename, so a killed stage leaves nothing that
 looks finished. Only the process that holds `RunFolder.lock` writes into the folder.
 
-A run in a store (`rayrlhf.runs.storage`) has the same files. Every process works on its node's copy: what it has written it
-publishes, what others wrote it fetches. In a directory that every node sees, both do nothing.
+A run in a store (`rayrlhf.runs.storage`) has the same files. Every process works on its node's copy: it uploads the
+files that it has written, and downloads those of other processes. In a directory that every node sees, both do nothing.
 """
 
 from __future__ import annotations

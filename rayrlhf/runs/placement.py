@@ -1,7 +1,7 @@
 """Where the actors of a run fit: a plan over the nodes of a cluster, made before anything starts.
 
-It mirrors how Ray places them (labels, whole and fractional GPUs, learners kept together, generators and scorers spread) and
-takes the nodes as if they were empty: what other jobs hold, Ray waits for.
+It mirrors how Ray places them: by labels, whole and fractional GPUs, learners kept together, generators and scorers
+spread. It takes the nodes as if they were empty: for what other jobs hold, Ray waits.
 """
 
 from __future__ import annotations

@@ -319,8 +319,6 @@ def test_new_weights_with_a_slice(tied: Generator, embedded: PreTrainedModel) ->
         done |= tied.advance({}, _sampling(1.0, 20), 600.0)
     assert {(t.oldest, t.newest) for ticket, t in done.items() if ticket < 10} == {(old, old + 1)}
     assert {(t.oldest, t.newest) for ticket, t in done.items() if ticket >= 10} == {(old + 1, old + 1)}
-        (old + 1, old + 1)
-    }
     assert len(done) == 6
     with pytest.raises(WeightSyncError, match=f"has version {old + 1}, refuses {old + 1}"):
         tied.advance({}, _sampling(1.0, 20), 0.0, publication)

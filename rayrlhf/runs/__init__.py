@@ -1,0 +1,1 @@
+"""The run folder: stages, files, locks, stores, metrics, and where its actors fit."""
