@@ -8,19 +8,15 @@ from typing import Annotated
 
 import typer
 
-from jobs.collect import collect
-from jobs.evaluate import evaluate
 from jobs.pipeline import pipeline
-from jobs.ppo import ppo
-from jobs.reward_model import reward_model
-from jobs.sft import sft
-from jobs.stage import Stage, console, guarded, run
+from jobs.stage import StageFunction, console, guarded, run, stage_function
 from jobs.status import scale_run, show_runs, show_status
 from jobs.submit import MODULES, describe, submit
 from jobs.sweep import sweep
 from rayrlhf.config_file import load_config
 from rayrlhf.errors import UserError
 from rayrlhf.reports import compare as comparison
+from rayrlhf.runs.stages import STAGES
 from rayrlhf.sweeps.plan import load_sweep
 
 app = typer.Typer(
@@ -39,7 +35,7 @@ Overrides = Annotated[
 Local = Annotated[bool, typer.Option("--local", help="Everything in this process, without Ray: for a debugger.")]
 
 
-def _command(name: str, function: Stage, text: str) -> None:
+def _command(name: str, function: StageFunction, text: str) -> None:
     def command(config: ConfigFile, overrides: Overrides = None, local: Local = False) -> None:
         code = guarded(lambda: run(load_config(config, overrides), [function], local))
         sys.stdout.flush()
@@ -49,15 +45,8 @@ def _command(name: str, function: Stage, text: str) -> None:
 
 
 _command("run", pipeline, "All stages, one after the other. Finished stages are skipped; an interrupted run continues.")
-_command("sft", sft, "Supervised fine-tuning on demonstrations. Keeps the checkpoint with the best ROUGE on dev posts.")
-_command("collect", collect, "Sample answers from the SFT model and have a labeller rank them.")
-_command("reward-model", reward_model, "Train a reward model on ranked answers, starting from the SFT model.")
-_command("ppo", ppo, "Optimise the SFT policy with PPO against the reward model. Continues from its last checkpoint.")
-_command(
-    "evaluate",
-    evaluate,
-    "Compare SFT model and policy on the test split. Writes evaluation.json, samples.parquet and report.html.",
-)
+for each in STAGES.values():
+    _command(each.command, stage_function(each.name), each.summary)
 
 
 @app.command("sweep")

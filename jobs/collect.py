@@ -19,7 +19,7 @@ from rayrlhf.rewards.labellers import FileLabeller, Unranked, ask_people, make_l
 from rayrlhf.trajectory import derive_seed
 
 
-@stage("collect", needs=("sft",))
+@stage("collect")
 def collect(session: Session) -> None:
     """Sample K answers to each prompt of the reward-model split and have the labeller rank them."""
     config, run = session.config, session.run

@@ -22,9 +22,7 @@ from rayrlhf.rewards.labellers import Labeller
 from rayrlhf.trajectory import Trajectory
 
 
-@stage(
-    "evaluate", needs=("sft", "reward_model", "ppo"), again=lambda session: session.config.evaluate.prompts is not None
-)
+@stage("evaluate", again=lambda session: session.config.evaluate.prompts is not None)
 def evaluate(session: Session) -> None:
     """Answer held-out prompts with both models; writes evaluation.json, samples.parquet and report.html."""
     config, run = session.config, session.run

@@ -58,8 +58,7 @@ def following(run: RunFolder, config: Config, stage: str, total: int, console: C
             return
         if not has_step_line(stage, metrics):
             return
-        # The count of finished steps: PPO's lines are numbered by the step they describe, from 0.
-        done = metrics["step"] + (stage == "ppo")
+        done = metrics["step"]
         if progress is None:
             progress = Progress(stage, total, done=done, console=console)  # the pace counts from the first line
         progress.update(done, metrics)

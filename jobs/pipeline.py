@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from jobs.collect import collect
-from jobs.evaluate import evaluate
-from jobs.ppo import ppo
-from jobs.reward_model import reward_model
 from jobs.session import Session
-from jobs.sft import sft
-from jobs.stage import console, main
+from jobs.stage import console, main, stage_function
 from rayrlhf.reports.page import write_report
+from rayrlhf.runs.stages import stages_of
 
 
 def pipeline(session: Session) -> None:
-    """SFT, comparisons, reward model, PPO and evaluation; stages that are done are skipped."""
+    """Run the stages of the run in order; stages that are done are skipped."""
     config, run = session.config, session.run
     if run.done("evaluate"):
         if not run.report.exists():
@@ -21,12 +17,8 @@ def pipeline(session: Session) -> None:
         found = f"{run.address_of(run.evaluation)}, {run.address_of(run.report)}"
         console.print(f"run {config.name!r} is finished: {found} (another one: name=OTHER)")
         return
-    sft(session)
-    if config.data.comparisons is None:
-        collect(session)
-    reward_model(session)
-    ppo(session)
-    evaluate(session)
+    for stage in stages_of(config):
+        stage_function(stage.name)(session)
     console.print(f"finished: {run.address}")
 
 

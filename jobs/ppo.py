@@ -12,7 +12,7 @@ from rayrlhf.errors import UserError
 from rayrlhf.models.loading import check_vocabulary
 
 
-@stage("ppo", needs=("sft", "reward_model"))
+@stage("ppo")
 def ppo(session: Session) -> None:
     """Optimise the policy; continues from the last checkpoint of the same settings."""
     config, run = session.config, session.run

@@ -13,7 +13,6 @@ from jobs.stage import console, main, stage
 from rayrlhf.data.comparisons import RankedAnswers, read_ranked
 from rayrlhf.data.epochs import Epochs
 from rayrlhf.data.tokens import encode_responses
-from rayrlhf.errors import UserError
 from rayrlhf.models.batching import Row
 from rayrlhf.reports.reward_accuracy import unbeaten
 from rayrlhf.reports.tables import reward_accuracy_table
@@ -22,7 +21,7 @@ MAX_REFERENCES = 1000
 """Enough for a mean; scoring all of a large data set would take longer than training."""
 
 
-@stage("reward_model", needs=("sft",))
+@stage("reward_model")
 def reward_model(session: Session) -> None:
     """Train a scalar head on the SFT model with the collected comparisons, or with those of `data.comparisons`."""
     config = session.config
@@ -70,11 +69,6 @@ def collected_or_published(session: Session) -> list[RankedAnswers]:
     """The comparisons of `data.comparisons` (its validation split held out), else those of the `collect` stage."""
     if session.config.data.comparisons is not None:
         return session.published_comparisons
-    if not session.run.done("collect"):
-        raise UserError(
-            f"stage 'reward_model' needs {session.run.comparisons}, which stage 'collect' writes; run that first, "
-            "or name a data set in data.comparisons"
-        )
     return read_ranked(session.run.comparisons)
 
 

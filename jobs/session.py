@@ -34,7 +34,8 @@ from rayrlhf.models.loading import context_length, load_tokenizer, parameter_cou
 from rayrlhf.reports.progress import batch_table
 from rayrlhf.rewards.gold import GoldMeasure, gold_labeller
 from rayrlhf.rewards.labellers import check_labeller
-from rayrlhf.runs.folder import STAGES, RunFolder, open_or_create, runs_address
+from rayrlhf.runs.folder import RunFolder, open_or_create, runs_address
+from rayrlhf.runs.stages import stages_to
 from rayrlhf.runs.storage import is_uri, join
 from rayrlhf.trajectory import Sampling, Trajectory
 
@@ -95,7 +96,7 @@ class Session:
         """Where a stage's checkpoints go: marked by everything that decides its result, so that a run whose settings
         changed starts the stage anew in place of continuing from weights of other settings."""
         settings = dump_config(self.config)
-        relevant = {key: settings[key] for key in ("seed", "model", "data", *STAGES[: STAGES.index(stage) + 1])}
+        relevant = {key: settings[key] for key in ("seed", "model", "data", *stages_to(stage))}
         for key in ("checkpoint_every", "keep_checkpoints"):
             relevant.get("ppo", {}).pop(key, None)
         digest = hashlib.blake2b(json.dumps(relevant, sort_keys=True).encode(), digest_size=4).hexdigest()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib
 import logging
 import sys
 import time
@@ -23,33 +24,39 @@ from rayrlhf.config import Config
 from rayrlhf.config_file import load_config
 from rayrlhf.errors import UserError
 from rayrlhf.reports.progress import duration
-from rayrlhf.runs.folder import STAGES
 from rayrlhf.runs.metrics import MetricsWriter
+from rayrlhf.runs.stages import STAGES
 
-Stage = Callable[[Session], None]
+StageFunction = Callable[[Session], None]
 # A log has no width of its own, and tables need one.
 console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120)
 
 
 def stage(
-    name: str, needs: Sequence[str] = (), again: Callable[[Session], bool] = lambda session: False
-) -> Callable[[Stage], Stage]:
-    """Make a stage of a function: it runs only if its output is missing and the outputs of `needs` are there.
+    name: str, again: Callable[[Session], bool] = lambda session: False
+) -> Callable[[StageFunction], StageFunction]:
+    """Make a stage of a function: it runs only if its output is missing and the outputs that it needs are there.
 
-    `again` says of a session that it asks for something else than the run's own output, so that "done" does not count.
+    Args:
+        name: a key of `STAGES`, which also says what the stage needs.
+        again: says of a session that it asks for something else than the run's own output, so that "done" does not
+            count.
     """
 
-    def decorate(function: Stage) -> Stage:
+    def decorate(function: StageFunction) -> StageFunction:
         @functools.wraps(function)
         def run_stage(session: Session) -> None:
             run = session.run
             if run.done(name) and not again(session):
                 console.print(f"{name}: already done, see {run.address_of(run.output(name))}")
                 return
-            for earlier in needs:
-                if not run.done(earlier):
-                    needed = run.address_of(run.output(earlier))
-                    raise UserError(f"stage {name!r} needs {needed}, which stage {earlier!r} writes; run that first")
+            for earlier in (STAGES[needed] for needed in STAGES[name].needs):
+                if earlier.part_of(session.config) and not run.done(earlier.name):
+                    needed = run.address_of(run.output(earlier.name))
+                    instead = f", or set {earlier.left_out_with}" if earlier.left_out_with else ""
+                    raise UserError(
+                        f"stage {name!r} needs {needed}, which stage {earlier.name!r} writes; run that first{instead}"
+                    )
             if session.start():
                 console.print(session.overview())
                 if session.placement:
@@ -60,7 +67,7 @@ def stage(
                 function(session)
             seconds = time.monotonic() - started
             with MetricsWriter(run.address) as metrics:
-                metrics.write("run", STAGES.index(name), {f"time/{name}": seconds})
+                metrics.write("run", list(STAGES).index(name), {f"time/{name}": seconds})
             console.print(f"{name}: done in {duration(seconds)}, see {run.address_of(run.output(name))}")
 
         return run_stage
@@ -68,7 +75,13 @@ def stage(
     return decorate
 
 
-def run(config: Config, stages: Sequence[Stage], local: bool) -> None:
+def stage_function(name: str) -> StageFunction:
+    """The function that runs the stage of that name: it is called so, too, in a module of that name."""
+    function: StageFunction = getattr(importlib.import_module(f"jobs.{name}"), name)
+    return function
+
+
+def run(config: Config, stages: Sequence[StageFunction], local: bool) -> None:
     """Run stages one after the other with one Ray connection."""
     with opened(config, local) as session:
         for each in stages:
@@ -108,7 +121,7 @@ def guarded(action: Callable[[], None]) -> int:
     return 0
 
 
-def main(function: Stage) -> None:
+def main(function: StageFunction) -> None:
     """The command line of `python -m jobs.STAGE`."""
     parser = argparse.ArgumentParser(description=function.__doc__)
     parser.add_argument("--config", required=True, help="the run's YAML file")

@@ -18,12 +18,10 @@ from actors.pools.remote import ActorFailure
 from rayrlhf.config_file import load_config
 from rayrlhf.errors import UserError
 from rayrlhf.runs.folder import resolve_runs_dir, runs_address
+from rayrlhf.runs.stages import STAGES
 from rayrlhf.sweeps.plan import load_sweep
 
-MODULES = {
-    "run": "pipeline", "sft": "sft", "collect": "collect", "reward-model": "reward_model", "ppo": "ppo",
-    "evaluate": "evaluate", "sweep": "sweep",
-}  # fmt: skip
+MODULES = {"run": "pipeline", **{stage.command: stage.name for stage in STAGES.values()}, "sweep": "sweep"}
 """What can be submitted: the sub-command, and the module of `jobs` that does it."""
 GRACE_S = 60
 """How long a stopped job may take until it is killed: PPO ends its step with a checkpoint."""

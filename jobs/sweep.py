@@ -27,12 +27,8 @@ from ray.tune.search.variant_generator import generate_variants
 
 from actors.pools.remote import ANSI, ActorFailure
 from jobs.cluster import connected, inside_job, preflight
-from jobs.collect import collect
 from jobs.pipeline import pipeline
-from jobs.ppo import ppo
-from jobs.reward_model import reward_model
-from jobs.sft import sft
-from jobs.stage import Stage, console, guarded, run
+from jobs.stage import console, guarded, run, stage_function
 from rayrlhf.config import Config
 from rayrlhf.reports.progress import duration
 from rayrlhf.reports.tables import interval_text
@@ -40,7 +36,6 @@ from rayrlhf.runs.folder import RunFolder, open_or_create, resolve_runs_dir
 from rayrlhf.sweeps.plan import BASE, Space, Sweep, Trial, Value, load_sweep, share
 from rayrlhf.sweeps.results import Result, ranked, read_result, results_table, write_results
 
-STAGE_FUNCTIONS: dict[str, Stage] = {"sft": sft, "collect": collect, "reward_model": reward_model, "ppo": ppo}
 TUNE_ENVIRONMENT = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is a KeyboardInterrupt here as elsewhere
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # a trial's record is its run folder
@@ -74,7 +69,7 @@ def sweep(plan: Sweep) -> None:
                 f"shared: {', '.join(plan.shared) or 'nothing'}; results in {folder}"
             )
             if base_run is not None:
-                run(base, [STAGE_FUNCTIONS[stage] for stage in plan.shared], local=False)
+                run(base, [stage_function(stage) for stage in plan.shared], local=False)
                 for trial in left:
                     share(base_run, runs[trial.name], plan.shared)
             with connected(base):

@@ -114,7 +114,7 @@ def ppo_loop(arguments: dict[str, Any]) -> None:
             "throughput/tokens_per_s": sum(t.length for t in batch.trajectories) / (ended - started),
         }
         if log:
-            log.write("ppo", step, metrics)
+            log.write("ppo", step + 1, metrics)
         stopping = generators.stop_requested()
         if (stopping or (step + 1) % config.ppo.checkpoint_every == 0) and step + 1 < config.ppo.steps:
             trained = (trained_state(policy), trained_state(value_model)) if config.model.lora else None

@@ -24,8 +24,9 @@ from rayrlhf.files import replacing
 from rayrlhf.reports.curves import compare_figure
 from rayrlhf.reports.evaluation import AT_EQUAL_LENGTH, MEASURES, WIN_RATES
 from rayrlhf.reports.intervals import Array, Interval, over_runs, p_text, pooled
-from rayrlhf.runs.folder import STAGES, RunFolder
+from rayrlhf.runs.folder import RunFolder
 from rayrlhf.runs.metrics import read_metrics
+from rayrlhf.runs.stages import STAGES
 
 SOURCES = {"title": "title", "reference": "reference", "sft": "SFT", "policy": "policy"}
 ROWS = (*MEASURES, "win_rate_vs_reference", *WIN_RATES, "kl")

@@ -17,8 +17,9 @@ from rayrlhf.config_file import load_config, parse_config
 from rayrlhf.errors import UserError
 from rayrlhf.reports.alarms import alarms
 from rayrlhf.reports.progress import has_step_line
-from rayrlhf.runs.folder import STAGES, RunFolder
+from rayrlhf.runs.folder import RunFolder
 from rayrlhf.runs.metrics import read_metrics
+from rayrlhf.runs.stages import STAGES, stages_of
 from rayrlhf.runs.storage import as_user_error, is_uri
 
 _RECENT = 10
@@ -90,7 +91,7 @@ def _read(run: RunFolder, max_warnings: int) -> Overview:
     config, lines = _config(run), read_metrics(run.address)
     of = {name: [line for line in lines if line["stage"] == name] for name in STAGES}
     took = {key: line[key] for line in lines if line["stage"] == "run" for key in line if key.startswith("time/")}
-    own = [name for name in STAGES if name != "collect" or config.data.comparisons is None]
+    own = [stage.name for stage in stages_of(config)]
     stages = tuple(_stage(name, run.done(name), of[name], config, took.get(f"time/{name}")) for name in own)
     return Overview(
         run,
@@ -129,24 +130,14 @@ def run_folders(runs_dir: str | Path) -> list[Path]:
 def _stage(
     name: str, done: bool, lines: Sequence[Mapping[str, Any]], config: Config, took_s: float | None
 ) -> StageOverview:
-    prefix = name
-    logged = next((line[f"{prefix}/steps"] for line in lines if f"{prefix}/steps" in line), None)
+    logged = next((line[f"{name}/steps"] for line in lines if f"{name}/steps" in line), None)
     steps = config.ppo.steps if name == "ppo" else logged if logged is None else int(logged)
-    step = _finished_steps(name, lines[-1]) if lines else 0
+    step = int(lines[-1]["step"]) if lines else 0
     times = [line["time"] for line in lines[-_RECENT - 1 :]]
     gaps = [after - before for before, after in itertools.pairwise(times)]
     last = next((line for line in reversed(lines) if has_step_line(name, line)), None)
     return StageOverview(name, done, step, steps, last, statistics.median(gaps) if gaps else None, took_s)
 
 
-def _finished_steps(stage: str, line: Mapping[str, Any]) -> int:
-    """PPO's lines are numbered by the step they describe, from 0; the others by the steps finished."""
-    return int(line["step"]) + (stage == "ppo")
-
-
 def _warnings(stage: str, lines: Sequence[Mapping[str, Any]], config: Config) -> list[str]:
-    return [
-        f"{stage} step {_finished_steps(stage, line)}: {text}"
-        for line in lines
-        for text in alarms(line, config, lines[0])
-    ]
+    return [f"{stage} step {line['step']}: {text}" for line in lines for text in alarms(line, config, lines[0])]

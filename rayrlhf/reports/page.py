@@ -21,8 +21,9 @@ from rayrlhf.reports.curves import over_kl_figure, style
 from rayrlhf.reports.evaluation import MEASURES, WIN_RATES
 from rayrlhf.reports.intervals import p_text
 from rayrlhf.reports.reward_accuracy import SCORERS
-from rayrlhf.runs.folder import STAGES, RunFolder
+from rayrlhf.runs.folder import RunFolder
 from rayrlhf.runs.metrics import read_metrics
+from rayrlhf.runs.stages import STAGES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -78,7 +79,6 @@ PANELS: dict[str, list[Panel]] = {
 }
 """What is drawn for each stage, where it was measured."""
 
-_HEADINGS = {"sft": "Supervised fine-tuning", "reward_model": "Reward model", "ppo": "PPO"}
 _SOURCES = {"policy": "policy (PPO)", "sft": "SFT", "title": "post's title", "reference": "reference"}
 _DIFFERENCES = {
     "policy_minus_sft": "policy − SFT, paired",
@@ -130,12 +130,13 @@ def write_report(run: RunFolder) -> Path:
     ppo = [line for line in metrics if line["stage"] == "ppo"]
     if ppo and run.config.exists():
         parts.append(_warnings(ppo, load_config(run.config)))
-    for stage in ("ppo", "reward_model", "sft"):
+    for stage in reversed([stage.name for stage in STAGES.values() if stage.trains]):
         lines = [line for line in metrics if line["stage"] == stage]
         figure = stage_figure(stage, lines)
         if figure is not None:
-            words = f"{_HEADINGS[stage]}: curves over {len(lines)} steps"
-            parts.append(f'<h2>{_HEADINGS[stage]}</h2><img alt="{words}" src="{_inline(figure)}">')
+            title = STAGES[stage].title
+            words = f"{title}: curves over {len(lines)} steps"
+            parts.append(f'<h2>{title}</h2><img alt="{words}" src="{_inline(figure)}">')
         over_kl = over_kl_figure(lines) if stage == "ppo" else None
         if over_kl is not None:
             parts.append(f'<img alt="gains of proxy and gold against KL" src="{_inline(over_kl)}">')
@@ -257,7 +258,7 @@ def _warnings(lines: Sequence[Mapping[str, Any]], config: Config) -> str:
     found = [(line["step"], warning) for line in lines for warning in alarms(line, config, lines[0])]
     if not found:
         return "<h2>Warnings</h2><p class='sub'>none of the PPO steps passed a limit of the config's alarms</p>"
-    shown = "".join(f"<li>step {step + 1}: {escape(warning)}</li>" for step, warning in found[:MAX_WARNINGS])
+    shown = "".join(f"<li>step {step}: {escape(warning)}</li>" for step, warning in found[:MAX_WARNINGS])
     more = f"<p class='sub'>and {len(found) - MAX_WARNINGS} more</p>" if len(found) > MAX_WARNINGS else ""
     return f"<h2>Warnings</h2><ul>{shown}</ul>{more}"
 

@@ -26,21 +26,11 @@ from rayrlhf.config_file import dump_config, parse_config
 from rayrlhf.errors import UserError
 from rayrlhf.files import replacing
 from rayrlhf.runs.lease import lease_holder, leased
+from rayrlhf.runs.stages import STAGES, stages_from
 from rayrlhf.runs.storage import Store, is_uri, join, refuse_secrets
 
 log = logging.getLogger(__name__)
 
-OUTPUTS = {
-    "sft": "sft",
-    "collect": "comparisons.parquet",
-    "reward_model": "reward_model",
-    "ppo": "policy",
-    "evaluate": "evaluation.json",
-}
-"""Stages in the order in which each builds on those before it, and the output that makes each done."""
-
-STAGES = tuple(OUTPUTS)
-_DIRECTORIES = {"sft", "reward_model", "ppo"}
 _FREE_KEYS = {"name", "runs_dir", "alarms", "resources"}
 """Top-level keys that do not change results."""
 
@@ -76,8 +66,8 @@ class RunFolder:
         return self.path.name
 
     def output(self, stage: str) -> Path:
-        """Where `stage` (one of `STAGES`) publishes its result."""
-        return self.path / OUTPUTS[stage]
+        """Where the stage of that name publishes its result."""
+        return self.path / STAGES[stage].output
 
     def done(self, stage: str) -> bool:
         """Whether the output of `stage` exists."""
@@ -106,10 +96,10 @@ class RunFolder:
     def writing(self, stage: str) -> Iterator[Path]:
         """A temporary beside the stage's output that takes its place when the block ends well.
 
-        For `sft`, `reward_model` and `ppo` it is an empty directory; for `collect` and `evaluate` the path of a file
-        that the block creates. If the block raises, the temporary is removed and an earlier output stays.
+        It is an empty directory, or, where the stage's output is a file, a path at which the block creates that file.
+        If the block raises, the temporary is removed and an earlier output stays.
         """
-        with replacing(self.output(stage), directory=stage in _DIRECTORIES) as temporary:
+        with replacing(self.output(stage), directory=STAGES[stage].output_is_directory) as temporary:
             yield temporary
         self.upload(self.output(stage))
 
@@ -203,12 +193,6 @@ def open_or_create(config: Config, runs_dir: str | Path, redo: Collection[str] =
             temporary.write_text(text, encoding="utf-8")
         run.upload(run.config)
     return run
-
-
-def stages_from(key: str) -> tuple[str, ...]:
-    """The stages that the value of a dotted config key goes into: its own and those after it, or all."""
-    section = key.split(".")[0]
-    return STAGES[STAGES.index(section) if section in STAGES else 0 :]
 
 
 def runs_address(runs_dir: str, inside_job: bool) -> str:

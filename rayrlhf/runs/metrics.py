@@ -1,8 +1,8 @@
 """Scalars of a run: one JSON object a line in metrics.jsonl, and the same numbers for TensorBoard.
 
-A line is `{"stage", "step", "time", ...}`: the step within the stage, Unix time in seconds, then values under
-slash-separated names. Beside numbers there can be text, under `"sample"` and `"note"`. A value that is not finite is
-written as null and named in `"non_finite"`, since JSON has neither NaN nor infinity.
+A line is `{"stage", "step", "time", ...}`: how many steps of the stage are finished, Unix time in seconds, then values
+under slash-separated names. Beside numbers there can be text, under `"sample"` and `"note"`. A value that is not finite
+is written as null and named in `"non_finite"`, since JSON has neither NaN nor infinity.
 
 A stage that restarts at step k writes k, k + 1, ... again; `read_metrics` drops what the earlier attempt wrote from
 step k on. Several lines of one step add up; a name written twice has its last value.

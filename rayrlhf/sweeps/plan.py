@@ -25,7 +25,8 @@ from rayrlhf.config_file import dump_config, parse_config, parse_override, parse
 from rayrlhf.errors import UserError
 from rayrlhf.files import replacing
 from rayrlhf.reports.evaluation import MEASURES
-from rayrlhf.runs.folder import STAGES, RunFolder, stages_from
+from rayrlhf.runs.folder import RunFolder
+from rayrlhf.runs.stages import stages_from, stages_of
 
 Scalar = str | int | float | bool | None
 Value = Scalar | list[Scalar]
@@ -118,8 +119,7 @@ class Sweep:
     def shared(self) -> tuple[str, ...]:
         """The stages that no swept key goes into, in order: they run once."""
         touched = {stage for key in self.search for stage in stages_from(key)}
-        made = [stage for stage in STAGES if stage != "collect" or self.base.data.comparisons is None]
-        return tuple(stage for stage in made if stage not in touched)
+        return tuple(stage.name for stage in stages_of(self.base) if stage.name not in touched)
 
     def trials(self, points: Iterable[Mapping[str, Value]], folder: Path) -> list[Trial]:
         """The trials at `points` (dotted key to value) as runs in `folder`, each once.

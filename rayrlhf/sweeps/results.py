@@ -15,8 +15,9 @@ from rich.table import Table
 from rayrlhf.files import replacing
 from rayrlhf.reports.progress import duration
 from rayrlhf.reports.tables import interval_text
-from rayrlhf.runs.folder import STAGES, RunFolder
+from rayrlhf.runs.folder import RunFolder
 from rayrlhf.runs.metrics import read_metrics
+from rayrlhf.runs.stages import STAGES
 from rayrlhf.sweeps.plan import Sweep, Trial, short_names
 
 COLUMNS = ("policy_minus_sft.gold", "policy.reward", "policy.kl", "policy.length")

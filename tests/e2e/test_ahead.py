@@ -18,7 +18,7 @@ def test_ppo_with_generation_ahead_of_the_learner(finished: Any, before_ppo: Pat
     assert outcome.code == 0, outcome.err
     assert "ppo 4/4 " in outcome.out and "ppo: done in" in outcome.out and "evaluate: done in" in outcome.out
     lines = read_metrics(before_ppo, "ppo")
-    assert [line["step"] for line in lines] == [0, 1, 2, 3]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert [line["rollout/staleness/max"] for line in lines[1:]] == [1.0] * 3
     assert lines[0]["rollout/staleness/max"] == 0.0 and abs(lines[0]["ppo/kl"]) < 1e-3
     for line in lines:

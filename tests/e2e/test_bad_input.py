@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from jobs.pipeline import pipeline
 from jobs.ppo import ppo
 from jobs.reward_model import reward_model
-from jobs.stage import Stage, guarded, run
+from jobs.stage import StageFunction, guarded, run
 from rayrlhf.config_file import load_config
 from rayrlhf.models.loading import load_reward_model, load_tokenizer, resolve_model, save_model
 
@@ -30,7 +30,7 @@ def mistake(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Mistake:
     """Runs stages of the quick start with overrides; returns the one line on standard error, the rest is checked."""
 
     def make(
-        *overrides: str, stages: Sequence[Stage] = (pipeline,), local: bool = True, done: Sequence[str] = ()
+        *overrides: str, stages: Sequence[StageFunction] = (pipeline,), local: bool = True, done: Sequence[str] = ()
     ) -> str:
         settings = ["name=bad", f"runs_dir={tmp_path / 'runs'}", *overrides]
         code = guarded(lambda: run(load_config(QUICKSTART, settings), stages, local))

@@ -51,16 +51,16 @@ def test_an_interrupted_run_continues_from_its_checkpoint(
     assert second.code == 0, second.err
     assert (before_ppo / "policy" / "model.safetensors").is_file()
     lines = ppo_lines(before_ppo)
-    assert 0 < lines[written]["step"] <= written
+    assert 1 < lines[written]["step"] <= written + 1
     # The interrupt may have come between a step's line and its checkpoint: that step is done again, under its version.
     valid = read_metrics(before_ppo, "ppo")
-    assert [line["step"] for line in valid] == list(range(STEPS))
+    assert [line["step"] for line in valid] == list(range(1, STEPS + 1))
     versions = {line["step"]: line["ppo/weight_version"] for line in valid}
-    assert all(versions[step] < versions[step + 1] for step in range(STEPS - 1)), versions
+    assert all(versions[step] < versions[step + 1] for step in range(1, STEPS)), versions
     assert all(line["ppo/weight_version"] == versions[line["step"]] for line in lines), lines
     # The weights that the continued run publishes are those that it learns with.
     assert all(line["ppo/logprob_gap/mean"] < 1e-3 for line in lines)
     # It is the step that was asked for, not the first one again: the policy has moved away from the reference.
     assert lines[written]["ppo/kl_k3"] > 10 * abs(lines[0]["ppo/kl_k3"])
-    assert f"ppo {lines[written]['step'] + 1}/{STEPS} " in second.out
-    assert f"ppo {lines[written]['step']}/{STEPS} " not in second.out
+    assert f"ppo {lines[written]['step']}/{STEPS} " in second.out
+    assert f"ppo {lines[written]['step'] - 1}/{STEPS} " not in second.out

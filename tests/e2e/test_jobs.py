@@ -106,4 +106,4 @@ def test_a_stopped_job_leaves_a_checkpoint_and_goes_on(
     assert second.code == 0, second.out[-2000:] + second.err
     printed = [int(number) for number in re.findall(rf"^ppo +(\d+)/{steps} ", second.out, re.MULTILINE)]
     assert printed == list(range(done + 1, steps + 1)), "from the checkpoint on"
-    assert [line["step"] for line in read_metrics(before_ppo, "ppo")] == list(range(steps))
+    assert [line["step"] for line in read_metrics(before_ppo, "ppo")] == list(range(1, steps + 1))

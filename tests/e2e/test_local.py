@@ -25,7 +25,7 @@ def test_ppo_in_one_process(finished: Any, before_ppo: Path, start: Any) -> None
     assert not any(command.ray_directory.iterdir()), "Ray was started"
     assert "ppo: done in" in outcome.out
     lines = read_metrics(before_ppo, "ppo")
-    assert [line["step"] for line in lines] == [0, 1]
+    assert [line["step"] for line in lines] == [1, 2]
     assert abs(lines[0]["ppo/kl"]) < 1e-3
     assert all(line["ppo/logprob_gap/mean"] < 1e-3 for line in lines)
     assert (before_ppo / "policy" / "model.safetensors").is_file()

@@ -70,7 +70,7 @@ def test_metrics_are_complete_and_say_that_ppo_starts_on_policy(metrics: list[di
     assert all(line["time"] > 1.7e9 and not line.get("non_finite") for line in metrics)
     assert all(a["time"] <= b["time"] for a, b in itertools.pairwise(metrics))
     ppo = [line for line in metrics if line["stage"] == "ppo"]
-    assert [line["step"] for line in ppo] == [0, 1, 2]
+    assert [line["step"] for line in ppo] == [1, 2, 3]
     versions = [line["ppo/weight_version"] for line in ppo]
     assert all(a < b for a, b in itertools.pairwise(versions))
     assert abs(ppo[0]["ppo/kl"]) < 1e-3

@@ -43,7 +43,7 @@ def test_a_run_is_scaled_up_and_down(finished: Any, before_ppo: Path, start: Any
     outcome = command.wait(400)
     assert outcome.code == 0, outcome.err
     steps = read_metrics(before_ppo, "ppo")
-    assert [line["step"] for line in steps] == list(range(STEPS))
+    assert [line["step"] for line in steps] == list(range(1, STEPS + 1))
     assert {line["rollout/generators"] for line in steps} == {1.0, 2.0}
     # Newcomers sample from the learner's weights, and from no other.
     assert all(line["ppo/logprob_gap/mean"] < 1e-3 for line in steps)

@@ -75,7 +75,7 @@ def test_a_run_in_a_bucket(finished: Any, start: Any, tmp_path: Path, monkeypatc
     run = tmp_path / "run"
     assert files(run) == files(finished.path)
     # Runs repeat to the digit, and where their files are makes no difference to them.
-    assert [line["step"] for line in read_metrics(run, "ppo")] == list(range(STEPS))
+    assert [line["step"] for line in read_metrics(run, "ppo")] == list(range(1, STEPS + 1))
     for stage, metric in (("sft", "sft/loss"), ("reward_model", "reward_model/loss"), ("ppo", "ppo/reward/mean")):
         here, there = (
             [line[metric] for line in read_metrics(path, stage) if metric in line][: 1 if stage == "ppo" else None]

@@ -162,7 +162,7 @@ def weights(directory: Path) -> torch.Tensor:
 def test_the_generator_follows_the_learner(undisturbed: tuple[Path, list[dict[str, Any]], list[Batch]]) -> None:
     """The learning rate is so high that samples of stale weights would be off by whole hundredths of a nat."""
     _, metrics, batches = undisturbed
-    assert [line["step"] for line in metrics] == list(range(STEPS))
+    assert [line["step"] for line in metrics] == list(range(1, STEPS + 1))
     assert abs(metrics[0]["ppo/kl"]) < 1e-3
     assert all(line["memory/learner_peak_mib"] > 100 for line in metrics)
     for line, batch in zip(metrics, batches, strict=True):

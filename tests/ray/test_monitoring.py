@@ -184,7 +184,7 @@ def scraped(coordinator: Remote, other_loops: Remote, config: Config) -> dict[st
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         found = scrape()
-        if {"ray_rayrlhf_ppo_kl", "ray_rayrlhf_rm_reward_bias", "ray_rayrlhf_groups"} <= found.keys():
+        if {"ray_rayrlhf_ppo_kl", "ray_rayrlhf_reward_model_reward_bias", "ray_rayrlhf_groups"} <= found.keys():
             return found
         time.sleep(0.2)
     pytest.fail(f"not there within 30 s: {sorted(name for name in found if 'rayrlhf' in name)}")
@@ -199,14 +199,14 @@ def value(scraped: Mapping[str, list[tuple[Labels, float]]], name: str, **labels
 def test_gauges_are_what_the_loop_wrote_last(scraped: Mapping[str, list[tuple[Labels, float]]], config: Config) -> None:
     run_dir = Path(config.runs_dir) / config.name
     last = read_metrics(run_dir, "ppo")[-1]
-    assert last["step"] == 1
+    assert last["step"] == 2
     for name in ("ppo/kl", "ppo/reward/mean", "ppo/gold/mean", "time/sync", "throughput/tokens_per_s"):
         ours = value(scraped, name.replace("/", "_"), run="watched", stage="ppo")
         assert ours == pytest.approx(last[name], rel=1e-6), name
     for actor in ("learner", "generator-0", "scorer-0"):
         assert value(scraped, "idle", run="watched", stage="ppo", actor=actor) == pytest.approx(last[f"idle/{actor}"])
     assert value(scraped, "step", run="watched", stage="sft") == 3 == read_metrics(run_dir, "sft")[-1]["step"]
-    assert value(scraped, "rm_reward_bias", run="watched") == pytest.approx(
+    assert value(scraped, "reward_model_reward_bias", run="watched") == pytest.approx(
         read_metrics(run_dir, "reward_model")[-1]["reward_model/reward_bias"]
     )
     assert time.time() - 120 < value(scraped, "step_time_seconds", run="watched", stage="ppo") < time.time()

@@ -84,6 +84,8 @@ def test_a_stage_runs_once_and_says_where_its_output_is(config: Config, capsys: 
 
 def test_a_stage_may_run_again_for_something_else(config: Config) -> None:
     ran = []
+    for earlier in ("sft", "reward_model", "policy"):
+        Path(config.runs_dir, "one", earlier).mkdir(parents=True)
 
     @stage("evaluate", again=lambda session: session.config.evaluate.prompts is not None)
     def evaluate(session: Session) -> None:
@@ -98,7 +100,7 @@ def test_a_stage_may_run_again_for_something_else(config: Config) -> None:
 
 
 def test_a_stage_waits_for_those_before_it(config: Config) -> None:
-    @stage("ppo", needs=("sft", "reward_model"))
+    @stage("ppo")
     def ppo(session: Session) -> None:
         pytest.fail("must not run")
 
@@ -107,6 +109,17 @@ def test_a_stage_waits_for_those_before_it(config: Config) -> None:
     (Path(config.runs_dir) / "one" / "sft").mkdir()
     with pytest.raises(UserError, match=r"needs .*/one/reward_model, which stage 'reward_model' writes"):
         run(config, [ppo], local=True)
+
+
+def test_what_may_be_given_instead_of_a_stage_is_named(config: Config) -> None:
+    @stage("reward_model")
+    def reward_model(session: Session) -> None:
+        pytest.fail("must not run")
+
+    (Path(config.runs_dir) / "one" / "sft").mkdir(parents=True)
+    said = r"needs .*/comparisons.parquet, which stage 'collect' writes; run that first, or set data.comparisons"
+    with pytest.raises(UserError, match=said):
+        run(config, [reward_model], local=True)
 
 
 def test_the_folder_is_free_again_after_a_failed_stage(config: Config) -> None:

@@ -37,7 +37,7 @@ def make_run(directory: str | Path, name: str = "one", **sections: object) -> Ru
     ends = [NOW - 7 - after for after in (560, 540, 520, 20, 0)]
     sft = [line("sft", 0, 9000, {"sft/steps": 4, "sft/dev_loss": 3.0}), line("sft", 4, 9060, {"sft/loss": 2.5})]
     run_lines = [line("run", 0, 9070, {"time/sft": 65.0})]
-    ppo = [line("ppo", i, t, {"ppo/reward/mean": i / 10, "ppo/kl": 10.0 * i}) for i, t in enumerate(ends)]
+    ppo = [line("ppo", i + 1, t, {"ppo/reward/mean": i / 10, "ppo/kl": 10.0 * i}) for i, t in enumerate(ends)]
     ppo[4] |= {"throughput/tokens_per_s": 1234.5, "idle/generator-0": 0.25}
     run.metrics.write_text("".join(json.dumps(each) + "\n" for each in (*sft, *run_lines, *ppo)))
     run.upload(run.metrics)

@@ -167,7 +167,7 @@ def test_warnings_of_the_steps_are_listed(tmp_path: Path) -> None:
     run = open_or_create(parse_config({"name": "demo", "alarms": {"max_kl": 3.0}}, "test"), tmp_path)
     with MetricsWriter(run.path) as writer:
         for step in range(40):
-            writer.write("ppo", step, {"ppo/kl": step / 10})
+            writer.write("ppo", step + 1, {"ppo/kl": step / 10})
     text = Page(write_report(run).read_text(encoding="utf-8")).text
     assert "step 32: the policy is 3.1 nats a response" in text and "step 31:" not in text
     assert text.count("nats a response from the reference") == 9

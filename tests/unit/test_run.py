@@ -15,7 +15,8 @@ from rayrlhf.config import Config, PPOConfig, SFTConfig
 from rayrlhf.config_file import dump_config, parse_config
 from rayrlhf.errors import UserError
 from rayrlhf.files import replacing
-from rayrlhf.runs.folder import STAGES, RunFolder, open_or_create, resolve_runs_dir
+from rayrlhf.runs.folder import RunFolder, open_or_create, resolve_runs_dir
+from rayrlhf.runs.stages import STAGES
 
 
 def config(**changes: object) -> Config:

@@ -19,9 +19,10 @@ from rayrlhf.config import Config
 from rayrlhf.config_file import parse_config
 from rayrlhf.errors import UserError
 from rayrlhf.runs import lease
-from rayrlhf.runs.folder import STAGES, RunFolder, open_or_create, runs_address
+from rayrlhf.runs.folder import RunFolder, open_or_create, runs_address
 from rayrlhf.runs.lease import leased
 from rayrlhf.runs.metrics import MetricsWriter, read_lines, read_metrics
+from rayrlhf.runs.stages import STAGES
 from rayrlhf.runs.storage import Store, join, local_copy, local_path, sync_mirrors
 from tests.s3 import KEYS, S3, serving
 
@@ -232,7 +233,7 @@ def test_a_run_in_a_store_continues_from_an_empty_cache(
 ) -> None:
     runs = s3.uri("continued")
     run = open_or_create(config(), runs)
-    for stage in STAGES[:2]:
+    for stage in list(STAGES)[:2]:
         with run.writing(stage) as temporary:
             (temporary / "file" if temporary.is_dir() else temporary).write_text(stage)
             assert not run.done(stage)

@@ -1,0 +1,127 @@
+"""The stages of a run, in the order in which each builds on those before it.
+
+This table is the one place that lists them: the run folder, the commands, jobs, sweeps and reports read it. A stage of
+a given name is the function `NAME` in the module `jobs.NAME`, its settings are the config's section `NAME`, and its
+lines in metrics.jsonl have `"stage": NAME` and metrics `NAME/...`. Every stage numbers these lines by its finished
+steps: the line that describes the first step has step 1; a line of step 0 was measured before training.
+
+    >>> STAGES["reward_model"].command
+    'reward-model'
+    >>> [stage.name for stage in STAGES.values() if stage.trains]
+    ['sft', 'reward_model', 'ppo']
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rayrlhf.config import Config
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One row of the table; it imports nothing, so that the command line can read it at once."""
+
+    name: str
+    title: str
+    """A heading for people."""
+    summary: str
+    """One or two sentences: the sub-command's help."""
+    output: str
+    """The file or directory in the run folder that exists exactly if the stage is done."""
+    output_is_directory: bool
+    needs: tuple[str, ...] = ()
+    """The stages whose outputs this one reads."""
+    trains: bool = False
+    """Whether it has steps, and metrics of each."""
+    left_out_with: str | None = None
+    """Dotted config key: a run that sets it does without this stage."""
+
+    @property
+    def command(self) -> str:
+        """The sub-command of `rayrlhf` that runs this stage."""
+        return self.name.replace("_", "-")
+
+    def part_of(self, config: Config) -> bool:
+        """Whether a run with this config has the stage."""
+        value: object = config
+        for key in self.left_out_with.split(".") if self.left_out_with else ():
+            value = getattr(value, key)
+        return self.left_out_with is None or value is None
+
+
+STAGES = {
+    stage.name: stage
+    for stage in (
+        Stage(
+            "sft",
+            "Supervised fine-tuning",
+            "Supervised fine-tuning on demonstrations. Keeps the checkpoint with the best ROUGE on dev posts.",
+            output="sft",
+            output_is_directory=True,
+            trains=True,
+        ),
+        Stage(
+            "collect",
+            "Comparisons",
+            "Sample answers from the SFT model and have a labeller rank them.",
+            output="comparisons.parquet",
+            output_is_directory=False,
+            needs=("sft",),
+            left_out_with="data.comparisons",
+        ),
+        Stage(
+            "reward_model",
+            "Reward model",
+            "Train a reward model on ranked answers, starting from the SFT model.",
+            output="reward_model",
+            output_is_directory=True,
+            needs=("sft", "collect"),
+            trains=True,
+        ),
+        Stage(
+            "ppo",
+            "PPO",
+            "Optimise the SFT policy with PPO against the reward model. Continues from its last checkpoint.",
+            output="policy",
+            output_is_directory=True,
+            needs=("sft", "reward_model"),
+            trains=True,
+        ),
+        Stage(
+            "evaluate",
+            "Evaluation",
+            "Compare SFT model and policy on the test split. Writes evaluation.json, samples.parquet and report.html.",
+            output="evaluation.json",
+            output_is_directory=False,
+            needs=("sft", "reward_model", "ppo"),
+        ),
+    )
+}
+"""Name to stage; iterating over it gives the names in order."""
+
+
+def stages_of(config: Config) -> list[Stage]:
+    """The stages that a run with this config has, in order.
+
+    Without `data.comparisons` these are all; with them nothing is collected.
+    """
+    return [stage for stage in STAGES.values() if stage.part_of(config)]
+
+
+def stages_to(last: str) -> tuple[str, ...]:
+    """The names of all stages up to and including `last`."""
+    names = tuple(STAGES)
+    return names[: names.index(last) + 1]
+
+
+def stages_from(key: str) -> tuple[str, ...]:
+    """The stages that the value of a dotted config key goes into: its own and those after it, or all.
+
+    >>> stages_from("ppo.steps")
+    ('ppo', 'evaluate')
+    """
+    names, section = tuple(STAGES), key.split(".")[0]
+    return names[names.index(section) if section in STAGES else 0 :]
