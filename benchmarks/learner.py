@@ -26,6 +26,7 @@ from benchmarks.harness import Child, Comparison, Fact, Measurement, Result, Sto
 from benchmarks.workload import MODEL, RESPONSE, THREADS, Lengths, draw, lengths_text, write_reward_model
 from rayrlhf.algorithms.ppo import PPO
 from rayrlhf.config import OptimizerConfig, PPOConfig
+from rayrlhf.models.forward import Forward
 from rayrlhf.models.loading import checkpoint_gradients, load_policy, load_reward_model, load_tokenizer
 from rayrlhf.models.ranks import Ranks
 from rayrlhf.trajectory import Trajectory
@@ -60,7 +61,8 @@ class Learner:
         ranks = Ranks(torch.get_num_threads(), gpu=device == "cuda")
         policy, value_model = (load(path, device=device) for load, path in
                                ((load_policy, MODEL), (load_reward_model, reward_model)))  # fmt: skip
-        self.ppo = PPO(policy, value_model, config, ranks, pad_token_id=pad, dtype=dtype, seed=0)
+        forward_of = partial(Forward, pad_token_id=pad, max_tokens=config.micro_batch_tokens, dtype=dtype)
+        self.ppo = PPO(forward_of(policy), forward_of(value_model), config, ranks, seed=0)
         self.device, self.dtype = device, dtype
         self.clock = Stopwatch()
         self.clock.around(self.ppo, "update", "update")
@@ -101,7 +103,9 @@ class Learner:
             checkpointed = time.perf_counter() - started
             checkpointed_mib = self.peak_mib(batches)
         useful = sum(t.length for t in trajectories)
-        computed = sum(kwargs["input_ids"].numel() for model, kwargs in batches if model is self.ppo.policy.base_model)
+        computed = sum(
+            kwargs["input_ids"].numel() for model, kwargs in batches if model is self.ppo.policy.model.base_model
+        )
         flops = count.get_total_flops()
         return {
             "update": useful / seconds["update"],
@@ -113,7 +117,7 @@ class Learner:
 
     def bare(self, batches: Sequence[tuple[nn.Module, dict[str, Any]]]) -> None:
         """Forward and backward of every batch; gradients are left and dropped."""
-        policy, value_model = self.ppo.policy, self.ppo.value_model
+        policy, value_model = self.ppo.policy.model, self.ppo.value_model.model
         positions = self.samples * RESPONSE * 2 // len(batches)  # the head is linear in them: the sum counts
         targets = torch.arange(positions, device=self.device)
         with torch.autocast(self.device, torch.bfloat16, enabled=self.dtype == "bfloat16"):
@@ -144,7 +148,7 @@ class Learner:
 
     @contextlib.contextmanager
     def _checkpointed(self) -> Iterator[None]:
-        models = self.ppo.policy, self.ppo.value_model
+        models = self.ppo.policy.model, self.ppo.value_model.model
         for model in models:
             checkpoint_gradients(model)
         yield

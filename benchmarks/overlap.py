@@ -42,6 +42,7 @@ class Loop:
         from actors.rollouts.coordinator import Coordinator
         from actors.training.ppo import GeneratorLink
         from rayrlhf.algorithms.ppo import PPO
+        from rayrlhf.models.forward import Forward
         from rayrlhf.models.ranks import Ranks
 
         os.environ.update(ENVIRONMENT)
@@ -72,10 +73,11 @@ class Loop:
         sampling = Sampling(config.ppo.temperature, RESPONSE, tokenizer.pad_token_id)
         self.coordinator.call("set_prompts", prompts("equal"), sampling, timeout_s=TIMEOUT_S)
         self.policy = load_policy(MODEL)
+        tokens, pad = config.ppo.micro_batch_tokens, tokenizer.pad_token_id
+        forward_of = partial(Forward, pad_token_id=pad, max_tokens=tokens, dtype="float32")
         self.ppo = PPO(
-            self.policy, load_reward_model(reward_model), config.ppo, self.ranks, pad_token_id=tokenizer.pad_token_id,
-            dtype="float32", seed=0,
-        )  # fmt: skip
+            forward_of(self.policy), forward_of(load_reward_model(reward_model)), config.ppo, self.ranks, seed=0
+        )
         self.link = GeneratorLink(self.coordinator, config, self.ranks, self.policy)
         self.version = 0
         self.run(0)

@@ -60,6 +60,7 @@ class Ours:
         from actors.rollouts.scorer import Scorer
         from rayrlhf.algorithms.optimizer import Optimizer
         from rayrlhf.algorithms.ppo import PPO
+        from rayrlhf.models.forward import Forward
         from rayrlhf.models.ranks import Ranks
 
         tokenizer = load_tokenizer(MODEL)
@@ -80,9 +81,9 @@ class Ours:
         self.coordinator.call("start_scorers", reward_model, MODEL, timeout_s=600)
         ranks = Ranks(THREADS)
         policy, value_model = load_policy(MODEL), load_reward_model(reward_model)
-        self.ppo = PPO(
-            policy, value_model, config.ppo, ranks, pad_token_id=tokenizer.pad_token_id, dtype="float32", seed=0
-        )
+        tokens, pad = config.ppo.micro_batch_tokens, tokenizer.pad_token_id
+        forward_of = partial(Forward, pad_token_id=pad, max_tokens=tokens, dtype="float32")
+        self.ppo = PPO(forward_of(policy), forward_of(value_model), config.ppo, ranks, seed=0)
         self.publisher = Publisher(policy, local=True)
         self._publish()
         self._step(warm_up_prompts(case))

@@ -13,7 +13,8 @@ from rayrlhf.data.prompts import EncodedPrompt
 from rayrlhf.data.records import Demonstration
 from rayrlhf.data.sources import read_demonstrations
 from rayrlhf.data.tokens import encode_prompts
-from rayrlhf.models.loading import load_reward_model, load_tokenizer, resolve_model, save_model
+from rayrlhf.models.loading import load_reward_model, load_tokenizer, resolve_model
+from rayrlhf.models.saving import save_model
 
 MODEL = resolve_model("embedded:opt-tiny")
 THREADS = 2

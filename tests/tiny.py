@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,6 +11,9 @@ from torch import Tensor, nn
 from transformers import OPTConfig, OPTForCausalLM, OPTForSequenceClassification
 
 from rayrlhf.algorithms.ppo import PPO
+from rayrlhf.config import PPOConfig
+from rayrlhf.models.forward import Forward
+from rayrlhf.models.ranks import Ranks
 from rayrlhf.trajectory import Trajectory
 
 EOS, PAD, VOCABULARY, TEMPERATURE = 2, 1, 50, 0.7
@@ -63,6 +67,16 @@ def random_trajectories(lengths: Sequence[tuple[int, int]], seed: int = 0) -> li
             )
         )
     return made
+
+
+def forward_of(model: Any, max_tokens: int = 4096) -> Forward:
+    return Forward(model, pad_token_id=PAD, max_tokens=max_tokens, dtype="float32")
+
+
+def ppo_of(policy: Any, value_model: Any, config: PPOConfig, ranks: Ranks | None = None, seed: int = 0) -> PPO:
+    """PPO on these models in float32, with micro-batches as the config says."""
+    forwards = [forward_of(model, config.micro_batch_tokens) for model in (policy, value_model)]
+    return PPO(forwards[0], forwards[1], config, ranks or Ranks(1), seed=seed)
 
 
 def with_sgd(ppo: PPO, lr: float = 1.0) -> PPO:

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from actors.pools.remote import SerializedCalls, this_node
 from rayrlhf.config import ScorerConfig
-from rayrlhf.models.attention import packs
-from rayrlhf.models.batching import Row, token_batches
-from rayrlhf.models.loading import autocast, load_policy, load_reward_model
-from rayrlhf.models.logprobs import token_logprobs
+from rayrlhf.models.batching import Row
+from rayrlhf.models.forward import Forward
+from rayrlhf.models.loading import load_policy, load_reward_model
 from rayrlhf.rewards.functions import RewardModelFunction
 from rayrlhf.rewards.gold import GoldMeasure
 from rayrlhf.runs.storage import local_copy
@@ -35,16 +35,16 @@ class Scorer(SerializedCalls):
         dtype: str,
     ) -> None:
         """Both models are directories by path or URI."""
-        self.name, self.settings, self.pad_token_id, self.dtype = name, settings, pad_token_id, dtype
+        self.name, self.settings = name, settings
         self.device = torch.device("cuda" if settings.gpus else "cpu")
         self.limit_threads()
-        self.reward = RewardModelFunction(
-            load_reward_model(local_copy(reward_model), device=self.device).requires_grad_(False),
-            pad_token_id=pad_token_id,
-            micro_batch_tokens=settings.micro_batch_tokens,
-            dtype=dtype,
-        )
-        self.reference = load_policy(local_copy(reference), device=self.device).requires_grad_(False)
+
+        def forward(model: PreTrainedModel) -> Forward:
+            tokens = settings.micro_batch_tokens
+            return Forward(model.requires_grad_(False), pad_token_id=pad_token_id, max_tokens=tokens, dtype=dtype)
+
+        self.reward = RewardModelFunction(forward(load_reward_model(local_copy(reward_model), device=self.device)))
+        self.reference = forward(load_policy(local_copy(reference), device=self.device))
         self.gold = gold
 
     def __repr__(self) -> str:
@@ -66,13 +66,8 @@ class Scorer(SerializedCalls):
             trajectory.rewards = {name: values[i] for name, values in rewards.items()}
             trajectory.gold = self.gold(trajectory) if self.gold else None
         rows = [Row.completion(t.prompt_ids, t.response_ids) for t in trajectories]
-        for indices, batch in token_batches(
-            rows, self.settings.micro_batch_tokens, self.pad_token_id, self.device, packed=packs(self.reference)
-        ):
-            with torch.no_grad(), autocast(self.device, self.dtype):
-                logprobs = token_logprobs(self.reference, batch, temperature)
-            for i, row in zip(indices, logprobs.split(batch.counts), strict=True):
-                trajectories[i].ref_logprobs = row.cpu().numpy()
+        for trajectory, logprobs in zip(trajectories, self.reference.row_logprobs(rows, temperature), strict=True):
+            trajectory.ref_logprobs = logprobs.cpu().numpy()
         return list(trajectories)
 
     def score_serialized(

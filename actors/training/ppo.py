@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,11 @@ from actors.rollouts.publisher import Publisher
 from actors.training.fit import report, restored
 from rayrlhf.algorithms.ppo import PPO
 from rayrlhf.config import Config
-from rayrlhf.models.loading import checkpoint_gradients, load_policy, load_reward_model, load_tokenizer, save_model
+from rayrlhf.models.forward import Forward
+from rayrlhf.models.loading import checkpoint_gradients, load_policy, load_reward_model, load_tokenizer
 from rayrlhf.models.lora import add_adapters, load_trained_state, trained_state
 from rayrlhf.models.ranks import Ranks
+from rayrlhf.models.saving import save_model
 from rayrlhf.runs.folder import RunFolder
 from rayrlhf.runs.storage import local_copy
 from rayrlhf.trajectory import derive_seed
@@ -77,15 +80,10 @@ def ppo_loop(arguments: dict[str, Any]) -> None:
     with restored() as checkpoint:
         state = State.read(checkpoint) if checkpoint else None
         policy, value_model = load_models(args, checkpoint, state, ranks)
-    ppo = PPO(
-        policy,
-        value_model,
-        config.ppo,
-        ranks,
-        pad_token_id=tokenizer.pad_token_id,
-        dtype=config.model.dtype,
-        seed=config.seed,
+    forward_of = partial(
+        Forward, pad_token_id=tokenizer.pad_token_id, max_tokens=config.ppo.micro_batch_tokens, dtype=config.model.dtype
     )
+    ppo = PPO(forward_of(policy), forward_of(value_model), config.ppo, ranks, seed=config.seed)
     if state:
         ppo.load_state_dict(state.ppo)
 
@@ -194,6 +192,6 @@ class GeneratorLink:
 
 
 def write_checkpoint(directory: Path, ppo: PPO, tokenizer: PreTrainedTokenizerBase, state: State) -> None:
-    save_model(ppo.policy, tokenizer, directory / "policy")
-    save_model(ppo.value_model, tokenizer, directory / "value_model")
+    save_model(ppo.policy.model, tokenizer, directory / "policy")
+    save_model(ppo.value_model.model, tokenizer, directory / "value_model")
     torch.save(vars(state), directory / "state.pt")

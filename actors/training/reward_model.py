@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +30,17 @@ from rayrlhf.data.comparisons import RankedAnswers
 from rayrlhf.data.epochs import Epochs
 from rayrlhf.errors import UserError
 from rayrlhf.models.batching import Row
+from rayrlhf.models.forward import Forward
 from rayrlhf.models.loading import (
     checkpoint_gradients,
     context_length,
     load_policy,
     load_reward_model,
     load_tokenizer,
-    save_model,
 )
 from rayrlhf.models.lora import add_adapters, load_trained_state, trained_state
 from rayrlhf.models.ranks import Ranks
+from rayrlhf.models.saving import save_model
 from rayrlhf.reports.reward_accuracy import heldout_pairs, write_accuracy
 from rayrlhf.runs.folder import RunFolder
 from rayrlhf.runs.storage import local_copy
@@ -82,13 +84,17 @@ def reward_model_loop(arguments: dict[str, Any]) -> None:
     tokenizer = load_tokenizer(sft)
     _check(train, [*references, *(row for c in usable for row in rows_of(c))], references, context_length(sft))
     # First, and the SFT model is gone before the reward model and its optimiser take their memory.
-    sft_logprobs = _sft_logprobs(sft, heldout, tokenizer.pad_token_id, config, ranks) if heldout else None
+    forward_of = partial(
+        Forward, pad_token_id=tokenizer.pad_token_id, max_tokens=settings.micro_batch_tokens, dtype=config.model.dtype
+    )
+    sft_logprobs = _sft_logprobs(forward_of(load_policy(sft, device=ranks.device)), heldout, ranks) if heldout else None
     model = load_reward_model(sft, device=ranks.device, fresh_head_seed=config.seed)
     if config.model.lora:
         add_adapters(model, config.model.lora, config.seed)
     if config.resources.learner.gradient_checkpointing:
         checkpoint_gradients(model)
     model.config.reward_bias = 0.0
+    forward = forward_of(model)
 
     epochs = Epochs(len(train), settings.prompts_per_batch, settings.epochs, EVALS_PER_EPOCH, config.seed)
     optimizer = Optimizer(model, settings.optimizer, epochs.steps)
@@ -106,7 +112,7 @@ def reward_model_loop(arguments: dict[str, Any]) -> None:
             writer.write("reward_model", step, metrics)
 
     def measure(comparisons: Sequence[RankedAnswers], scale: float | None = None) -> Measured:
-        return ranked_pass(model, comparisons, tokenizer.pad_token_id, config, ranks, scale)
+        return ranked_pass(forward, comparisons, ranks, scale)
 
     def write(directory: Path) -> None:
         state = {"model": trained_state(model), "optimizer": optimizer.state_dict(), "step": step}
@@ -145,7 +151,7 @@ def reward_model_loop(arguments: dict[str, Any]) -> None:
             metrics = heldout_metrics()
             log(metrics)
             report(ranks, {"step": step} | metrics, write)
-    bias = -float(score_rows(model, references, tokenizer.pad_token_id, config, ranks).mean())
+    bias = -float(score_rows(forward, references, ranks).mean())
     log({"reward_model/reward_bias": bias})
     final = measure(heldout) if heldout else None
     if writer:
@@ -161,12 +167,9 @@ def reward_model_loop(arguments: dict[str, Any]) -> None:
         writer.close()
 
 
-def _sft_logprobs(
-    path: str, comparisons: Sequence[RankedAnswers], pad_token_id: int, config: Config, ranks: Ranks
-) -> NDArray[np.float64]:
-    """[n] log-prob of every answer, in order, under the model that training starts from; it is not kept."""
-    rows = [row for c in comparisons for row in rows_of(c)]
-    return answer_logprobs(load_policy(path, device=ranks.device), rows, pad_token_id, config, ranks)
+def _sft_logprobs(forward: Forward, comparisons: Sequence[RankedAnswers], ranks: Ranks) -> NDArray[np.float64]:
+    """[n] log-prob of every answer, in order, under the model that training starts from."""
+    return answer_logprobs(forward, [row for c in comparisons for row in rows_of(c)], ranks)
 
 
 def _check(train: Sequence[RankedAnswers], rows: Sequence[Row], references: Sequence[Row], context: int) -> None:

@@ -16,30 +16,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from actors.pools.monitoring import metrics_writer
 from actors.pools.remote import Remote, fetch
 from actors.rollouts.publisher import Publisher
 from actors.training.fit import report, restored
 from rayrlhf.algorithms.optimizer import Optimizer
+from rayrlhf.algorithms.sft import predicted_tokens, summed_loss
 from rayrlhf.config import Config
 from rayrlhf.data.epochs import Epochs
 from rayrlhf.data.tokens import decode_response
 from rayrlhf.errors import UserError
-from rayrlhf.models.attention import packs
-from rayrlhf.models.batching import Row, shard, token_batches
-from rayrlhf.models.loading import (
-    autocast,
-    checkpoint_gradients,
-    context_length,
-    load_policy,
-    load_tokenizer,
-    save_model,
-)
-from rayrlhf.models.logprobs import token_logprobs
+from rayrlhf.models.batching import Row
+from rayrlhf.models.forward import Forward
+from rayrlhf.models.loading import checkpoint_gradients, context_length, load_policy, load_tokenizer
 from rayrlhf.models.lora import add_adapters, load_trained_state, trained_state
 from rayrlhf.models.ranks import Ranks
+from rayrlhf.models.saving import save_model
 from rayrlhf.rewards.rouge import rouge
 from rayrlhf.runs.folder import RunFolder
 from rayrlhf.trajectory import GenerationRequest, Sampling, derive_seed
@@ -107,6 +101,9 @@ def sft_loop(arguments: dict[str, Any]) -> None:
         add_adapters(model, config.model.lora, config.seed)
     if config.resources.learner.gradient_checkpointing:
         checkpoint_gradients(model)
+    forward = Forward(
+        model, pad_token_id=tokenizer.pad_token_id, max_tokens=settings.micro_batch_tokens, dtype=config.model.dtype
+    )
     publisher = Publisher(model, local=args.coordinator.local) if args.coordinator else None
     if settings.loss_on == "all":
         train = [Row(row.ids, np.arange(len(row.ids)) > 0) for row in train]
@@ -129,11 +126,8 @@ def sft_loop(arguments: dict[str, Any]) -> None:
         if writer:
             writer.write("sft", state.step, metrics)
 
-    def loss_sum(rows: Sequence[Row], scale: float | None = None) -> float:
-        return summed_loss(model, rows, tokenizer.pad_token_id, settings.micro_batch_tokens, config, ranks, scale)
-
     def dev_loss() -> float:
-        return loss_sum(dev_rows) / predicted_tokens(dev_rows)
+        return summed_loss(forward, dev_rows, ranks) / predicted_tokens(dev_rows)
 
     def write(directory: Path) -> None:
         stored = {"model": trained_state(model), "optimizer": optimizer.state_dict(), "state": asdict(state)}
@@ -145,7 +139,7 @@ def sft_loop(arguments: dict[str, Any]) -> None:
         started = time.perf_counter()
         batch = [train[i] for i in epochs.batch(state.step)]
         count, lr = predicted_tokens(batch), optimizer.lr
-        loss = loss_sum(batch, scale=1.0 / count) / count
+        loss = summed_loss(forward, batch, ranks, scale=1.0 / count) / count
         norm = optimizer.step(ranks)
         seconds = time.perf_counter() - started
         evaluate = epochs.evaluates_after(state.step)
@@ -181,31 +175,6 @@ def sft_loop(arguments: dict[str, Any]) -> None:
         with run.writing("sft") as directory:
             shutil.copytree(run.download(best_model), directory, dirs_exist_ok=True)
         writer.close()
-
-
-def predicted_tokens(rows: Sequence[Row]) -> int:
-    return int(sum(row.mask.sum() for row in rows))
-
-
-def summed_loss(
-    model: PreTrainedModel, rows: Sequence[Row], pad_token_id: int, micro_batch_tokens: int, config: Config,
-    ranks: Ranks, scale: float | None,
-) -> float:  # fmt: skip
-    """-sum of log-probs (nats) over the predicted tokens of all rows, on all ranks together.
-
-    With `scale` the gradient of scale * loss is added up on each rank's own rows; summed over ranks it is the gradient
-    of the whole batch, however it was cut. Without, no gradient is computed.
-    """
-    total = torch.zeros((), dtype=torch.float64, device=ranks.device)
-    own = [rows[i] for i in shard([len(row.ids) for row in rows], ranks.world)[ranks.rank]]
-    for _, batch in token_batches(own, micro_batch_tokens, pad_token_id, ranks.device, packed=packs(model)):
-        with torch.set_grad_enabled(scale is not None):
-            with autocast(ranks.device, config.model.dtype):
-                loss = -token_logprobs(model, batch).sum()
-            if scale is not None:
-                (loss * scale).backward()
-        total += loss.detach().double()
-    return float(ranks.sum(total))
 
 
 def answer_dev_prompts(

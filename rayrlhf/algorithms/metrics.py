@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from rayrlhf.algorithms.losses import PolicyLoss, ValueLoss
 from rayrlhf.models.ranks import Ranks
 
 BATCH_SUMS = (
@@ -93,6 +94,28 @@ def importance_sums(weights: Tensor, mask: Tensor, limit: float) -> dict[str, Te
     """Of the weights [B, R] that correct for stale tokens, which are 1 where none can be stale."""
     own = weights[mask].double()
     return {"importance": own.sum(), "importance_truncated": (own >= limit).sum()}
+
+
+def update_sums(log_ratio: Tensor, weighted_loss: Tensor, policy: PolicyLoss, value: ValueLoss) -> dict[str, Tensor]:
+    """Sums over the N tokens of a micro-batch, without gradient.
+
+    Args:
+        log_ratio: [N] log pi - log pi_old.
+        weighted_loss: [N] the policy's loss as it is minimised, importance weights included.
+        policy: before weighting.
+        value: as it is.
+    """
+    log_ratio = log_ratio.detach()
+    return {
+        "tokens": torch.tensor(len(log_ratio)),
+        "policy_loss": weighted_loss.detach().sum(),
+        "value_loss": value.loss.detach().sum(),
+        "squared_log_ratio": log_ratio.square().sum(),
+        "ratio": policy.ratio.sum(),
+        "ratio_off_one": (policy.ratio - 1.0).abs().sum(),
+        "clipped": policy.clipped.sum(),
+        "value_clipped": value.clipped.sum(),
+    }
 
 
 def batch_metrics(s: Mapping[str, float], beta: float) -> dict[str, float]:

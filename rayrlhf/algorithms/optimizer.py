@@ -44,8 +44,7 @@ class Optimizer:
 
     def clip(self, ranks: Ranks) -> float:
         """The first half of `step`: nothing is changed yet. Where two models learn together, both are clipped first."""
-        ranks.sum_gradients(self.parameters)
-        norm = float(nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm))
+        norm = ranks.clip_gradients(self.parameters, self.max_grad_norm)
         if not np.isfinite(norm):
             raise FloatingPointError(
                 f"the gradient norm is {norm} (usually a learning rate that is too high); training stopped before the "

@@ -1,8 +1,11 @@
-"""One PPO step on a batch of scored trajectories: experience, then epochs of clipped updates.
+"""PPO (Schulman et al. 2017): what one step learns from a batch of scored trajectories.
+
+    once a step:            old log-probs and values -> rewards less the KL penalty -> advantages and returns
+    epochs x mini-batches:  clipped policy loss, clipped value loss -> one optimiser step of each model
 
 The equations live in `rayrlhf.algorithms.advantages` and `rayrlhf.algorithms.losses`; this file is their order.
-Every rank knows the whole batch but computes only its own rows. Losses are divided by the token count of the *global*
-mini-batch, so gradients do not depend on micro-batch size or on the number of workers.
+Every rank knows the whole batch and computes only its own rows. A loss is divided by the number of tokens of the whole
+mini-batch, of all ranks, so gradients depend neither on the size of micro-batches nor on the number of ranks.
 """
 
 from __future__ import annotations
@@ -12,9 +15,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel
 
 from rayrlhf.algorithms.advantages import generalized_advantages, kl_penalised_rewards, whiten
 from rayrlhf.algorithms.kl import KLController
@@ -27,58 +30,74 @@ from rayrlhf.algorithms.metrics import (
     importance_sums,
     reduce_sums,
     update_metrics,
+    update_sums,
 )
 from rayrlhf.algorithms.optimizer import Optimizer
 from rayrlhf.config import PPOConfig
 from rayrlhf.errors import UserError
-from rayrlhf.models.attention import packs
-from rayrlhf.models.batching import Row, TokenBatch, shard, token_batches
-from rayrlhf.models.loading import autocast
-from rayrlhf.models.logprobs import token_logprobs, token_logprobs_and_entropy, token_values
+from rayrlhf.models.batching import Row, TokenBatch, shard
+from rayrlhf.models.forward import Forward
 from rayrlhf.models.ranks import Ranks
 from rayrlhf.rewards.functions import scores
 from rayrlhf.trajectory import Trajectory, derive_seed
 
 
-class Experience(NamedTuple):
-    """What stays fixed over the epochs, for one trajectory of R response tokens; the tensors are [R]."""
+class Fixed(NamedTuple):
+    """What stays fixed over the epochs, for each of N response tokens; all tensors are [N] float32."""
 
-    row: Row
     old_logprobs: Tensor
+    """under the policy before the first update"""
     old_values: Tensor
     advantages: Tensor
     returns: Tensor
     weights: Tensor
-    """Of the policy loss: 1 where the trained policy itself has sampled."""
+    """of the policy loss: 1 where the policy being trained has sampled the token itself"""
+
+    @classmethod
+    def joined(cls, parts: Sequence[Fixed]) -> Fixed:
+        """The parts behind one another."""
+        return cls(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+
+
+class Experience(NamedTuple):
+    """One trajectory as the updates use it."""
+
+    row: Row
+    fixed: Fixed
 
 
 class PPO:
     """The policy, the value model, and how a batch of trajectories changes them."""
 
-    def __init__(
-        self,
-        policy: PreTrainedModel,
-        value_model: PreTrainedModel,
-        config: PPOConfig,
-        ranks: Ranks,
-        *,
-        pad_token_id: int,
-        dtype: str,
-        seed: int,
-    ) -> None:
+    def __init__(self, policy: Forward, value_model: Forward, config: PPOConfig, ranks: Ranks, *, seed: int) -> None:
+        """Both models compute the same micro-batches, cut as `policy` cuts them.
+
+        Args:
+            policy: a causal language model.
+            value_model: a model with a scalar head.
+            config: of the whole run; its number of updates sets the length of the learning-rate schedule.
+            ranks: the learner workers that share each batch.
+            seed: of the permutations.
+        """
         self.policy, self.value_model = policy, value_model
         self.config, self.ranks, self.seed = config, ranks, seed
-        self.pad_token_id, self.dtype = pad_token_id, dtype
-        self.packed = packs(policy) and packs(value_model)
         updates = config.steps * config.epochs * config.minibatches
-        self.policy_optimizer = Optimizer(policy, config.optimizer, updates)
-        self.value_optimizer = Optimizer(value_model, config.optimizer, updates, lr=config.value_lr)
+        self.policy_optimizer = Optimizer(policy.model, config.optimizer, updates)
+        self.value_optimizer = Optimizer(value_model.model, config.optimizer, updates, lr=config.value_lr)
         self.kl = KLController(config.kl)
 
     def step(self, trajectories: Sequence[Trajectory], step: int) -> dict[str, float]:
-        """Learn from one batch. Returns metrics over the global batch, the same on every rank.
+        """Learn from one batch, which is the same on every rank.
+
+        Args:
+            trajectories: scored, with the reference policy's log-probs.
+            step: counted from 0; it seeds the permutations.
+
+        Returns:
+            Metrics over the batch of all ranks, the same on every rank.
 
         Raises:
+            UserError: a rank got no trajectory, or a trajectory was never scored.
             FloatingPointError: a score or a gradient is not finite, on every rank; the weights are those before the
                 failing update.
         """
@@ -86,28 +105,27 @@ class PPO:
         own = shard([t.length for t in trajectories], self.ranks.world, prompts)[self.ranks.rank]
         experience, metrics = self.make_experience([trajectories[i] for i in own])
         by_index = dict(zip(own, experience, strict=True))
-        # Every rank draws the same permutations of the global batch, so mini-batches do not depend on the sharding.
-        permutations = np.random.default_rng(derive_seed(self.seed, "permutation", step))
         train_policy = step >= self.config.critic_warmup_steps
         sums: list[dict[str, Tensor]] = []
         norms: list[tuple[float, float]] = []
         stopped = False
-        for _ in range(self.config.epochs):
-            for minibatch in np.array_split(permutations.permutation(len(trajectories)), self.config.minibatches):
-                if stopped:
-                    self._skip()  # the schedule counts updates that the config asks for, made or not
-                    continue
-                tokens = sum(len(trajectories[i].response_ids) for i in minibatch)
-                rows = [by_index[i] for i in minibatch if i in by_index]
-                update_sums, norm = self.update(rows, tokens, train_policy)
-                sums.append(update_sums)
-                if norm is None:
-                    stopped = True
-                else:
-                    norms.append(norm)
+        for minibatch in self._minibatches(len(trajectories), step):
+            if stopped:
+                self._skip()  # the schedule counts every update that the config asks for, made or not
+                continue
+            tokens = sum(len(trajectories[i].response_ids) for i in minibatch)
+            rows = [by_index[i] for i in minibatch if i in by_index]
+            found, norm = self.update(rows, tokens, train_policy)
+            sums.append(found)
+            if norm is None:
+                stopped = True
+            else:
+                norms.append(norm)
         first = reduce_sums(sums[0], UPDATE_SUMS, self.ranks)
         total = {name: torch.stack([s[name] for s in sums]).sum() for name in UPDATE_SUMS}
         metrics |= update_metrics(reduce_sums(total, UPDATE_SUMS, self.ranks))
+        # Before the first update the policy is the old one, so every ratio is 1 but for rounding. A larger value here
+        # means that the two passes compute different things.
         metrics["ppo/first_ratio_off_one"] = first["ratio_off_one"] / first["tokens"]
         metrics["ppo/grad_norm"], metrics["ppo/value_grad_norm"] = (float(x) for x in np.mean(norms, axis=0))
         metrics["ppo/lr"] = self.policy_optimizer.lr
@@ -116,90 +134,96 @@ class PPO:
         return metrics
 
     def make_experience(self, trajectories: Sequence[Trajectory]) -> tuple[list[Experience], dict[str, float]]:
-        """Old log-probs and values (one pass without gradient), KL-penalised rewards, advantages and returns."""
+        """Old log-probs and values (one pass without gradient), rewards, advantages and returns.
+
+        Args:
+            trajectories: this rank's B, with responses of at most R tokens.
+
+        Returns:
+            One experience for each trajectory, in their order; and metrics over the batch of all ranks.
+
+        Raises:
+            UserError: no trajectory, or one that was never scored.
+            FloatingPointError: a score of any rank is not finite.
+        """
         if not trajectories:
             raise UserError("a learner worker got no trajectory; use fewer workers or more prompts_per_step")
+        config = self.config
         rows = [Row.completion(t.prompt_ids, t.response_ids) for t in trajectories]
-        logprobs, values = [torch.empty(0)] * len(rows), [torch.empty(0)] * len(rows)
-        entropy = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
-        for indices, batch in self._micro_batches(rows):
-            with torch.no_grad(), autocast(self.ranks.device, self.dtype):
-                policy = token_logprobs_and_entropy(self.policy, batch, self.config.temperature)
-                value = token_values(self.value_model, batch)
-            entropy += policy.entropy.sum()
-            split = zip(indices, policy.logprobs.split(batch.counts), value.split(batch.counts), strict=True)
-            for i, logprob_row, value_row in split:
-                logprobs[i], values[i] = logprob_row, value_row
+        logprobs, values, entropy = self._first_pass(rows)
+        # From here on [B, R], padded on the right; `mask` says where a response has tokens.
+        mask = pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in logprobs], batch_first=True)
+        old_logprobs, old_values = self._pad(logprobs), self._pad(values)
+        ref_logprobs = self._pad([torch.from_numpy(_ref_logprobs(t)) for t in trajectories])
+        generator_logprobs = self._pad([torch.from_numpy(t.generator_logprobs) for t in trajectories])
+        score = scores(trajectories, config.missing_eos_reward).to(self.ranks.device)
 
-        old_logprobs, mask = self._pad(logprobs)
-        old_values, _ = self._pad(values)
-        ref_logprobs, _ = self._pad([torch.from_numpy(_scored(t)) for t in trajectories])
-        generator_logprobs, _ = self._pad([torch.from_numpy(t.generator_logprobs) for t in trajectories])
-        score = scores(trajectories, self.config.missing_eos_reward).to(self.ranks.device)
-
-        limit = self.config.reward_clip
+        limit = config.reward_clip
         clipped_score = score if limit is None else score.clamp(-limit, limit)
         rewards = kl_penalised_rewards(clipped_score, old_logprobs, ref_logprobs, mask, self.kl.beta)
-        if self.config.whiten_rewards:
+        if config.whiten_rewards:
+            # Their mean is kept: without it a response would gain or lose by its length.
             rewards = whiten(rewards, mask, self.ranks.sum, shift_mean=False)
-        advantages, returns = generalized_advantages(rewards, old_values, mask, self.config.gamma, self.config.lam)
+        advantages, returns = generalized_advantages(rewards, old_values, mask, config.gamma, config.lam)
+        weights = torch.ones_like(old_logprobs)
+        if config.max_staleness:
+            weights = importance_weights(old_logprobs, generator_logprobs, config.max_importance_weight)
+
         gap = (generator_logprobs - old_logprobs).abs()
         ended = torch.tensor([t.finish_reason == "eos" for t in trajectories], device=self.ranks.device)
         log_ratio = old_logprobs - ref_logprobs
-        weights = torch.ones_like(old_logprobs)
-        if self.config.max_staleness:
-            weights = importance_weights(old_logprobs, generator_logprobs, self.config.max_importance_weight)
         sums = batch_sums(score, clipped_score, log_ratio, gap, mask, returns, old_values, ended, entropy)
-        sums |= importance_sums(weights, mask, self.config.max_importance_weight)
+        sums |= importance_sums(weights, mask, config.max_importance_weight)
         metrics = batch_metrics(reduce_sums(sums, BATCH_SUMS, self.ranks), self.kl.beta)
         if not np.isfinite(metrics["ppo/score/mean"]):  # of all ranks, so that all of them stop
             raise FloatingPointError("a score of the batch is not finite; look at the reward model or function")
         metrics["ppo/logprob_gap/max"] = self.ranks.max(float(gap[mask].max()))
 
-        if self.config.whiten_advantages:
+        if config.whiten_advantages:
+            # After the returns: the value model learns the returns as they are.
             advantages = whiten(advantages, mask, self.ranks.sum)
-        fixed = zip(rows, mask, old_logprobs, old_values, advantages, returns, weights, strict=True)
-        return [Experience(row, *(x[m] for x in of_row)) for row, m, *of_row in fixed], metrics
+        tensors = zip(old_logprobs, old_values, advantages, returns, weights, strict=True)
+        return [
+            Experience(row, Fixed(*(tensor[valid] for tensor in of_row)))
+            for row, valid, of_row in zip(rows, mask, tensors, strict=True)
+        ], metrics
 
     def update(
         self, rows: Sequence[Experience], tokens: int, train_policy: bool
     ) -> tuple[dict[str, Tensor], tuple[float, float] | None]:
-        """One optimiser step of both models on this rank's rows of a mini-batch of `tokens` tokens over all ranks.
+        """One optimiser step of both models.
 
-        Returns this rank's sums (`UPDATE_SUMS`) and the two gradient norms over all ranks. The norms are None, and no
-        model has moved, if the policy is further than `max_approx_kl` from the one that sampled the mini-batch.
+        Args:
+            rows: this rank's part of a mini-batch, which may be empty.
+            tokens: response tokens of the mini-batch on all ranks.
+            train_policy: False trains the value model only.
+
+        Returns:
+            This rank's sums (`UPDATE_SUMS`), and the gradient norms of policy and value model over all ranks. The norms
+            are None, and no model has moved, if the policy is further than `max_approx_kl` from the old one.
+
+        Raises:
+            FloatingPointError: a gradient norm is not finite; no model has moved.
         """
         config = self.config
         sums = {name: torch.zeros((), dtype=torch.float64, device=self.ranks.device) for name in UPDATE_SUMS}
-        for indices, batch in self._micro_batches([e.row for e in rows]):
-            chosen = [rows[i] for i in indices]
-            old_logprobs = torch.cat([e.old_logprobs for e in chosen])
-            old_values = torch.cat([e.old_values for e in chosen])
-            advantages = torch.cat([e.advantages for e in chosen])
-            returns = torch.cat([e.returns for e in chosen])
-            weights = torch.cat([e.weights for e in chosen])
+        for indices, batch in self.policy.batches([e.row for e in rows], beside=[self.value_model]):
+            fixed = Fixed.joined([rows[i].fixed for i in indices])
 
-            with torch.set_grad_enabled(train_policy), autocast(self.ranks.device, self.dtype):
-                logprobs = token_logprobs(self.policy, batch, config.temperature)
-            surrogate = policy_loss(logprobs, old_logprobs, advantages, config.clip_range)
-            weighted = weights * surrogate.loss
+            with torch.set_grad_enabled(train_policy):
+                logprobs = self.policy.logprobs(batch, config.temperature)
+            surrogate = policy_loss(logprobs, fixed.old_logprobs, fixed.advantages, config.clip_range)
+            weighted = fixed.weights * surrogate.loss
             if train_policy:
                 (weighted.sum() / tokens).backward()
 
-            with autocast(self.ranks.device, self.dtype):
-                values = token_values(self.value_model, batch)
-            regression = value_loss(values, old_values, returns, config.value_clip_range)
+            # The policy's graph is gone by now: only one model's activations are held at a time.
+            values = self.value_model.values(batch)
+            regression = value_loss(values, fixed.old_values, fixed.returns, config.value_clip_range)
             (config.value_coefficient * regression.loss.sum() / tokens).backward()
 
-            log_ratio = (logprobs - old_logprobs).detach()
-            sums["tokens"] += len(log_ratio)
-            sums["policy_loss"] += weighted.detach().sum()
-            sums["value_loss"] += regression.loss.detach().sum()
-            sums["squared_log_ratio"] += log_ratio.square().sum()
-            sums["ratio"] += surrogate.ratio.sum()
-            sums["ratio_off_one"] += (surrogate.ratio - 1.0).abs().sum()
-            sums["clipped"] += surrogate.clipped.sum()
-            sums["value_clipped"] += regression.clipped.sum()
+            for name, value in update_sums(logprobs - fixed.old_logprobs, weighted, surrogate, regression).items():
+                sums[name] += value
         if config.max_approx_kl is not None:
             approx_kl = 0.5 * float(self.ranks.sum(sums["squared_log_ratio"])) / tokens
             if approx_kl > config.max_approx_kl:
@@ -215,10 +239,6 @@ class PPO:
         self.value_optimizer.apply()
         return sums, (policy_norm, value_norm)
 
-    def _skip(self) -> None:
-        self.policy_optimizer.skip()
-        self.value_optimizer.skip()
-
     def state_dict(self) -> dict[str, Any]:
         """Optimisers, schedules and the KL controller; the models are saved beside it."""
         return {
@@ -232,20 +252,38 @@ class PPO:
         self.value_optimizer.load_state_dict(state["value_optimizer"])
         self.kl.beta = float(state["beta"])
 
-    def _micro_batches(self, rows: Sequence[Row]) -> Iterator[tuple[list[int], TokenBatch]]:
-        return token_batches(
-            rows, self.config.micro_batch_tokens, self.pad_token_id, self.ranks.device, packed=self.packed
-        )
+    def _minibatches(self, count: int, step: int) -> Iterator[NDArray[np.int64]]:
+        """Indices into the whole batch of `count` trajectories, for each update of a step.
 
-    def _pad(self, rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """[B, R] rows padded on the right with zeros, and the mask of what is real."""
-        mask = pad_sequence([torch.ones(len(row), dtype=torch.bool) for row in rows], batch_first=True)
-        return pad_sequence([row.float() for row in rows], batch_first=True).to(self.ranks.device), mask.to(
-            self.ranks.device
-        )
+        Every rank draws the same permutations of the whole batch, so mini-batches do not depend on the sharding.
+        """
+        permutations = np.random.default_rng(derive_seed(self.seed, "permutation", step))
+        for _ in range(self.config.epochs):
+            yield from np.array_split(permutations.permutation(count), self.config.minibatches)
+
+    def _first_pass(self, rows: Sequence[Row]) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """Log-probs and values of each row's tokens before any update, and the sum of the entropy of all tokens."""
+        entropy = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
+
+        def measure(batch: TokenBatch) -> Iterator[tuple[Tensor, Tensor]]:
+            found = self.policy.logprobs_and_entropy(batch, self.config.temperature)
+            entropy.add_(found.entropy.sum())
+            values = self.value_model.values(batch)
+            return zip(found.logprobs.split(batch.counts), values.split(batch.counts), strict=True)
+
+        pairs = self.policy.each_row(rows, measure, beside=[self.value_model])
+        return [logprobs for logprobs, _ in pairs], [values for _, values in pairs], entropy
+
+    def _skip(self) -> None:
+        self.policy_optimizer.skip()
+        self.value_optimizer.skip()
+
+    def _pad(self, rows: Sequence[Tensor]) -> Tensor:
+        """[B, R] float32 on the device, rows padded on the right with zeros."""
+        return pad_sequence([row.float() for row in rows], batch_first=True).to(self.ranks.device)
 
 
-def _scored(trajectory: Trajectory) -> Any:
+def _ref_logprobs(trajectory: Trajectory) -> NDArray[np.float32]:
     if trajectory.ref_logprobs is None:
         raise UserError(f"trajectory {trajectory.prompt_id}/{trajectory.sample_index} has no reference log-probs")
     return trajectory.ref_logprobs

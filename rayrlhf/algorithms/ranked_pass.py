@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from rayrlhf.algorithms.ranking import (
     MARGIN_EDGES,
@@ -23,12 +22,9 @@ from rayrlhf.algorithms.ranking import (
     ranking_accuracy,
     ranking_loss,
 )
-from rayrlhf.config import Config
 from rayrlhf.data.comparisons import RankedAnswers
-from rayrlhf.models.attention import packs
-from rayrlhf.models.batching import Row, TokenBatch, shard, token_batches
-from rayrlhf.models.loading import autocast
-from rayrlhf.models.logprobs import sequence_scores, token_logprobs
+from rayrlhf.models.batching import Row, shard
+from rayrlhf.models.forward import Forward
 from rayrlhf.models.ranks import Ranks
 
 
@@ -49,13 +45,16 @@ def rows_of(comparison: RankedAnswers) -> list[Row]:
 
 
 def ranked_pass(
-    model: PreTrainedModel, comparisons: Sequence[RankedAnswers], pad_token_id: int, config: Config, ranks: Ranks,
-    scale: float | None,
-) -> Measured:  # fmt: skip
-    """Loss and margins of all pairs of `comparisons` (each of which has some), over all ranks.
+    forward: Forward, comparisons: Sequence[RankedAnswers], ranks: Ranks, scale: float | None = None
+) -> Measured:
+    """Loss and margins of all pairs of `comparisons`, over all ranks.
 
-    With `scale` the gradient of scale * summed loss is added up on each rank's own prompts; summed over ranks it is
-    the gradient of the whole batch, however it was cut. Without, no gradient is computed.
+    Args:
+        forward: a reward model.
+        comparisons: the same on every rank; each has pairs.
+        ranks: each computes a part of the comparisons.
+        scale: with it, the gradient of scale * summed loss is added up on each rank's own prompts. Summed over ranks
+            it is the gradient of all comparisons, however they were cut. Without it, no gradient is computed.
     """
     rows = [rows_of(c) for c in comparisons]
     own = shard([sum(len(row.ids) for row in each) for each in rows], ranks.world)[ranks.rank]
@@ -63,22 +62,17 @@ def ranked_pass(
     prompts = [i for i in own for _ in rows[i]]
     margins: dict[int, list[float]] = {}
     total = 0.0
-    for indices, batch in token_batches(
-        [row for i in own for row in rows[i]], config.reward_model.micro_batch_tokens, pad_token_id, ranks.device,
-        packed=packs(model), groups=prompts,
-    ):  # fmt: skip
+    for indices, batch in forward.batches([row for i in own for row in rows[i]], groups=prompts):
         chosen = list(dict.fromkeys(prompts[i] for i in indices))
         pairs = flatten_pairs([comparisons[i].pairs for i in chosen], [len(rows[i]) for i in chosen])
         with torch.set_grad_enabled(scale is not None):
-            with autocast(ranks.device, config.model.dtype):
-                scores = sequence_scores(model, batch)
-            found = ranking_loss(scores, pairs.indices.to(ranks.device), pairs.weights.to(ranks.device))
-            if scale is not None:
-                (found.loss * scale).backward()
+            found = ranking_loss(forward.scores(batch), pairs.indices.to(ranks.device), pairs.weights.to(ranks.device))
+        if scale is not None:
+            (found.loss * scale).backward()
         total += float(found.loss.detach())
         split = found.margins.split([len(comparisons[i].pairs) for i in chosen])
         margins |= {i: part.tolist() for i, part in zip(chosen, split, strict=True)}
-    gathered = _gather(ranks, (total, margins))
+    gathered = ranks.gather((total, margins))
     everywhere = {i: part for _, each in gathered for i, part in each.items()}
     return Measured(
         sum(loss for loss, _ in gathered) / len(comparisons),
@@ -87,23 +81,17 @@ def ranked_pass(
     )
 
 
-def score_rows(
-    model: PreTrainedModel, rows: Sequence[Row], pad_token_id: int, config: Config, ranks: Ranks
-) -> NDArray[np.float64]:
-    """[n] float64 scores of all rows, on every rank, in the order of `rows`."""
-    return _row_by_row(model, sequence_scores, rows, pad_token_id, config, ranks)
+def score_rows(forward: Forward, rows: Sequence[Row], ranks: Ranks) -> NDArray[np.float64]:
+    """[n] float64 scores of all n rows under a reward model, on every rank, in the order of `rows`."""
+    return _shared_out(forward.row_scores, rows, ranks)
 
 
-def answer_logprobs(
-    model: PreTrainedModel, rows: Sequence[Row], pad_token_id: int, config: Config, ranks: Ranks
-) -> NDArray[np.float64]:
-    """[n] float64 log p(answer | prompt) in nats under a causal language model at temperature 1: the sum over the
-    predicted tokens of each row, on every rank, in the order of `rows`."""
+def answer_logprobs(forward: Forward, rows: Sequence[Row], ranks: Ranks) -> NDArray[np.float64]:
+    """[n] float64 log p(answer | prompt) in nats under a causal language model at temperature 1.
 
-    def sums(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
-        return torch.stack([each.sum() for each in token_logprobs(model, batch).split(batch.counts)])
-
-    return _row_by_row(model, sums, rows, pad_token_id, config, ranks)
+    It is the sum over the predicted tokens of each row, on every rank, in the order of `rows`.
+    """
+    return _shared_out(lambda own: [float(each.sum()) for each in forward.row_logprobs(own)], rows, ranks)
 
 
 def summary(measured: Measured) -> dict[str, float]:
@@ -130,28 +118,12 @@ def summary(measured: Measured) -> dict[str, float]:
     return metrics | {f"reward_model/margin_from/{name}": float(count) for name, count in histogram}
 
 
-def _row_by_row(
-    model: PreTrainedModel, measure: Callable[[PreTrainedModel, TokenBatch], Tensor], rows: Sequence[Row],
-    pad_token_id: int, config: Config, ranks: Ranks,
-) -> NDArray[np.float64]:  # fmt: skip
-    """`measure` ([B] of a batch of B rows) of all rows, without gradient, on every rank, in the order of `rows`."""
+def _shared_out(
+    measure: Callable[[Sequence[Row]], Sequence[float]], rows: Sequence[Row], ranks: Ranks
+) -> NDArray[np.float64]:
+    """[n] `measure` of all n rows: each rank measures a part of them, and all ranks get all, in the order of `rows`."""
+    # Rows with the same prompt go to the same rank, which then computes that prompt once.
     own = shard([len(row.ids) for row in rows], ranks.world, [row.prompt_key for row in rows])[ranks.rank]
-    values: dict[int, float] = {}
-    for indices, batch in token_batches(
-        [rows[i] for i in own], config.reward_model.micro_batch_tokens, pad_token_id, ranks.device,
-        packed=packs(model),
-    ):  # fmt: skip
-        with torch.no_grad(), autocast(ranks.device, config.model.dtype):
-            found = measure(model, batch)
-        values |= dict(zip([own[i] for i in indices], found.tolist(), strict=True))
-    everywhere = {i: value for each in _gather(ranks, values) for i, value in each.items()}
+    gathered = ranks.gather(dict(zip(own, measure([rows[i] for i in own]), strict=True)))
+    everywhere = {i: value for each in gathered for i, value in each.items()}
     return np.array([everywhere[i] for i in range(len(rows))])
-
-
-def _gather(ranks: Ranks, value: Any) -> list[Any]:
-    """Every rank's value, on every rank."""
-    if ranks.world == 1:
-        return [value]
-    values: list[Any] = [None] * ranks.world
-    torch.distributed.all_gather_object(values, value)
-    return values

@@ -1,4 +1,4 @@
-"""Models and tokenizers from a directory, the hub or the package, and back to a directory.
+"""Models and tokenizers from a directory, the hub or the package.
 
 Weights are safetensors only, code from a model repository is never run, master weights are float32 and dropout is
 off everywhere, so that a forward pass is a deterministic function of the weights.
@@ -6,21 +6,16 @@ off everywhere, so that a forward pass is a deterministic function of the weight
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -28,10 +23,10 @@ from transformers import (
 
 from rayrlhf.config import LoRAConfig
 from rayrlhf.errors import UserError
-from rayrlhf.files import replacing
 from rayrlhf.models.batching import Row, collate
+from rayrlhf.models.hub import one_line_errors, quiet, read_config
 from rayrlhf.models.logprobs import hidden_states
-from rayrlhf.models.lora import add_adapters, has_adapters, merged_state
+from rayrlhf.models.lora import add_adapters
 
 _ASSETS = Path(__file__).parent.parent / "assets"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -79,7 +74,7 @@ def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenize
     Raises:
         UserError: not to be had, no EOS, or no token that could serve as PAD.
     """
-    with _one_line_errors(path):
+    with one_line_errors(path):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             path, revision=revision, trust_remote_code=False
         )
@@ -92,7 +87,7 @@ def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenize
                       != tokenizer.eos_token_id), None)  # fmt: skip
         if spare is not None:
             tokenizer.pad_token = spare
-        elif max(vocabulary.values()) + 1 < _config(path, revision).get_text_config().vocab_size:
+        elif max(vocabulary.values()) + 1 < read_config(path, revision).get_text_config().vocab_size:
             tokenizer.add_special_tokens({"pad_token": "<pad>"})
         elif tokenizer.unk_token_id is not None and tokenizer.unk_token_id != tokenizer.eos_token_id:
             tokenizer.pad_token = tokenizer.unk_token
@@ -135,7 +130,7 @@ def load_reward_model(
     Raises:
         UserError: not to be had, another number of labels, no head and no seed, an architecture without `score`.
     """
-    config = _config(path, revision)
+    config = read_config(path, revision)
     if "ForSequenceClassification" in "".join(config.architectures or []) and config.num_labels != 1:
         raise UserError(f"model {path!r}: its head has {config.num_labels} labels; a reward model has one scalar score")
     model, info = _load(AutoModelForSequenceClassification, path, revision, num_labels=1)
@@ -170,29 +165,6 @@ def checkpoint_gradients(model: PreTrainedModel) -> PreTrainedModel:
     return model.train()  # transformers checkpoints in training mode only; there is no dropout left
 
 
-def save_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: str | Path, **config_fields: Any
-) -> None:
-    """Write a Hugging Face directory (float32 safetensors) that transformers and vLLM load; replaces an older one.
-    Adapters are merged.
-
-    `config_fields` go into config.json (such as `reward_bias`). The generation config holds the special tokens and
-    nothing else: vLLM would silently sample with a top-p or a temperature that a model brought along.
-    """
-    directory = Path(directory)
-    for key, value in {"pad_token_id": tokenizer.pad_token_id, **config_fields}.items():
-        setattr(model.config, key, value)
-    if model.can_generate():
-        model.generation_config = GenerationConfig(
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    with replacing(directory, directory=True) as partial, _quiet():
-        model.save_pretrained(partial, state_dict=merged_state(model) if has_adapters(model) else None)
-        tokenizer.save_pretrained(partial)
-
-
 def check_vocabulary(policy_path: str, reward_path: str) -> None:
     """Token ids travel from the policy to the reward model, so both must mean the same by them.
 
@@ -207,7 +179,7 @@ def check_vocabulary(policy_path: str, reward_path: str) -> None:
             f"reward model {reward_path!r} and policy {policy_path!r} have different tokenizers "
             f"({len(differing)} tokens differ, such as {min(differing)!r}); {remedy}"
         )
-    sizes = [_config(path, None).get_text_config().vocab_size for path in (policy_path, reward_path)]
+    sizes = [read_config(path, None).get_text_config().vocab_size for path in (policy_path, reward_path)]
     if sizes[0] != sizes[1]:
         raise UserError(
             f"reward model {reward_path!r} has a vocabulary of {sizes[1]} rows, policy {policy_path!r} of {sizes[0]}; "
@@ -217,7 +189,7 @@ def check_vocabulary(policy_path: str, reward_path: str) -> None:
 
 def context_length(model: str | PreTrainedConfig) -> int:
     """Longest sequence in tokens. Models without a limit in their config (BLOOM) count as 2048, as vLLM counts them."""
-    config = _config(model, None) if isinstance(model, str) else model
+    config = read_config(model, None) if isinstance(model, str) else model
     config = config.get_text_config()
     lengths = [getattr(config, key, None) for key in _CONTEXT_KEYS]
     return min((length for length in lengths if isinstance(length, int) and length > 0), default=2048)
@@ -230,33 +202,20 @@ def parameter_counts(path: str, revision: str | None = None, lora: LoRAConfig | 
         UserError: what `lora` targets is not in the model.
     """
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(_config(path, revision), trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(read_config(path, revision), trust_remote_code=False)
         if lora:
             add_adapters(model, lora, seed=0)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return sum(parameter.numel() for parameter in model.parameters()) - trained, trained
 
 
-def autocast(device: torch.device | str, dtype: str) -> contextlib.AbstractContextManager[Any]:
-    """bfloat16 autocast where `dtype` asks for it, else nothing."""
-    if dtype != "bfloat16":
-        return contextlib.nullcontext()
-    return torch.autocast(torch.device(device).type, torch.bfloat16)
-
-
-def _config(path: str, revision: str | None) -> PreTrainedConfig:
-    with _one_line_errors(path):
-        config: PreTrainedConfig = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
-    return config
-
-
 def _load(auto: Any, path: str, revision: str | None, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
-    config = _config(path, revision)
+    config = read_config(path, revision)
     for part in {id(c): c for c in (config, config.get_text_config())}.values():
         for key, value in part.to_dict().items():
             if ("dropout" in key or "pdrop" in key or key == "layerdrop") and isinstance(value, float):
                 setattr(part, key, 0.0)
-    with _one_line_errors(path), _quiet():
+    with one_line_errors(path), quiet():
         model, info = auto.from_pretrained(
             path, config=config, revision=revision, dtype=torch.float32, use_safetensors=True,
             trust_remote_code=False, output_loading_info=True, **_labels(config, options),
@@ -293,39 +252,6 @@ def _require_plain_logits(model: PreTrainedModel, path: str) -> None:
             f"model {path!r}: {type(model).__name__} scales or caps its logits after lm_head, which the log-probs here "
             "do not; use a model without (OPT, GPT-J, GPT-NeoX, BLOOM, Llama, Mistral, Qwen and the like)"
         )
-
-
-@contextlib.contextmanager
-def _one_line_errors(path: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
-        text = " ".join(str(error).split())
-        if "couldn't connect" in text.lower() or "offline" in text.lower():
-            reason = "not on this machine and the hub cannot be reached; give a local directory or download it first"
-        elif "gated repo" in text or "401" in text or "is not a valid model identifier" in text:
-            reason = "no such model on the hub, or no access to it; check the name, or log in with `hf auth login`"
-        elif "safetensors" in text:
-            reason = "no safetensors weights; convert them with save_pretrained first"
-        else:
-            reason = f"cannot be loaded: {text[:300]}"
-        raise UserError(f"model {path!r}: {reason}") from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' loading report (missing heads are judged here) and progress bars for seconds of work."""
-    from transformers.utils import logging as transformers_logging
-
-    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity(logging.ERROR)
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()
 
 
 def _some(keys: set[str]) -> str:

@@ -1,15 +1,26 @@
-"""This worker's place among the learner workers, and the few collectives that training needs."""
+"""This worker's place among the learner workers, and everything in which it meets the others.
+
+Gradients are summed, clipped and measured here and nowhere else, because a sharded model changes just that. Under
+FSDP2 a parameter and its gradient are DTensors, of which each rank holds a part:
+
+- The backward pass itself sums gradients over ranks, so `sum_gradients` has nothing left to do. FSDP2 must be told not
+  to divide by the number of ranks, since losses here are divided by the tokens of all ranks already. On gloo that takes
+  `set_gradient_divide_factor(1.0)` and `set_force_sum_reduction_for_comms(True)`.
+- `clip_grad_norm_` returns a DTensor, and `float` of it is this rank's part: it needs `norm.full_tensor()`.
+"""
 
 from __future__ import annotations
 
 import resource
 import sys
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+T = TypeVar("T")
 
 
 class Ranks:
@@ -66,6 +77,24 @@ class Ranks:
         flat = torch.nn.utils.parameters_to_vector(gradients)
         dist.all_reduce(flat)
         torch.nn.utils.vector_to_parameters(flat, gradients)
+
+    def clip_gradients(self, parameters: Iterable[nn.Parameter], max_norm: float) -> float:
+        """Add every rank's gradients, then scale them to a norm of at most `max_norm`.
+
+        Returns:
+            Their norm before scaling, the same on every rank; NaN or infinite if one of them is.
+        """
+        parameters = list(parameters)
+        self.sum_gradients(parameters)
+        return float(nn.utils.clip_grad_norm_(parameters, max_norm))
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value (any picklable object), on every rank, in the order of the ranks."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value (any picklable object) on every rank."""

@@ -10,13 +10,10 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from rayrlhf.errors import UserError
-from rayrlhf.models.attention import packs
-from rayrlhf.models.batching import Row, token_batches
-from rayrlhf.models.loading import autocast
-from rayrlhf.models.logprobs import sequence_scores
+from rayrlhf.models.batching import Row
+from rayrlhf.models.forward import Forward
 from rayrlhf.trajectory import Trajectory
 
 
@@ -31,30 +28,12 @@ class RewardFunction(Protocol):
 class RewardModelFunction:
     """A trained reward model, read at the last token of prompt + response."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        *,
-        pad_token_id: int,
-        micro_batch_tokens: int,
-        dtype: str,
-        name: str = "reward_model",
-    ) -> None:
-        self.model, self.name = model, name
-        self.pad_token_id, self.micro_batch_tokens, self.dtype = pad_token_id, micro_batch_tokens, dtype
+    def __init__(self, forward: Forward, name: str = "reward_model") -> None:
+        self.forward, self.name = forward, name
 
     def __call__(self, trajectories: Sequence[Trajectory]) -> dict[str, list[float]]:
         rows = [Row.completion(t.prompt_ids, t.response_ids) for t in trajectories]
-        result = [0.0] * len(rows)
-        packed = packs(self.model)
-        for indices, batch in token_batches(
-            rows, self.micro_batch_tokens, self.pad_token_id, self.model.device, packed=packed
-        ):
-            with torch.no_grad(), autocast(self.model.device, self.dtype):
-                values = sequence_scores(self.model, batch).tolist()
-            for i, value in zip(indices, values, strict=True):
-                result[i] = value
-        return {self.name: result}
+        return {self.name: self.forward.row_scores(rows)}
 
 
 def scores(trajectories: Sequence[Trajectory], missing_eos_reward: float | None) -> Tensor:

@@ -16,7 +16,8 @@ from jobs.ppo import ppo
 from jobs.reward_model import reward_model
 from jobs.stage import StageFunction, guarded, run
 from rayrlhf.config_file import load_config
-from rayrlhf.models.loading import load_reward_model, load_tokenizer, resolve_model, save_model
+from rayrlhf.models.loading import load_reward_model, load_tokenizer, resolve_model
+from rayrlhf.models.saving import save_model
 
 QUICKSTART = Path(__file__).parents[2] / "configs/quickstart.yaml"
 TINY = Path(resolve_model("embedded:opt-tiny"))

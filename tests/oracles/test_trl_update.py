@@ -39,6 +39,7 @@ from rayrlhf.algorithms.advantages import generalized_advantages, kl_penalised_r
 from rayrlhf.algorithms.ppo import PPO
 from rayrlhf.config import OptimizerConfig, PPOConfig
 from rayrlhf.models.batching import Row, TokenBatch, collate
+from rayrlhf.models.forward import Forward
 from rayrlhf.models.loading import load_tokenizer, resolve_model
 from rayrlhf.models.logprobs import sequence_scores, token_logprobs, token_values
 from rayrlhf.models.ranks import Ranks
@@ -201,7 +202,8 @@ def our_update(given: Problem, batch: list[Trajectory] | None = None, **changes:
     config = PPOConfig(optimizer=optimizer, **(settings | changes))
     policy, value_model = copy.deepcopy((given.policy, given.value_model))
     start = flat(policy.parameters()), flat(value_model.parameters())
-    ppo = PPO(policy, value_model, config, Ranks(threads=1), pad_token_id=PAD, dtype="float32", seed=0)
+    forward_of = partial(Forward, pad_token_id=PAD, max_tokens=config.micro_batch_tokens, dtype="float32")
+    ppo = PPO(forward_of(policy), forward_of(value_model), config, Ranks(threads=1), seed=0)
     policy_gradients, value_gradients = recorded_gradients(ppo)
     ppo.step(batch or trajectories(given), 0)
     policy_change, value_change = (flat(m.parameters()) - w for m, w in zip((policy, value_model), start, strict=True))

@@ -20,7 +20,8 @@ from actors.rollouts.coordinator import Coordinator
 from actors.rollouts.weight_sync import Publication, publish
 from rayrlhf.config_file import parse_config
 from rayrlhf.data.prompts import EncodedPrompt
-from rayrlhf.models.loading import load_policy, load_reward_model, load_tokenizer, resolve_model, save_model
+from rayrlhf.models.loading import load_policy, load_reward_model, load_tokenizer, resolve_model
+from rayrlhf.models.saving import save_model
 from rayrlhf.trajectory import GenerationRequest, Sampling, Trajectory
 
 pytestmark = [pytest.mark.timeout(400), pytest.mark.usefixtures("ray_cluster")]

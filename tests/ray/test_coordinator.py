@@ -26,7 +26,8 @@ from rayrlhf.config_file import parse_config
 from rayrlhf.data.prompts import EncodedPrompt, prompts_of_step, requests_for
 from rayrlhf.data.sources import read_demonstrations
 from rayrlhf.data.tokens import encode_prompts
-from rayrlhf.models.loading import load_policy, load_reward_model, load_tokenizer, resolve_model, save_model
+from rayrlhf.models.loading import load_policy, load_reward_model, load_tokenizer, resolve_model
+from rayrlhf.models.saving import save_model
 from rayrlhf.trajectory import Sampling, Trajectory, derive_seed
 
 pytestmark = [pytest.mark.timeout(400), pytest.mark.usefixtures("ray_cluster")]

@@ -38,7 +38,8 @@ from rayrlhf.data.prompts import EncodedPrompt
 from rayrlhf.data.sources import as_prompts, read_demonstrations
 from rayrlhf.data.tokens import encode_prompts
 from rayrlhf.models.batching import Row
-from rayrlhf.models.loading import load_reward_model, load_tokenizer, resolve_model, save_model
+from rayrlhf.models.loading import load_reward_model, load_tokenizer, resolve_model
+from rayrlhf.models.saving import save_model
 from rayrlhf.rewards.gold import GoldMeasure
 from rayrlhf.rewards.labellers import ReferenceLabeller
 from rayrlhf.runs.folder import open_or_create

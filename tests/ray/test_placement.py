@@ -23,7 +23,8 @@ from jobs.cluster import LOCAL_ENVIRONMENT, preflight
 from rayrlhf.config import Config
 from rayrlhf.config_file import parse_config
 from rayrlhf.errors import UserError
-from rayrlhf.models.loading import load_reward_model, load_tokenizer, resolve_model, save_model
+from rayrlhf.models.loading import load_reward_model, load_tokenizer, resolve_model
+from rayrlhf.models.saving import save_model
 
 pytestmark = pytest.mark.timeout(300)
 TINY = resolve_model("embedded:opt-tiny")

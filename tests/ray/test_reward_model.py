@@ -24,6 +24,7 @@ from rayrlhf.data.comparisons import RankedAnswers, from_comparisons
 from rayrlhf.data.sources import read_published
 from rayrlhf.errors import UserError
 from rayrlhf.models.batching import Row
+from rayrlhf.models.forward import Forward
 from rayrlhf.models.loading import load_reward_model, load_tokenizer, resolve_model
 from rayrlhf.models.ranks import Ranks
 from rayrlhf.runs.metrics import read_metrics
@@ -113,9 +114,9 @@ def test_learns_a_separable_preference_and_centres_the_references(tmp_path: Path
     assert (result["prompts"], result["pairs"]) == (40, len(right))
     assert result["metrics"].items() <= metrics[-1].items(), "the summary is that of the last step"
     check_baselines(result, heldout)
-    ours = score_rows(
-        load_reward_model(str(run_dir / "reward_model")), references(), PAD, make_config(tmp_path), Ranks(1)
-    )
+    saved = load_reward_model(str(run_dir / "reward_model"))
+    forward = Forward(saved, pad_token_id=PAD, max_tokens=4096, dtype="float32")
+    ours = score_rows(forward, references(), Ranks(1))
     assert ours == pytest.approx([score(row.ids.tolist()) for row in references()], abs=1e-4)
 
 

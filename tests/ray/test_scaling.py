@@ -18,7 +18,8 @@ from actors.rollouts.weight_sync import publish_directory
 from rayrlhf.config_file import parse_config
 from rayrlhf.data.prompts import EncodedPrompt
 from rayrlhf.errors import UserError
-from rayrlhf.models.loading import load_reward_model, load_tokenizer, resolve_model, save_model
+from rayrlhf.models.loading import load_reward_model, load_tokenizer, resolve_model
+from rayrlhf.models.saving import save_model
 from rayrlhf.trajectory import Sampling
 
 pytestmark = [pytest.mark.timeout(400), pytest.mark.usefixtures("ray_cluster")]

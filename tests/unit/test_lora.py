@@ -20,7 +20,6 @@ from rayrlhf.models.loading import (
     load_reward_model,
     load_tokenizer,
     parameter_counts,
-    save_model,
 )
 from rayrlhf.models.logprobs import sequence_scores, token_logprobs
 from rayrlhf.models.lora import (
@@ -32,6 +31,7 @@ from rayrlhf.models.lora import (
     merged_state,
     trained_state,
 )
+from rayrlhf.models.saving import save_model
 from tests.families import FAMILIES, TINY, V, write_model
 
 LORA = LoRAConfig(rank=4, alpha=12)

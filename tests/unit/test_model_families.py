@@ -22,7 +22,7 @@ from transformers import (
 import rayrlhf.models.logprobs
 from rayrlhf.models.attention import PACKED, packs
 from rayrlhf.models.batching import Row, TokenBatch, collate, pack, token_batches
-from rayrlhf.models.loading import checkpoint_gradients, load_policy, load_reward_model, load_tokenizer, save_model
+from rayrlhf.models.loading import checkpoint_gradients, load_policy, load_reward_model, load_tokenizer
 from rayrlhf.models.logprobs import (
     hidden_states,
     sequence_scores,
@@ -30,6 +30,7 @@ from rayrlhf.models.logprobs import (
     token_logprobs_and_entropy,
     token_values,
 )
+from rayrlhf.models.saving import save_model
 from tests.families import FAMILIES, LLAMA, V, write_model
 
 

@@ -21,8 +21,8 @@ from transformers import (
 )
 
 from rayrlhf.errors import UserError
+from rayrlhf.models.forward import autocast
 from rayrlhf.models.loading import (
-    autocast,
     check_vocabulary,
     context_length,
     load_policy,

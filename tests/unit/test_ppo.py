@@ -15,9 +15,8 @@ from rayrlhf.config import OptimizerConfig, PPOConfig
 from rayrlhf.data.prompts import EncodedPrompt, prompts_of_step, requests_for
 from rayrlhf.models.batching import Row, collate
 from rayrlhf.models.logprobs import sequence_scores, token_values
-from rayrlhf.models.ranks import Ranks
 from rayrlhf.trajectory import Trajectory
-from tests.tiny import EOS, PAD, TEMPERATURE, VOCABULARY, flat, tiny_models, with_sgd
+from tests.tiny import EOS, PAD, TEMPERATURE, VOCABULARY, flat, ppo_of, tiny_models, with_sgd
 
 
 @pytest.fixture
@@ -64,11 +63,11 @@ def trajectories(policy: OPTForCausalLM, count: int = 8, seed: int = 0) -> list[
 
 def learner(models: tuple[Any, Any], cfg: PPOConfig) -> PPO:
     policy, value = copy.deepcopy(models)
-    return PPO(policy, value, cfg, Ranks(threads=1), pad_token_id=PAD, dtype="float32", seed=0)
+    return ppo_of(policy, value, cfg)
 
 
 def weights(ppo: PPO) -> torch.Tensor:
-    return torch.cat([flat(model.parameters()) for model in (ppo.policy, ppo.value_model)])
+    return torch.cat([flat(model.parameters()) for model in (ppo.policy.model, ppo.value_model.model)])
 
 
 def test_first_update_of_the_reference_itself(models: tuple[Any, Any]) -> None:
@@ -125,9 +124,9 @@ def test_gradient_equals_autograd_of_the_written_out_objective(models: tuple[Any
     for t, shift in zip(batch, shifts, strict=True):
         t.generator_logprobs = t.generator_logprobs - shift
     ppo = with_sgd(learner(models, config(max_staleness=max_staleness, max_importance_weight=1.5)))
-    before = [p.detach().clone() for p in ppo.policy.parameters()]
+    before = [p.detach().clone() for p in ppo.policy.model.parameters()]
     metrics = ppo.step(batch, 0)
-    gradient = [old - new.detach() for old, new in zip(before, ppo.policy.parameters(), strict=True)]
+    gradient = [old - new.detach() for old, new in zip(before, ppo.policy.model.parameters(), strict=True)]
 
     policy, value = copy.deepcopy(models)
     logprobs, advantages = [], []
@@ -223,13 +222,13 @@ def test_spreads_are_over_responses(models: tuple[Any, Any]) -> None:
 
 def test_critic_warmup_leaves_the_policy_alone(models: tuple[Any, Any]) -> None:
     ppo = learner(models, config(critic_warmup_steps=1))
-    policy = [p.detach().clone() for p in ppo.policy.parameters()]
-    value = [p.detach().clone() for p in ppo.value_model.parameters()]
+    policy = [p.detach().clone() for p in ppo.policy.model.parameters()]
+    value = [p.detach().clone() for p in ppo.value_model.model.parameters()]
     ppo.step(trajectories(models[0]), 0)
-    assert all(torch.equal(a, b) for a, b in zip(policy, ppo.policy.parameters(), strict=True))
-    assert any(not torch.equal(a, b) for a, b in zip(value, ppo.value_model.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(policy, ppo.policy.model.parameters(), strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(value, ppo.value_model.model.parameters(), strict=True))
     ppo.step(trajectories(models[0]), 1)
-    assert any(not torch.equal(a, b) for a, b in zip(policy, ppo.policy.parameters(), strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(policy, ppo.policy.model.parameters(), strict=True))
 
 
 def test_policy_learns_to_end_early(models: tuple[Any, Any]) -> None:
@@ -244,7 +243,7 @@ def test_policy_learns_to_end_early(models: tuple[Any, Any]) -> None:
             logprobs: list[float] = []
             while len(logprobs) < 12 and (not logprobs or ids[-1] != EOS):
                 with torch.no_grad():
-                    row = (ppo.policy(ids[None]).logits[0, -1] / TEMPERATURE).log_softmax(-1)
+                    row = (ppo.policy.model(ids[None]).logits[0, -1] / TEMPERATURE).log_softmax(-1)
                 token = torch.multinomial(row.exp(), 1, generator=generator)
                 logprobs.append(row[token].item())
                 ids = torch.cat([ids, token])
@@ -272,7 +271,7 @@ def test_a_failing_value_gradient_leaves_both_models_alone(models: tuple[Any, An
     ppo = learner(models, config())
     batch = trajectories(models[0])
     before = weights(ppo)
-    head = ppo.value_model.score.weight
+    head = ppo.value_model.model.score.weight
     head.register_hook(lambda gradient: gradient * float("nan"))
     with pytest.raises(FloatingPointError, match="nan"):
         ppo.step(batch, 0)

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from rayrlhf.algorithms.ppo import PPO
 from rayrlhf.config import KLConfig, OptimizerConfig, PPOConfig
-from rayrlhf.models.ranks import Ranks
 from rayrlhf.trajectory import Trajectory
-from tests.tiny import PAD, TEMPERATURE, flat, random_trajectories, recorded_gradients, tiny_models
+from tests.tiny import TEMPERATURE, flat, ppo_of, random_trajectories, recorded_gradients, tiny_models
 
 LENGTHS = [(3, 5), (7, 2), (4, 8), (2, 6), (9, 1), (5, 4)]
 
@@ -26,11 +25,11 @@ def learner(**changes: Any) -> PPO:
     settings: dict[str, Any] = {"epochs": 1, "temperature": TEMPERATURE, "optimizer": optimizer}
     config = PPOConfig(prompts_per_step=len(LENGTHS), **(settings | changes))
     policy, value_model = tiny_models()
-    return PPO(policy, value_model, config, Ranks(1), pad_token_id=PAD, dtype="float32", seed=0)
+    return ppo_of(policy, value_model, config)
 
 
 def weights(ppo: PPO) -> tuple[Tensor, Tensor]:
-    return flat(ppo.policy.parameters()), flat(ppo.value_model.parameters())
+    return flat(ppo.policy.model.parameters()), flat(ppo.value_model.model.parameters())
 
 
 @pytest.mark.parametrize("value_lr", [None, 4e-3])
@@ -76,7 +75,7 @@ def kl_of(batch: list[Trajectory], ppo: PPO) -> float:
     for t in batch:
         ids, p = torch.from_numpy(t.token_ids), len(t.prompt_ids)
         with torch.no_grad():
-            logprobs = (ppo.policy(ids[None]).logits[0, p - 1 : -1] / TEMPERATURE).log_softmax(-1).double()
+            logprobs = (ppo.policy.model(ids[None]).logits[0, p - 1 : -1] / TEMPERATURE).log_softmax(-1).double()
         own = logprobs[torch.arange(len(ids) - p), ids[p:]].numpy()
         assert t.ref_logprobs is not None
         totals.append(float(np.sum(own - t.ref_logprobs)))
@@ -122,8 +121,8 @@ def test_a_resumed_learner_ends_with_the_weights_of_an_undisturbed_one() -> None
     file.seek(0)
     resumed = learner(**changes)
     assert resumed.kl.beta != undisturbed.kl.beta
-    resumed.policy.load_state_dict(copy.deepcopy(undisturbed.policy.state_dict()))
-    resumed.value_model.load_state_dict(copy.deepcopy(undisturbed.value_model.state_dict()))
+    resumed.policy.model.load_state_dict(copy.deepcopy(undisturbed.policy.model.state_dict()))
+    resumed.value_model.model.load_state_dict(copy.deepcopy(undisturbed.value_model.model.state_dict()))
     resumed.load_state_dict(torch.load(file, weights_only=True))
     assert resumed.kl.beta == undisturbed.kl.beta
     for step in range(2, 4):
@@ -154,7 +153,7 @@ def test_metrics_are_what_their_names_say() -> None:
     settings["optimizer"] = OptimizerConfig(lr=1e-3, eps=1e-5, max_grad_norm=1e9, schedule="constant")
     one, two = learner(epochs=1, **settings), learner(epochs=2, **settings)
     one.step(batch, 0)
-    after, critic_after = one.policy, one.value_model  # what the second epoch starts from
+    after, critic_after = one.policy.model, one.value_model.model  # what the second epoch starts from
     metrics = two.step(batch, 0)
 
     columns: dict[str, list[np.ndarray]] = {name: [] for name in ("k3", "entropy", "moved", "v", "v2", "ret")}

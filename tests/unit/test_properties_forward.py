@@ -14,16 +14,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import OPTForCausalLM, OPTForSequenceClassification
 
-from actors.training.sft import predicted_tokens, summed_loss
 from rayrlhf.algorithms.ranked_pass import ranked_pass
-from rayrlhf.config import Config
-from rayrlhf.config_file import parse_config
+from rayrlhf.algorithms.sft import predicted_tokens, summed_loss
 from rayrlhf.data.comparisons import RankedAnswers
 from rayrlhf.models.batching import Row, TokenBatch, collate, micro_batches, pack
 from rayrlhf.models.logprobs import sequence_scores, token_logprobs_and_entropy, token_values
 from rayrlhf.models.ranks import Ranks
 from rayrlhf.rewards.functions import RewardModelFunction
-from tests.tiny import EOS, PAD, VOCABULARY, difference, gradient, random_trajectories, tiny_models
+from tests.tiny import EOS, PAD, VOCABULARY, difference, forward_of, gradient, random_trajectories, tiny_models
 
 EXAMPLES = settings(max_examples=20)
 TEMPERATURES = st.floats(0.1, 3.0)
@@ -103,18 +101,13 @@ def test_rewards_do_not_depend_on_the_batch(rows: list[Row], micro_batch_tokens:
     batch = random_trajectories([(max(1, int((~r.mask).sum())), int(r.mask.sum())) for r in rows], seed=len(rows))
 
     def score(trajectories: list[Any], tokens: int) -> list[float]:
-        function = RewardModelFunction(scorer, pad_token_id=PAD, micro_batch_tokens=tokens, dtype="float32")
-        return function(trajectories)["reward_model"]
+        return RewardModelFunction(forward_of(scorer, tokens))(trajectories)["reward_model"]
 
     order = list(range(len(batch)))
     random.shuffle(order)
     found = score([batch[i] for i in order], micro_batch_tokens)
     for i, reward in zip(order, found, strict=True):
         assert reward == pytest.approx(score([batch[i]], 1)[0], rel=1e-5, abs=1e-5)
-
-
-def config(**reward_model: Any) -> Config:
-    return parse_config({"name": "run", "reward_model": reward_model}, "test")
 
 
 def gradient_of(model: Any) -> Tensor:
@@ -130,7 +123,7 @@ def test_sft_gradients_do_not_depend_on_the_cut(rows: list[Row], micro_batch_tok
     policy, _ = models()
     tokens = predicted_tokens(rows)
     shuffled = random.sample(rows, len(rows))
-    loss = summed_loss(policy, shuffled, PAD, micro_batch_tokens, config(), Ranks(1), scale=1 / tokens)
+    loss = summed_loss(forward_of(policy, micro_batch_tokens), shuffled, Ranks(1), scale=1 / tokens)
     ours = gradient_of(policy)
     expected = 0.0
     for row in rows:
@@ -163,8 +156,8 @@ def test_reward_model_gradients_do_not_depend_on_the_cut(
         names = tuple(map(str, range(len(lengths))))
         comparisons.append(RankedAnswers(str(i), "", prompt, names, ids, None, "toy"))
     shuffled = random.sample(comparisons, len(comparisons))
-    settings = config(micro_batch_tokens=micro_batch_tokens)
-    found = ranked_pass(scorer, shuffled, PAD, settings, Ranks(1), scale=1 / len(comparisons))
+    forward = forward_of(scorer, micro_batch_tokens)
+    found = ranked_pass(forward, shuffled, Ranks(1), scale=1 / len(comparisons))
     ours = gradient_of(scorer)
     expected = 0.0
     for c in comparisons:

@@ -33,6 +33,7 @@ from tests.tiny import (
     difference,
     flat,
     gradient,
+    ppo_of,
     random_trajectories,
     recorded_gradients,
     tiny_models,
@@ -107,8 +108,7 @@ def make(case: Case, ranks: Ranks | None = None) -> PPO:
         kl=KLConfig(coefficient=0.3), **changes,
     )  # fmt: skip
     policy, value_model = tiny_models(hidden=16)
-    ppo = PPO(policy, value_model, config, ranks or Ranks(1), pad_token_id=PAD, dtype="float32", seed=case.seed)
-    return with_sgd(ppo, lr=0.1)
+    return with_sgd(ppo_of(policy, value_model, config, ranks, case.seed), lr=0.1)
 
 
 def learn(
@@ -119,8 +119,8 @@ def learn(
     pack_rows: bool = True,
 ) -> Outcome:
     ppo = make(case, ranks)
-    assert ppo.packed
-    ppo.packed = pack_rows
+    assert ppo.policy.packed and ppo.value_model.packed
+    ppo.policy.packed = pack_rows
     policy_gradients, value_gradients = recorded_gradients(ppo)
     minibatches: list[list[tuple[int, ...]]] = []
     update = ppo.update
@@ -131,7 +131,7 @@ def learn(
 
     ppo.update = recording  # type: ignore[method-assign, assignment]
     metrics = ppo.step(batch or case.trajectories, step)
-    weights = torch.cat([flat(m.parameters()) for m in (ppo.policy, ppo.value_model)])
+    weights = torch.cat([flat(m.parameters()) for m in (ppo.policy.model, ppo.value_model.model)])
     return Outcome(policy_gradients, value_gradients, metrics, weights, minibatches)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,19 +13,14 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn.functional import logsigmoid
 
 from rayrlhf.algorithms.ranked_pass import Measured, answer_logprobs, ranked_pass, rows_of, score_rows, summary
-from rayrlhf.config import Config
-from rayrlhf.config_file import parse_config
 from rayrlhf.data.comparisons import RankedAnswers
 from rayrlhf.models.batching import Row
 from rayrlhf.models.loading import load_policy, load_reward_model, resolve_model
 from rayrlhf.models.ranks import Ranks
+from tests.tiny import forward_of
 
 TINY = resolve_model("embedded:opt-tiny")
 PAD, EOS = 1, 2
-
-
-def make_config(**settings: Any) -> Config:
-    return parse_config({"name": "run", "reward_model": settings}, "test")
 
 
 def comparisons_of(count: int, seed: int) -> list[RankedAnswers]:
@@ -64,8 +58,7 @@ def test_the_loss_is_the_papers_and_its_gradient_does_not_depend_on_the_cut() ->
     gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     for micro_batch_tokens in (1, 150, 100_000):
         model.zero_grad(set_to_none=True)
-        config = make_config(micro_batch_tokens=micro_batch_tokens)
-        found = ranked_pass(model, comparisons, PAD, config, Ranks(1), scale=1 / len(comparisons))
+        found = ranked_pass(forward_of(model, micro_batch_tokens), comparisons, Ranks(1), scale=1 / len(comparisons))
         ours = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
         assert found.loss == pytest.approx(float(expected.detach()), rel=1e-5)
         assert float((ours - gradient).norm() / gradient.norm()) < 1e-5
@@ -80,13 +73,13 @@ def _two_ranks(rank: int, port: int, out: str) -> None:
 def _one_rank(out: str) -> None:
     """Loss, margins, scores and the gradient summed over ranks, as this rank sees them."""
     ranks, comparisons = Ranks(1), comparisons_of(7, seed=4)
-    config = make_config(micro_batch_tokens=200)
     model = load_reward_model(TINY, fresh_head_seed=0)
-    found = ranked_pass(model, comparisons, PAD, config, ranks, scale=1 / len(comparisons))
+    forward = forward_of(model, 200)
+    found = ranked_pass(forward, comparisons, ranks, scale=1 / len(comparisons))
     ranks.sum_gradients(list(model.parameters()))
     gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-    scores = torch.from_numpy(score_rows(model, references(5), PAD, config, ranks))
-    logprobs = torch.from_numpy(answer_logprobs(load_policy(TINY), references(5), PAD, config, ranks))
+    scores = torch.from_numpy(score_rows(forward, references(5), ranks))
+    logprobs = torch.from_numpy(answer_logprobs(forward_of(load_policy(TINY), 200), references(5), ranks))
     found_here = {"margins": found.margins, "gradient": gradient, "scores": scores, "logprobs": logprobs}
     torch.save({"loss": found.loss, **found_here}, out)
 
@@ -111,7 +104,7 @@ def test_two_ranks_find_what_one_finds(tmp_path: Path) -> None:
 def test_answer_logprobs_are_transformers_own(micro_batch_tokens: int) -> None:
     model, comparisons = load_policy(TINY), comparisons_of(3, seed=5)
     rows = [row for c in comparisons for row in rows_of(c)]
-    ours = answer_logprobs(model, rows, PAD, make_config(micro_batch_tokens=micro_batch_tokens), Ranks(1))
+    ours = answer_logprobs(forward_of(model, micro_batch_tokens), rows, Ranks(1))
     expected = []
     for c in comparisons:
         for answer in c.response_ids:

@@ -14,7 +14,8 @@ from jobs.reward_model import reward_model
 from jobs.session import opened
 from rayrlhf.config import Config
 from rayrlhf.config_file import parse_config
-from rayrlhf.models.loading import load_policy, load_tokenizer, resolve_model, save_model
+from rayrlhf.models.loading import load_policy, load_tokenizer, resolve_model
+from rayrlhf.models.saving import save_model
 
 SAME = "the first words of both of these two answers are equal and many "
 

@@ -1,0 +1,43 @@
+"""The last look at a model before it is saved for good."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rayrlhf.config import LoRAConfig
+from rayrlhf.models.lora import add_adapters
+from rayrlhf.models.ranks import Ranks
+from rayrlhf.models.saving import require_finite
+from tests.tiny import tiny_models
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_weight_that_is_not_finite_is_found_and_named(value: float) -> None:
+    policy, _ = tiny_models()
+    require_finite(policy, "sft: the model", Ranks(1))
+    name, parameter = list(policy.named_parameters())[5]
+    with torch.no_grad():
+        parameter.flatten()[-1] = value
+        list(policy.parameters())[-1].fill_(value)
+    with pytest.raises(FloatingPointError, match=f"^sft: the model has weights that are not finite.*{name} "):
+        require_finite(policy, "sft: the model", Ranks(1))
+
+
+def test_adapters_are_looked_at_as_well() -> None:
+    policy, _ = tiny_models()
+    add_adapters(policy, LoRAConfig(rank=2), seed=0)
+    require_finite(policy, "ppo: the policy", Ranks(1))
+    with torch.no_grad():
+        next(p for n, p in policy.named_parameters() if "lora_B" in n).fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="lora_B"):
+        require_finite(policy, "ppo: the policy", Ranks(1))
+
+
+def test_a_rank_names_the_parameter_that_another_rank_has_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank of a sharded model may see no fault in its own part."""
+    policy, _ = tiny_models()
+    ranks = Ranks(1)
+    monkeypatch.setattr(ranks, "max", lambda value: max(value, -3.0))  # the other rank found the fourth
+    with pytest.raises(FloatingPointError, match=list(policy.named_parameters())[3][0]):
+        require_finite(policy, "reward_model: the model", ranks)
