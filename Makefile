@@ -18,7 +18,7 @@ export UV_NO_SOURCES := 1
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart bench test test-tools lint test-unit test-oracles test-ray test-e2e clean
+.PHONY: help setup quickstart bench docs test test-tools lint test-unit test-oracles test-ray test-e2e clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,7 +31,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c "import ensurepip, venv" 2>/dev/null || { \
 	  echo "make: $(PYTHON) has no venv module; install it (Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }
 	@$(BIN)/uv --version >/dev/null 2>&1 || { $(PYTHON) -m venv .venv && $(BIN)/python -m pip install --quiet -c constraints.txt uv; }
-	$(BIN)/uv pip install --python $(BIN)/python -c constraints.txt -e ".[cpu]" --group dev --group oracles
+	$(BIN)/uv pip install --python $(BIN)/python -c constraints.txt -e ".[cpu]" --group dev --group docs --group oracles
 	@touch $@
 
 quickstart: $(STAMP) ## run the whole pipeline on the embedded data and model
@@ -39,6 +39,9 @@ quickstart: $(STAMP) ## run the whole pipeline on the embedded data and model
 
 bench: $(STAMP) ## all benchmarks; rewrites the tables of docs/benchmarks.md
 	$(BIN)/python -m benchmarks $(ARGS)
+
+docs: $(STAMP) ## the documentation as a site, into build/site; needs no network
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # `ray up` calls ssh and rsync, and its test runs it. Debian's packages where root may install them, else a clear word.
 test-tools:

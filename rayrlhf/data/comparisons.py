@@ -47,7 +47,7 @@ class RankedAnswers:
     prompt_ids: tuple[int, ...]
     responses: tuple[str, ...]
     response_ids: tuple[tuple[int, ...], ...]
-    """[K][R_k] with the EOS where the answer ended by itself."""
+    """K tuples of token ids; an answer that ended by itself has its EOS."""
     scores: tuple[float, ...] | None
     """[K] the labeller's own measure, falling; None where it only ranks."""
     labeller: str

@@ -120,12 +120,14 @@ def summarize(
 
     Args:
         prompts: the n prompts; their `reference` is what ROUGE compares with.
-        sft, policy: the models' answers; `policy` is None before PPO.
+        sft: the SFT model's answers.
+        policy: the policy's answers; None before PPO.
         reference: the people's own answers (text None where there is none).
         title: the posts' titles as answers, the baseline that costs nothing.
         labeller: `reference`, or who else made the comparisons that the reward model learnt from.
         metadata: what else belongs to the record: split, checkpoint paths, seeds.
-        samples, seed: of the bootstrap.
+        samples: resamples of the bootstrap.
+        seed: of the bootstrap.
 
     Raises:
         ValueError: answers that do not match the prompts in number, or an infinite measure.

@@ -1,0 +1,78 @@
+"""What mkdocs.yml needs beside docs/: pages from the repository's root, links to code, and the API reference.
+
+MkDocs calls the functions named `on_...` (https://www.mkdocs.org/user-guide/configuration/#hooks). The reference is
+made from the source as text: nothing of this project is imported.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).parents[1]
+ROOT_PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "CONTRIBUTING.md", "CHANGELOG.md": "CHANGELOG.md"}
+"""Files of the repository's root that are pages, and their places in the site."""
+PACKAGES = ("rayrlhf", "actors", "jobs")
+LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)#\s]+)(#[^)\s]*)?\)")
+
+
+def reference_pages() -> dict[str, list[str]]:
+    """Reference page by its place in the site -> the modules on it: a page a wing, and one for loose modules."""
+    pages: dict[str, list[str]] = {}
+    for package in PACKAGES:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            if "assets" in parts or parts[-1] == "__init__":
+                continue
+            pages.setdefault(f"reference/{'.'.join(parts[:-1])}.md", []).append(".".join(parts))
+    return pages
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Append the reference to the navigation."""
+    entries: list[Any] = [{Path(page).stem: page} for page in reference_pages()]
+    # `Path.stem` would take `actors.pools` for a name with a suffix, were it not for the `.md` behind it.
+    config.nav = [*(config.nav or []), {"API reference": entries}]
+    return config
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the pages that do not lie in docs/."""
+    for source, place in ROOT_PAGES.items():
+        files.append(File.generated(config, place, abs_src_path=str(ROOT / source)))
+    for page, modules in reference_pages().items():
+        text = f"# `{Path(page).stem}`\n\n" + "\n\n".join(f"::: {module}" for module in modules) + "\n"
+        files.append(File.generated(config, page, content=text))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Turn links of the repository into links of the site: its documents to pages, its modules to the reference."""
+    place = page.file.src_uri
+    sources = {site: source for source, site in ROOT_PAGES.items()}
+    folder = (ROOT / sources.get(place, f"docs/{place}")).parent
+    of_module = {module: page for page, modules in reference_pages().items() for module in modules}
+
+    def rewritten(match: re.Match[str]) -> str:
+        text, target, anchor = match[1], match[2], match[3] or ""
+        if "://" in target or place.startswith("reference/"):
+            return match[0]
+        path = Path(os.path.normpath(folder / target)).relative_to(ROOT)
+        module = ".".join(path.with_suffix("").parts)
+        if module in of_module:
+            there, anchor = of_module[module], f"#{module}"
+        elif str(path) in ROOT_PAGES:
+            there = ROOT_PAGES[str(path)]
+        elif path.parts[0] == "docs":
+            there = str(path.relative_to("docs"))
+        else:
+            return f"{text}"  # a file that has no page, such as NOTICE or the folder monitoring/
+        return f"[{text}]({os.path.relpath(there, Path(place).parent)}{anchor})"
+
+    return LINK.sub(rewritten, markdown)
