@@ -18,7 +18,7 @@ export UV_NO_SOURCES := 1
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart bench docs test test-tools lint test-unit test-oracles test-ray test-e2e clean
+.PHONY: help setup quickstart bench docs test test-long test-tools lint test-unit test-oracles test-ray test-e2e clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,8 +50,12 @@ test-tools:
 	    apt-get -qq install -y openssh-client rsync util-linux >/dev/null; } || \
 	  { echo "make: the tests of 'ray up' need$$missing; install them (Debian and Ubuntu: apt install openssh-client rsync)" >&2; exit 1; }
 
-test: lint test-tools ## lint, then all tests
-	$(BIN)/python -m pytest $(ARGS)
+# Two processes: whole runs in one, tests with Ray in the other, the rest where there is time (tests/groups.py).
+test: lint test-tools ## lint, then all tests but the long ones
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+test-long: $(STAMP) test-tools ## the tests that `make test` leaves out
+	$(BIN)/python -m pytest -m long $(ARGS)
 
 lint: $(STAMP) ## ruff, mypy and the import linter
 	$(BIN)/ruff check .
