@@ -62,7 +62,6 @@ class Contestant(ABC):
 
 class Ours(Contestant):
     def _train(self, train: Sequence[RankedAnswers]) -> Measurement:
-        from actors.training.fit import fit
         from actors.training.reward_model import RewardModelArguments, reward_model_loop
         from rayrlhf.runs.metrics import read_metrics
 
@@ -74,11 +73,9 @@ class Ours(Contestant):
                 name="reward-model", runs_dir=directory, resources=ResourcesConfig(learner=learner),
                 reward_model=RewardModelConfig(prompts_per_batch=self.batch, optimizer=optimizer),
             )  # fmt: skip
-            arguments = RewardModelArguments(config, directory, MODEL, list(train), references)
-            fit(
-                reward_model_loop, {"reward_model": arguments}, name="reward_model",
-                storage=Path(directory) / "checkpoints", learner=learner, keep_checkpoints=1, local=True,
-            )  # fmt: skip
+            reward_model_loop(
+                RewardModelArguments(config, directory, "reward_model", 1, MODEL, list(train), references)
+            )
             steps = [r["time/step"] for r in read_metrics(Path(directory)) if "time/step" in r]
         return speed(train, sum(steps))
 

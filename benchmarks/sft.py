@@ -54,7 +54,6 @@ class Contestant(ABC):
 
 class Ours(Contestant):
     def _train(self, train: Sequence[Row]) -> Measurement:
-        from actors.training.fit import fit
         from actors.training.sft import DevPrompt, SFTArguments, sft_loop
         from rayrlhf.runs.metrics import read_metrics
 
@@ -66,11 +65,8 @@ class Ours(Contestant):
                 name="sft", runs_dir=directory, sft=SFTConfig(batch_size=self.batch, optimizer=optimizer),
                 resources=ResourcesConfig(learner=learner),
             )  # fmt: skip
-            arguments = SFTArguments(config, directory, MODEL, list(train), dev, None)
-            fit(
-                sft_loop, {"sft": arguments}, name="sft", storage=Path(directory) / "checkpoints", learner=learner,
-                keep_checkpoints=1, local=True,
-            )  # fmt: skip
+            arguments = SFTArguments(config, directory, "sft", 1, MODEL, list(train), dev, None)
+            sft_loop(arguments)
             steps = [r["time/step"] for r in read_metrics(Path(directory)) if "time/step" in r]
         return speed(train, sum(steps))
 

@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
+from jobs.console import console
 from jobs.pipeline import pipeline
-from jobs.stage import StageFunction, console, guarded, run, stage_function
+from jobs.stage import StageFunction, guarded, run, stage_function
 from jobs.status import scale_run, show_runs, show_status
 from jobs.submit import MODULES, describe, submit
 from jobs.sweep import sweep

@@ -13,7 +13,7 @@ from ray._private import ray_constants
 from ray.autoscaler.sdk import request_resources
 from rich.table import Table
 
-from actors.training.fit import TRAIN_ENVIRONMENT
+from actors.training.tasks import TRAIN_ENVIRONMENT
 from rayrlhf.config import Config
 from rayrlhf.errors import UserError
 from rayrlhf.runs.placement import Node, Plan, demand, make_plan, roles_of

@@ -6,8 +6,9 @@ from collections import Counter
 
 import numpy as np
 
+from jobs.console import console
 from jobs.session import Session
-from jobs.stage import console, main, stage
+from jobs.stage import main, stage
 from rayrlhf.config import Config
 from rayrlhf.data.comparisons import RankedAnswers, rank_answers, usable_answers, write_comparisons
 from rayrlhf.data.records import Demonstration, Prompt

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from jobs.console import console
 from jobs.session import Session
-from jobs.stage import console, main, stage
+from jobs.stage import main, stage
 from rayrlhf.data.records import Demonstration, Prompt
 from rayrlhf.data.sources import as_prompts, read_demonstrations
 from rayrlhf.data.tokens import decode_response, encode_responses

@@ -28,10 +28,12 @@ log = logging.getLogger(__name__)
 
 
 @contextmanager
-def following(run: RunFolder, config: Config, stage: str, total: int, console: Console) -> Iterator[None]:
-    """Print a line for each step of `stage` (of `total`) written during the block; on a terminal a bar, too."""
+def following(run: RunFolder, config: Config, stage: str, console: Console) -> Iterator[None]:
+    """Print a line for each step of `stage` written during the block; on a terminal a bar, too."""
     offset = len(read_lines(run.address))
-    start = next(iter(read_metrics(run.address, stage)), None)  # of an earlier attempt that this one continues
+    earlier = read_metrics(run.address, stage)  # of an attempt that this one continues
+    start = next(iter(earlier), None)
+    total = next((int(line[f"{stage}/steps"]) for line in earlier if f"{stage}/steps" in line), None)
     progress: Progress | None = None
     stop = threading.Event()
     columns = (
@@ -43,13 +45,16 @@ def following(run: RunFolder, config: Config, stage: str, total: int, console: C
     )
 
     def show(line: bytes) -> None:
-        nonlocal progress, start
+        nonlocal progress, start, total
         try:
             metrics = json.loads(line)
         except ValueError:
             return  # the last line of a writer that was killed
         if metrics.get("stage") != stage:
             return
+        if f"{stage}/steps" in metrics:
+            total = int(metrics[f"{stage}/steps"])
+            bar.update(task, total=total)
         if "note" in metrics:
             console.print(f"{stage}: {metrics['note']}", soft_wrap=True, markup=False)
             return
@@ -60,6 +65,7 @@ def following(run: RunFolder, config: Config, stage: str, total: int, console: C
             return
         done = metrics["step"]
         if progress is None:
+            assert total is not None, "a loop says how many steps it has before, or with, the first one"
             progress = Progress(stage, total, done=done, console=console)  # the pace counts from the first line
         progress.update(done, metrics)
         bar.update(task, completed=done)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from jobs.console import console
 from jobs.session import Session
-from jobs.stage import console, main, stage_function
+from jobs.stage import main, stage_function
 from rayrlhf.reports.page import write_report
 from rayrlhf.runs.stages import stages_of
 

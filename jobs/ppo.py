@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from actors.training.fit import fit
-from actors.training.ppo import LearnerArguments, ppo_loop
-from jobs.follow import following
+from actors.training.ppo import PPOArguments, ppo_loop
 from jobs.session import Session
-from jobs.stage import console, main, stage
+from jobs.stage import main, stage
 from jobs.stopping import asking_first
 from rayrlhf.errors import UserError
 from rayrlhf.models.loading import check_vocabulary
@@ -15,6 +13,7 @@ from rayrlhf.models.loading import check_vocabulary
 @stage("ppo")
 def ppo(session: Session) -> None:
     """Optimise the policy; continues from the last checkpoint of the same settings."""
+    session.warm_up(generators=True)
     config, run = session.config, session.run
     check_vocabulary(str(run.download(run.sft)), str(run.download(run.reward_model)))
     prompts = session.encode(session.train_splits.ppo)
@@ -24,22 +23,14 @@ def ppo(session: Session) -> None:
     session.start_scorers(run.reward_model, run.sft, measured=session.train_splits.ppo)
     sampling, timeout_s = session.sampling(config.ppo.temperature), config.resources.coordinator_timeout_s
     session.coordinator.call("set_prompts", prompts, sampling, timeout_s=timeout_s)
-    arguments = LearnerArguments(
-        config, run.address, run.address_of(run.sft), run.address_of(run.reward_model), session.coordinator
+    arguments = PPOArguments(
+        **session.loop_arguments("ppo"),
+        policy=run.address_of(run.sft),
+        value_model=run.address_of(run.reward_model),
+        coordinator=session.coordinator,
     )
-    with (
-        following(run, config, "ppo", config.ppo.steps, console),
-        asking_first(lambda: session.coordinator.submit("request_stop")) as stopping,
-    ):
-        fit(
-            ppo_loop,
-            {"learner": arguments},
-            name=session.checkpoint_name("ppo"),
-            storage=run.address_of(run.checkpoints),
-            learner=config.resources.learner,
-            keep_checkpoints=config.ppo.keep_checkpoints,
-            local=session.local,
-        )
+    with asking_first(lambda: session.coordinator.submit("request_stop")) as stopping:
+        session.train("ppo", ppo_loop, arguments)
     if stopping.is_set() and not run.done("ppo"):
         raise KeyboardInterrupt
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 
 from actors.pools.remote import put
-from actors.training.fit import fit
 from actors.training.reward_model import RewardModelArguments, reward_model_loop
-from jobs.follow import following
+from jobs.console import console
 from jobs.session import Session
-from jobs.stage import console, main, stage
+from jobs.stage import main, stage
 from rayrlhf.data.comparisons import RankedAnswers, read_ranked
-from rayrlhf.data.epochs import Epochs
 from rayrlhf.data.tokens import encode_responses
 from rayrlhf.models.batching import Row
 from rayrlhf.reports.reward_accuracy import unbeaten
@@ -24,6 +22,7 @@ MAX_REFERENCES = 1000
 @stage("reward_model")
 def reward_model(session: Session) -> None:
     """Train a scalar head on the SFT model with the collected comparisons, or with those of `data.comparisons`."""
+    session.warm_up(generators=False)
     config = session.config
     found = collected_or_published(session)
     train, heldout = ([c for c in found if c.heldout is kept] for kept in (False, True))
@@ -36,24 +35,12 @@ def reward_model(session: Session) -> None:
     )
     references = [Row.completion(p.ids, r) for p, r in zip(prompts, responses, strict=True)]
     arguments = RewardModelArguments(
-        config,
-        session.run.address,
-        session.run.address_of(session.run.sft),
-        put(comparisons, session.local),
-        put(references, session.local),
+        **session.loop_arguments("reward_model"),
+        model=session.run.address_of(session.run.sft),
+        comparisons=put(comparisons, session.local),
+        references=put(references, session.local),
     )
-    trained = sum(bool(c.pairs) and not c.heldout for c in comparisons)
-    steps = Epochs(trained, config.reward_model.prompts_per_batch, config.reward_model.epochs, 1, config.seed).steps
-    with following(session.run, config, "reward_model", steps, console):
-        fit(
-            reward_model_loop,
-            {"reward_model": arguments},
-            name=session.checkpoint_name("reward_model"),
-            storage=session.run.address_of(session.run.checkpoints),
-            learner=config.resources.learner,
-            keep_checkpoints=1,
-            local=session.local,
-        )
+    session.train("reward_model", reward_model_loop, arguments)
     session.run.download_files()
     if session.run.reward_accuracy.exists():
         result = json.loads(session.run.reward_accuracy.read_text(encoding="utf-8"))

@@ -19,7 +19,11 @@ from actors.pools.monitoring import CONTROL
 from actors.pools.remote import Call, Remote, namespace, wait
 from actors.rollouts.coordinator import Coordinator
 from actors.rollouts.weight_sync import publish_directory
+from actors.training.loop import LoopArguments
+from actors.training.workers import TrainingLoop, Workers
 from jobs.cluster import connected, inside_job, preflight
+from jobs.console import console
+from jobs.follow import following
 from rayrlhf.config import Config
 from rayrlhf.config_file import dump_config
 from rayrlhf.data.comparisons import RankedAnswers, from_comparisons
@@ -29,17 +33,18 @@ from rayrlhf.data.records import Demonstration
 from rayrlhf.data.sources import as_prompts, read_demonstrations, read_published
 from rayrlhf.data.splits import Splits, check_disjoint, split_train, split_valid
 from rayrlhf.data.tokens import check_context, encode_prompts
-from rayrlhf.errors import UserError
 from rayrlhf.models.loading import context_length, load_tokenizer, parameter_counts, resolve_model
 from rayrlhf.reports.progress import batch_table
 from rayrlhf.rewards.gold import GoldMeasure, gold_labeller
 from rayrlhf.rewards.labellers import check_labeller
 from rayrlhf.runs.folder import RunFolder, open_or_create, runs_address
 from rayrlhf.runs.stages import stages_to
-from rayrlhf.runs.storage import is_uri, join
+from rayrlhf.runs.storage import join
 from rayrlhf.trajectory import Sampling, Trajectory
 
 T = TypeVar("T")
+KEPT_CHECKPOINTS = 2
+"""Of SFT and the reward model: where one is damaged, the one before it is taken."""
 SLICE = 1024
 """Responses that one generator or scorer is asked for at a time, outside PPO."""
 
@@ -52,6 +57,10 @@ class Session:
         self.model = resolve_model(config.model.path)
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.model, config.model.revision)
         check_context(config.data.max_prompt_tokens, config.data.max_response_tokens, context_length(self.model))
+        self.workers = Workers(
+            config.resources.learner, run.address_of(run.checkpoints), f"workers-{config.name}", local=local
+        )
+        """The learner's, which serve every training stage."""
         self._coordinator: Remote | None = None
         self._starting: Call | None = None
         self._connection = contextlib.ExitStack()
@@ -88,9 +97,12 @@ class Session:
 
     def close(self) -> None:
         """End the actors, and the Ray connection if it is this session's own."""
-        self._connection.close()
-        if self._coordinator is not None and ray.is_initialized():  # a connection that others go on using
-            self._coordinator.kill()  # and with it generators and scorers, which it owns
+        try:
+            self.workers.close()
+        finally:  # also at a second Ctrl-C
+            self._connection.close()
+            if self._coordinator is not None and ray.is_initialized():  # a connection that others go on using
+                self._coordinator.kill()  # and with it generators and scorers, which it owns
 
     def checkpoint_name(self, stage: str) -> str:
         """Where a stage's checkpoints go: marked by everything that decides its result, so that a run whose settings
@@ -158,6 +170,29 @@ class Session:
     def _read(self, split: Split) -> list[Demonstration]:
         data = self.config.data
         return read_demonstrations(data.demonstrations, split, self.tokenizer, data.max_prompt_tokens)
+
+    # ---- training
+
+    def loop_arguments(self, stage: str) -> dict[str, Any]:
+        """What every training loop is told, see `actors.training.loop.LoopArguments`."""
+        keep = self.config.ppo.keep_checkpoints if stage == "ppo" else KEPT_CHECKPOINTS
+        return {
+            "config": self.config,
+            "run_dir": self.run.address,
+            "checkpoints": self.checkpoint_name(stage),
+            "keep_checkpoints": keep,
+        }
+
+    def warm_up(self, generators: bool) -> None:
+        """Begin to start the learner's workers, and the generators if asked to, while the driver prepares the data."""
+        self.workers.start()
+        if generators:
+            self.coordinator  # noqa: B018  (its generators begin to start)
+
+    def train(self, stage: str, loop: TrainingLoop, arguments: LoopArguments) -> None:
+        """Run a training loop on the learner's workers and show each of its steps; see `Workers.train` for errors."""
+        with following(self.run, self.config, stage, console):
+            self.workers.train(loop, arguments)
 
     # ---- generation
 
@@ -247,8 +282,6 @@ def opened(config: Config, local: bool = False) -> Iterator[Session]:
     # An evaluation of another file is no part of the run: it neither conflicts with a finished one nor is recorded.
     recorded = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"prompts": None})})
     runs_dir = runs_address(config.runs_dir, inside_job())
-    if local and is_uri(runs_dir):
-        raise UserError(f"runs_dir={runs_dir}: --local keeps its checkpoints in a directory; give it one")
     run = RunFolder(join(runs_dir, config.name))
     with run.lock():
         open_or_create(recorded, runs_dir)

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from actors.pools.remote import put
-from actors.training.fit import fit
 from actors.training.sft import DevPrompt, SFTArguments, sft_loop
-from jobs.follow import following
 from jobs.session import Session
-from jobs.stage import console, main, stage
-from rayrlhf.data.epochs import Epochs
+from jobs.stage import main, stage
 from rayrlhf.data.tokens import encode_responses
 from rayrlhf.models.batching import Row
 
@@ -16,6 +13,7 @@ from rayrlhf.models.batching import Row
 @stage("sft")
 def sft(session: Session) -> None:
     """Fine-tune the base model; keeps the checkpoint whose generated dev answers have the best mean ROUGE."""
+    session.warm_up(generators=True)
     config, limit = session.config, session.config.data.max_response_tokens
     records = session.train_splits.sft[: config.sft.max_demonstrations]
     prompts = session.encode([*records, *session.dev])
@@ -27,27 +25,13 @@ def sft(session: Session) -> None:
         for p, ids, record in zip(prompts[len(records) :], responses[len(records) :], session.dev, strict=True)
     ]
     arguments = SFTArguments(
-        config,
-        session.run.address,
-        session.model,
-        put(rows[: len(records)], session.local),
-        put(dev, session.local),
-        session.coordinator,
-        session.checkpoint_name("sft"),
+        **session.loop_arguments("sft"),
+        model=session.model,
+        train=put(rows[: len(records)], session.local),
+        dev=put(dev, session.local),
+        coordinator=session.coordinator,
     )
-    steps = Epochs(
-        len(records), config.sft.batch_size, config.sft.epochs, config.sft.evals_per_epoch, config.seed
-    ).steps
-    with following(session.run, config, "sft", steps, console):
-        fit(
-            sft_loop,
-            {"sft": arguments},
-            name=arguments.checkpoints,
-            storage=session.run.address_of(session.run.checkpoints),
-            learner=config.resources.learner,
-            keep_checkpoints=1,
-            local=session.local,
-        )
+    session.train("sft", sft_loop, arguments)
 
 
 if __name__ == "__main__":

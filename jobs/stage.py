@@ -15,9 +15,9 @@ from collections.abc import Callable, Sequence
 
 from ray.exceptions import RayError
 from ray.train import TrainingFailedError
-from rich.console import Console
 
 from actors.pools.remote import ActorFailure
+from jobs.console import console
 from jobs.session import Session, opened
 from jobs.stopping import interrupted_by_sigterm
 from rayrlhf.config import Config
@@ -28,8 +28,6 @@ from rayrlhf.runs.metrics import MetricsWriter
 from rayrlhf.runs.stages import STAGES
 
 StageFunction = Callable[[Session], None]
-# A log has no width of its own, and tables need one.
-console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120)
 
 
 def stage(

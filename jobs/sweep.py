@@ -27,8 +27,9 @@ from ray.tune.search.variant_generator import generate_variants
 
 from actors.pools.remote import ANSI, ActorFailure
 from jobs.cluster import connected, inside_job, preflight
+from jobs.console import console
 from jobs.pipeline import pipeline
-from jobs.stage import console, guarded, run, stage_function
+from jobs.stage import guarded, run, stage_function
 from rayrlhf.config import Config
 from rayrlhf.reports.progress import duration
 from rayrlhf.reports.tables import interval_text

@@ -16,7 +16,7 @@ Positive = Annotated[int, Field(ge=1)]
 class Section(BaseModel):
     """Base of all sections: unknown keys are errors, values are not coerced from other types."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class LoRAConfig(Section):
@@ -166,7 +166,8 @@ class PPOConfig(Section):
     """Score of a response without EOS in place of the reward model's; null keeps the model's score."""
     kl: KLConfig = KLConfig()
     checkpoint_every: Positive = 10
-    keep_checkpoints: Positive = 1
+    keep_checkpoints: Positive = 2
+    """The newest ones stay: where one is damaged, the one before it is taken."""
 
     @model_validator(mode="after")
     def _minibatches_fit(self) -> PPOConfig:

@@ -30,6 +30,16 @@ def replacing(target: Path, directory: bool = False) -> Iterator[Path]:
         _remove_stale(target)
 
 
+def sync_tree(directory: Path) -> None:
+    """Have the disk hold every file below `directory`, and their names, before this returns."""
+    for path in [*directory.rglob("*"), directory]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
 def _remove_stale(target: Path) -> None:
     for kind in ("tmp", "old"):
         for stale in target.parent.glob(f".{target.name}.{kind}-*"):

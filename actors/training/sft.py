@@ -15,27 +15,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from transformers import PreTrainedTokenizerBase
 
-from actors.pools.monitoring import metrics_writer
 from actors.pools.remote import Remote, fetch
 from actors.rollouts.publisher import Publisher
-from actors.training.fit import report, restored
+from actors.training.loop import Loop, LoopArguments
 from rayrlhf.algorithms.optimizer import Optimizer
 from rayrlhf.algorithms.sft import predicted_tokens, summed_loss
-from rayrlhf.config import Config
 from rayrlhf.data.epochs import Epochs
 from rayrlhf.data.tokens import decode_response
 from rayrlhf.errors import UserError
 from rayrlhf.models.batching import Row
 from rayrlhf.models.forward import Forward
-from rayrlhf.models.loading import checkpoint_gradients, context_length, load_policy, load_tokenizer
-from rayrlhf.models.lora import add_adapters, load_trained_state, trained_state
-from rayrlhf.models.ranks import Ranks
+from rayrlhf.models.loading import context_length, load_policy, load_tokenizer
+from rayrlhf.models.lora import load_trained_state, trained_state
 from rayrlhf.models.saving import save_model
 from rayrlhf.rewards.rouge import rouge
-from rayrlhf.runs.folder import RunFolder
 from rayrlhf.trajectory import GenerationRequest, Sampling, derive_seed
 
 
@@ -50,136 +45,123 @@ class DevPrompt:
 
 
 @dataclass(frozen=True)
-class SFTArguments:
+class SFTArguments(LoopArguments):
     """What every worker needs; picklable, paths absolute."""
 
-    config: Config
-    run_dir: str
-    """Path or URI."""
     model: str
     """Resolved: an absolute directory or a hub name."""
     train: Any
     """list[Row] whose masks cover the responses, or `actors.pools.remote.put` of it."""
     dev: Any
-    """list[DevPrompt], or `actors.pools.remote.put` of it. The first `sft.eval_prompts` are answered as well."""
+    """list[DevPrompt], or `put` of it. The first `sft.eval_prompts` are answered as well."""
     coordinator: Remote | None
     """Answers dev prompts; without it the checkpoint with the lowest dev loss is kept."""
-    checkpoints: str = "sft"
-    """Name of this training's checkpoints, see `Session.checkpoint_name`."""
 
 
 @dataclass
-class SFTState:
-    """Where the run stands; in the checkpoint beside weights and optimiser."""
+class Progress:
+    """Where the run stands beside its step; in the checkpoint."""
 
-    step: int = 0
-    """Optimiser steps done."""
     version: int = 0
-    """Last weight version that was published."""
+    """Weight version that was sent to the generators last."""
     best: float = float("-inf")
     stale: int = 0
     """Evaluations since the best one."""
 
 
-def sft_loop(arguments: dict[str, Any]) -> None:
-    """Fine-tune on demonstrations; `arguments["sft"]` is an `SFTArguments`.
+def sft_loop(args: SFTArguments) -> None:
+    """Fine-tune on demonstrations.
 
     A restart continues from the last evaluation: weights, optimiser, step, best score, and the best model so far,
     which waits in `checkpoints/NAME-best`. The finished one appears in the run folder's `sft/`.
 
     Raises:
         UserError: no data, or rows that are longer than the model's context.
+        FloatingPointError: a gradient, the dev loss or a weight is not finite.
     """
-    args: SFTArguments = arguments["sft"]
     config, settings = args.config, args.config.sft
-    run, ranks = RunFolder(args.run_dir), Ranks(config.resources.learner.threads, gpu=config.resources.learner.gpus > 0)
-    train: list[Row] = fetch(args.train)
-    dev: list[DevPrompt] = fetch(args.dev)
-    tokenizer = load_tokenizer(args.model, config.model.revision)
-    model = load_policy(args.model, config.model.revision, ranks.device)
-    if config.model.lora:
-        add_adapters(model, config.model.lora, config.seed)
-    if config.resources.learner.gradient_checkpointing:
-        checkpoint_gradients(model)
-    forward = Forward(
-        model, pad_token_id=tokenizer.pad_token_id, max_tokens=settings.micro_batch_tokens, dtype=config.model.dtype
-    )
-    publisher = Publisher(model, local=args.coordinator.local) if args.coordinator else None
-    if settings.loss_on == "all":
-        train = [Row(row.ids, np.arange(len(row.ids)) > 0) for row in train]
-    dev_rows = [Row.completion(p.prompt_ids, p.response_ids) for p in dev]
-    _check(train, dev_rows, context_length(model.config))
+    with Loop("sft", args) as loop:
+        run, ranks = loop.run, loop.ranks
+        train: list[Row] = fetch(args.train)
+        dev: list[DevPrompt] = fetch(args.dev)
+        tokenizer = load_tokenizer(args.model, config.model.revision)
+        model = loop.trained("model", load_policy(args.model, config.model.revision, ranks.device), config.seed)
+        forward = Forward(
+            model, pad_token_id=tokenizer.pad_token_id, max_tokens=settings.micro_batch_tokens, dtype=config.model.dtype
+        )
+        publisher = Publisher(model, local=args.coordinator.local) if args.coordinator else None
+        if settings.loss_on == "all":
+            train = [Row(row.ids, np.arange(len(row.ids)) > 0) for row in train]
+        dev_rows = [Row.completion(p.prompt_ids, p.response_ids) for p in dev]
+        _check(train, dev_rows, context_length(model.config))
 
-    epochs = Epochs(len(train), settings.batch_size, settings.epochs, settings.evals_per_epoch, config.seed)
-    optimizer = Optimizer(model, settings.optimizer, epochs.steps)
-    # Beside the checkpoints of these settings: those of others have a best model of their own.
-    state, best_model = SFTState(), run.checkpoints / f"{args.checkpoints}-best"
-    with restored() as checkpoint:
-        if checkpoint:
-            stored = torch.load(checkpoint / "sft.pt", weights_only=True, map_location=ranks.device)
-            load_trained_state(model, stored["model"])
-            optimizer.load_state_dict(stored["optimizer"])
-            state = SFTState(**stored["state"])
-    writer = metrics_writer(run.address, config.name) if ranks.first else None
+        epochs = Epochs(len(train), settings.batch_size, settings.epochs, settings.evals_per_epoch, config.seed)
+        optimizer = Optimizer(model, settings.optimizer, epochs.steps)
+        # Beside the checkpoints of these settings: those of others have a best model of their own.
+        progress, best_model = Progress(), run.checkpoints / f"{args.checkpoints}-best"
+        if found := loop.restore():
+            _, state = found
+            load_trained_state(model, state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            progress = Progress(**state["progress"])
 
-    def log(metrics: dict[str, float]) -> None:
-        if writer:
-            writer.write("sft", state.step, metrics)
+        def dev_loss() -> float:
+            loss = summed_loss(forward, dev_rows, ranks) / predicted_tokens(dev_rows)
+            if not np.isfinite(loss):  # the same on all ranks
+                raise FloatingPointError(f"sft: the dev loss after step {loop.step} is {loss}")
+            return loss
 
-    def dev_loss() -> float:
-        return summed_loss(forward, dev_rows, ranks) / predicted_tokens(dev_rows)
+        loop.steps = epochs.steps
+        if loop.step == 0:
+            loop.log({"sft/dev_loss": dev_loss()})
+        while loop.step < epochs.steps and progress.stale < settings.patience:
+            started = time.perf_counter()
+            batch = [train[i] for i in epochs.batch(loop.step)]
+            count, lr = predicted_tokens(batch), optimizer.lr
+            loss = summed_loss(forward, batch, ranks, scale=1.0 / count) / count
+            norm = optimizer.step(ranks)
+            seconds = time.perf_counter() - started
+            evaluate = epochs.evaluates_after(loop.step)
+            loop.step += 1
+            loop.log({
+                "sft/loss": loss, "sft/lr": lr, "sft/grad_norm": norm, "sft/tokens": count, "time/step": seconds,
+                "throughput/tokens_per_s": sum(len(row.ids) for row in batch) / seconds,
+                "memory/learner_peak_mib": ranks.peak_memory_mib(),
+            })  # fmt: skip
+            if not evaluate:
+                continue
+            loop.require_finite()  # before generators get the weights, and before the best model is kept
+            metrics = {"sft/dev_loss": dev_loss()}
+            score = -metrics["sft/dev_loss"]
+            if publisher:
+                answered = answer_dev_prompts(publisher, tokenizer, dev, args, progress) if ranks.first else ({}, {})
+                (measured, sample), progress.version = ranks.broadcast((answered, progress.version))
+                metrics |= measured
+                loop.sample(sample)
+                score = metrics["sft/rouge_mean"]
+            progress.stale = 0 if score > progress.best else progress.stale + 1
+            if score > progress.best:
+                progress.best = score
+                if ranks.first:
+                    save_model(model, tokenizer, best_model)
+                    run.upload(best_model)
+            loop.log(metrics | {"sft/best": progress.best})
+            loop.save({
+                "model": trained_state(model), "optimizer": optimizer.state_dict(), "progress": asdict(progress),
+            })  # fmt: skip
+        if loop.step < epochs.steps:
+            loop.note(f"stopped after {loop.step} steps: {progress.stale} evaluations without a better score")
 
-    def write(directory: Path) -> None:
-        stored = {"model": trained_state(model), "optimizer": optimizer.state_dict(), "state": asdict(state)}
-        torch.save(stored, directory / "sft.pt")
-
-    if state.step == 0:
-        log({"sft/steps": epochs.steps, "sft/dev_loss": dev_loss()})
-    while state.step < epochs.steps and state.stale < settings.patience:
-        started = time.perf_counter()
-        batch = [train[i] for i in epochs.batch(state.step)]
-        count, lr = predicted_tokens(batch), optimizer.lr
-        loss = summed_loss(forward, batch, ranks, scale=1.0 / count) / count
-        norm = optimizer.step(ranks)
-        seconds = time.perf_counter() - started
-        evaluate = epochs.evaluates_after(state.step)
-        state.step += 1
-        log({
-            "sft/loss": loss, "sft/lr": lr, "sft/grad_norm": norm, "sft/tokens": count, "time/step": seconds,
-            "throughput/tokens_per_s": sum(len(row.ids) for row in batch) / seconds,
-            "memory/learner_peak_mib": ranks.peak_memory_mib(),
-        })  # fmt: skip
-        if not evaluate:
-            continue
-        metrics = {"sft/dev_loss": dev_loss()}
-        score = -metrics["sft/dev_loss"]
-        if publisher:
-            measured, sample = answer_dev_prompts(publisher, tokenizer, dev, args, state) if ranks.first else ({}, {})
-            measured, state.version = ranks.broadcast((measured, state.version))
-            metrics |= measured
-            if writer:
-                writer.write_text("sft", state.step, "sample", sample)
-            score = metrics["sft/rouge_mean"]
-        state.stale = 0 if score > state.best else state.stale + 1
-        if score > state.best:
-            state.best = score
-            if ranks.first:
-                save_model(model, tokenizer, best_model)
-                run.upload(best_model)
-        log(metrics | {"sft/best": state.best})
-        report(ranks, {"step": state.step} | metrics, write)
-    if writer:
-        if state.step < epochs.steps:
-            note = f"stopped after {state.step} steps: {state.stale} evaluations without a better score"
-            writer.write_text("sft", state.step, "note", note)
-        with run.writing("sft") as directory:
+        # The best model, which was looked at when it was kept; what the last update left is not published.
+        def publish_best(directory: Path) -> None:
             shutil.copytree(run.download(best_model), directory, dirs_exist_ok=True)
-        writer.close()
+
+        loop.finish(publish_best)
 
 
 def answer_dev_prompts(
     publisher: Publisher, tokenizer: PreTrainedTokenizerBase, dev: Sequence[DevPrompt], args: SFTArguments,
-    state: SFTState,
+    progress: Progress,
 ) -> tuple[dict[str, float], dict[str, str]]:  # fmt: skip
     """Publish the weights, let the generators answer the first dev prompts near-greedily, and measure the answers.
 
@@ -189,14 +171,16 @@ def answer_dev_prompts(
     """
     coordinator, config, resources = args.coordinator, args.config, args.config.resources
     assert coordinator is not None
-    state.version = coordinator.call("next_version", state.version, timeout_s=resources.coordinator_timeout_s)
-    publication = publisher.publish(state.version)
+    progress.version = coordinator.call("next_version", progress.version, timeout_s=resources.coordinator_timeout_s)
+    publication = publisher.publish(progress.version)
     # The first load also starts the generators.
     coordinator.call("load_weights", publication, timeout_s=resources.coordinator_timeout_s)
     asked = dev[: config.sft.eval_prompts]
     requests = [GenerationRequest(p.id, p.prompt_ids, 0, derive_seed(config.seed, "sft-eval", p.id)) for p in asked]
     sampling = Sampling(config.evaluate.temperature, config.data.max_response_tokens, int(tokenizer.eos_token_id))
-    answers = coordinator.call("generate", requests, sampling, state.version, timeout_s=resources.coordinator_timeout_s)
+    answers = coordinator.call(
+        "generate", requests, sampling, progress.version, timeout_s=resources.coordinator_timeout_s
+    )
     texts = [decode_response(tokenizer, answer.response_ids) for answer in answers]
     scores = rouge(texts, [p.reference for p in asked])
     metrics = {

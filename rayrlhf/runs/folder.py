@@ -13,6 +13,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import shutil
 import socket
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -91,6 +92,18 @@ class RunFolder:
         """`download` all files directly in the folder; directories, which are large, wait until they are asked for."""
         if self.store:
             self.store.pull_files()
+
+    def directories_in(self, path: Path) -> list[str]:
+        """Names of the directories inside a directory of the folder that are complete; none if it does not exist."""
+        if self.store:
+            return self.store.directories_in(path)
+        return [each.name for each in path.glob("[!.]*") if each.is_dir()]
+
+    def remove(self, path: Path) -> None:
+        """Delete a directory of the folder, here and in the store."""
+        if self.store:
+            self.store.remove(path)
+        shutil.rmtree(path, ignore_errors=True)
 
     @contextlib.contextmanager
     def writing(self, stage: str) -> Iterator[Path]:

@@ -19,8 +19,7 @@ from actors.rollouts.batch import Batch
 from actors.rollouts.coordinator import Coordinator
 from actors.rollouts.publisher import AdapterPublication
 from actors.rollouts.weight_sync import PublishedWeights
-from actors.training.fit import fit
-from actors.training.ppo import LearnerArguments, ppo_loop
+from actors.training.ppo import PPOArguments, ppo_loop
 from rayrlhf.config import Config
 from rayrlhf.config_file import parse_config
 from rayrlhf.data.prompts import EncodedPrompt
@@ -40,7 +39,9 @@ MAX_PROMPT, MAX_RESPONSE = 96, 16
 STEPS = 3
 
 
-def make_config(runs_dir: Path, lr: float = 1e-3, max_staleness: int = 0, lora: dict[str, Any] | None = None) -> Config:
+def make_config(
+    runs_dir: Path, lr: float = 1e-3, max_staleness: int = 0, lora: dict[str, Any] | None = None, updates: int = 2
+) -> Config:
     settings = {
         "name": "run",
         "runs_dir": str(runs_dir),
@@ -51,12 +52,11 @@ def make_config(runs_dir: Path, lr: float = 1e-3, max_staleness: int = 0, lora: 
             "steps": STEPS,
             "prompts_per_step": 8,
             "samples_per_prompt": 2,
-            "epochs": 2,
-            "minibatches": 2,
+            "epochs": updates,
+            "minibatches": updates,
             "temperature": 0.7,
             "max_staleness": max_staleness,
             "checkpoint_every": 1,
-            "keep_checkpoints": 1,
             "optimizer": {"lr": lr, "eps": 1e-5, "betas": (0.9, 0.999)},
         },
         "resources": {"generators": {"kv_cache_mib": 64, "max_num_seqs": 32}},
@@ -116,18 +116,8 @@ def train(
     """Run or continue the PPO loop; the run folder and its valid metrics."""
     config = coordinator.config = make_config(runs_dir, **settings)
     run_dir = runs_dir / "run"
-    arguments = LearnerArguments(
-        config, str(run_dir), TINY, str(reward_model), Remote("coordinator", coordinator, local=True)
-    )
-    fit(
-        ppo_loop,
-        {"learner": arguments},
-        name="ppo",
-        storage=run_dir / "checkpoints",
-        learner=config.resources.learner,
-        keep_checkpoints=1,
-        local=True,
-    )
+    coordinator_here = Remote("coordinator", coordinator, local=True)
+    ppo_loop(PPOArguments(config, str(run_dir), "ppo", 1, TINY, str(reward_model), coordinator_here))
     return run_dir, read_metrics(run_dir, "ppo")
 
 
@@ -304,3 +294,13 @@ def test_a_learning_rate_that_is_far_too_high_ends_in_one_line(
         train(tmp_path, coordinator, reward_model, lr=1e18)
     assert not (tmp_path / "run" / "policy").exists()
     assert "there was no checkpoint yet" in str(raised.value), "the second update of the first step is refused"
+
+
+def test_a_model_that_its_last_update_broke_is_not_kept(
+    coordinator: Watched, reward_model: Path, tmp_path: Path
+) -> None:
+    """A step of one update, whose gradient is finite and whose learning rate is beyond float32."""
+    with pytest.raises(FloatingPointError, match="ppo: the policy has weights that are not finite") as raised:
+        train(tmp_path, coordinator, reward_model, lr=1e39, updates=1)
+    assert not list((tmp_path / "run" / "checkpoints" / "ppo").glob("*"))
+    assert "there was no checkpoint yet" in str(raised.value)

@@ -27,8 +27,7 @@ from actors.pools.monitoring import CONTROL, ExportingWriter, Gauges
 from actors.pools.remote import Remote, namespace
 from actors.rollouts.coordinator import Coordinator
 from actors.rollouts.weight_sync import publish_directory
-from actors.training.fit import fit
-from actors.training.ppo import LearnerArguments, ppo_loop
+from actors.training.ppo import PPOArguments, ppo_loop
 from actors.training.reward_model import RewardModelArguments, reward_model_loop
 from actors.training.sft import DevPrompt, SFTArguments, sft_loop
 from rayrlhf.config import Config
@@ -57,17 +56,8 @@ Labels = Mapping[str, str]
 class Loops:
     """A process for training loops."""
 
-    def run(self, loop: Any, arguments: dict[str, Any], config: Config) -> None:
-        storage = Path(config.runs_dir) / config.name / "checkpoints"
-        fit(
-            loop,
-            arguments,
-            name=loop.__name__,
-            storage=storage,
-            learner=config.resources.learner,
-            keep_checkpoints=1,
-            local=True,
-        )
+    def run(self, loop: Any, arguments: Any) -> None:
+        loop(arguments)
 
     def set_and_forget(self) -> None:
         gauges = Gauges("forgetful")
@@ -136,9 +126,11 @@ def coordinator(ray_cluster: None, config: Config, tmp_path_factory: pytest.Temp
     remote.call("start_generators", timeout_s=200)
     prompts = [EncodedPrompt(record.id, tuple(own)) for record, own in zip(records, ids, strict=True)]
     remote.call("set_prompts", prompts, Sampling(0.7, RESPONSE, tokenizer.eos_token_id), timeout_s=60)
-    arguments = LearnerArguments(config, str(Path(config.runs_dir) / config.name), TINY, str(reward_model), remote)
+    arguments = PPOArguments(
+        config, str(Path(config.runs_dir) / config.name), "ppo", 1, TINY, str(reward_model), remote
+    )
     loops = Remote.spawn("loops", Loops, local=False, options={"num_cpus": 0})
-    loops.call("run", ppo_loop, {"learner": arguments}, config, timeout_s=200)
+    loops.call("run", ppo_loop, arguments, timeout_s=200)
     loops.call("set_and_forget", timeout_s=60)
     # The last weights of an asynchronous PPO need not reach a generator: nothing is sampled from them.
     version = remote.call("next_version", timeout_s=60)
@@ -164,9 +156,9 @@ def other_loops(ray_cluster: None, config: Config) -> Iterator[Remote]:
         for i in range(6)
     ]
     loops = Remote.spawn("other-loops", Loops, local=False, options={"num_cpus": 0})
-    loops.call("run", sft_loop, {"sft": SFTArguments(config, run_dir, TINY, rows, dev, None)}, config, timeout_s=200)
-    ranking = RewardModelArguments(config, run_dir, TINY, ranked, rows)
-    loops.call("run", reward_model_loop, {"reward_model": ranking}, config, timeout_s=200)
+    loops.call("run", sft_loop, SFTArguments(config, run_dir, "sft", 1, TINY, rows, dev, None), timeout_s=200)
+    ranking = RewardModelArguments(config, run_dir, "reward_model", 1, TINY, ranked, rows)
+    loops.call("run", reward_model_loop, ranking, timeout_s=200)
     yield loops
     loops.kill()
 

@@ -18,7 +18,7 @@ from ray.cluster_utils import Cluster
 
 from actors.pools.remote import Remote
 from actors.rollouts.coordinator import Coordinator
-from actors.training.fit import fit
+from actors.training.workers import Workers
 from jobs.cluster import LOCAL_ENVIRONMENT, preflight
 from rayrlhf.config import Config
 from rayrlhf.config_file import parse_config
@@ -92,10 +92,9 @@ def test_actors_are_where_their_labels_say(cluster: Cluster, tmp_path: Path) -> 
         nodes += [place["node"] for place in coordinator.call("start_scorers", str(reward_model), TINY, timeout_s=200)]
         assert [labels_of_node(node)["rayrlhf.io/role"] for node in nodes] == ["generator", "generator"]
 
-    fit(
-        where, {"directory": tmp_path}, name="where", storage=tmp_path / "train", learner=own.resources.learner,
-        keep_checkpoints=1, local=False,
-    )  # fmt: skip
+    workers = Workers(own.resources.learner, str(tmp_path / "train"), "where", local=False)
+    workers.train(where, {"directory": tmp_path})
+    workers.close()
     learners = [(tmp_path / f"rank{rank}").read_text() for rank in range(2)]
     assert learners[0] == learners[1], "two workers that fit one node are packed on it"
     assert labels_of_node(learners[0])["rayrlhf.io/role"] == "learner"

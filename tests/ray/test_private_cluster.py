@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import ipaddress
-import os
 import tempfile
+from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
 import pytest
 import ray
+import torch
 
+from actors.training.workers import Workers
 from jobs.cluster import connected
+from rayrlhf.config import LearnerConfig
 from rayrlhf.config_file import parse_config
+from rayrlhf.models.ranks import Ranks
 
 pytestmark = pytest.mark.timeout(200)
 
@@ -23,20 +27,27 @@ def listening() -> set[str]:
     return {c.laddr.ip for c in found}
 
 
-class Actor:
-    def pid(self) -> int:
-        return os.getpid()
+def meet(directory: Path) -> None:
+    """A training loop whose ranks have talked to each other."""
+    ranks = Ranks(threads=1)
+    assert float(ranks.sum(torch.ones(1))) == 2.0
+    (directory / f"rank-{ranks.rank}").touch()
 
 
-def test_a_private_cluster_listens_on_the_loopback_address_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_private_cluster_and_its_learner_listen_on_the_loopback_address_only(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     before = listening()
     with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as directory:
         monkeypatch.setenv("RAY_TMPDIR", directory)
         with connected(parse_config({"name": "private"}, "test")):
-            assert ray.get(ray.remote(Actor).remote().pid.remote(), timeout=100) != os.getpid()
+            workers = Workers(LearnerConfig(workers=2, cpus=0.5), str(tmp_path), "private", local=False)
+            workers.train(meet, tmp_path)  # they stay, and with them whatever they listen on
+            assert {path.name for path in tmp_path.glob("rank-*")} == {"rank-0", "rank-1"}
             address = ray.get_runtime_context().gcs_address
             found = listening() - before
+            workers.close()
     assert found and all(
         (ip.ipv4_mapped or ip).is_loopback if isinstance(ip, ipaddress.IPv6Address) else ip.is_loopback
         for ip in map(ipaddress.ip_address, found)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-import actors.training.fit
-import actors.training.reward_model
-from actors.training.fit import fit
+from actors.training.loop import Loop
 from actors.training.reward_model import RewardModelArguments, reward_model_loop
 from rayrlhf.algorithms.ranked_pass import score_rows
 from rayrlhf.config import Config, DatasetConfig
@@ -70,11 +67,7 @@ def references(count: int = 12) -> list[Row]:
 
 def run_reward_model(config: Config, comparisons: list[RankedAnswers]) -> tuple[Path, list[dict[str, Any]]]:
     run_dir = Path(config.runs_dir) / config.name
-    arguments = RewardModelArguments(config, str(run_dir), TINY, comparisons, references())
-    fit(
-        reward_model_loop, {"reward_model": arguments}, name="rm", storage=run_dir / "checkpoints",
-        learner=config.resources.learner, keep_checkpoints=1, local=True,
-    )  # fmt: skip
+    reward_model_loop(RewardModelArguments(config, str(run_dir), "reward_model", 1, TINY, comparisons, references()))
     return run_dir, read_metrics(run_dir, "reward_model")
 
 
@@ -153,22 +146,22 @@ def test_a_killed_run_continues_and_ends_as_if_nothing_had_happened(
 ) -> None:
     comparisons = toy(40, seed=6) + toy(8, seed=7, heldout=True)
     whole, _ = run_reward_model(make_config(tmp_path / "whole", lora), comparisons)
-    reported: list[int] = []
-    report = actors.training.fit.report
+    saved: list[int] = []
+    save = Loop.save
 
-    def dying(ranks: Ranks, metrics: dict[str, float], write: Callable[[Path], None]) -> None:
-        report(ranks, metrics, write)
-        reported.append(int(metrics["step"]))
-        if len(reported) == 2:
+    def dying(loop: Loop, state: dict[str, Any]) -> None:
+        save(loop, state)
+        saved.append(loop.step)
+        if len(saved) == 2:
             raise KeyboardInterrupt
 
     config = make_config(tmp_path / "broken", lora)
-    monkeypatch.setattr(actors.training.reward_model, "report", dying)
+    monkeypatch.setattr(Loop, "save", dying)
     with pytest.raises(KeyboardInterrupt):
         run_reward_model(config, comparisons)
     assert not (Path(config.runs_dir) / "run" / "reward_model").exists()
     run_dir, metrics = run_reward_model(config, comparisons)
-    assert reported == [2, 3, 4, 5]
+    assert saved == [2, 3, 4, 5]
     assert [m["step"] for m in metrics] == list(range(6))
     assert torch.equal(weights(run_dir / "reward_model"), weights(whole / "reward_model"))
     assert (run_dir / "reward_model.json").read_text() == (whole / "reward_model.json").read_text()
@@ -198,6 +191,15 @@ def test_without_held_out_pairs_there_is_no_accuracy(tmp_path: Path) -> None:
     (tmp_path / "run" / "reward_model.json").write_text("of an earlier attempt with other settings")
     run_dir, _ = run_reward_model(make_config(tmp_path), toy(8, seed=0))
     assert (run_dir / "reward_model").is_dir() and not (run_dir / "reward_model.json").exists()
+
+
+def test_a_model_that_its_last_update_broke_is_not_published(tmp_path: Path) -> None:
+    config = make_config(tmp_path, optimizer={"lr": 1e39, "schedule": "constant"})
+    with pytest.raises(FloatingPointError, match="reward_model: the reward model has weights that are not finite"):
+        run_reward_model(config, toy(8, seed=0))
+    run_dir = tmp_path / "run"
+    assert not (run_dir / "reward_model").exists() and not (run_dir / "reward_model.json").exists()
+    assert not list((run_dir / "checkpoints").rglob("checkpoint_*"))
 
 
 def test_bad_data_is_one_line(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from actors.pools.remote import Remote, put
 from actors.rollouts.weight_sync import Publication
-from actors.training.fit import fit
 from actors.training.sft import DevPrompt, SFTArguments, sft_loop
+from actors.training.workers import Workers
 from rayrlhf.config import Config, DatasetConfig
 from rayrlhf.config_file import parse_config
 from rayrlhf.data.sources import read_demonstrations
@@ -121,11 +121,12 @@ def run_sft(
 ) -> tuple[Path, list[dict[str, Any]]]:
     run_dir = Path(config.runs_dir) / config.name
     train, dev = data
-    arguments = SFTArguments(config, str(run_dir), TINY, put(train, local), put(dev, local), coordinator)
-    fit(
-        sft_loop, {"sft": arguments}, name="sft", storage=run_dir / "checkpoints", learner=config.resources.learner,
-        keep_checkpoints=1, local=local,
+    arguments = SFTArguments(
+        config, str(run_dir), "sft", 1, TINY, put(train, local), put(dev, local), coordinator
     )  # fmt: skip
+    workers = Workers(config.resources.learner, str(run_dir / "checkpoints"), "sft", local)
+    workers.train(sft_loop, arguments)
+    workers.close()
     return run_dir, read_metrics(run_dir, "sft")
 
 
@@ -223,8 +224,8 @@ def test_stops_early_and_returns_the_best(tmp_path: Path, data: tuple[list[Row],
     losses = {m["step"]: m["sft/dev_loss"] for m in metrics if m["step"] and "sft/dev_loss" in m}
     last, best = max(losses), min(losses, key=losses.__getitem__)
     assert last < 24 and last == best + 2
-    state = torch.load(next((run_dir / "checkpoints" / "sft").glob("checkpoint_*")) / "sft.pt", weights_only=True)
-    assert state["state"]["step"] == last and state["state"]["best"] == pytest.approx(-losses[best])
+    state = torch.load(next((run_dir / "checkpoints" / "sft").glob("checkpoint_*")) / "state.pt", weights_only=True)
+    assert state["step"] == last and state["progress"]["best"] == pytest.approx(-losses[best])
     assert not torch.equal(load_policy(str(run_dir / "sft")).get_input_embeddings().weight,
                            state["model"]["model.decoder.embed_tokens.weight"])  # fmt: skip
 
@@ -248,6 +249,18 @@ def test_gradient_checkpointing_ends_with_the_same_weights(
     resources = config.resources.model_copy(update={"learner": learner})
     again, _ = run_sft(config.model_copy(update={"resources": resources}), rows)
     torch.testing.assert_close(weights(again / "sft"), weights(kept / "sft"), rtol=0, atol=1e-6)
+
+
+def test_a_model_that_its_last_update_broke_is_not_published(
+    tmp_path: Path, data: tuple[list[Row], list[DevPrompt]]
+) -> None:
+    """One step, whose gradient is finite and whose learning rate is beyond float32."""
+    config = make_config(tmp_path, optimizer={"lr": 1e39, "schedule": "constant"})
+    with pytest.raises(FloatingPointError, match="sft: the model has weights that are not finite after the last upd"):
+        run_sft(config, (data[0][:16], data[1]))
+    run_dir = tmp_path / "run"
+    assert not (run_dir / "sft").exists() and not list((run_dir / "checkpoints").rglob("*.safetensors"))
+    assert not list((run_dir / "checkpoints").rglob("checkpoint_*"))
 
 
 def test_bad_data_is_one_line(tmp_path: Path, data: tuple[list[Row], list[DevPrompt]]) -> None:
@@ -284,4 +297,4 @@ def test_two_ray_train_workers_end_with_the_weights_of_one(
             ours["sft/dev_loss"] == pytest.approx(theirs["sft/dev_loss"], rel=1e-5) if "sft/dev_loss" in ours else True
         )
     assert metrics[-1]["sft/rouge1"] == pytest.approx(read_metrics(one, "sft")[-1]["sft/rouge1"], abs=0.05)
-    assert any((two / "checkpoints" / "sft").glob("checkpoint_*/sft.pt"))
+    assert any((two / "checkpoints" / "sft").glob("checkpoint_*/state.pt"))

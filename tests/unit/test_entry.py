@@ -130,9 +130,3 @@ def test_the_folder_is_free_again_after_a_failed_stage(config: Config) -> None:
     for _ in range(2):
         with pytest.raises(RuntimeError, match="boom"):
             run(config, [fail], local=True)
-
-
-def test_local_refuses_a_store() -> None:
-    config = parse_config({"name": "one", "runs_dir": "s3://bucket/runs"}, "test")
-    with pytest.raises(UserError, match="s3://bucket/runs: --local keeps its checkpoints in a directory"):
-        run(config, [], local=True)

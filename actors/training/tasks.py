@@ -1,0 +1,124 @@
+"""What Ray Train's workers are to do next, and what became of it: the actor between the driver and the workers.
+
+    driver                     Tasks                      every worker
+    give(1, sft loop)   ──▶    task 1
+                                          ◀──  next(0) waits, and gets task 1
+    outcome(1) waits    ──▶               ◀──  finish(1, rank 0, no error)   trains
+    gets the outcome    ◀──               ◀──  finish(1, rank 1, no error)
+    ...                                   ◀──  next(1) waits for hours if need be
+    give(2, PPO loop)   ──▶    task 2  ──▶     gets task 2
+
+Ray Train starts the workers once for all stages. When it has to start them again, because one died, the new ones ask
+for what comes after the last task that was finished: they get the same task again, whose loop continues from its newest
+checkpoint.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, NamedTuple
+
+# Nothing heavy is imported here: the actor's process would import it as well.
+
+TRAIN_ENVIRONMENT = {
+    # Ray Train polls its workers every 2 s, and would notice a death only then.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # the dashboard's Train tab
+    "RAY_TRAIN_V2_ENABLED": "1",
+}
+"""Ray Train's settings, which it reads when it is first imported."""
+
+
+class Outcome(NamedTuple):
+    """How a task ended, if a worker lives to tell it."""
+
+    user_error: str | None = None
+    """What the user has to mend."""
+    not_finite: str | None = None
+    """Which number was not finite."""
+
+
+class Given(NamedTuple):
+    """The answer to a worker that asks for work."""
+
+    number: int = 0
+    task: tuple[Any, ...] = ()
+    """One ObjectRef of (loop, arguments). In a tuple, so that Ray passes it on without fetching what it stands for."""
+    closed: bool = False
+    """There will be no more work."""
+
+    @property
+    def nothing_yet(self) -> bool:
+        return not self.task and not self.closed
+
+
+class Tasks:
+    """An asynchronous actor: any number of calls wait inside it at the same time."""
+
+    def __init__(self, workers: int) -> None:
+        self._workers = workers
+        self._current = Given()
+        self._outcomes: dict[int, Outcome] = {}
+        self._done: set[int] = set()
+        """Ranks that are done with the current task."""
+        self._changed = asyncio.Condition()
+        self._controller: list[Any] = []
+
+    # ---- called by the driver
+
+    async def give(self, number: int, task: tuple[Any, ...]) -> None:
+        """The next task; numbers rise by one."""
+        self._done.clear()
+        await self._change(Given(number, task))
+
+    async def outcome(self, number: int, wait_s: float) -> Outcome | None:
+        """What became of the task; None if it is still under way after `wait_s`."""
+        await self._wait(lambda: number in self._outcomes, wait_s)
+        return self._outcomes.get(number)
+
+    async def close(self) -> None:
+        """Let the workers end."""
+        await self._change(Given(closed=True))
+
+    async def controller(self) -> Any:
+        """Ray Train's controller, once it is up."""
+        return self._controller[0] if self._controller else None
+
+    # ---- called by Ray Train's processes
+
+    async def set_controller(self, controller: list[Any]) -> None:
+        self._controller = controller
+
+    async def next(self, after: int, wait_s: float) -> Given:
+        """The task that follows number `after`; nothing yet, if there is none within `wait_s`."""
+        await self._wait(lambda: self._current.closed or self._current.number > after, wait_s)
+        return self._current if self._current.closed or self._current.number > after else Given()
+
+    async def finish(self, number: int, rank: int, outcome: Outcome) -> None:
+        """Say what became of a task on a rank. The task has ended once all ranks are done, or one met an error."""
+        async with self._changed:
+            self._done.add(rank)
+            if outcome != Outcome() or len(self._done) == self._workers:
+                self._outcomes.setdefault(number, outcome)
+                self._changed.notify_all()
+
+    async def begin(self) -> int:
+        """Rank 0 of a worker group that has just started asks for the last task that has ended; 0 before the first.
+
+        What the ranks of an earlier group had done does not count.
+        """
+        self._done.clear()
+        return max(self._outcomes, default=0)
+
+    async def _change(self, current: Given) -> None:
+        async with self._changed:
+            self._current = current
+            self._changed.notify_all()
+
+    async def _wait(self, happened: Any, wait_s: float) -> None:
+        async with self._changed:
+            try:
+                await asyncio.wait_for(self._changed.wait_for(happened), wait_s)
+            except TimeoutError:
+                pass

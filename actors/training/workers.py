@@ -1,0 +1,259 @@
+"""Ray Train's worker group: it starts once and serves every training stage of a run.
+
+To start one takes tens of seconds, most of which every worker spends on importing torch and transformers. So the
+workers stay, and wait for the next stage (`actors.training.tasks`). Ray Train places them, sets up torch's process
+group, watches them and starts them again when one dies; checkpoints are `rayrlhf.runs.checkpoints`'.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import tempfile
+import threading
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+from ray.exceptions import GetTimeoutError, RayError
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch.config import _set_torch_distributed_env_vars, _TorchBackend
+from ray.train.v2._internal.execution.callback import ControllerCallback
+
+from actors.pools.remote import ActorFailure
+from actors.training.tasks import TRAIN_ENVIRONMENT, Given, Outcome, Tasks
+from rayrlhf.config import LearnerConfig
+from rayrlhf.errors import UserError
+from rayrlhf.models.ranks import Ranks
+from rayrlhf.runs.storage import Store, is_uri
+
+_WAIT_S = 1.0
+"""How long the driver waits for an outcome before it looks whether the worker group still lives."""
+_IDLE_S = 30.0
+"""How long a worker waits for work before it asks again."""
+_CALL_S = 60.0
+"""How long the actor that hands out tasks may take to answer."""
+_END_S = 20.0
+"""How long Ray Train may take to end its workers."""
+
+TrainingLoop = Callable[[Any], None]
+
+
+class Workers:
+    """The learner's workers: Ray Train's, or this process if `local`."""
+
+    def __init__(self, learner: LearnerConfig, storage: str, name: str, local: bool) -> None:
+        """
+        Args:
+            storage: path or URI that every node sees, for Ray Train's own files.
+            name: of the group, in Ray's dashboard.
+        """
+        self.learner, self.storage, self.name, self.local = learner, storage, name, local
+        self._tasks: Any = None
+        self._number = 0
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+
+    def start(self) -> None:
+        """Begin to start the workers, unless they are up; returns at once."""
+        if self.local or self._thread is not None:
+            return
+        os.environ.update(TRAIN_ENVIRONMENT)
+        here = ray.get_runtime_context().get_node_id()
+        # On the driver's node: that one cannot vanish without the driver.
+        self._tasks = (
+            ray.remote(Tasks)
+            .options(num_cpus=0, label_selector={ray._raylet.RAY_NODE_ID_KEY: here})
+            .remote(self.learner.workers)
+        )
+        self._number, self._failure = 0, None
+        self._thread = threading.Thread(target=self._fit, args=(self._trainer(),), name="ray train", daemon=True)
+        self._thread.start()
+
+    def train(self, loop: TrainingLoop, arguments: Any) -> None:
+        """Run `loop(arguments)` on every worker; returns when it has ended.
+
+        Raises:
+            UserError: raised by the loop on any worker, passed on as it is.
+            FloatingPointError: raised by the loop on all workers alike; it names the last good checkpoint.
+            ray.train.TrainingFailedError: workers failed more often than `learner.max_failures`.
+            ActorFailure: the actor that hands out tasks is gone.
+        """
+        if self.local:
+            loop(arguments)
+            return
+        self.start()
+        self._number += 1
+        try:
+            outcome = self._outcome((ray.put((loop, arguments)),))
+        except BaseException:
+            self.close()  # what the workers are in the middle of is nobody's any more
+            raise
+        if outcome.user_error is not None:
+            self.close()  # perhaps on one rank only, for which the others wait
+            raise UserError(outcome.user_error)
+        if outcome.not_finite is not None:
+            raise FloatingPointError(outcome.not_finite)
+
+    def close(self) -> None:
+        """End the workers, in the middle of their work if they are at it."""
+        thread, self._thread = self._thread, None
+        if thread is None or not ray.is_initialized():
+            return
+        with contextlib.suppress(RayError):  # whatever is gone already is what was wanted
+            controller = ray.get(self._tasks.controller.remote(), timeout=_CALL_S)
+            if controller is not None:
+                ray.get(controller.abort.remote(), timeout=_END_S)
+        thread.join(_END_S)
+        with contextlib.suppress(RayError):
+            ray.kill(self._tasks)
+
+    def _outcome(self, task: tuple[Any, ...]) -> Outcome:
+        assert self._thread is not None
+        self._ask("give", self._number, task)
+        while True:
+            found: Outcome | None = self._ask("outcome", self._number, _WAIT_S)
+            if found is not None:
+                return found
+            if not self._thread.is_alive():
+                raise self._failure or ActorFailure("Ray Train's workers ended in the middle of their work")
+
+    def _ask(self, method: str, *args: Any) -> Any:
+        try:
+            return ray.get(getattr(self._tasks, method).remote(*args), timeout=_WAIT_S + _CALL_S)
+        except GetTimeoutError:
+            raise ActorFailure(f"the actor that hands out training tasks does not answer {method}") from None
+        except RayError as error:
+            raise ActorFailure(f"the actor that hands out training tasks is gone ({method}): {error}") from error
+
+    def _fit(self, trainer: TorchTrainer) -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:  # for the thread that waits for an outcome
+            self._failure = error
+
+    def _trainer(self) -> TorchTrainer:
+        learner = self.learner
+        filesystem, root = None, self.storage
+        if is_uri(self.storage):
+            store = Store.open(self.storage)
+            filesystem, root = store.filesystem, store.root
+        else:
+            Path(self.storage).mkdir(parents=True, exist_ok=True)
+        resources: dict[str, float] = {"CPU": learner.cpus}
+        if learner.gpus:
+            resources["GPU"] = learner.gpus
+        backend = "nccl" if learner.gpus else "gloo"
+        private = ray.util.get_node_ip_address() == "127.0.0.1"
+        return TorchTrainer(
+            _serve,
+            train_loop_config={"tasks": [self._tasks], "learner": learner},
+            torch_config=LoopbackTorchConfig(backend) if private else TorchConfig(backend),
+            scaling_config=ScalingConfig(
+                num_workers=learner.workers,
+                use_gpu=learner.gpus > 0,
+                resources_per_worker=resources,
+                label_selector=learner.labels or None,
+            ),
+            run_config=RunConfig(
+                name=self.name,
+                storage_path=root,
+                storage_filesystem=filesystem,
+                failure_config=FailureConfig(max_failures=learner.max_failures),
+                callbacks=[_IntroduceController(self._tasks)],
+            ),
+        )
+
+
+class _IntroduceController(ControllerCallback):
+    """Tells `Tasks` which actor Ray Train's controller is: `fit` has no way to end a run from another thread."""
+
+    def __init__(self, tasks: Any) -> None:
+        self._tasks = tasks
+
+    def after_controller_start(self, *args: Any) -> None:
+        self._tasks.set_controller.remote([ray.get_runtime_context().current_actor])
+
+
+# ---- in the workers
+
+
+def _serve(settings: dict[str, Any]) -> None:
+    """Do task after task. Whatever a loop raises that is not an outcome is Ray Train's to handle: it starts anew."""
+    (tasks,), learner = settings["tasks"], settings["learner"]
+    ranks = Ranks(learner.threads, gpu=learner.gpus > 0)
+    # All ranks must begin with the same task: rank 0 asks.
+    done = int(ranks.broadcast(ray.get(tasks.begin.remote(), timeout=_CALL_S) if ranks.first else 0))
+    while True:
+        given: Given = ray.get(tasks.next.remote(done, _IDLE_S), timeout=_IDLE_S + _CALL_S)
+        if given.closed:
+            return
+        if given.nothing_yet:
+            continue
+        loop, arguments = ray.get(given.task[0], timeout=_CALL_S)
+        outcome = _run(loop, arguments)
+        ray.get(tasks.finish.remote(given.number, ranks.rank, outcome), timeout=_CALL_S)
+        done = given.number
+        del loop, arguments
+        _free_memory()
+
+
+def _run(loop: TrainingLoop, arguments: Any) -> Outcome:
+    try:
+        loop(arguments)
+    except UserError as error:
+        return Outcome(user_error=str(error))
+    except FloatingPointError as error:
+        # The same on all ranks, since norms and means are of all of them. Not a failure: a group that starts anew from
+        # the last checkpoint would arrive at the same numbers.
+        return Outcome(not_finite=str(error))
+    return Outcome()
+
+
+def _free_memory() -> None:
+    """Models and optimisers of the last stage are garbage; its peak of memory is not the next one's."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # generators and scorers may share the device
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: ru_maxrss counts from here
+
+
+# ---- torch's process group on one machine
+
+
+@dataclass
+class LoopbackTorchConfig(TorchConfig):
+    """A process group of workers on one machine, in which nothing listens on the network.
+
+    TorchConfig's store (torch's TCPStore) listens on every interface of the machine, and whoever reaches it can write
+    into it. Here ranks meet through a file, and gloo and NCCL use the loopback interface.
+    """
+
+    @property
+    def backend_cls(self) -> type[_TorchBackend]:
+        return _LoopbackBackend
+
+
+class _LoopbackBackend(_TorchBackend):
+    def on_start(self, worker_group: Any, backend_config: LoopbackTorchConfig) -> None:
+        meeting = Path(tempfile.gettempdir()) / f"rayrlhf-ranks-{uuid.uuid4().hex}"  # a new one for every start
+        worker_group.execute(_set_torch_distributed_env_vars)
+        world = len(worker_group)
+        ray.get([
+            worker_group.execute_single_async(rank, _join, backend_config.backend, rank, world, str(meeting))
+            for rank in range(world)
+        ])  # fmt: skip
+
+
+def _join(backend: str, rank: int, world: int, meeting: str) -> None:
+    os.environ.update(GLOO_SOCKET_IFNAME="lo", NCCL_SOCKET_IFNAME="lo")
+    torch.distributed.init_process_group(backend, init_method=f"file://{meeting}", rank=rank, world_size=world)

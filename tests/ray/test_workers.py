@@ -1,0 +1,129 @@
+"""Ray Train's workers serve task after task; what goes wrong in one comes back in one line, or is done again."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray.train
+import torch
+import torch.distributed as dist
+
+from actors.training.loop import Loop, LoopArguments
+from actors.training.workers import Workers
+from rayrlhf.config import Config
+from rayrlhf.config_file import parse_config
+from rayrlhf.errors import UserError
+from rayrlhf.models.ranks import Ranks
+
+pytestmark = pytest.mark.timeout(240)
+
+
+def write_pid(arguments: tuple[Path, str]) -> None:
+    directory, name = arguments
+    (directory / f"{name}-{dist.get_rank()}").write_text(str(os.getpid()))
+
+
+def only_rank_1_has_no_data(arguments: None) -> None:
+    """Rank 0 waits in a collective for a rank that will never come."""
+    ranks = Ranks(threads=1)
+    if ranks.rank == 1:
+        raise UserError("a learner worker got no trajectory")
+    ranks.sum(torch.zeros(1))
+
+
+def die_once(directory: Path) -> None:
+    """Every rank is there before one of them dies; the group that comes after it writes who it is."""
+    ranks = Ranks(threads=1)
+    again = bool(ranks.broadcast((directory / "died").exists()))
+    if not again and ranks.rank == 1:
+        (directory / "died").write_text(str(os.getpid()))
+        os.kill(os.getpid(), signal.SIGKILL)
+    ranks.sum(torch.zeros(1))
+    (directory / f"again-{ranks.rank}").write_text(str(os.getpid()))
+
+
+def diverging_loop(arguments: LoopArguments) -> None:
+    """A weight that grows until its square overflows float32; a checkpoint a step, attempts counted in a file."""
+    with Loop("ppo", arguments) as loop:
+        with (Path(arguments.run_dir) / f"attempts-{loop.ranks.rank}").open("a") as file:
+            file.write("x")
+        weight = torch.tensor(1.0)
+        while True:
+            weight = weight * 1e10
+            total = loop.ranks.sum(weight.double() * torch.isfinite(weight.square()))
+            if not total:
+                raise FloatingPointError("the gradient norm is inf")
+            loop.step += 1
+            loop.save({"weight": weight})
+
+
+def config(tmp_path: Path) -> Config:
+    resources: dict[str, Any] = {"learner": {"workers": 2, "cpus": 0.5, "max_failures": 1}}
+    return parse_config({"name": "run", "runs_dir": str(tmp_path), "resources": resources}, "test")
+
+
+@pytest.fixture(scope="module")
+def workers(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
+    storage = tmp_path_factory.mktemp("storage")
+    own = Workers(config(storage).resources.learner, str(storage), "workers", local=False)
+    yield own
+    own.close()
+
+
+def pids(directory: Path, name: str) -> list[str]:
+    return [(directory / f"{name}-{rank}").read_text() for rank in range(2)]
+
+
+def test_the_same_processes_do_task_after_task(workers: Workers, tmp_path: Path) -> None:
+    workers.train(write_pid, (tmp_path, "first"))
+    workers.train(write_pid, (tmp_path, "second"))
+    assert pids(tmp_path, "first") == pids(tmp_path, "second")
+    assert len({*pids(tmp_path, "first"), str(os.getpid())}) == 3
+
+
+def test_not_finite_stops_at_once_and_names_the_last_checkpoint(workers: Workers, tmp_path: Path) -> None:
+    """The group stays as it is: one that starts anew would only arrive there again."""
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    workers.train(write_pid, (tmp_path, "before"))
+    with pytest.raises(FloatingPointError) as raised:
+        workers.train(diverging_loop, LoopArguments(config(tmp_path), str(run_dir), "ppo", 2))
+    kept = run_dir / "checkpoints" / "ppo" / "checkpoint_000000"
+    assert str(raised.value) == f"the gradient norm is inf; the last good checkpoint is {kept}"
+    assert torch.load(kept / "state.pt", weights_only=True) == {"weight": pytest.approx(1e10), "step": 1}
+    assert [(run_dir / f"attempts-{rank}").read_text() for rank in range(2)] == ["x", "x"]
+    workers.train(write_pid, (tmp_path, "after"))
+    assert pids(tmp_path, "before") == pids(tmp_path, "after")
+
+
+def test_a_mistake_that_one_rank_finds_ends_the_task_for_all(workers: Workers, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="^a learner worker got no trajectory$"):
+        workers.train(only_rank_1_has_no_data, None)
+    workers.train(write_pid, (tmp_path, "new"))  # by workers that do not hang in that collective
+    assert len(set(pids(tmp_path, "new"))) == 2
+
+
+def test_a_task_whose_worker_dies_is_done_again_by_new_ones(workers: Workers, tmp_path: Path) -> None:
+    workers.train(write_pid, (tmp_path, "before"))
+    workers.train(die_once, tmp_path)
+    assert (tmp_path / "died").read_text() == pids(tmp_path, "before")[1]
+    assert not {*pids(tmp_path, "again")} & {*pids(tmp_path, "before")}
+    with pytest.raises(ray.train.TrainingFailedError):  # max_failures was 1: there is no third group
+        (tmp_path / "died").unlink()
+        workers.train(die_once, tmp_path)
+
+
+def test_in_this_process_without_a_checkpoint_it_says_so(tmp_path: Path) -> None:
+    def loop(arguments: LoopArguments) -> None:
+        with Loop("ppo", arguments):
+            raise FloatingPointError("a score of the batch is not finite")
+
+    with pytest.raises(FloatingPointError, match="is not finite; there was no checkpoint yet"):
+        Workers(config(tmp_path).resources.learner, "", "", local=True).train(
+            loop, LoopArguments(config(tmp_path), str(tmp_path / "run"), "ppo", 2)
+        )
