@@ -13,12 +13,14 @@ from ray._private import ray_constants
 from ray.autoscaler.sdk import request_resources
 from rich.table import Table
 
+from actors.pools.remote import ActorFailure
 from actors.training.tasks import TRAIN_ENVIRONMENT
 from rayrlhf.config import Config
 from rayrlhf.errors import UserError
 from rayrlhf.runs.placement import Node, Plan, demand, make_plan, roles_of
 
 _SAY_S, _POLL_S = 15.0, 1.0
+_START_TRIES = 3
 _NAMED = 4
 """Nodes that an error names."""
 
@@ -71,18 +73,31 @@ def connected(config: Config) -> Iterator[None]:
         if local:
             for key, value in LOCAL_ENVIRONMENT.items():
                 os.environ.setdefault(key, value)
-            ray.init(
-                address="local",
-                include_dashboard=config.resources.dashboard,
-                log_to_driver=False,
-                logging_level="warning",
-            )
+            _start_private(config.resources.dashboard)
         else:
             ray.init(log_to_driver=False)
         try:
             yield
         finally:
             ray.shutdown()
+
+
+def _start_private(dashboard: bool) -> None:
+    """Start a cluster of this machine. Ray gives its first node 30 s, which a very busy machine may exceed.
+
+    Raises:
+        ActorFailure: it did not start in several tries.
+    """
+    for attempt in range(1, _START_TRIES + 1):
+        try:
+            ray.init(address="local", include_dashboard=dashboard, log_to_driver=False, logging_level="warning")
+            return
+        except Exception as error:  # Ray raises nothing more specific
+            if "timed out during startup" not in str(error):
+                raise
+            ray.shutdown()
+            print(f"Ray did not start in time (try {attempt} of {_START_TRIES}): this machine is very busy", flush=True)
+    raise ActorFailure(f"Ray did not start in {_START_TRIES} tries: this machine is too busy; end something and go on")
 
 
 def preflight(config: Config, runs: int = 1) -> Table:
