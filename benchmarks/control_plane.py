@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmarks.harness import ENVIRONMENT, Child, Fact, Measurement, Result, alternate, column, main
+from benchmarks.harness import ENVIRONMENT, Child, alternate, column, main
+from benchmarks.results import Fact, Measurement, Result
 from benchmarks.sleepers import WAIT_MS, Marker, Sleepers
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ import time
 from functools import partial
 from typing import Any
 
-from benchmarks.harness import Child, Comparison, Measurement, Result, alternate, column, main
+from benchmarks.harness import Child, alternate, column, main
+from benchmarks.results import Comparison, Measurement, Result
 from benchmarks.workload import CONTEXT, MODEL, RESPONSE, THREADS, Lengths, draw, lengths_text
 from rayrlhf.config import GeneratorConfig, ModelConfig
 from rayrlhf.data.prompts import requests_for

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.harness import Child, Comparison, Fact, Measurement, Result, alternate, column, main
+from benchmarks.harness import Child, alternate, column, main
 from benchmarks.learner import CASES, Learner
+from benchmarks.results import Comparison, Fact, Measurement, Result
 from benchmarks.workload import write_reward_model
 
 

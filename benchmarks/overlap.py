@@ -15,7 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import ENVIRONMENT, Child, Comparison, Fact, Measurement, Result, alternate, column, main
+from benchmarks.harness import ENVIRONMENT, Child, alternate, column, main
+from benchmarks.results import Comparison, Fact, Measurement, Result
 from benchmarks.workload import EQUAL, MODEL, prompts, write_reward_model
 from rayrlhf.config import Config, GeneratorConfig, OptimizerConfig, PPOConfig, ResourcesConfig
 from rayrlhf.models.loading import load_policy, load_reward_model, load_tokenizer

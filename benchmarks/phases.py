@@ -12,8 +12,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from benchmarks.harness import RESULTS, ROOT, Measurement
 from benchmarks.ppo_step import PHASES
+from benchmarks.results import RESULTS, ROOT, Measurement
 
 FIGURE = ROOT / "docs" / "figures" / "bench" / "phases.png"
 

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import Child, Comparison, Measurement, Result, Stopwatch, alternate, column, main, median_phases
+from benchmarks.harness import Child, Stopwatch, alternate, column, main, median_phases
+from benchmarks.results import Comparison, Measurement, Result
 from benchmarks.workload import CONTEXT, MODEL, RESPONSE, THREADS, Lengths, draw, lengths_text, write_reward_model
 from rayrlhf.config import Config, GeneratorConfig, KLConfig, OptimizerConfig, PPOConfig, ResourcesConfig, ScorerConfig
 from rayrlhf.data.prompts import EncodedPrompt

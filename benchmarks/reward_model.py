@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.harness import Child, Comparison, Measurement, Result, alternate, column, main
+from benchmarks.harness import Child, alternate, column, main
+from benchmarks.results import Comparison, Measurement, Result
 from benchmarks.sft import step_timer, training_arguments
 from benchmarks.workload import CAP, MODEL, RESPONSE, THREADS, demonstrations
 from rayrlhf.config import Config, LearnerConfig, OptimizerConfig, ResourcesConfig, RewardModelConfig

@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.harness import Child, Comparison, Measurement, Result, alternate, column, main
+from benchmarks.harness import Child, alternate, column, main
+from benchmarks.results import Comparison, Measurement, Result
 from benchmarks.workload import CAP, MODEL, RESPONSE, THREADS, demonstrations
 from rayrlhf.config import Config, LearnerConfig, OptimizerConfig, ResourcesConfig, SFTConfig
 from rayrlhf.data.tokens import encode_prompts, encode_responses

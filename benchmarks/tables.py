@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import RESULTS, ROOT, Comparison
+from benchmarks.results import RESULTS, ROOT, Comparison
 
 DOCS = ROOT / "docs" / "benchmarks.md"
 

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.harness import ENVIRONMENT, Child, Comparison, Fact, Measurement, Result, alternate, column, main
+from benchmarks.harness import ENVIRONMENT, Child, alternate, column, main
+from benchmarks.results import Comparison, Fact, Measurement, Result
 from benchmarks.workload import MODEL, THREADS
 from rayrlhf.config import GeneratorConfig, LoRAConfig, ModelConfig
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.harness import Child, Comparison, Measurement, Stopwatch, alternate, column, rounded, with_earlier_cases
+from benchmarks.harness import Child, Stopwatch, alternate, column, rounded, with_earlier_cases
+from benchmarks.results import Comparison, Measurement
 from benchmarks.tables import as_markdown, comparison_table, interval, write_docs
 from benchmarks.workload import CONTEXT, EQUAL, RESPONSE, draw, prompts
 
