@@ -279,9 +279,11 @@ def _here() -> dict[str, Any]:
 @contextlib.contextmanager
 def opened(config: Config, local: bool = False) -> Iterator[Session]:
     """The run's folder (locked) and a `Session` over it; it connects to Ray when a stage starts (never if `local`)."""
+    runs_dir = runs_address(config.runs_dir, inside_job())
+    # Not as it was typed: `namespace` of the run's actors is made of it, and config.yaml tells `rayrlhf status`.
+    config = config.model_copy(update={"runs_dir": runs_dir})
     # An evaluation of another file is no part of the run: it neither conflicts with a finished one nor is recorded.
     recorded = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"prompts": None})})
-    runs_dir = runs_address(config.runs_dir, inside_job())
     run = RunFolder(join(runs_dir, config.name))
     with run.lock():
         open_or_create(recorded, runs_dir)

@@ -29,7 +29,10 @@ def this_node() -> str:
 
 
 def namespace(config: Config) -> str:
-    """Where a run's actors have their names: other runs on the same cluster name theirs alike."""
+    """The namespace of a run's actors. Every run has a `coordinator`; the namespace keeps those of one cluster apart.
+
+    `config.runs_dir` is resolved (see `jobs.session.opened`): two users may both have typed `runs`.
+    """
     return f"rayrlhf-{config.runs_dir}/{config.name}"
 
 

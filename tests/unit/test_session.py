@@ -10,12 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from actors.pools.remote import namespace
 from jobs.reward_model import reward_model
 from jobs.session import opened
 from rayrlhf.config import Config
 from rayrlhf.config_file import parse_config
 from rayrlhf.models.loading import load_policy, load_tokenizer, resolve_model
 from rayrlhf.models.saving import save_model
+from rayrlhf.reports.overview import read_overview
 
 SAME = "the first words of both of these two answers are equal and many "
 
@@ -37,6 +39,23 @@ def config(directory: Path, **settings: Any) -> Config:
     data = {kind: {"format": "prompts", "path": str(directory / kind)} for kind in ("comparisons", "demonstrations")}
     tree = {"name": "run", "runs_dir": str(directory / "runs"), "data": {**data, "max_response_tokens": 8}}
     return parse_config(tree | settings, "test")
+
+
+def test_users_with_the_same_relative_runs_dir_have_namespaces_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On one cluster, for runs of the same name; `rayrlhf status` finds the run's own by its config.yaml."""
+    seen = []
+    for user in ("first", "second"):
+        (tmp_path / user).mkdir()
+        monkeypatch.chdir(tmp_path / user)
+        with opened(config(tmp_path, runs_dir="runs"), local=True) as session:
+            folder = session.run.path
+            assert folder == tmp_path / user / "runs" / "run"
+            seen.append(namespace(session.config))
+        monkeypatch.chdir(tmp_path)
+        assert namespace(read_overview(folder).config) == seen[-1]
+    assert seen[0] != seen[1]
 
 
 def test_published_comparisons_count_what_was_dropped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
