@@ -101,9 +101,13 @@ class Store:
             filesystem, root = FileSystem.from_uri(uri)
         return cls(uri, filesystem, root.rstrip("/"), local_path(uri))
 
+    def remote(self, path: Path) -> str:
+        """Where the filesystem has what `path` is the copy of."""
+        return f"{self.root}/{path.relative_to(self.copy).as_posix()}"
+
     def upload(self, path: Path) -> None:
         """Put a file or directory of the copy into the store in place of an earlier one; delete it if it is gone."""
-        target = self._remote(path)
+        target = self.remote(path)
         if path.is_dir():
             self.delete(f"{target}/{MARK}")
             if self.filesystem.get_file_info(target).type == FileType.Directory:
@@ -121,7 +125,7 @@ class Store:
 
     def exists(self, path: Path) -> bool:
         """Whether the store has this file, or this directory complete."""
-        source = self._remote(path)
+        source = self.remote(path)
         paths = [source, f"{source}/{MARK}"]
         return any(info.type == FileType.File for info in self.filesystem.get_file_info(paths))
 
@@ -145,7 +149,7 @@ class Store:
         Raises:
             FileNotFoundError: the store has no such file, and no such directory that is complete.
         """
-        source = self._remote(path)
+        source = self.remote(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with _alone(path.parent / f".{path.name}.lock"):
             mark = self.read(f"{source}/{MARK}")
@@ -199,9 +203,6 @@ class Store:
         if self.filesystem.get_file_info(remote).type == FileType.File:
             self.filesystem.delete_file(remote)
 
-    def _remote(self, path: Path) -> str:
-        return f"{self.root}/{path.relative_to(self.copy).as_posix()}"
-
     def _copy(self, source: str, target: str, source_system: FileSystem, target_system: FileSystem) -> None:
         # Threads that copy can wait for one another for ever on S3 (apache/arrow#32372).
         copy_files(source, target, source_filesystem=source_system, destination_filesystem=target_system,
@@ -229,7 +230,7 @@ class Mirror:
         self._patterns = patterns
         self._lock = threading.Lock()
         self._ended = threading.Event()
-        self._uploaded = self._state()
+        self._uploaded = self._same_in_store()
         if self._store:
             _mirrors.add(self)
             self._thread = threading.Thread(target=self._poll, daemon=True)
@@ -257,6 +258,15 @@ class Mirror:
             return {}
         paths = [path for pattern in self._patterns for path in self._store.copy.glob(pattern) if path.is_file()]
         return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in paths}
+
+    def _same_in_store(self) -> dict[Path, tuple[int, int]]:
+        """The state of the files that the store has in the same size: an earlier process has uploaded these."""
+        state = self._state()
+        if self._store is None or not state:
+            return {}
+        found = self._store.filesystem.get_file_info([self._store.remote(path) for path in state])
+        sizes = [info.size if info.type == FileType.File else None for info in found]
+        return {path: state[path] for path, size in zip(state, sizes, strict=True) if state[path][0] == size}
 
     def _poll(self) -> None:
         while not self._ended.wait(SYNC_S):

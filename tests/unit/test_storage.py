@@ -25,7 +25,7 @@ from rayrlhf.runs.folder import RunFolder, open_or_create, runs_address
 from rayrlhf.runs.lease import leased
 from rayrlhf.runs.metrics import MetricsWriter, read_lines, read_metrics
 from rayrlhf.runs.stages import STAGES
-from rayrlhf.runs.storage import Store, join, local_copy, local_path, sync_mirrors
+from rayrlhf.runs.storage import Mirror, Store, join, local_copy, local_path, sync_mirrors
 from tests.s3 import KEYS, S3, serving
 
 
@@ -275,6 +275,27 @@ def test_metrics_reach_the_store_and_the_next_writer(s3: S3, tmp_path: Path, mon
     board = EventAccumulator(str(tmp_path / "board"))
     board.Reload()
     assert [(event.step, event.value) for event in board.Scalars("sft/loss")][-1] == (1, 0.5)
+
+
+def test_a_mirror_uploads_what_an_earlier_process_left_behind(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one that was killed before its last upload: of a file that grew, and of one that the store never saw."""
+    fill(store.copy, same="1", grew="1", never="1", other="1")
+    for name in ("same", "grew"):
+        store.upload(store.copy / name)
+    (store.copy / "grew").write_text("12")
+    uploaded, plain = [], Store.upload
+
+    def counted(self: Store, path: Path) -> None:
+        uploaded.append(path.name)
+        plain(self, path)
+
+    monkeypatch.setattr(Store, "upload", counted)
+    monkeypatch.setattr(Store, "open", lambda address: store)  # pyarrow's mock filesystem forgets
+    Mirror(store.address, ["same", "grew", "never"]).close()
+    assert {name: store.read_from(name, 0) for name in ("same", "grew", "never", "other")} == {
+        "same": b"1", "grew": b"12", "never": b"1", "other": b"",
+    }  # fmt: skip
+    assert sorted(uploaded) == ["grew", "never"]
 
 
 def test_metrics_appear_while_they_are_written(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
