@@ -98,7 +98,10 @@ def _pair(text: str) -> tuple[str, str]:
 
 @app.command()
 def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN_FOLDER...", help="Finished runs, for example one a seed.")],
+    runs: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN_FOLDER...", help="Finished runs, paths or URIs, for example one a seed."),
+    ],
     output: Annotated[Path | None, typer.Option(help="Folder for compare.md and curves.png.")] = None,
 ) -> None:
     """Tables of one or more finished runs, with intervals; with --output curves, too. Needs no Ray."""
@@ -147,7 +150,9 @@ def scale(
 
 @app.command()
 def runs(
-    directory: Annotated[str, typer.Argument(metavar="RUNS_DIR", help="Holds run folders.")] = "runs",
+    directory: Annotated[
+        str, typer.Argument(metavar="RUNS_DIR", help="Holds run folders: runs or s3://bucket/runs.")
+    ] = "runs",
 ) -> None:
     """A table of the runs in a directory: how far each is, its last reward and KL, and whether it is running."""
     raise typer.Exit(guarded(lambda: show_runs(directory, console)))

@@ -12,8 +12,9 @@ from rich.text import Text
 
 from jobs.live import Live, cluster_address, read_live, scale_live
 from rayrlhf.errors import UserError
-from rayrlhf.reports.overview import Overview, StageOverview, read_overview, run_folders
+from rayrlhf.reports.overview import Overview, StageOverview, read_overview
 from rayrlhf.reports.progress import duration, step_line
+from rayrlhf.runs.folder import RunFolder, run_folders
 
 
 def show_status(path: str | Path, address: str | None, console: Console) -> None:
@@ -52,7 +53,11 @@ def scale_run(path: str | Path, address: str | None, generators: int | None, sco
 
 
 def show_runs(directory: str | Path, console: Console) -> None:
-    """Print a table of the run folders in `directory`; UserError if there is no such directory."""
+    """Print a table of the run folders in `directory`, a path or a URI.
+
+    Raises:
+        UserError: there is no such directory, or the store does not answer.
+    """
     found = run_folders(directory)
     console.print(runs_table(found, time.time()) if found else f"no runs in {directory}")
 
@@ -74,20 +79,20 @@ def status_screen(overview: Overview, live: Live | str | None, now: float) -> Re
     return Group(*parts)
 
 
-def runs_table(paths: Sequence[Path], now: float) -> Table:
+def runs_table(runs: Sequence[RunFolder], now: float) -> Table:
     """One row a run folder; `now` is Unix time."""
     table = Table()
     for heading in ("run", "state", "stages done", "at", "reward", "KL", "last written"):
         table.add_column(heading, justify="right" if heading in ("reward", "KL", "last written") else "left")
-    for path in paths:
+    for run in runs:
         try:
-            overview = read_overview(path)
+            overview = read_overview(run.address)
         except UserError:
-            table.add_row(path.name, "its config.yaml cannot be read", *"–––––")
+            table.add_row(run.name, "its config.yaml cannot be read", *"–––––")
             continue
         current, ppo = overview.current, overview.stage("ppo").last or {}
         table.add_row(
-            path.name,
+            run.name,
             _state(overview),
             f"{sum(stage.done for stage in overview.stages)} of {len(overview.stages)}",
             f"{current.name} {_steps(current)}" if current and current.step else current.name if current else "–",

@@ -17,8 +17,8 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from actors.pools.remote import ActorFailure
 from rayrlhf.config_file import load_config
 from rayrlhf.errors import UserError
-from rayrlhf.runs.folder import resolve_runs_dir, runs_address
 from rayrlhf.runs.stages import STAGES
+from rayrlhf.runs.folder import runs_address
 from rayrlhf.sweeps.plan import load_sweep
 
 MODULES = {"run": "pipeline", **{stage.command: stage.name for stage in STAGES.values()}, "sweep": "sweep"}
@@ -53,7 +53,7 @@ def describe(
     except ValueError:
         raise UserError(f"{config}: not inside {directory}, which is what the job gets; use --working-dir") from None
     base = load_sweep(config, overrides).base if stage == "sweep" else load_config(config, overrides)
-    (resolve_runs_dir if stage == "sweep" else runs_address)(base.runs_dir, inside_job=True)
+    runs_address(base.runs_dir, inside_job=True)
     arguments = shlex.join(["-m", f"jobs.{MODULES[stage]}", "--config", str(file), *overrides])
     variables = {"RAY_JOB_STOP_WAIT_TIME_S": str(GRACE_S), **environment}
     runtime_env: dict[str, Any] = {"working_dir": str(directory), "env_vars": variables}

@@ -15,7 +15,6 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,7 +32,8 @@ from jobs.stage import guarded, run, stage_function
 from rayrlhf.config import Config
 from rayrlhf.reports.progress import duration
 from rayrlhf.reports.tables import interval_text
-from rayrlhf.runs.folder import RunFolder, open_or_create, resolve_runs_dir
+from rayrlhf.runs.folder import RunFolder, open_or_create, runs_address
+from rayrlhf.runs.storage import Mirror, join
 from rayrlhf.sweeps.plan import BASE, Space, Sweep, Trial, Value, load_sweep, share
 from rayrlhf.sweeps.results import Result, ranked, read_result, results_table, write_results
 
@@ -56,18 +56,19 @@ def sweep(plan: Sweep) -> None:
         UserError: a value or a finished run that does not fit; more at a time than the cluster holds.
         ActorFailure: trials failed; the others are finished and in the table.
     """
-    folder = resolve_runs_dir(plan.base.runs_dir, inside_job()) / plan.settings.name
-    base = plan.base.model_copy(update={"name": BASE, "runs_dir": str(folder)})
-    trials = plan.trials(draw(plan.search, plan.settings.samples, base.seed), folder)
-    with RunFolder(folder).lock():
-        base_run = open_or_create(base, folder) if plan.shared else None
-        runs = {trial.name: open_or_create(trial.config, folder) for trial in trials}
+    address = join(runs_address(plan.base.runs_dir, inside_job()), plan.settings.name)
+    folder = RunFolder(address)
+    base = plan.base.model_copy(update={"name": BASE, "runs_dir": address})
+    trials = plan.trials(draw(plan.search, plan.settings.samples, base.seed), address)
+    with folder.lock():
+        base_run = open_or_create(base, address) if plan.shared else None
+        runs = {trial.name: open_or_create(trial.config, address) for trial in trials}
         left = [trial for trial in trials if not runs[trial.name].done("evaluate")]
         board = Board(plan, trials, runs, folder)
         if left:
             console.print(
                 f"sweep {plan.settings.name!r}: {len(trials)} trials, {len(trials) - len(left)} finished; "
-                f"shared: {', '.join(plan.shared) or 'nothing'}; results in {folder}"
+                f"shared: {', '.join(plan.shared) or 'nothing'}; results in {address}"
             )
             if base_run is not None:
                 run(base, [stage_function(stage) for stage in plan.shared], local=False)
@@ -77,13 +78,13 @@ def sweep(plan: Sweep) -> None:
                 preflight(base, min(plan.settings.concurrent, len(left)))
                 run_trials(left, plan.settings.concurrent, board)
         results = board.results()
-        write_results(folder, plan, results)
+        written = write_results(folder, plan, results)
         console.print(results_table(plan, results))
         if not left:
             console.print(f"sweep {plan.settings.name!r} is finished: all {len(trials)} trials were done before")
         if results[0].interval(plan.settings.metric):
             console.print(f"the best one, on the test split: {plan.command(results[0].trial)}", soft_wrap=True)
-        console.print(f"{folder / 'sweep.md'}, {folder / 'sweep.json'}", soft_wrap=True)
+        console.print(", ".join(written), soft_wrap=True)
         failed = [result for result in results if result.error]
         if failed:
             raise ActorFailure(f"{len(failed)} of {len(trials)} trials failed; the same command tries them again")
@@ -133,10 +134,13 @@ def _trainable(configs: Mapping[str, Config], directory: str) -> Callable[[dict[
     def run_trial(point: dict[str, Any]) -> None:
         config = configs[point["trial"]]
         os.chdir(directory)
-        folder = Path(config.runs_dir, config.name)
-        (folder / ERROR).unlink(missing_ok=True)
+        folder = RunFolder(join(config.runs_dir, config.name))
+        error_file = folder.path / ERROR
+        error_file.unlink(missing_ok=True)
+        folder.upload(error_file)
         with (
-            (folder / LOG).open("a", buffering=1, encoding="utf-8") as file,
+            contextlib.closing(Mirror(folder.address, [LOG])),  # closed last: the log is whole by then
+            (folder.path / LOG).open("a", buffering=1, encoding="utf-8") as file,
             contextlib.redirect_stdout(file),
             contextlib.redirect_stderr(file),
         ):
@@ -145,7 +149,8 @@ def _trainable(configs: Mapping[str, Config], directory: str) -> Callable[[dict[
             except Exception as error:
                 traceback.print_exc()
                 # In a file of our own: Tune's is not always there yet when it tells of the failure.
-                (folder / ERROR).write_text(one_line(error), encoding="utf-8")
+                error_file.write_text(one_line(error), encoding="utf-8")
+                folder.upload(error_file)
                 raise
 
     return run_trial
@@ -157,7 +162,7 @@ class Board(TrialProgressCallback):
     It takes the place of Tune's own reporter, which Tune adds where it finds none.
     """
 
-    def __init__(self, plan: Sweep, trials: Sequence[Trial], runs: Mapping[str, RunFolder], folder: Path) -> None:
+    def __init__(self, plan: Sweep, trials: Sequence[Trial], runs: Mapping[str, RunFolder], folder: RunFolder) -> None:
         super().__init__()
         self.plan, self.folder = plan, folder
         self.trials = {trial.name: trial for trial in trials}
@@ -180,7 +185,8 @@ class Board(TrialProgressCallback):
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         name = trial.config["trial"]
         self.started[name] = time.monotonic()
-        self._say(name, f"started, see {self.runs[name].path / LOG}")
+        run = self.runs[name]
+        self._say(name, f"started, see {run.address_of(run.path / LOG)}")
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         name, metric = trial.config["trial"], self.plan.settings.metric

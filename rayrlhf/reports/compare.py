@@ -6,8 +6,8 @@ over runs says what to expect of another seed on the same prompts. A mean over r
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +24,10 @@ from rayrlhf.files import replacing
 from rayrlhf.reports.curves import compare_figure
 from rayrlhf.reports.evaluation import AT_EQUAL_LENGTH, MEASURES, WIN_RATES
 from rayrlhf.reports.intervals import Array, Interval, over_runs, p_text, pooled
-from rayrlhf.runs.folder import RunFolder
+from rayrlhf.runs.folder import RunFolder, run_at
 from rayrlhf.runs.metrics import read_metrics
 from rayrlhf.runs.stages import STAGES
+from rayrlhf.runs.storage import as_user_error, join
 
 SOURCES = {"title": "title", "reference": "reference", "sft": "SFT", "policy": "policy"}
 ROWS = (*MEASURES, "win_rate_vs_reference", *WIN_RATES, "kl")
@@ -51,48 +52,53 @@ class Run:
 
 
 def read_runs(folders: Sequence[str | Path]) -> list[Run]:
-    """The finished runs in `folders`, evaluated on the same prompts.
+    """The finished runs at `folders`, paths or URIs, evaluated on the same prompts.
 
     Raises:
         UserError: a folder that is no finished run, is named twice, or was evaluated on other prompts than the first.
     """
-    paths = [Path(os.path.abspath(folder)) for folder in folders]
-    for path in paths:
-        if paths.count(path) > 1:
-            raise UserError(f"{path} is named twice: a run counts once")
-    names = [path.name for path in paths]
+    found = [run_at(folder) for folder in folders]
+    addresses = [join(folder.address) for folder in found]
+    for address in addresses:
+        if addresses.count(address) > 1:
+            raise UserError(f"{address} is named twice: a run counts once")
+    names = [folder.name for folder in found]
     labels = names if len(set(names)) == len(names) else [str(folder) for folder in folders]
-    runs = [_read(RunFolder(path), label) for path, label in zip(paths, labels, strict=True)]
+    runs = []
+    for folder, label in zip(found, labels, strict=True):
+        with as_user_error(folder.address) if folder.store else contextlib.nullcontext():
+            runs.append(_read(folder, label))
     first = runs[0].samples["id"].to_pylist()
-    for path, run in zip(paths, runs, strict=True):
+    for address, run in zip(addresses, runs, strict=True):
         ids = run.samples["id"].to_pylist()
         if ids != first:
             raise UserError(
-                f"{path} was evaluated on other prompts than {paths[0]} ({len(ids)} and {len(first)}, "
+                f"{address} was evaluated on other prompts than {addresses[0]} ({len(ids)} and {len(first)}, "
                 f"{len(set(ids) & set(first))} of them the same); compare runs with the same data and evaluate settings"
             )
     return runs
 
 
 def _read(folder: RunFolder, label: str) -> Run:
-    if not folder.config.exists():
-        raise UserError(f"{folder.path} is no run folder: it has no {folder.config.name}")
-    missing = [file.name for file in (folder.evaluation, folder.samples) if not file.exists()]
-    if missing:
-        raise UserError(f"{folder.path} is unfinished: it has no {missing[0]}; finish it with `rayrlhf run`")
+    written = folder.read(folder.config)
+    if written is None:
+        raise UserError(f"{folder.address} is no run folder: it has no {folder.config.name}")
+    measured, answers = folder.read(folder.evaluation), folder.read(folder.samples)
+    if measured is None or answers is None:
+        missing = folder.evaluation if measured is None else folder.samples
+        raise UserError(f"{folder.address} is unfinished: it has no {missing.name}; finish it with `rayrlhf run`")
     try:
-        config = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
-        evaluation = json.loads(folder.evaluation.read_text(encoding="utf-8"))
+        config, evaluation = yaml.safe_load(written), json.loads(measured)
         evaluation["policy"], evaluation["differences"]["policy_minus_sft"]
-        samples = pq.read_table(folder.samples)
+        samples = pq.read_table(pa.BufferReader(answers))
         samples["id"]
     except (ValueError, KeyError, TypeError, yaml.YAMLError, pa.ArrowException) as error:
         raise UserError(
-            f"{folder.path} cannot be read ({type(error).__name__}); delete evaluation.json and evaluate it again"
+            f"{folder.address} cannot be read ({type(error).__name__}); delete evaluation.json and evaluate it again"
         ) from None
-    metrics = read_metrics(folder.path)
+    metrics = read_metrics(folder.address)
     if not any(line["stage"] == "ppo" for line in metrics):
-        raise UserError(f"{folder.path} has no PPO steps in {folder.metrics.name}; it is not a whole run folder")
+        raise UserError(f"{folder.address} has no PPO steps in {folder.metrics.name}; it is not a whole run folder")
     return Run(label, config, evaluation, samples, metrics)
 
 

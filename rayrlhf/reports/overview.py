@@ -17,10 +17,10 @@ from rayrlhf.config_file import load_config, parse_config
 from rayrlhf.errors import UserError
 from rayrlhf.reports.alarms import alarms
 from rayrlhf.reports.progress import has_step_line
-from rayrlhf.runs.folder import RunFolder
+from rayrlhf.runs.folder import RunFolder, run_at
 from rayrlhf.runs.metrics import read_metrics
 from rayrlhf.runs.stages import STAGES, stages_of
-from rayrlhf.runs.storage import as_user_error, is_uri
+from rayrlhf.runs.storage import as_user_error
 
 _RECENT = 10
 """Steps that the pace is measured over."""
@@ -82,7 +82,7 @@ def read_overview(address: str | Path, max_warnings: int = 5) -> Overview:
     Raises:
         UserError: it is none, its config cannot be read, or the store does not answer.
     """
-    run = RunFolder(address if is_uri(address) else Path(address).expanduser().absolute())
+    run = run_at(address)
     with as_user_error(run.address) if run.store else contextlib.nullcontext():
         return _read(run, max_warnings)
 
@@ -104,27 +104,12 @@ def _read(run: RunFolder, max_warnings: int) -> Overview:
 
 
 def _config(run: RunFolder) -> Config:
-    # Not by `download`: where the run itself is on this node, the copy is that of its processes.
-    content = run.store.read(f"{run.store.root}/{run.config.name}") if run.store else None
-    if content is not None:
-        return parse_config(yaml.safe_load(content), run.address_of(run.config))
-    if run.store or not run.config.exists():
+    if not run.store and run.config.exists():
+        return load_config(run.config)
+    content = run.read(run.config)
+    if content is None:
         raise UserError(f"{run.address}: no run folder (it has no config.yaml); `rayrlhf runs DIR` lists those in DIR")
-    return load_config(run.config)
-
-
-def run_folders(runs_dir: str | Path) -> list[Path]:
-    """The run folders in `runs_dir`, by name.
-
-    Raises:
-        UserError: there is no such directory, or it is a store.
-    """
-    if is_uri(runs_dir):
-        raise UserError(f"{runs_dir}: directories are listed, not stores; ask for one run: rayrlhf status URI_OF_RUN")
-    directory = Path(runs_dir).expanduser()
-    if not directory.is_dir():
-        raise UserError(f"{runs_dir}: no such directory; give the one that holds the run folders")
-    return sorted(path.parent for path in directory.glob("*/config.yaml"))
+    return parse_config(yaml.safe_load(content), run.address_of(run.config))
 
 
 def _stage(

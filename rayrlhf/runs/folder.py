@@ -28,7 +28,7 @@ from rayrlhf.errors import UserError
 from rayrlhf.files import replacing
 from rayrlhf.runs.lease import lease_holder, leased
 from rayrlhf.runs.stages import STAGES, stages_from
-from rayrlhf.runs.storage import Store, is_uri, join, refuse_secrets
+from rayrlhf.runs.storage import Store, as_user_error, is_uri, join, refuse_secrets
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +87,15 @@ class RunFolder:
     def download(self, path: Path) -> Path:
         """Make the copy here of a file or directory the newest one; returns `path`."""
         return self.store.download(path) if self.store else path
+
+    def read(self, path: Path) -> bytes | None:
+        """The content of a file at the run's address; None if there is no such file.
+
+        In a store, the node's copy is neither used nor changed: it may be the one that the run's processes work on.
+        """
+        if self.store:
+            return self.store.read(self.store.remote(path))
+        return path.read_bytes() if path.is_file() else None
 
     def download_files(self) -> None:
         """`download` all files directly in the folder; directories, which are large, wait until they are asked for."""
@@ -180,6 +189,31 @@ class RunFolder:
         return None
 
 
+def run_at(address: str | Path) -> RunFolder:
+    """The run folder at a URI, or at a path, which may be relative or begin with `~`."""
+    return RunFolder(address if is_uri(address) else os.path.abspath(Path(address).expanduser()))
+
+
+def run_folders(runs_dir: str | Path) -> list[RunFolder]:
+    """The run folders in `runs_dir`, a directory or the URI of a store, by name.
+
+    Raises:
+        UserError: there is no such directory, or the store does not answer.
+    """
+    if not is_uri(runs_dir):
+        directory = Path(os.path.abspath(Path(runs_dir).expanduser()))
+        if not directory.is_dir():
+            raise UserError(f"{runs_dir}: no such directory; give the one that holds the run folders")
+        return [RunFolder(path.parent) for path in sorted(directory.glob("*/config.yaml"))]
+    address = str(runs_dir)
+    store = Store.open(address)
+    with as_user_error(address):
+        names = store.folders_with("config.yaml")
+    if names is None:
+        raise UserError(f"{address}: no such folder in the store; give the one that holds the run folders")
+    return [RunFolder(join(address, name)) for name in names]
+
+
 def open_or_create(config: Config, runs_dir: str | Path, redo: Collection[str] = ()) -> RunFolder:
     """The folder of this run, with `config` as its config.yaml.
 
@@ -226,24 +260,15 @@ def runs_address(runs_dir: str, inside_job: bool) -> str:
     refuse_secrets(runs_dir)
     if is_uri(runs_dir) and not (parts.netloc + parts.path).strip("/"):
         raise UserError(f"runs_dir={runs_dir}: a URI names a bucket, as in s3://bucket/runs")
-    return runs_dir if is_uri(runs_dir) else str(resolve_runs_dir(runs_dir, inside_job))
-
-
-def resolve_runs_dir(runs_dir: str, inside_job: bool) -> Path:
-    """An absolute `runs_dir` that has to be a directory; see `runs_address`.
-
-    Raises:
-        UserError: relative inside a job, whose working directory is a temporary copy; or a URI.
-    """
     if is_uri(runs_dir):
-        raise UserError(f"runs_dir={runs_dir}: this needs a directory that every node sees, not a URI")
+        return runs_dir
     path = Path(runs_dir).expanduser()
     if not path.is_absolute() and inside_job:
         raise UserError(
             f"runs_dir={runs_dir} is relative, and a job's working directory is a temporary copy; "
             "submit with runs_dir=/abs/path"
         )
-    return Path(os.path.abspath(path))
+    return os.path.abspath(path)
 
 
 def _refuse_changes_of_finished_stages(run: RunFolder, config: Config, redo: Collection[str]) -> None:

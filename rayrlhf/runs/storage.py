@@ -168,15 +168,28 @@ class Store:
         return path
 
     def pull_files(self) -> None:
-        """Make the files directly in the copy those of the store; directories are downloaded when they are needed."""
+        """Make the files directly in the copy those of the store; directories are downloaded when they are needed.
+
+        A file that this process mirrors stays as it is: the process is writing it, and the store is behind.
+        """
         self.copy.mkdir(parents=True, exist_ok=True)
+        growing = {path for mirror in _mirrors for path in mirror.paths()}
         found = self.filesystem.get_file_info(FileSelector(self.root, allow_not_found=True))
         names = {info.base_name for info in found if info.type == FileType.File and not info.base_name.startswith(".")}
         for path in self.copy.iterdir():
-            if path.is_file() and not path.name.startswith(".") and path.name not in names:
+            if path.is_file() and not path.name.startswith(".") and path.name not in names and path not in growing:
                 path.unlink()
-        for name in sorted(names):
-            self.download(self.copy / name)
+        for path in sorted({self.copy / name for name in names} - growing):
+            self.download(path)
+
+    def folders_with(self, name: str) -> list[str] | None:
+        """The folders directly in this one that hold a file `name`, sorted; None if this one is not there."""
+        if self.filesystem.get_file_info(self.root).type != FileType.Directory:
+            return None
+        found = self.filesystem.get_file_info(FileSelector(self.root))
+        folders = sorted(info.base_name for info in found if info.type == FileType.Directory)
+        files = self.filesystem.get_file_info([f"{self.root}/{folder}/{name}" for folder in folders])
+        return [folder for folder, info in zip(folders, files, strict=True) if info.type == FileType.File]
 
     def read(self, remote: str, offset: int = 0) -> bytes | None:
         """The bytes of a file from `offset` on; None if there is no such file."""
@@ -253,11 +266,14 @@ class Mirror:
             self._thread.join()
         self.sync()
 
-    def _state(self) -> dict[Path, tuple[int, int]]:
+    def paths(self) -> list[Path]:
+        """The files that are mirrored, in the copy; none for a directory."""
         if self._store is None:
-            return {}
-        paths = [path for pattern in self._patterns for path in self._store.copy.glob(pattern) if path.is_file()]
-        return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in paths}
+            return []
+        return [path for pattern in self._patterns for path in self._store.copy.glob(pattern) if path.is_file()]
+
+    def _state(self) -> dict[Path, tuple[int, int]]:
+        return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in self.paths()}
 
     def _same_in_store(self) -> dict[Path, tuple[int, int]]:
         """The state of the files that the store has in the same size: an earlier process has uploaded these."""

@@ -121,8 +121,8 @@ class Sweep:
         touched = {stage for key in self.search for stage in stages_from(key)}
         return tuple(stage.name for stage in stages_of(self.base) if stage.name not in touched)
 
-    def trials(self, points: Iterable[Mapping[str, Value]], folder: Path) -> list[Trial]:
-        """The trials at `points` (dotted key to value) as runs in `folder`, each once.
+    def trials(self, points: Iterable[Mapping[str, Value]], folder: str | Path) -> list[Trial]:
+        """The trials at `points` (dotted key to value), each once, as runs in `folder` (an absolute path or a URI).
 
         Raises:
             UserError: a value that the config does not take, or two trials of one name.
@@ -205,22 +205,26 @@ def short_names(keys: Iterable[str]) -> dict[str, str]:
 
 
 def share(base: RunFolder, trial: RunFolder, stages: Iterable[str]) -> None:
-    """Let `trial` start with `stages` of `base` done: their outputs by hard links, their lines of metrics.jsonl.
+    """Let `trial` start with `stages` of `base` done: with their outputs and their lines of metrics.jsonl.
 
-    Outputs are published once and never changed, so that sharing them is as good as a copy.
+    Outputs are written once and never changed. So a hard link to each file of `base` is as good as a copy, in a
+    directory and in the node's copy of a store. Into a store, the trial's outputs are uploaded as those of any stage.
     """
     with trial.lock():
-        if base.metrics.exists() and not trial.metrics.exists():
+        metrics = base.read(base.metrics)
+        if metrics is not None and trial.read(trial.metrics) is None:
             with replacing(trial.metrics) as temporary:
-                shutil.copyfile(base.metrics, temporary)
+                temporary.write_bytes(metrics)
+            trial.upload(trial.metrics)
         for stage in stages:
             if trial.done(stage):
                 continue
+            output = base.download(base.output(stage))
             with trial.writing(stage) as temporary:
                 if temporary.is_dir():
-                    shutil.copytree(base.output(stage), temporary, copy_function=_link, dirs_exist_ok=True)
+                    shutil.copytree(output, temporary, copy_function=_link, dirs_exist_ok=True)
                 else:
-                    _link(base.output(stage), temporary)
+                    _link(output, temporary)
 
 
 def _link(source: str | Path, target: str | Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -56,9 +55,10 @@ def read_result(trial: Trial, run: RunFolder, shared: Sequence[str], error: str 
         return Result(trial, None, None, error)
     own = {f"time/{stage}" for stage in STAGES if stage not in shared}
     times: dict[str, float] = {}
-    for line in read_metrics(run.path, "run"):
+    for line in read_metrics(run.address, "run"):
         times |= {name: line[name] for name in own & line.keys()}
-    return Result(trial, json.loads(run.evaluation.read_text(encoding="utf-8")), sum(times.values()))
+    evaluation = run.read(run.evaluation)
+    return Result(trial, None if evaluation is None else json.loads(evaluation), sum(times.values()))
 
 
 def ranked(results: Sequence[Result], metric: str, mode: str) -> list[Result]:
@@ -110,8 +110,8 @@ def caption(sweep: Sweep, results: Sequence[Result]) -> str:
     return f"{ranking}; {facts['data']}: {facts['prompts']} prompts, mean [95 % interval]"
 
 
-def write_results(folder: Path, sweep: Sweep, results: Sequence[Result]) -> None:
-    """Write sweep.json and sweep.md of the ranked `results`, each by one rename."""
+def write_results(folder: RunFolder, sweep: Sweep, results: Sequence[Result]) -> tuple[str, str]:
+    """Write sweep.md and sweep.json of the ranked `results` into the sweep's folder; returns their addresses."""
     best = results[0] if results and results[0].interval(sweep.settings.metric) else None
     command = sweep.command(best.trial) if best else None
     columns = dict.fromkeys([sweep.settings.metric, *COLUMNS])
@@ -133,10 +133,13 @@ def write_results(folder: Path, sweep: Sweep, results: Sequence[Result]) -> None
         "best": best.trial.name if best else None,
         "command": command,
     }
-    with replacing(folder / "sweep.json") as temporary:
+    page, numbers = folder.path / "sweep.md", folder.path / "sweep.json"
+    with replacing(numbers) as temporary:
         temporary.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    with replacing(folder / "sweep.md") as temporary:
+    with replacing(page) as temporary:
         temporary.write_text(markdown(sweep, results, command), encoding="utf-8")
+    folder.upload(numbers, page)
+    return folder.address_of(page), folder.address_of(numbers)
 
 
 def markdown(sweep: Sweep, results: Sequence[Result], command: str | None) -> str:

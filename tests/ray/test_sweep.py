@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from jobs.sweep import Board, draw, run_trials
-from rayrlhf.runs.folder import open_or_create
+from rayrlhf.runs.folder import RunFolder, open_or_create
 from rayrlhf.sweeps.plan import load_sweep
 
 MEASURE = {"low": 0.0, "high": 1.0, "n": 5}
@@ -32,7 +32,7 @@ def test_tune_runs_the_trials_and_one_that_fails_does_not_end_the_others(
             record["metadata"] = {"data": "posts", "prompts": 5}
             run.evaluation.write_text(json.dumps(record))
             run.report.touch()
-    board = Board(sweep, trials, runs, folder)
+    board = Board(sweep, trials, runs, RunFolder(folder))
     with runs["max_prompts-2"].lock():  # the trial cannot have its folder
         run_trials(trials, 1, board)
 

@@ -310,6 +310,22 @@ def test_a_run_counts_once_and_equal_names_are_told_apart(folders: list[Path], t
     assert [run.label for run in read_runs([folders[0], twin])] == [str(folders[0]), str(twin)]
 
 
+def test_runs_in_a_store_compare_as_in_directories(
+    folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAYRLHF_CACHE", str(tmp_path / "cache"))
+    stored = [f"file://{folder}" for folder in folders]
+    assert markdown(read_runs(stored)) == markdown(read_runs(folders))
+    assert not (tmp_path / "cache").exists()
+    with pytest.raises(UserError, match="seed0 is named twice"):
+        read_runs([stored[0], stored[0] + "/"])
+    broken(folders[1], "unfinished")
+    with pytest.raises(UserError, match="file://.*seed1 is unfinished: it has no evaluation.json"):
+        read_runs(stored)
+    done = CliRunner().invoke(app, ["compare", stored[0]])
+    assert done.exit_code == 0 and done.stdout.startswith("# seed0 (seed 0)")
+
+
 def test_command(folders: list[Path], tmp_path: Path) -> None:
     command = [sys.executable, "-m", "jobs.cli", "compare", *map(str, folders), "--output", str(tmp_path / "out")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

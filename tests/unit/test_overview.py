@@ -20,9 +20,9 @@ from jobs.live import Live, LiveActor, cluster_address, read_live
 from jobs.status import runs_table, show_runs, show_status, status_screen
 from rayrlhf.config_file import parse_config
 from rayrlhf.errors import UserError
-from rayrlhf.reports.overview import read_overview, run_folders
+from rayrlhf.reports.overview import read_overview
 from rayrlhf.runs import lease
-from rayrlhf.runs.folder import RunFolder, open_or_create
+from rayrlhf.runs.folder import RunFolder, open_or_create, run_folders
 from rayrlhf.runs.storage import Store
 
 NOW = 10_000.0
@@ -147,8 +147,10 @@ def test_a_run_in_a_store_is_read_there_and_not_copied(tmp_path: Path, monkeypat
     assert not (tmp_path / "reader").exists()
     with pytest.raises(UserError, match="no run folder"):
         read_overview(f"file://{tmp_path}/store/other")
-    with pytest.raises(UserError, match="directories are listed, not stores"):
-        run_folders(f"file://{tmp_path}/store")
+    assert [folder.address for folder in run_folders(f"file://{tmp_path}/store")] == [run.address]
+    table = text(runs_table(run_folders(f"file://{tmp_path}/store"), NOW))
+    assert not (tmp_path / "reader").exists()
+    assert table == text(runs_table(run_folders(tmp_path / "store"), NOW)) and "5/12" in table
 
 
 def test_screen_of_a_run_that_was_interrupted(tmp_path: Path) -> None:
@@ -196,7 +198,7 @@ def test_table_of_runs(tmp_path: Path) -> None:
     (tmp_path / "c" / "config.yaml").write_text("nonsense: 1\n")
     (tmp_path / "not a run").mkdir()
     folders = run_folders(tmp_path)
-    assert [path.name for path in folders] == ["a", "b", "c"]
+    assert [run.name for run in folders] == ["a", "b", "c"]
     with held.lock():
         table = runs_table(folders, NOW)
     assert rows(table) == [
@@ -212,6 +214,8 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
         show_status(tmp_path, None, console)
     with pytest.raises(UserError, match="no such directory"):
         show_runs(tmp_path / "nowhere", console)
+    with pytest.raises(UserError, match="no such folder in the store"):
+        show_runs(f"file://{tmp_path}/nowhere", console)
     show_runs(tmp_path, console)
     assert isinstance(console.file, io.StringIO)
     assert console.file.getvalue() == f"no runs in {tmp_path}\n"

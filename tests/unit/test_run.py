@@ -15,7 +15,7 @@ from rayrlhf.config import Config, PPOConfig, SFTConfig
 from rayrlhf.config_file import dump_config, parse_config
 from rayrlhf.errors import UserError
 from rayrlhf.files import replacing
-from rayrlhf.runs.folder import RunFolder, open_or_create, resolve_runs_dir
+from rayrlhf.runs.folder import RunFolder, open_or_create, runs_address
 from rayrlhf.runs.stages import STAGES
 
 
@@ -214,14 +214,12 @@ def test_nested_lock_stays_held_until_the_outer_ends(tmp_path: Path) -> None:
 
 def test_runs_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert resolve_runs_dir("runs", inside_job=False) == tmp_path / "runs"
-    assert resolve_runs_dir("../x", inside_job=False) == tmp_path.parent / "x"
-    assert resolve_runs_dir("/abs/path", inside_job=True) == Path("/abs/path")
-    assert resolve_runs_dir("~/r", inside_job=True) == Path.home() / "r"
+    assert runs_address("runs", inside_job=False) == f"{tmp_path}/runs"
+    assert runs_address("../x", inside_job=False) == f"{tmp_path.parent}/x"
+    assert runs_address("/abs/path", inside_job=True) == "/abs/path"
+    assert runs_address("~/r", inside_job=True) == f"{Path.home()}/r"
     with pytest.raises(UserError, match="runs_dir=/abs/path"):
-        resolve_runs_dir("runs", inside_job=True)
-    with pytest.raises(UserError, match="directory that every node sees"):
-        resolve_runs_dir("s3://bucket/runs", inside_job=False)
+        runs_address("runs", inside_job=True)
     with pytest.raises(UserError, match="absolute"):
         RunFolder("runs/one")
 

@@ -45,11 +45,11 @@ def test_uv_runs_the_job_and_its_actors(tmp_path: Path) -> None:
     assert job.runtime_env["py_executable"] == "uv run --extra cpu python"
 
 
-def test_a_run_may_be_in_a_store_and_a_sweep_may_not(tmp_path: Path) -> None:
+def test_a_run_and_a_sweep_may_be_in_a_store(tmp_path: Path) -> None:
     uri = "runs_dir=s3://bucket/runs?endpoint_override=http://127.0.0.1:9000"
     assert shlex.split(describe_here(tmp_path, overrides=(uri,)).entrypoint)[-1] == uri
-    with pytest.raises(UserError, match="needs a directory that every node sees"):
-        describe("sweep", ROOT / "configs/sweeps/quickstart_ppo.yaml", [uri], ROOT, {}, "python")
+    sweep = describe("sweep", ROOT / "configs/sweeps/quickstart_ppo.yaml", [uri], ROOT, {}, "python")
+    assert shlex.split(sweep.entrypoint)[-1] == uri
 
 
 def test_the_revision_is_gits(tmp_path: Path) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +15,19 @@ import pytest
 import yaml
 from rich.console import Console
 
-from jobs.sweep import draw
+from jobs.sweep import Board, _trainable, draw
+from rayrlhf.config import Config
 from rayrlhf.config_file import load_config
 from rayrlhf.errors import UserError
 from rayrlhf.reports.page import write_report
+from rayrlhf.runs import lease
 from rayrlhf.runs.folder import RunFolder, open_or_create
 from rayrlhf.runs.metrics import MetricsWriter
+from rayrlhf.runs.stages import STAGES
+from rayrlhf.runs.storage import Store
 from rayrlhf.sweeps.plan import BASE, Space, Sweep, load_sweep, share, short_names, trial_name
 from rayrlhf.sweeps.results import Result, ranked, read_result, results_table, write_results
+from tests.s3 import KEYS, S3, serving
 
 EXAMPLE = Path(__file__).parents[2] / "configs/sweeps/quickstart_ppo.yaml"
 GRID = {"ppo.optimizer.lr": {"grid": ["1e-4", 3e-4]}, "ppo.kl.coefficient": {"grid": [0.05, 0.1]}}
@@ -186,7 +193,7 @@ def finished(run: RunFolder, gold: float, reward: float, seconds: float) -> None
 
     with run.writing("ppo") as directory:
         (directory / "config.json").write_text("policy")
-    with MetricsWriter(run.path) as metrics:
+    with MetricsWriter(run.address) as metrics:
         metrics.write("run", 3, {"time/ppo": seconds - 10.0})
         metrics.write("run", 4, {"time/evaluate": 10.0})
     policy = {"gold": interval(gold), "reward": interval(reward), "kl": interval(2.5), "length": interval(21.0)}
@@ -241,6 +248,74 @@ def test_shared_stages_are_done_in_a_trial_without_taking_space(base: tuple[Swee
         open_or_create(first.config.model_copy(update={"seed": 5}), base_run.path.parent)
 
 
+# ---- in a store
+
+
+@pytest.fixture
+def s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
+    """A store, and its keys and the cache of a node in the environment."""
+    for name, value in KEYS.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("RAYRLHF_CACHE", str(tmp_path / "cache"))
+    Store.open.cache_clear()
+    with serving() as server:
+        yield server
+
+
+def test_a_sweep_in_a_store(s3: S3, write: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the trials share, the log and the error of one that fails, and the table are in the store."""
+    monkeypatch.setattr(lease, "SETTLE_S", 0.0)
+    sweep, address = load_sweep(write()), s3.uri("runs/search")
+    base = open_or_create(sweep.base.model_copy(update={"name": BASE, "runs_dir": address}), address)
+    for stage in sweep.shared:
+        with base.writing(stage) as output:
+            (output / "weights" if output.is_dir() else output).write_text(stage)
+    with MetricsWriter(base.address) as metrics:
+        metrics.write("run", 0, {"time/sft": 100.0})
+    trials = sweep.trials(points(sweep), address)[:2]
+    runs = [open_or_create(trial.config, address) for trial in trials]
+    for run in runs:
+        share(base, run, sweep.shared)
+        assert [stage for stage in STAGES if run.done(stage)] == list(sweep.shared)
+        assert run.sft.joinpath("weights").samefile(base.sft / "weights")
+    marks = {s3.objects(f"runs/search/{run.name}/sft/")[".done"] for run in (base, *runs)}
+    assert len(marks) == 3  # each upload has its own
+
+    def evaluate(config: Config, stages: object, local: bool) -> None:
+        """The pipeline's place: it opens the run as `jobs.session.opened` does, and one of the two fails."""
+        run = open_or_create(config, config.runs_dir)
+        print("after the folder's files were downloaded")
+        if run.name == runs[1].name:
+            raise OSError("no space")
+        finished(run, gold=0.12, reward=0.9, seconds=70.0)
+        run.upload(run.evaluation)
+
+    monkeypatch.setattr("jobs.sweep.run", evaluate)
+    trial = _trainable({trial.name: trial.config for trial in trials}, os.getcwd())
+    for _ in range(2):
+        trial({"trial": runs[0].name})
+        with pytest.raises(OSError, match="no space"):
+            trial({"trial": runs[1].name})
+    board = Board(sweep, trials, {run.name: run for run in runs}, RunFolder(address))
+    assert write_results(board.folder, sweep, board.results())[0] == s3.uri("runs/search/sweep.md")
+
+    objects = s3.objects("runs/search/")
+    assert objects[f"{runs[0].name}/log.txt"].count(b"after") == 2 and f"{runs[0].name}/error.txt" not in objects
+    assert objects[f"{runs[1].name}/log.txt"].count(b"OSError: no space") == 2
+    assert objects[f"{runs[1].name}/error.txt"] == b"OSError: no space"
+    assert (
+        objects[f"{runs[0].name}/sft/weights"] == b"sft"
+        and objects[f"{runs[0].name}/comparisons.parquet"] == b"collect"
+    )
+    assert b"time/sft" in objects[f"{runs[0].name}/metrics.jsonl"]
+    record = json.loads(objects["sweep.json"])
+    assert [(trial["state"], trial["seconds"]) for trial in record["trials"]] == [
+        ("finished", 70.0),
+        ("not finished", None),
+    ]
+    assert b"0.120 [0.110, 0.130]" in objects["sweep.md"]
+
+
 # ---- the table
 
 
@@ -273,7 +348,7 @@ def test_the_best_is_first_and_what_failed_is_last(results: tuple[Sweep, Path, l
 def test_the_table_in_markdown_json_and_terminal(results: tuple[Sweep, Path, list[Result]]) -> None:
     sweep, folder, found = results
     order = ranked(found, "policy.gold", "max")
-    write_results(folder, sweep, order)
+    assert write_results(RunFolder(folder), sweep, order) == (f"{folder}/sweep.md", f"{folder}/sweep.json")
     page = (folder / "sweep.md").read_text().splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page if line.startswith("|")]
     assert rows[0] == ["lr", "coefficient", "gold", "gold, policy − SFT", "reward", "kl", "length", "time"]
