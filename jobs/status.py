@@ -12,6 +12,7 @@ from rich.text import Text
 
 from jobs.live import Live, cluster_address, read_live, scale_live
 from rayrlhf.errors import UserError
+from rayrlhf.reports.measures import STEP_MEASURES
 from rayrlhf.reports.overview import Overview, StageOverview, read_overview
 from rayrlhf.reports.progress import duration, step_line
 from rayrlhf.runs.folder import RunFolder, run_folders
@@ -82,8 +83,11 @@ def status_screen(overview: Overview, live: Live | str | None, now: float) -> Re
 def runs_table(runs: Sequence[RunFolder], now: float) -> Table:
     """One row a run folder; `now` is Unix time."""
     table = Table()
-    for heading in ("run", "state", "stages done", "at", "reward", "KL", "last written"):
-        table.add_column(heading, justify="right" if heading in ("reward", "KL", "last written") else "left")
+    for heading in ("run", "state", "stages done", "at"):
+        table.add_column(heading)
+    shown = [STEP_MEASURES[name] for name in ("ppo/reward/mean", "ppo/kl")]
+    for heading in (*(measure.words for measure in shown), "last written"):
+        table.add_column(heading, justify="right")
     for run in runs:
         try:
             overview = read_overview(run.address)
@@ -96,7 +100,7 @@ def runs_table(runs: Sequence[RunFolder], now: float) -> Table:
             _state(overview),
             f"{sum(stage.done for stage in overview.stages)} of {len(overview.stages)}",
             f"{current.name} {_steps(current)}" if current and current.step else current.name if current else "–",
-            *("–" if ppo.get(name) is None else f"{ppo[name]:.3f}" for name in ("ppo/reward/mean", "ppo/kl")),
+            *("–" if ppo.get(m.name) is None else m.number(ppo[m.name]) for m in shown),
             "–" if overview.updated is None else f"{duration(now - overview.updated)} ago",
         )
     return table

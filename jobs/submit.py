@@ -17,8 +17,8 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from actors.pools.remote import ActorFailure
 from rayrlhf.config_file import load_config
 from rayrlhf.errors import UserError
-from rayrlhf.runs.stages import STAGES
 from rayrlhf.runs.folder import runs_address
+from rayrlhf.runs.stages import STAGES
 from rayrlhf.sweeps.plan import load_sweep
 
 MODULES = {"run": "pipeline", **{stage.command: stage.name for stage in STAGES.values()}, "sweep": "sweep"}

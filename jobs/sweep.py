@@ -30,8 +30,8 @@ from jobs.console import console
 from jobs.pipeline import pipeline
 from jobs.stage import guarded, run, stage_function
 from rayrlhf.config import Config
+from rayrlhf.reports.measures import interval_text
 from rayrlhf.reports.progress import duration
-from rayrlhf.reports.tables import interval_text
 from rayrlhf.runs.folder import RunFolder, open_or_create, runs_address
 from rayrlhf.runs.storage import Mirror, join
 from rayrlhf.sweeps.plan import BASE, Space, Sweep, Trial, Value, load_sweep, share

@@ -29,7 +29,8 @@ from rayrlhf.data.sources import read_published
 from rayrlhf.data.splits import hash_fraction
 from rayrlhf.files import replacing
 from rayrlhf.models.loading import load_tokenizer, resolve_model
-from rayrlhf.reports.reward_accuracy import SCORERS, accuracies
+from rayrlhf.reports.measures import SCORERS
+from rayrlhf.reports.reward_accuracy import accuracies
 
 CONFIG = Path("configs/hh_harmless_tiny.yaml")
 

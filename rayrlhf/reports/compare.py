@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -22,16 +22,13 @@ import yaml
 from rayrlhf.errors import UserError
 from rayrlhf.files import replacing
 from rayrlhf.reports.curves import compare_figure
-from rayrlhf.reports.evaluation import AT_EQUAL_LENGTH, MEASURES, WIN_RATES
 from rayrlhf.reports.intervals import Array, Interval, over_runs, p_text, pooled
+from rayrlhf.reports.measures import AT_EQUAL_LENGTH, EVALUATED, MEASURES, PHASES, SOURCES, TOKENS_PER_S, interval_text
 from rayrlhf.runs.folder import RunFolder, run_at
 from rayrlhf.runs.metrics import read_metrics
 from rayrlhf.runs.stages import STAGES
 from rayrlhf.runs.storage import as_user_error, join
 
-SOURCES = {"title": "title", "reference": "reference", "sft": "SFT", "policy": "policy"}
-ROWS = (*MEASURES, "win_rate_vs_reference", *WIN_RATES, "kl")
-PHASES = ("generate", "score", "learn", "sync", "step")
 _SAME = {"name", "runs_dir", "seed", "resources", "alarms"}
 """Top-level keys of the config in which runs of one comparison may differ without a word."""
 
@@ -119,7 +116,7 @@ def markdown(runs: Sequence[Run]) -> str:
     parts += [f"## Evaluation\n\n{kind}", table(mean_rows(runs))]
     if several:
         for source in ("policy", "sft"):
-            parts.append(f"{SOURCES[source]}, each run [95 % bootstrap interval over prompts]:")
+            parts.append(f"{SOURCES[source].words}, each run [95 % bootstrap interval over prompts]:")
             parts.append(table(run_rows(runs, source)))
     parts.append(
         "## Policy minus SFT\n\nPaired differences on the same prompts [95 % bootstrap interval over prompts], "
@@ -148,21 +145,21 @@ def config_differences(runs: Sequence[Run]) -> list[str]:
 def mean_rows(runs: Sequence[Run]) -> list[list[str]]:
     """A row a measure, a column a source: means over runs."""
     sources = [source for source in SOURCES if source in runs[0].evaluation]
-    rows = [["measure", *(SOURCES[source] for source in sources)]]
-    for measure in ROWS:
+    rows = [["measure", *(SOURCES[source].words for source in sources)]]
+    for measure in EVALUATED:
         found = [mean_over_runs(runs, source, measure) for source in sources]
         if any(found):
-            rows.append([measure, *(_cell(measure, value) for value in found)])
+            rows.append([measure, *map(_cell, found)])
     return rows
 
 
 def run_rows(runs: Sequence[Run], source: str) -> list[list[str]]:
     """A row a measure, a column a run."""
     rows = [["measure", *(run.label for run in runs)]]
-    for measure in ROWS:
+    for measure in EVALUATED:
         found = [_interval(run.evaluation[source].get(measure)) for run in runs]
         if any(found):
-            rows.append([measure, *(_cell(measure, value) for value in found)])
+            rows.append([measure, *map(_cell, found)])
     return rows
 
 
@@ -176,9 +173,9 @@ def difference_rows(runs: Sequence[Run]) -> list[list[str]]:
     for kind, words, measures in kinds:
         for measure in measures:
             found = [run.evaluation["differences"].get(kind, {}).get(measure) for run in runs]
-            cells = [_cell(measure, _interval(f)) + (f", {p_text(f['p'])}" if f and "p" in f else "") for f in found]
+            cells = [_cell(_interval(f)) + (f", {p_text(f['p'])}" if f and "p" in f else "") for f in found]
             if len(runs) > 1:
-                cells.append(_cell(measure, pooled_difference(runs, measure, at_equal_length=bool(words))))
+                cells.append(_cell(pooled_difference(runs, measure, at_equal_length=bool(words))))
             if set(cells) != {"–"}:
                 rows.append([measure + words, *cells])
     return rows
@@ -189,7 +186,7 @@ def stage_rows(runs: Sequence[Run]) -> list[list[str]]:
     rows = [["stage", "seconds", "tokens/s of a step, median"]]
     for stage in STAGES:
         seconds = [line[f"time/{stage}"] for run in runs for line in run.stage("run") if f"time/{stage}" in line]
-        rates = [_median(run.stage(stage), "throughput/tokens_per_s") for run in runs]
+        rates = [_median(run.stage(stage), TOKENS_PER_S.name) for run in runs]
         rows.append([stage, _spread(seconds, ".0f"), _spread([rate for rate in rates if rate is not None], ",.0f")])
     return rows
 
@@ -197,7 +194,7 @@ def stage_rows(runs: Sequence[Run]) -> list[list[str]]:
 def phase_rows(runs: Sequence[Run]) -> list[list[str]]:
     """Where a PPO step's time goes."""
     rows = [["phase of a PPO step", "seconds, median"]]
-    for phase in PHASES:
+    for phase in (*PHASES, "step"):
         seconds = [_median(run.stage("ppo"), f"time/{phase}") for run in runs]
         rows.append([phase, _spread([value for value in seconds if value is not None], ".2f")])
     return rows
@@ -251,11 +248,8 @@ def _interval(value: Mapping[str, float] | None) -> Interval | None:
     return None if value is None else Interval(value["mean"], value["low"], value["high"], int(value["n"]))
 
 
-def _cell(measure: str, value: Interval | None) -> str:
-    if value is None:
-        return "–"
-    form = "z.1f" if measure == "length" else "z.3f"
-    return f"{value.mean:{form}} [{value.low:{form}}, {value.high:{form}}]"
+def _cell(value: Interval | None) -> str:
+    return interval_text(None if value is None else asdict(value))
 
 
 def _median(lines: Sequence[Mapping[str, Any]], name: str) -> float | None:

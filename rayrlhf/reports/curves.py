@@ -13,6 +13,7 @@ import numpy as np
 from scipy import stats
 
 from rayrlhf.reports.intervals import CONFIDENCE, Array, Interval, t_interval
+from rayrlhf.reports.measures import MEASURES, PANELS, SOURCES, Panel
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,34 +26,15 @@ SMOOTHING = 5
 """Steps of the moving average; fewer for runs under 30 steps."""
 # Okabe and Ito's palette, which the colour-blind tell apart.
 PROXY, GOLD, OTHER = "#0072b2", "#d55e00", "#4d4d4d"
-_SOURCES = {"title": ("post's title", "#b3b3b3"), "sft": ("SFT", "#56b4e9"), "policy": ("policy (PPO)", PROXY)}
-_ROUGE = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}
+_SOURCE_COLOURS = {"title": "#b3b3b3", "sft": "#56b4e9", "policy": PROXY}
+_ROUGE = {name: words for name, words in MEASURES.items() if name.startswith("rouge")}
 _MUTED = "#677083"
 
 
-@dataclass(frozen=True)
-class Measure:
-    """What one panel over steps shows: a mean over a step's responses, and where their standard deviation is."""
-
-    title: str
-    unit: str
-    mean: str
-    std: str = ""
-    colour: str = OTHER
-    most: float = np.inf
-    """What it cannot be above."""
-
-
-CURVES = (
-    Measure("Proxy: reward model's score", "score", "ppo/score/mean", "ppo/score/std", PROXY),
-    Measure("Gold: labeller's own measure", "gold", "ppo/gold/mean", "ppo/gold/std", GOLD),
-    Measure("KL to the SFT policy", "nats per response", "ppo/kl", "ppo/kl_std"),
-    Measure("Response length", "tokens", "ppo/length/mean", "ppo/length/std"),
-    Measure("Responses that end by themselves", "share", "ppo/eos_rate", most=1.0),
-    Measure("Entropy", "nats per token", "ppo/entropy"),
-)
+CURVES = tuple(panel for panel in PANELS["ppo"] if panel.compared)
 _KL = "ppo/kl"
 _OPTIMISED = CURVES[:2]
+"""Proxy and gold: PPO raises the one, and people want the other."""
 
 
 @dataclass(frozen=True)
@@ -64,14 +46,14 @@ class Curve:
     half: Array
 
 
-def curve(lines: Lines, measure: Measure) -> Curve | None:
-    """The smoothed curve of one run; None where the measure was never written.
+def curve(lines: Lines, panel: Panel) -> Curve | None:
+    """The smoothed curve of one run and of the panel's first measure; None where that was never written.
 
     `half` is the half-width of the interval of the smoothed value: responses of different steps are independent draws,
     so that squared standard errors std / sqrt(n) add up with the squared weights of the moving average.
     """
-    known = [line for line in lines if line.get(measure.mean) is not None]
-    return _smoothed(known, measure) if known else None
+    known = [line for line in lines if line.get(panel.measures[0].name) is not None]
+    return _smoothed(known, panel) if known else None
 
 
 def moving_average(n: int) -> Array:
@@ -96,7 +78,7 @@ def compare_figure(runs: Sequence[Lines], rouge: Mapping[str, Mapping[str, Inter
     # Not pyplot: it keeps figures alive and picks a back end for the whole process.
     from matplotlib.figure import Figure
 
-    over_steps = {m.title: (m, [c for lines in runs if (c := curve(lines, m))]) for m in CURVES}
+    over_steps = {panel.title: (panel, [c for lines in runs if (c := curve(lines, panel))]) for panel in CURVES}
     cells: list[Any] = [title for title, (_, curves) in over_steps.items() if curves]
     paths = [path for lines in runs if (path := path_over_kl(lines))]
     last = ["kl", "kl", "rouge"] if paths else ["rouge"]
@@ -134,16 +116,17 @@ def path_over_kl(lines: Lines) -> KLPath | None:
 
     Source: Gao, Schulman & Hilton 2023, Scaling Laws for Reward Model Overoptimization.
     """
-    needed = {name for measure in _OPTIMISED for name in (_KL, measure.mean, measure.std)}
+    needed = {name for panel in _OPTIMISED for name in (_KL, panel.measures[0].name, panel.measures[0].spread)}
     known = [line for line in lines if all(line.get(name) is not None for name in needed)]
-    if not known or not all(known[0][measure.std] for measure in _OPTIMISED):
+    if not known or not all(known[0][panel.measures[0].spread] for panel in _OPTIMISED):
         return None
     ordered = sorted(known, key=lambda line: line[_KL])
     gains = {}
-    for measure in _OPTIMISED:
-        start, spread = known[0][measure.mean], known[0][measure.std]
-        smooth = _smoothed(ordered, measure)
-        gains[measure.mean] = Curve(smooth.steps, (smooth.values - start) / spread, smooth.half / spread)
+    for panel in _OPTIMISED:
+        measure = panel.measures[0]
+        start, spread = known[0][measure.name], known[0][measure.spread]
+        smooth = _smoothed(ordered, panel)
+        gains[measure.name] = Curve(smooth.steps, (smooth.values - start) / spread, smooth.half / spread)
     kl = moving_average(len(ordered)) @ np.array([line[_KL] for line in ordered], dtype=np.float64)
     return KLPath(np.sqrt(np.maximum(kl, 0)), gains)  # an estimate of a KL near 0 can be below it
 
@@ -163,15 +146,15 @@ def over_kl_figure(lines: Lines) -> Figure | None:
 def _draw_over_kl(axes: Axes, paths: Sequence[KLPath]) -> None:
     last, right = (f(path.root_kl[-1] for path in paths) for f in (min, max))
     x = np.linspace(max(path.root_kl[0] for path in paths), last, 200)  # the KLs that every run has been through
-    for measure in _OPTIMISED:
-        colour, curves = measure.colour, []
+    for panel in _OPTIMISED:
+        colour, curves = _colour(panel), []
         for path in paths:
-            c = path.gains[measure.mean]
+            c = path.gains[panel.measures[0].name]
             if len(paths) > 1:
                 axes.plot(path.root_kl, c.values, **_one_run(colour))
             curves.append(Curve(x, np.interp(x, path.root_kl, c.values), np.interp(x, path.root_kl, c.half)))
-        end = _draw_mean(axes, x, curves, measure)
-        name = measure.title.split(":")[0]
+        end = _draw_mean(axes, x, curves, panel)
+        name = panel.title.split(":")[0]
         axes.annotate(name, (right, end), xytext=(8, 0), textcoords="offset points", color=colour, va="center")
     axes.axhline(0, color="#b9c0cd", linewidth=0.8)
     axes.margins(x=0.08)
@@ -192,29 +175,33 @@ def style(axes: Axes, title: str, unit: str, x: str) -> None:
     axes.set_axisbelow(True)
 
 
-def _draw_over_steps(axes: Axes, measure: Measure, curves: Sequence[Curve]) -> None:
+def _draw_over_steps(axes: Axes, panel: Panel, curves: Sequence[Curve]) -> None:
     from matplotlib.ticker import MaxNLocator
 
     steps = np.array(sorted(set.intersection(*(set(c.steps) for c in curves))))
     if len(curves) > 1:
         for c in curves:
-            axes.plot(c.steps, c.values, **_one_run(measure.colour))
-    _draw_mean(axes, steps, [_at(c, steps) for c in curves], measure)
-    style(axes, measure.title, measure.unit, f"PPO step{_average_words(len(steps))}")
+            axes.plot(c.steps, c.values, **_one_run(_colour(panel)))
+    _draw_mean(axes, steps, [_at(c, steps) for c in curves], panel)
+    style(axes, panel.title, panel.unit, f"PPO step{_average_words(len(steps))}")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
 
 
-def _draw_mean(axes: Axes, x: Array, curves: Sequence[Curve], measure: Measure) -> float:
+def _draw_mean(axes: Axes, x: Array, curves: Sequence[Curve], panel: Panel) -> float:
     """The mean of curves that share `x`, with its interval; returns where it ends."""
     if len(curves) == 1:
         mean, half = curves[0].values, curves[0].half
     else:
         mean, half = t_interval(np.stack([c.values for c in curves]))
     if len(curves) != 2:  # the t interval over two runs is 13 standard errors wide: it would hide the curves
-        top = np.minimum(mean + half, measure.most)
-        axes.fill_between(x, mean - half, top, color=measure.colour, alpha=0.18, linewidth=0)
-    axes.plot(x, mean, color=measure.colour, linewidth=2.2)
+        top = np.minimum(mean + half, 1.0) if panel.unit == "share" else mean + half
+        axes.fill_between(x, mean - half, top, color=_colour(panel), alpha=0.18, linewidth=0)
+    axes.plot(x, mean, color=_colour(panel), linewidth=2.2)
     return float(mean[-1])
+
+
+def _colour(panel: Panel) -> str:
+    return dict(zip(_OPTIMISED, (PROXY, GOLD), strict=True)).get(panel, OTHER)
 
 
 def _one_run(colour: str) -> dict[str, Any]:
@@ -232,10 +219,10 @@ def _average_words(steps: int) -> str:
 
 
 def _draw_rouge(axes: Axes, rouge: Mapping[str, Mapping[str, Interval]]) -> None:
-    present = [source for source in _SOURCES if rouge.get(source)]
+    present = [source for source in _SOURCE_COLOURS if rouge.get(source)]
     width = 0.8 / max(1, len(present))
     for i, source in enumerate(present):
-        label, colour = _SOURCES[source]
+        label, colour = SOURCES[source].in_full, _SOURCE_COLOURS[source]
         found = [(column, rouge[source][name]) for column, name in enumerate(_ROUGE) if name in rouge[source]]
         x = [column + (i - (len(present) - 1) / 2) * width for column, _ in found]
         means = [value.mean for _, value in found]
@@ -248,22 +235,23 @@ def _draw_rouge(axes: Axes, rouge: Mapping[str, Mapping[str, Interval]]) -> None
     style(axes, "ROUGE on the evaluation's prompts", "F1", "")
 
 
-def _smoothed(known: Lines, measure: Measure) -> Curve:
-    steps, values = (np.array([line[name] for line in known], dtype=np.float64) for name in ("step", measure.mean))
-    errors = np.array([_squared_error(line, measure) for line in known])
+def _smoothed(known: Lines, panel: Panel) -> Curve:
+    names = ("step", panel.measures[0].name)
+    steps, values = (np.array([line[name] for line in known], dtype=np.float64) for name in names)
+    errors = np.array([_squared_error(line, panel) for line in known])
     weights = moving_average(len(steps))
     quantile = stats.norm.ppf((1 + CONFIDENCE) / 2)
     return Curve(steps, weights @ values, quantile * np.sqrt(weights**2 @ errors))
 
 
-def _squared_error(line: Mapping[str, Any], measure: Measure) -> float:
+def _squared_error(line: Mapping[str, Any], panel: Panel) -> float:
     """Squared standard error of a step's mean; NaN where the metrics do not tell."""
-    n, mean = line.get("ppo/responses"), line[measure.mean]
+    n, measure = line.get("ppo/responses"), panel.measures[0]
     if not n:
         return np.nan
-    if measure.mean == "ppo/eos_rate":
-        return float(mean * (1 - mean) / n)
-    std = line.get(measure.std)
+    if panel.unit == "share":  # of responses that have something or do not: the mean says how they spread
+        return float(line[measure.name] * (1 - line[measure.name]) / n)
+    std = line.get(measure.spread)
     return np.nan if std is None else float(std**2 / n)
 
 

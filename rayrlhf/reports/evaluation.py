@@ -28,20 +28,18 @@ from rayrlhf.reports.intervals import (
     paired_difference,
     win_rate,
 )
+from rayrlhf.reports.measures import AT_EQUAL_LENGTH, MEASURES
 from rayrlhf.rewards.rouge import rouge_per_example
 
 _ROUGE = ("rouge1", "rouge2", "rougeL")
-MEASURES = ("reward", "gold", *_ROUGE, "length", "eos_rate")
 Statistic = Callable[..., Interval | None]
-WIN_RATES: dict[str, tuple[Statistic, tuple[str, ...]]] = {
+_WIN_RATES: dict[str, tuple[Statistic, tuple[str, ...]]] = {
     "win_rate_vs_sft": (win_rate, ("reward",)),
     "lc_win_rate_vs_sft": (length_controlled_win_rate, ("reward", "length")),
     "gold_win_rate_vs_sft": (win_rate, ("gold",)),
     "gold_lc_win_rate_vs_sft": (length_controlled_win_rate, ("gold", "length")),
 }
-"""The policy's win rates over SFT, and from which measures of the two; `lc` is length-controlled."""
-AT_EQUAL_LENGTH = ("reward", "gold")
-"""Measures whose paired difference is also given for answers of equal length."""
+"""How each of `WIN_RATES` is computed, and from which measures of the two models."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +155,7 @@ def summarize(
         result[name] = row
     if "policy" in present:
         pair = present["policy"], present["sft"]
-        for name, (statistic, measures) in WIN_RATES.items():
+        for name, (statistic, measures) in _WIN_RATES.items():
             result["policy"][name] = compare(statistic, *pair, *measures)
         result["policy"]["kl"] = interval(present["policy"].measure("kl"))
         result["differences"] = {

@@ -6,7 +6,6 @@ import base64
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,9 +17,8 @@ from rayrlhf.config_file import load_config
 from rayrlhf.files import replacing
 from rayrlhf.reports.alarms import alarms
 from rayrlhf.reports.curves import over_kl_figure, style
-from rayrlhf.reports.evaluation import MEASURES, WIN_RATES
 from rayrlhf.reports.intervals import p_text
-from rayrlhf.reports.reward_accuracy import SCORERS
+from rayrlhf.reports.measures import DIFFERENCES, EVALUATED, PANELS, SCORERS, SOURCES, Panel, decimals
 from rayrlhf.runs.folder import RunFolder
 from rayrlhf.runs.metrics import read_metrics
 from rayrlhf.runs.stages import STAGES
@@ -33,72 +31,6 @@ MAX_SAMPLES = 12
 MAX_WARNINGS = 12
 
 
-@dataclass(frozen=True)
-class Panel:
-    """One pair of axes: metrics that share a unit."""
-
-    title: str
-    unit: str
-    curves: Mapping[str, str]
-    """Metric name to label."""
-    stacked: bool = False
-
-
-PANELS: dict[str, list[Panel]] = {
-    "sft": [
-        Panel("Loss", "nats per token", {"sft/loss": "train", "sft/dev_loss": "dev"}),
-        Panel("ROUGE on dev prompts", "F1", {f"sft/rouge{k}": f"ROUGE-{k}" for k in ("1", "2", "L")}),
-    ],
-    "reward_model": [
-        Panel("Loss", "nats per pair", {"reward_model/loss": "train"}),
-        Panel(
-            "Accuracy",
-            "share of pairs",
-            {"reward_model/accuracy": "train", "reward_model/heldout_accuracy": "held out"},
-        ),
-        Panel("Margin", "score", {"reward_model/margin": "chosen − rejected"}),
-    ],
-    "ppo": [
-        Panel("Reward", "score", {"ppo/score/mean": "reward model", "ppo/reward/mean": "with KL penalty"}),
-        Panel("KL to the reference policy", "nats per response", {"ppo/kl": "KL"}),
-        Panel("Labeller's own measure", "gold", {"ppo/gold/mean": "gold"}),
-        Panel("Response length", "tokens", {"ppo/length/mean": "mean"}),
-        Panel("Responses that end", "share", {"ppo/eos_rate": "with EOS"}),
-        Panel("Entropy", "nats per token", {"ppo/entropy": "policy"}),
-        Panel("Policy loss", "", {"ppo/policy_loss": "policy loss"}),
-        Panel("Value loss", "", {"ppo/value_loss": "value loss"}),
-        Panel("Explained variance of returns", "share", {"ppo/explained_variance": "value model"}),
-        Panel("Clipped tokens", "share", {"ppo/clip_fraction": "clip fraction"}),
-        Panel("Approximate KL of an update", "nats per token", {"ppo/approx_kl": "new to old policy"}),
-        Panel("Log-prob gap, generator to learner", "nats", {f"ppo/logprob_gap/{k}": k for k in ("mean", "max")}),
-        Panel("Gradient norm before clipping", "", {"ppo/grad_norm": "policy", "ppo/value_grad_norm": "value"}),
-        Panel("Coefficient of the KL penalty", "reward per nat", {"ppo/kl_coefficient": "beta"}),
-        Panel("Seconds by phase", "s", {f"time/{k}": k for k in ("generate", "score", "learn", "sync")}, stacked=True),
-        Panel("Throughput", "tokens per s", {"throughput/tokens_per_s": "tokens"}),
-    ],
-}
-"""What is drawn for each stage, where it was measured."""
-
-_SOURCES = {"policy": "policy (PPO)", "sft": "SFT", "title": "post's title", "reference": "reference"}
-_DIFFERENCES = {
-    "policy_minus_sft": "policy − SFT, paired",
-    "policy_minus_sft_at_equal_length": "the same at equal length",
-}
-_ROWS = {
-    "reward": "reward model's score",
-    "gold": "labeller's measure (gold)",
-    "rouge1": "ROUGE-1",
-    "rouge2": "ROUGE-2",
-    "rougeL": "ROUGE-L",
-    "length": "length, tokens",
-    "eos_rate": "ends with EOS",
-    "win_rate_vs_reference": "win rate against the reference",
-    "win_rate_vs_sft": "win rate against SFT",
-    "lc_win_rate_vs_sft": "the same at equal length",
-    "gold_win_rate_vs_sft": "win rate against SFT by gold",
-    "gold_lc_win_rate_vs_sft": "the same at equal length, gold",
-    "kl": "KL to SFT, nats per response",
-}
 _COLOURS = ["#3b6fb6", "#d1772e", "#4a9a62", "#8d5fa8"]
 _STYLE = """
 :root { color-scheme: light; }
@@ -160,7 +92,7 @@ def stage_figure(stage: str, lines: Sequence[Mapping[str, Any]]) -> Figure | Non
     from matplotlib.figure import Figure
 
     names = {name for line in lines for name, value in line.items() if value is not None}
-    panels = [panel for panel in PANELS[stage] if names & set(panel.curves)]
+    panels = [panel for panel in PANELS[stage] if names & {measure.name for measure in panel.measures}]
     if not panels:
         return None
     columns = min(3, len(panels))
@@ -178,10 +110,10 @@ def _draw(axes: Axes, panel: Panel, lines: Sequence[Mapping[str, Any]]) -> None:
     from matplotlib.ticker import MaxNLocator
 
     series = {}
-    for name, label in panel.curves.items():
-        points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+    for measure in panel.measures:
+        points = [(line["step"], line[measure.name]) for line in lines if line.get(measure.name) is not None]
         if points:
-            series[label] = points
+            series[measure.legend or measure.words] = points
     if panel.stacked:
         steps = sorted({step for points in series.values() for step, _ in points})
         heights = [[dict(points).get(step, 0.0) for step in steps] for points in series.values()]
@@ -208,17 +140,17 @@ def _inline(figure: Figure) -> str:
 
 
 def _evaluation(result: Mapping[str, Any]) -> str:
-    sources = [name for name in _SOURCES if name in result]
+    sources = [name for name in reversed(SOURCES) if name in result]
     differences = result.get("differences", {})
-    changes = {head: differences[name] for name, head in _DIFFERENCES.items() if name in differences}
-    heads = [*(_SOURCES[name] for name in sources), *changes]
+    changes = {head: differences[name] for name, head in DIFFERENCES.items() if name in differences}
+    heads = [*(SOURCES[name].in_full for name in sources), *changes]
     rows = []
-    for name in (*MEASURES, "win_rate_vs_reference", *WIN_RATES, "kl"):
+    for name, words in EVALUATED.items():
         cells = [row.get(name) for row in (*(result[source] for source in sources), *changes.values())]
-        means = [abs(cell["mean"]) for cell in cells if cell is not None]
+        means = [cell["mean"] for cell in cells if cell is not None]
         if means:
-            digits = 1 if max(means) >= 10 else 3
-            rows.append(f"<tr><th>{_ROWS[name]}</th>{''.join(_cell(cell, digits) for cell in cells)}</tr>")
+            digits = decimals(means)
+            rows.append(f"<tr><th>{words}</th>{''.join(_cell(cell, digits) for cell in cells)}</tr>")
     facts = result.get("metadata", {})
     caption = (
         f"{facts.get('data', 'test split')}, {facts.get('prompts', '?')} prompts; "
@@ -280,7 +212,7 @@ def _answer(row: Mapping[str, Any], source: str) -> str:
     measures = ((kind, row.get(f"{kind}_{source}")) for kind in ("reward", "gold"))
     numbers = ", ".join(f"{kind} {value:.3f}" for kind, value in measures if value is not None)
     text = escape(row[source].strip()) or "<i>(empty)</i>"
-    return f'<div><b>{escape(_SOURCES[source])} <span class="ci">{numbers}</span></b>{text}</div>'
+    return f'<div><b>{escape(SOURCES[source].in_full)} <span class="ci">{numbers}</span></b>{text}</div>'
 
 
 def _headline(post: str) -> str:

@@ -14,36 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rayrlhf.config import Config
-
-_SHOWN: dict[str, list[tuple[str, str, str]]] = {
-    "sft": [
-        ("sft/loss", "loss", ".4f"),
-        ("sft/dev_loss", "dev loss", ".4f"),
-        ("sft/rouge1", "ROUGE-1", ".3f"),
-        ("sft/rougeL", "ROUGE-L", ".3f"),
-        ("sft/lr", "lr", ".2e"),
-    ],
-    "reward_model": [
-        ("reward_model/loss", "loss", ".4f"),
-        ("reward_model/accuracy", "accuracy", ".3f"),
-        ("reward_model/heldout_accuracy", "held-out", ".3f"),
-        ("reward_model/margin", "margin", ".3f"),
-    ],
-    "ppo": [
-        ("ppo/score/mean", "score", ".3f"),
-        ("ppo/reward/mean", "reward", ".3f"),
-        ("ppo/gold/mean", "gold", ".3f"),
-        ("ppo/kl", "KL", ".3f nats"),
-        ("ppo/length/mean", "length", ".1f"),
-        ("ppo/eos_rate", "EOS", ".0%"),
-        ("ppo/policy_loss", "policy loss", ".4f"),
-        ("ppo/value_loss", "value loss", ".4f"),
-        ("ppo/logprob_gap/mean", "log-prob gap", ".1e"),
-    ],
-}
-"""By stage: metric, its words, its format (a unit may follow after a blank)."""
-
-_PHASES = ("wait", "generate", "score", "learn", "sync")
+from rayrlhf.reports.measures import PHASE_S, PHASES, STEP_S, TOKENS_PER_S, measures_in_line
 
 
 @dataclass(frozen=True)
@@ -162,18 +133,15 @@ def step_line(
 ) -> str:
     """One line on a finished step: `step` of `total`, the stage's main numbers, seconds by phase, time to go."""
     parts = [f"{stage} {step}" if total is None else f"{stage} {step:>{len(str(total))}}/{total}"]
-    for name, words, form in _SHOWN.get(stage, []):
-        if name in metrics:
-            parts.append(f"{words} {_number(metrics[name], form)}")
-    seconds = metrics.get("time/step")
-    known = [phase for phase in _PHASES if f"time/{phase}" in metrics]
+    parts += [f"{m.words} {m.text(metrics[m.name])}" for m in measures_in_line(stage) if m.name in metrics]
+    known = [phase for phase in ("wait", *PHASES) if f"time/{phase}" in metrics]
     if "generate" in known and "wait" in known:
-        known.remove("wait")  # of which generating and scoring are the parts
-    phases = [f"{phase} {_number(metrics[f'time/{phase}'], '.1f')}" for phase in known]
-    if seconds is not None:
-        parts.append(f"{seconds:.1f} s" + (f" ({', '.join(phases)})" if phases else ""))
-    if "throughput/tokens_per_s" in metrics:
-        parts.append(f"{_number(metrics['throughput/tokens_per_s'], ',.0f')} tok/s")
+        known.remove("wait")  # generating and scoring are its parts
+    phases = [f"{phase} {PHASE_S.text(metrics[f'time/{phase}'])}" for phase in known]
+    if (seconds := metrics.get(STEP_S.name)) is not None:
+        parts.append(STEP_S.text(seconds) + (f" ({', '.join(phases)})" if phases else ""))
+    if TOKENS_PER_S.name in metrics:
+        parts.append(TOKENS_PER_S.text(metrics[TOKENS_PER_S.name]))
     if eta_s is not None:
         parts.append(f"ETA {duration(eta_s)}")
     return "  ".join(parts)
@@ -181,7 +149,7 @@ def step_line(
 
 def has_step_line(stage: str, metrics: Mapping[str, Any]) -> bool:
     """Whether `step_line` would have more to say than which step it is."""
-    return any(name in metrics for name, _, _ in _SHOWN.get(stage, []))
+    return any(measure.name in metrics for measure in measures_in_line(stage))
 
 
 def duration(seconds: float) -> str:
@@ -246,9 +214,3 @@ def sample_panel(prompt: str, reference: str | None, answer: str, title: str = "
         if text is not None:
             parts.append(Text.assemble((f"\n{name}: ", "bold"), text.strip() or "(empty)"))
     return Panel(Group(*parts), title=Text(title), title_align="left")
-
-
-def _number(value: float | None, form: str) -> str:
-    spec, _, unit = form.partition(" ")
-    text = "n/a" if value is None or not math.isfinite(value) else format(value, spec)
-    return f"{text} {unit}" if unit else text

@@ -20,15 +20,8 @@ from numpy.typing import ArrayLike, NDArray
 from rayrlhf.data.comparisons import RankedAnswers
 from rayrlhf.files import replacing
 from rayrlhf.reports.intervals import CONFIDENCE, Interval
+from rayrlhf.reports.measures import SCORERS
 
-SCORERS = {
-    "reward_model": "reward model",
-    "longer": "longer answer",
-    "shorter": "shorter answer",
-    "sft_logprob_sum": "SFT log-prob, sum",
-    "sft_logprob_mean": "SFT log-prob, mean per token",
-}
-"""Who orders the pairs, and the words for it. Length is in tokens, as the reward model reads the answer."""
 _BLOCK = 4_000_000
 """Resampled values held at once, to bound memory."""
 

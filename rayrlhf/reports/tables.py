@@ -10,18 +10,18 @@ from rich.console import Group
 from rich.table import Table
 
 from rayrlhf.reports.intervals import p_text
-from rayrlhf.reports.reward_accuracy import SCORERS
+from rayrlhf.reports.measures import SCORERS, SOURCES, interval_text
 
 
 def evaluation_table(result: Mapping[str, Any]) -> Group:
     """evaluation.json as tables: a column a source, means with their 95 % intervals; then policy minus SFT."""
-    sources = [name for name in ("title", "reference", "sft", "policy") if name in result]
+    sources = [name for name in SOURCES if name in result]
     measures = list(dict.fromkeys(measure for name in ("policy", "sft") for measure in result.get(name, {})))
     facts = result["metadata"]
     table = _narrow_table(f"{facts['data']}: {facts['prompts']} prompts, mean [95 % interval]")
     table.add_column("measure", no_wrap=True)
     for name in sources:
-        table.add_column(name, justify="right")
+        table.add_column(SOURCES[name].words, justify="right")
     for measure in measures:
         row = [result[name].get(measure) for name in sources]
         if any(row):
@@ -56,11 +56,3 @@ def reward_accuracy_table(result: Mapping[str, Any]) -> Table:
         difference = result["reward_model_minus"].get(name)
         table.add_row(words, interval_text(result["accuracy"][name]), interval_text(difference))
     return table
-
-
-def interval_text(value: Mapping[str, float] | None) -> str:
-    """`mean [low, high]`; a dash where nothing was measured."""
-    if value is None:
-        return "–"
-    form = ".1f" if abs(value["mean"]) >= 10 else ".3f"
-    return f"{value['mean']:{form}} [{value['low']:{form}}, {value['high']:{form}}]"

@@ -24,7 +24,7 @@ from rayrlhf.config import Config, Positive, Section
 from rayrlhf.config_file import dump_config, parse_config, parse_override, parse_section, read_yaml, set_key
 from rayrlhf.errors import UserError
 from rayrlhf.files import replacing
-from rayrlhf.reports.evaluation import MEASURES
+from rayrlhf.reports.measures import MEASURES
 from rayrlhf.runs.folder import RunFolder
 from rayrlhf.runs.stages import stages_from, stages_of
 

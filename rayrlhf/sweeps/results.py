@@ -12,8 +12,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from rayrlhf.files import replacing
+from rayrlhf.reports.measures import interval_text
 from rayrlhf.reports.progress import duration
-from rayrlhf.reports.tables import interval_text
 from rayrlhf.runs.folder import RunFolder
 from rayrlhf.runs.metrics import read_metrics
 from rayrlhf.runs.stages import STAGES

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from rayrlhf.reports.reward_accuracy import SCORERS
+from rayrlhf.reports.measures import SCORERS
 
 ROOT = Path(__file__).parents[2]
 HH = ROOT / "tests" / "data" / "hh_harmless_small.jsonl.gz"

@@ -13,7 +13,8 @@ import pytest
 from rayrlhf.config_file import parse_config
 from rayrlhf.data.records import Prompt
 from rayrlhf.reports.evaluation import Answers, samples_table, summarize, write_evaluation, write_samples
-from rayrlhf.reports.page import PANELS, stage_figure, write_report
+from rayrlhf.reports.measures import PANELS
+from rayrlhf.reports.page import stage_figure, write_report
 from rayrlhf.runs.folder import RunFolder, open_or_create
 from rayrlhf.runs.metrics import MetricsWriter
 
@@ -59,7 +60,7 @@ def finished_run(tmp_path: Path) -> tuple[RunFolder, dict[str, Any]]:
             writer.write("sft", step, {"sft/loss": 3.0 - step, "sft/rouge1": 0.1 * step})
             writer.write("reward_model", step, {"reward_model/accuracy": 0.5 + 0.1 * step})
         for step in range(6):
-            numbers = {name: 1.0 + step for panel in PANELS["ppo"] for name in panel.curves}
+            numbers = {m.name: 1.0 + step for panel in PANELS["ppo"] for m in panel.measures}
             writer.write("ppo", step, {**numbers, "ppo/kl": float("nan") if step == 2 else 0.5 * step})
     prompts = [
         Prompt(str(i), f"TITLE: title {i} {EVIL}\n\nPOST: {EVIL}", reference=" a b c", title="a") for i in range(20)

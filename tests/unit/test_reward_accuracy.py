@@ -17,9 +17,9 @@ from rayrlhf.config_file import parse_config
 from rayrlhf.data.comparisons import RankedAnswers
 from rayrlhf.reports import reward_accuracy
 from rayrlhf.reports.intervals import bootstrap
+from rayrlhf.reports.measures import SCORERS
 from rayrlhf.reports.page import write_report
 from rayrlhf.reports.reward_accuracy import (
-    SCORERS,
     accuracies,
     cluster_bootstrap,
     heldout_pairs,

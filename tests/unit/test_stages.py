@@ -10,7 +10,7 @@ import pytest
 
 from rayrlhf.config import Config
 from rayrlhf.config_file import parse_config
-from rayrlhf.reports.page import PANELS
+from rayrlhf.reports.measures import PANELS
 from rayrlhf.reports.progress import batch_table, has_step_line, stage_loads
 from rayrlhf.runs.stages import STAGES, stages_from, stages_of, stages_to
 
@@ -41,7 +41,7 @@ def test_what_trains_has_a_line_and_curves() -> None:
     trained = [name for name, stage in STAGES.items() if stage.trains]
     assert set(PANELS) == set(trained)
     for name in trained:
-        assert any(has_step_line(name, {metric: 1.0}) for panel in PANELS[name] for metric in panel.curves)
+        assert any(has_step_line(name, {measure.name: 1.0}) for panel in PANELS[name] for measure in panel.measures)
 
 
 @pytest.mark.parametrize(("sections", "n_comparisons"), [({}, None), (GIVEN, 50)])

@@ -1,0 +1,212 @@
+"""The table of measures: each number's words, unit and format, once for progress lines, report, curves and `compare`.
+
+A measure that is not in this table is written to metrics.jsonl and shown nowhere. To show a new one, add a row:
+
+    Panel("Entropy", "nats per token", (Measure("ppo/entropy", "entropy", ".3f"),))
+
+This file imports nothing outside the standard library: `rayrlhf status` and `rayrlhf runs` read it and are to answer at
+once. What draws or reads Parquet is in the files beside it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One number of a step in metrics.jsonl."""
+
+    name: str
+    """Its name there."""
+    words: str
+    """A few words for a line or a legend."""
+    form: str = ".3f"
+    """Format specification; a unit may follow after a blank."""
+    in_line: bool = False
+    """Whether the line that is printed for a step has it."""
+    spread: str = ""
+    """The metric that holds its standard deviation over the step's responses; empty where nothing does."""
+    legend: str | None = None
+    """Words beside the other curves of its panel; `words` where None."""
+
+    def number(self, value: float | None) -> str:
+        """The value without its unit; `n/a` where it is not known or not finite."""
+        spec = self.form.partition(" ")[0]
+        return "n/a" if value is None or not math.isfinite(value) else format(value, spec)
+
+    def text(self, value: float | None) -> str:
+        """
+        >>> Measure("ppo/kl", "KL", ".3f nats").text(1.5)
+        '1.500 nats'
+        """
+        unit = self.form.partition(" ")[2]
+        return f"{self.number(value)} {unit}" if unit else self.number(value)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Measures that share a unit, and so one pair of axes."""
+
+    title: str
+    unit: str
+    measures: tuple[Measure, ...]
+    stacked: bool = False
+    """Whether the measures are parts of a whole, drawn on top of one another."""
+    compared: bool = False
+    """Whether `rayrlhf compare` draws the first of its measures."""
+
+
+PHASES = ("generate", "score", "learn", "sync")
+"""The parts of a PPO step; `time/PHASE` is in seconds."""
+PHASE_S = Measure("time/PHASE", "phase", ".1f")
+STEP_S = Measure("time/step", "step", ".1f s")
+TOKENS_PER_S = Measure("throughput/tokens_per_s", "tokens", ",.0f tok/s")
+
+PANELS: dict[str, tuple[Panel, ...]] = {
+    "sft": (
+        Panel("Loss", "nats per token", (
+            Measure("sft/loss", "loss", ".4f", in_line=True, legend="train"),
+            Measure("sft/dev_loss", "dev loss", ".4f", in_line=True, legend="dev"),
+        )),
+        Panel("ROUGE on dev prompts", "F1", (
+            Measure("sft/rouge1", "ROUGE-1", in_line=True),
+            Measure("sft/rouge2", "ROUGE-2"),
+            Measure("sft/rougeL", "ROUGE-L", in_line=True),
+        )),
+        Panel("Learning rate", "", (Measure("sft/lr", "lr", ".2e", in_line=True),)),
+    ),
+    "reward_model": (
+        Panel("Loss", "nats per pair", (Measure("reward_model/loss", "loss", ".4f", in_line=True),)),
+        Panel("Accuracy", "share of pairs", (
+            Measure("reward_model/accuracy", "accuracy", in_line=True, legend="train"),
+            Measure("reward_model/heldout_accuracy", "held-out", in_line=True, legend="held out"),
+        )),
+        Panel("Margin, chosen − rejected", "score", (Measure("reward_model/margin", "margin", in_line=True),)),
+    ),
+    "ppo": (
+        Panel("Proxy: reward model's score", "score", (
+            Measure("ppo/score/mean", "score", in_line=True, spread="ppo/score/std", legend="reward model"),
+            Measure("ppo/reward/mean", "reward", in_line=True, legend="with KL penalty"),
+        ), compared=True),
+        Panel("Gold: labeller's own measure", "gold", (
+            Measure("ppo/gold/mean", "gold", in_line=True, spread="ppo/gold/std"),
+        ), compared=True),
+        Panel("KL to the reference policy", "nats per response", (
+            Measure("ppo/kl", "KL", ".3f nats", in_line=True, spread="ppo/kl_std"),
+        ), compared=True),
+        Panel("Response length", "tokens", (
+            Measure("ppo/length/mean", "length", ".1f", in_line=True, spread="ppo/length/std"),
+        ), compared=True),
+        Panel("Responses that end by themselves", "share", (
+            Measure("ppo/eos_rate", "EOS", ".0%", in_line=True),
+        ), compared=True),
+        Panel("Entropy", "nats per token", (Measure("ppo/entropy", "entropy"),), compared=True),
+        Panel("Policy loss", "", (Measure("ppo/policy_loss", "policy loss", ".4f", in_line=True),)),
+        Panel("Value loss", "", (Measure("ppo/value_loss", "value loss", ".4f", in_line=True),)),
+        Panel("Explained variance of returns", "share", (Measure("ppo/explained_variance", "value model"),)),
+        Panel("Clipped tokens", "share", (Measure("ppo/clip_fraction", "clip fraction"),)),
+        Panel("Approximate KL of an update", "nats per token", (Measure("ppo/approx_kl", "new to old policy"),)),
+        Panel("Log-prob gap, generator to learner", "nats", (
+            Measure("ppo/logprob_gap/mean", "log-prob gap", ".1e", in_line=True, legend="mean"),
+            Measure("ppo/logprob_gap/max", "largest log-prob gap", ".1e", legend="max"),
+        )),
+        Panel("Gradient norm before clipping", "", (
+            Measure("ppo/grad_norm", "policy"),
+            Measure("ppo/value_grad_norm", "value"),
+        )),
+        Panel("Coefficient of the KL penalty", "reward per nat", (Measure("ppo/kl_coefficient", "beta"),)),
+        Panel("Seconds by phase", "s", tuple(
+            replace(PHASE_S, name=f"time/{phase}", words=phase) for phase in PHASES
+        ), stacked=True),
+        Panel("Throughput", "tokens per s", (TOKENS_PER_S,)),
+    ),
+}  # fmt: skip
+"""By stage, in the order in which they are read: what its steps measure."""
+
+STEP_MEASURES = {measure.name: measure for stage in PANELS.values() for panel in stage for measure in panel.measures}
+
+
+def measures_in_line(stage: str) -> list[Measure]:
+    """What the line on a step of this stage has, in order."""
+    return [measure for panel in PANELS.get(stage, ()) for measure in panel.measures if measure.in_line]
+
+
+# ---- what an evaluation measures
+
+MEASURES = {
+    "reward": "reward model's score",
+    "gold": "labeller's measure (gold)",
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rougeL": "ROUGE-L",
+    "length": "length, tokens",
+    "eos_rate": "ends with EOS",
+}
+"""Measures of one answer, and their words."""
+AT_EQUAL_LENGTH = ("reward", "gold")
+"""Measures whose paired difference is also given for answers of equal length."""
+WIN_RATES = {
+    "win_rate_vs_sft": "win rate against SFT",
+    "lc_win_rate_vs_sft": "the same at equal length",
+    "gold_win_rate_vs_sft": "win rate against SFT by gold",
+    "gold_lc_win_rate_vs_sft": "the same at equal length, gold",
+}
+"""The policy's win rates over the SFT model; `lc` is length-controlled."""
+EVALUATED = {
+    **MEASURES,
+    "win_rate_vs_reference": "win rate against the reference",
+    **WIN_RATES,
+    "kl": "KL to SFT, nats per response",
+}
+"""All that evaluation.json has of one source of answers, in the order of the tables' rows."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where answers come from."""
+
+    words: str
+    in_full: str
+    """For a reader who has not seen this project before."""
+
+
+SOURCES = {
+    "reference": Source("reference", "reference"),
+    "title": Source("title", "post's title"),
+    "sft": Source("SFT", "SFT"),
+    "policy": Source("policy", "policy (PPO)"),
+}
+"""The sources of answers in evaluation.json, the most trained last."""
+DIFFERENCES = {
+    "policy_minus_sft": "policy − SFT, paired",
+    "policy_minus_sft_at_equal_length": "the same at equal length",
+}
+
+SCORERS = {
+    "reward_model": "reward model",
+    "longer": "longer answer",
+    "shorter": "shorter answer",
+    "sft_logprob_sum": "SFT log-prob, sum",
+    "sft_logprob_mean": "SFT log-prob, mean per token",
+}
+"""What orders held-out pairs in reward_model.json. Length is in tokens, as the reward model reads the answer."""
+
+
+def decimals(means: Sequence[float]) -> int:
+    """Decimals of the numbers in one row: a score of 0.123 needs three, a length of 31.2 tokens one."""
+    return 1 if max(map(abs, means)) >= 10 else 3
+
+
+def interval_text(value: Mapping[str, float] | None) -> str:
+    """`mean [low, high]`; a dash where nothing was measured.
+
+    >>> interval_text({"mean": 0.5, "low": 0.25, "high": 0.75})
+    '0.500 [0.250, 0.750]'
+    """
+    if value is None:
+        return "–"
+    form = f"z.{decimals([value['mean']])}f"
+    return f"{value['mean']:{form}} [{value['low']:{form}}, {value['high']:{form}}]"
