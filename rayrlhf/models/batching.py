@@ -1,12 +1,13 @@
-"""Rows of token ids, and how they are cut into shards and micro-batches and laid out for one forward pass.
+"""Rows of token ids: shared out to ranks, cut into micro-batches, and laid out as tensors for one forward pass.
 
-A batch is packed where the model can (see `rayrlhf.models.attention`): all rows lie behind one another in one line,
-without padding, and rows with equal prompts have it in common: it stands there once, each answer sees the prompt and
-itself, and its positions go on from the prompt's. Nothing else changes; cost grows with the tokens that are there.
+There are two layouts:
 
-Elsewhere a batch is a rectangle of rows, padded on the right. It needs no attention mask: under causal attention no
-real token can see the padding behind it, and positions count from 0 by themselves, so that it is exact for every
-architecture. Sorting by length before cutting keeps the padding small.
+- Packed, if the model can (see `rayrlhf.models.attention`): all rows lie behind one another in one line, without
+  padding. Rows with the same prompt share it: the prompt stands there once, each answer sees the prompt and itself,
+  and its positions continue those of the prompt.
+- Padded, for all other models: a rectangle with one row a line, padded on the right. It needs no attention mask. Under
+  causal attention no real token sees the padding behind it, and positions count from 0, so the result is exact for
+  every architecture. Rows are sorted by length before they are cut, which keeps the padding small.
 """
 
 from __future__ import annotations
@@ -24,55 +25,56 @@ from rayrlhf.models.attention import Piece
 
 @dataclass(frozen=True)
 class Row:
-    """One sequence. `mask[t]` says that token t is predicted (trained on, or scored); `mask[0]` is False."""
+    """One sequence of T tokens."""
 
     ids: NDArray[np.int64]
-    """[T]"""
+    """[T] token ids"""
     mask: NDArray[np.bool_]
-    """[T]"""
+    """[T] whether token t is predicted, that is trained on or given a log-prob; False for the first token, which
+    nothing precedes"""
     prompt: int = 0
-    """Leading tokens that rows with equal ones may share, none of them predicted; 0 shares nothing."""
+    """how many leading tokens a row may share with others that start with the same ones; none of them is predicted"""
 
     @classmethod
     def completion(
         cls, prompt_ids: Sequence[int] | NDArray[np.int64], response_ids: Sequence[int] | NDArray[np.int64]
     ) -> Row:
-        """A prompt followed by the response whose tokens count."""
+        """A prompt and its response, of which the response's tokens are predicted."""
         ids = np.concatenate([np.asarray(prompt_ids, np.int64), np.asarray(response_ids, np.int64)])
-        mask = np.arange(len(ids)) >= max(1, len(prompt_ids))
+        mask = np.arange(len(ids)) >= max(1, len(prompt_ids))  # also without a prompt the first token has no log-prob
         return cls(ids, mask, len(prompt_ids))
 
     @property
     def prompt_key(self) -> bytes:
-        """Equal for rows that may share their prompt."""
+        """The same for all rows that may share their prompt."""
         return self.ids[: self.prompt].tobytes()
 
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """B rows in L lines of T tokens (a packed batch has one line); N predicted tokens, in the order of the rows.
+    """B rows in L lines of T tokens, with N predicted tokens in the order of the rows. A packed batch has one line.
 
-    States of a forward pass, [L, T, H], are addressed flat, as [L * T, H].
+    A forward pass gives hidden states [L, T, H]. Indices here are into their flat form, [L * T, H].
     """
 
     input_ids: Tensor
     """[L, T] int64"""
     states: Tensor
-    """[N] int64 where the state is that each predicted token was chosen in: one position before it"""
+    """[N] int64 where the state is in which each predicted token was chosen: one position before the token"""
     targets: Tensor
     """[N] int64 ids of the predicted tokens"""
     ends: Tensor
     """[B] int64 where each row's last token is"""
     counts: list[int]
-    """[B] predicted tokens of each row: how a flat [N] result splits back into rows"""
+    """[B] predicted tokens of each row; `result.split(counts)` cuts a flat [N] result back into rows"""
     positions: Tensor | None = None
-    """[1, T] int64 of a packed batch; None where they count from 0 in every line"""
+    """[1, T] int64 of a packed batch; None if they count from 0 in every line"""
     pieces: tuple[Piece, ...] = ()
-    """Of a packed batch, in order: what attends to what."""
+    """which tokens of a packed batch attend to which, in order"""
 
 
 def collate(rows: Sequence[Row], pad_token_id: int, device: torch.device | str = "cpu") -> TokenBatch:
-    """One line a row, padded on the right."""
+    """Lay rows out as a rectangle, one row a line, padded on the right with `pad_token_id`."""
     longest = max(len(row.ids) for row in rows)
     ids = np.full((len(rows), longest), pad_token_id, np.int64)
     places = [i * longest + np.arange(len(row.ids)) for i, row in enumerate(rows)]
@@ -80,10 +82,13 @@ def collate(rows: Sequence[Row], pad_token_id: int, device: torch.device | str =
 
 
 def pack(rows: Sequence[Row], device: torch.device | str = "cpu", shares: Sequence[int] | None = None) -> TokenBatch:
-    """All rows behind one another in one line, without padding.
+    """Lay all rows behind one another in one line, without padding.
 
     Args:
-        shares: how many consecutive rows share each prompt, which they have in common. None: none does.
+        rows: in the order in which they will lie.
+        device: of the tensors.
+        shares: how many consecutive rows share a prompt, for one prompt after the other. `[2, 1]` means that the first
+            two rows share theirs and the third has its own. None: no row shares anything.
     """
     counts = [1] * len(rows) if shares is None else shares
     places: list[NDArray[np.int64]] = []
@@ -91,7 +96,7 @@ def pack(rows: Sequence[Row], device: torch.device | str = "cpu", shares: Sequen
     end = 0
     remaining = iter(rows)
     for line in ([next(remaining) for _ in range(count)] for count in counts):
-        shared = line[0].prompt if len(line) > 1 else 0
+        shared = line[0].prompt if len(line) > 1 else 0  # a row by itself is one causal sequence
         prompt = np.arange(end, end + shared)
         end += shared
         own = [len(row.ids) - shared for row in line]
@@ -115,11 +120,15 @@ def token_batches(
     packed: bool,
     groups: Sequence[Hashable] | None = None,
 ) -> Iterator[tuple[list[int], TokenBatch]]:
-    """Cut rows into micro-batches of at most `max_tokens`; yields the indices of their rows, and the batch of them.
+    """Cut rows into micro-batches; yields the indices of each one's rows, and the batch of them.
 
     Args:
-        packed: rows are packed, and those with the same prompt share it; else padded to a rectangle.
-        groups: what each row belongs to: rows of one group, which have the same prompt, stay in one batch and in order.
+        rows: in any order.
+        max_tokens: of a batch, padding included. A row or group that is longer gets a batch of its own.
+        pad_token_id: fills padded batches.
+        device: of the tensors.
+        packed: True packs rows and lets those with the same prompt share it; False pads them to a rectangle.
+        groups: the group of each row. Rows of one group, which have the same prompt, stay in one batch and in order.
     """
     items: dict[Hashable, list[list[int]]] = {}
     for line in _lines(rows, max_tokens if packed else 0, groups):
@@ -128,9 +137,9 @@ def token_batches(
     def longest(item: list[list[int]]) -> int:
         return max(_length([rows[i] for i in line]) for line in item)
 
-    # Equally long rows stand together: one attention for all of them, or no padding between them.
+    # Rows of the same length come together: packed, they share one call of the attention; padded, they need no padding.
     laid = sorted(items.values(), key=longest, reverse=True)
-    # Packed, an item is as many lines of one token.
+    # `micro_batches` counts lines x longest line. A packed item has no padding: count each token as a line of length 1.
     sizes = [(sum(_length([rows[i] for i in line]) for line in item), 1) if packed else (len(item), longest(item))
              for item in laid]  # fmt: skip
     for piece in micro_batches(sizes, max_tokens):
@@ -144,15 +153,20 @@ def token_batches(
 def micro_batches(sizes: Sequence[tuple[int, int]], max_tokens: int) -> list[list[int]]:
     """Cut items into micro-batches of at most `max_tokens` tokens, padding included (lines x longest line).
 
-    An item that is larger gets a micro-batch of its own. Every index appears exactly once.
+    For example, `micro_batches([(1, 9), (1, 7), (2, 4)], 20)` is `[[0, 1], [2]]`: two lines of 9 fit, four do not.
 
     Args:
-        sizes: of each item its lines, which stay together, and the length of its longest, which does not rise.
+        sizes: for each item, the number of its lines, which stay together, and the length of the longest of them. Items
+            come in the order of falling length.
+        max_tokens: an item that is larger gets a micro-batch of its own.
+
+    Returns:
+        The items' indices, each exactly once.
     """
     cut: list[list[int]] = []
     lines = longest = 0
     for i, (own, length) in enumerate(sizes):
-        # The first item of a micro-batch has its longest line.
+        # Lengths fall, so the first item of a micro-batch has its longest line.
         if cut and (lines + own) * longest <= max_tokens:
             cut[-1].append(i)
             lines += own
@@ -163,13 +177,17 @@ def micro_batches(sizes: Sequence[tuple[int, int]], max_tokens: int) -> list[lis
 
 
 def shard(lengths: Sequence[int], world: int, groups: Sequence[Hashable] | None = None) -> list[list[int]]:
-    """Deal rows to `world` ranks so that their token counts are balanced (longest first, to the least loaded).
+    """Deal rows to ranks so that all have about as many tokens: the longest first, each to the rank with the fewest.
 
     A pure function of its arguments: every rank computes the same deal without talking to the others.
 
     Args:
         lengths: tokens of each row.
-        groups: what each row belongs to: rows of one group go to one rank, if there are enough groups for all.
+        world: number of ranks.
+        groups: the group of each row. Rows of one group go to one rank, unless there are fewer groups than ranks.
+
+    Returns:
+        For each rank the indices of its rows, rising; empty if there are fewer rows than ranks.
     """
     members: dict[Hashable, list[int]] = {}
     for i, group in enumerate(range(len(lengths)) if groups is None else groups):
@@ -185,11 +203,14 @@ def shard(lengths: Sequence[int], world: int, groups: Sequence[Hashable] | None 
 
 
 def _lines(rows: Sequence[Row], max_tokens: int, groups: Sequence[Hashable] | None) -> list[list[int]]:
-    """Indices of the rows that have one prompt in common, in lines of at most `max_tokens`."""
+    """Indices of rows that will share one prompt, in lines of at most `max_tokens`.
+
+    With `max_tokens` 0, as for padded batches, each row is a line of its own.
+    """
     lines: list[list[int]] = []
     filling: dict[Hashable, tuple[list[int], int]] = {}
     for i, row in enumerate(rows):
-        key = (groups and groups[i], row.prompt_key)
+        key = (groups and groups[i], row.prompt_key)  # rows of two groups share nothing: they may go to two batches
         line, length = filling.get(key, ([], row.prompt))
         length += len(row.ids) - row.prompt
         if not line or not row.prompt or length > max_tokens:
@@ -201,14 +222,14 @@ def _lines(rows: Sequence[Row], max_tokens: int, groups: Sequence[Hashable] | No
 
 
 def _length(line: Sequence[Row]) -> int:
-    """Tokens of rows that share their prompt."""
+    """Tokens of rows that share their prompt, which counts once."""
     return line[0].prompt + sum(len(row.ids) - row.prompt for row in line)
 
 
 def _token_batch(
     rows: Sequence[Row], places: Sequence[NDArray[np.int64]], ids: NDArray[np.int64], device: torch.device | str
 ) -> TokenBatch:
-    """The batch of rows whose tokens belong to these `places` of the flat `ids` [L, T], which are filled in."""
+    """The batch of rows whose tokens lie at `places` of the flat `ids` [L, T]; fills `ids` in."""
     predicted = [np.flatnonzero(row.mask) for row in rows]
     for row, place in zip(rows, places, strict=True):
         ids.flat[place] = row.ids
@@ -226,15 +247,23 @@ def _token_batch(
 
 
 def _pieces(layout: Sequence[tuple[int, list[int]]], device: torch.device | str) -> tuple[Piece, ...]:
-    """What attends to what, where each prompt is followed by answers of these lengths; one of length 0 by one row."""
+    """Which tokens attend to which.
+
+    Args:
+        layout: for each line, the length of the shared prompt and those of its answers; a prompt of length 0 is
+            followed by one row that shares nothing.
+        device: of the masks.
+    """
     pieces: list[Piece] = []
     for prompt, answers in layout:
         if prompt:
             pieces.append(Piece(1, prompt))
-            # Answers that are attended to together hide from each other what was computed: no more than the prompt is.
+            # The attention of several answers at once computes also what the mask then hides: every answer's view of
+            # the others. At most a prompt's length of answers a time keeps that below what is needed anyhow.
             for some in micro_batches([(length, 1) for length in answers], prompt):
                 lengths = [answers[i] for i in some]
                 pieces.append(Piece(1, sum(lengths), _visible(prompt, lengths).to(device)))
+        # A row as long as the one before it joins its piece: one call of the attention for all of them.
         elif pieces and pieces[-1].mask is None and pieces[-1].length == answers[0]:
             pieces[-1] = pieces[-1]._replace(sequences=pieces[-1].sequences + 1)
         else:

@@ -1,4 +1,4 @@
-"""Asking transformers for a model: its config, its errors as one line with a remedy, and none of its chatter."""
+"""What every call of transformers' loaders needs: the config, errors of one line with a remedy, and quiet."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ from rayrlhf.errors import UserError
 
 
 def read_config(path: str, revision: str | None) -> PreTrainedConfig:
+    """The config of a model in a directory or on the hub.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
     with one_line_errors(path):
         config: PreTrainedConfig = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
     return config
@@ -19,6 +24,7 @@ def read_config(path: str, revision: str | None) -> PreTrainedConfig:
 
 @contextlib.contextmanager
 def one_line_errors(path: str) -> Iterator[None]:
+    """Turn the errors of transformers and the hub, which may be pages long, into a `UserError` of one line."""
     try:
         yield
     except (OSError, ValueError, RuntimeError, ImportError) as error:
@@ -36,7 +42,7 @@ def one_line_errors(path: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' loading report (missing heads are judged here) and progress bars for seconds of work."""
+    """Suppress transformers' report of missing weights, which the loaders check themselves, and its progress bars."""
     from transformers.utils import logging as transformers_logging
 
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()

@@ -1,4 +1,4 @@
-"""Where a model's parameters lie in memory."""
+"""The place of a model's parameters in memory."""
 
 from __future__ import annotations
 
@@ -8,14 +8,18 @@ import torch
 
 BUCKET_BYTES = 256 * 2**20
 ALIGNMENT = 64
-"""Tensors start at multiples of this many bytes: any dtype may be viewed there, and it is a cache line."""
+"""Parameters start at multiples of this many bytes: the size of a cache line, and enough for any dtype."""
 
 
 def lay_out_together(parameters: Iterable[torch.nn.Parameter], bucket_bytes: int = BUCKET_BYTES) -> None:
     """Move parameters into buckets of adjacent memory, in their order; nothing else about them changes.
 
-    What copies the weights (to generators, from a GPU) then copies a few large arrays and not hundreds of small ones.
-    Needs the memory of one bucket while it works. A parameter larger than `bucket_bytes` stays where it is.
+    Copying all weights, to generators or from a GPU, then takes a few large copies in place of hundreds of small ones.
+    Moving needs additional memory of one bucket.
+
+    Args:
+        parameters: plain tensors. Those of a sharded model (DTensors) have no memory of their own to be moved.
+        bucket_bytes: size of a bucket. A larger parameter stays where it is.
     """
     bucket: list[torch.nn.Parameter] = []
     end = 0
@@ -35,6 +39,7 @@ def _move(parameters: list[torch.nn.Parameter], size: int) -> None:
     flat = torch.zeros(size, dtype=torch.uint8, device=parameters[0].device)
     offset = 0
     for parameter in parameters:
+        # `.data`: the parameter stays the same object, so that optimiser and tied modules keep it.
         place = flat[offset : offset + parameter.nbytes].view(parameter.dtype).view(parameter.shape)
         parameter.data = place.copy_(parameter.data)
         offset += _aligned(parameter.nbytes)

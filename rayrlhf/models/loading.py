@@ -1,7 +1,8 @@
-"""Models and tokenizers from a directory, the hub or the package.
+"""Models and tokenizers from a directory, the Hugging Face hub, or the package itself.
 
-Weights are safetensors only, code from a model repository is never run, master weights are float32 and dropout is
-off everywhere, so that a forward pass is a deterministic function of the weights.
+Weights are read from safetensors only, and code from a model's repository is never run. Weights are kept in float32;
+autocast may compute in less. Dropout is off in training as well, so that a forward pass depends on weights and tokens
+only: PPO compares log-probs of two passes.
 """
 
 from __future__ import annotations
@@ -35,12 +36,15 @@ _SPARE_TOKENS = (
     "<pad>", "<|pad|>", "[PAD]", "<PAD>", "<|padding|>", "<|finetune_right_pad_id|>", "<|extratoken_1|>",
     "<|reserved_special_token_0|>",
 )  # fmt: skip
-"""Tokens that published vocabularies keep for padding or leave unused."""
+"""Tokens that published vocabularies reserve for padding, or leave unused."""
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_sequence_length")
 
 
 def resolve_model(path: str) -> str:
-    """Where the model lies: an absolute directory, or a hub name as it is.
+    """The place that the other functions load from: an absolute directory, or a hub name as it was given.
+
+    Args:
+        path: a directory, a name on the hub (organisation/name), or `embedded:NAME` for a model of the package.
 
     Raises:
         UserError: no such embedded model or directory, or a directory without config, safetensors or tokenizer.
@@ -66,13 +70,14 @@ def resolve_model(path: str) -> str:
 
 
 def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """Tokenizer with an EOS and a PAD that differs from it. The vocabulary never outgrows the model's embeddings.
+    """A tokenizer with an EOS and a PAD that differs from it, whose ids are all rows of the model's embedding.
 
-    Without a PAD of its own it gets, in this order: a token the vocabulary keeps for such ends, a new name for an
-    unused row of the embedding matrix, the unknown token.
+    If PAD were EOS, the end of a response could not be told from padding. A tokenizer without a PAD of its own gets one
+    of these, the first that there is: a token that the vocabulary reserves for such uses, a new token for an unused row
+    of the embedding, the unknown token.
 
     Raises:
-        UserError: not to be had, no EOS, or no token that could serve as PAD.
+        UserError: it cannot be loaded, has no EOS, or has no token that could serve as PAD.
     """
     with one_line_errors(path):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
@@ -100,11 +105,11 @@ def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenize
 
 
 def load_policy(path: str, revision: str | None = None, device: torch.device | str = "cpu") -> PreTrainedModel:
-    """Causal language model for `rayrlhf.models.logprobs`: float32, no dropout, eval mode, gradients on.
+    """A causal language model in float32, without dropout, in eval mode, with gradients on.
 
     Raises:
-        UserError: not to be had, not a causal language model, incomplete weights, or logits that are not
-            lm_head(last hidden state) (scaled or soft-capped): token_logprobs would be silently wrong.
+        UserError: it cannot be loaded, is no causal language model, or lacks weights; or its logits are not
+            lm_head(last hidden state) but scaled or capped, so that `token_logprobs` would be wrong without a sign.
     """
     model, info = _load(AutoModelForCausalLM, path, revision)
     if info["missing_keys"]:
@@ -122,13 +127,18 @@ def load_reward_model(
     *,
     fresh_head_seed: int | None = None,
 ) -> PreTrainedModel:
-    """Model with a scalar `score` head: float32, no dropout, eval mode, gradients on.
+    """A model with a scalar `score` head in float32, without dropout, in eval mode, with gradients on.
 
-    With `fresh_head_seed` a model without a head gets one drawn from N(0, 1 / (hidden + 1)) without bias
-    (Stiennon et al. 2020, appendix B.1; Huang et al. 2024); a head that is there is kept.
+    Args:
+        path: a reward model; with `fresh_head_seed` also a language model.
+        revision: of a model on the hub.
+        device: where it is put.
+        fresh_head_seed: lets a model without a head get a new one, drawn from N(0, 1 / (hidden + 1)) and with bias 0
+            (Stiennon et al. 2020, appendix B.1; Huang et al. 2024). A head that is there is kept.
 
     Raises:
-        UserError: not to be had, another number of labels, no head and no seed, an architecture without `score`.
+        UserError: it cannot be loaded, has several labels, has no head and no seed was given, or is of an architecture
+            without `score`.
     """
     config = read_config(path, revision)
     if "ForSequenceClassification" in "".join(config.architectures or []) and config.num_labels != 1:
@@ -152,24 +162,26 @@ def load_reward_model(
 
 
 def checkpoint_gradients(model: PreTrainedModel) -> PreTrainedModel:
-    """The model, which from now on computes each layer again in the backward pass. Results do not change.
+    """Make the model keep only the input of each layer, and compute the rest again in the backward pass.
+
+    Results do not change. Returns the same model.
 
     Raises:
-        UserError: an architecture that cannot.
+        UserError: the architecture does not support it.
     """
     if not model.supports_gradient_checkpointing:
         raise UserError(
             f"{type(model).__name__} cannot checkpoint gradients; set resources.learner.gradient_checkpointing to false"
         )
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model.train()  # transformers checkpoints in training mode only; there is no dropout left
+    return model.train()  # transformers does this in training mode only; dropout is off anyway
 
 
 def check_vocabulary(policy_path: str, reward_path: str) -> None:
-    """Token ids travel from the policy to the reward model, so both must mean the same by them.
+    """Check that both models mean the same by a token id: ids travel from the policy to the reward model.
 
     Raises:
-        UserError: the token -> id mappings differ, or the vocabulary sizes do.
+        UserError: the mappings from token to id differ, or the vocabulary sizes do.
     """
     policy, reward = load_tokenizer(policy_path).get_vocab(), load_tokenizer(reward_path).get_vocab()
     remedy = "train the reward model from a model with the policy's tokenizer"
@@ -188,7 +200,10 @@ def check_vocabulary(policy_path: str, reward_path: str) -> None:
 
 
 def context_length(model: str | PreTrainedConfig) -> int:
-    """Longest sequence in tokens. Models without a limit in their config (BLOOM) count as 2048, as vLLM counts them."""
+    """The longest sequence that a model takes, in tokens.
+
+    A model without a limit in its config (BLOOM) counts as 2048, the same number that vLLM assumes.
+    """
     config = read_config(model, None) if isinstance(model, str) else model
     config = config.get_text_config()
     lengths = [getattr(config, key, None) for key in _CONTEXT_KEYS]
@@ -196,10 +211,10 @@ def context_length(model: str | PreTrainedConfig) -> int:
 
 
 def parameter_counts(path: str, revision: str | None = None, lora: LoRAConfig | None = None) -> tuple[int, int]:
-    """Frozen and trained parameters of a policy, counted on the meta device: nothing is loaded.
+    """The numbers of frozen and of trained parameters of a policy. Only its config is read, no weight is loaded.
 
     Raises:
-        UserError: what `lora` targets is not in the model.
+        UserError: the model has no layer that `lora` targets.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(read_config(path, revision), trust_remote_code=False)
@@ -211,6 +226,7 @@ def parameter_counts(path: str, revision: str | None = None, lora: LoRAConfig | 
 
 def _load(auto: Any, path: str, revision: str | None, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
     config = read_config(path, revision)
+    # Before the model is built: some architectures read the rates then, others in each forward pass.
     for part in {id(c): c for c in (config, config.get_text_config())}.values():
         for key, value in part.to_dict().items():
             if ("dropout" in key or "pdrop" in key or key == "layerdrop") and isinstance(value, float):
@@ -220,6 +236,7 @@ def _load(auto: Any, path: str, revision: str | None, **options: Any) -> tuple[P
             path, config=config, revision=revision, dtype=torch.float32, use_safetensors=True,
             trust_remote_code=False, output_loading_info=True, **_labels(config, options),
         )  # fmt: skip
+    # And the modules as well: a rate may have another name in the config than the names looked for above.
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -227,17 +244,22 @@ def _load(auto: Any, path: str, revision: str | None, **options: Any) -> tuple[P
 
 
 def _labels(config: PreTrainedConfig, options: dict[str, Any]) -> dict[str, Any]:
-    # Beside an explicit config from_pretrained hands num_labels on to the model's constructor: set it here instead.
+    # Given a config, from_pretrained passes num_labels on to the model's constructor, which refuses it.
     if "num_labels" in options:
         config.num_labels = options.pop("num_labels")
     return options
 
 
 def _require_plain_logits(model: PreTrainedModel, path: str) -> None:
-    """Compare the model's logits with lm_head(hidden), enlarged on the way so that even a soft cap shows."""
+    """Check on five tokens that the model's logits are those of its output head.
+
+    Raises:
+        UserError: the model scales or caps them afterwards.
+    """
     head = model.get_output_embeddings()
     ids = torch.arange(1, 6).unsqueeze(0)
     batch = collate([Row.completion([1], [2, 3, 4, 5])], pad_token_id=0)
+    # The hook makes logits 1000 times as large: a soft cap hardly changes small ones, and would not be noticed.
     handle = head.register_forward_hook(lambda _module, _inputs, output: output * 1e3) if head is not None else None
     try:
         with torch.no_grad():

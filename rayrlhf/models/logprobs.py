@@ -1,7 +1,8 @@
-"""The one forward pass: log-probs, values and scores of a batch.
+"""Log-probs, values and scores of one batch: what a model computes, written once.
 
-Learner, scorer and the SFT and reward-model stages all call these functions, at the same temperature and in the
-same precision, so that their numbers can be compared. N is the number of predicted tokens of the batch.
+Training and scoring both come here, by way of `rayrlhf.models.forward`, so that their numbers can be compared: the
+ratio of two log-probs means something only if both were computed alike. N is the number of predicted tokens of the
+batch, B the number of its rows.
 """
 
 from __future__ import annotations
@@ -19,21 +20,23 @@ from rayrlhf.models.attention import packed_arguments
 from rayrlhf.models.batching import TokenBatch
 
 LOGITS = 2**25
-"""Most logits that are held at once: 128 MiB of float32, and the same again for their log-softmax and its gradient."""
+"""Most logits that are held at once: 128 MiB of float32, and the same again for their log-softmax and its gradient.
+
+A batch of 4096 tokens with a vocabulary of 150,000 would have nearly twenty times as many.
+"""
 
 
 class TokenLogprobs(NamedTuple):
     logprobs: Tensor
     """[N] log pi(token | what precedes it), nats, float32"""
     entropy: Tensor
-    """[N] entropy of the distribution each token was drawn from, nats, float32"""
+    """[N] entropy of the distribution from which each token was drawn, nats, float32"""
 
 
 def hidden_states(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
     """[L * T, H] last hidden states of all positions, line by line.
 
-    `rayrlhf.models.batching` says why right padding needs no mask, and `rayrlhf.models.attention` what packed batches
-    are.
+    No attention mask for padding: `rayrlhf.models.batching` says why none is needed.
     """
     packed = {} if batch.positions is None else packed_arguments(model, batch.pieces, batch.positions)
     return model.base_model(input_ids=batch.input_ids, use_cache=False, **packed).last_hidden_state.flatten(0, 1)
@@ -46,29 +49,30 @@ def token_logprobs(model: PreTrainedModel, batch: TokenBatch, temperature: float
 
 @torch.no_grad()
 def token_logprobs_and_entropy(model: PreTrainedModel, batch: TokenBatch, temperature: float = 1.0) -> TokenLogprobs:
-    """`token_logprobs` without gradient, and the entropy, which costs a good part of a log-softmax more."""
+    """`token_logprobs` and the entropy, without gradient. The entropy takes most of another log-softmax."""
     return TokenLogprobs(*_of_logits(_chosen_and_entropy, model, batch, temperature).unbind(-1))
 
 
 def token_values(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
     """[N] float32 value of the state in which each predicted token was chosen. `model` has a scalar `score` head.
 
-    A value model that starts as a reward model starts with its scores, `reward_bias` included.
+    `reward_bias` is added as it is to scores: a value model that starts as a reward model starts with that model's
+    scores.
     """
     return _scalar_head(model, hidden_states(model, batch)[batch.states])
 
 
 def sequence_scores(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
-    """[B] float32 scalar at the last real token of each row, plus the model's stored `reward_bias`.
+    """[B] float32 output of the `score` head at the last real token of each row, plus the model's `reward_bias`.
 
-    The bias makes reference answers score 0 on average (Ziegler et al. 2019, section 2.1); a plain loader of the
-    saved model differs from this function by exactly that constant.
+    The bias makes reference answers score 0 on average (Ziegler et al. 2019, section 2.1). It is stored in the config,
+    not in the head, so transformers' own forward pass of the saved model gives scores that are lower by the bias.
     """
     return _scalar_head(model, hidden_states(model, batch)[batch.ends])
 
 
 def _scalar_head(model: PreTrainedModel, states: Tensor) -> Tensor:
-    # In float32 also under autocast: bfloat16 would round scores to three digits.
+    # In float32 also under autocast: bfloat16 would leave less than three digits of a score.
     with torch.autocast(states.device.type, enabled=False):
         scores: Tensor = model.score(states.float()).squeeze(-1)
     return scores + float(getattr(model.config, "reward_bias", 0.0))
@@ -77,18 +81,25 @@ def _scalar_head(model: PreTrainedModel, states: Tensor) -> Tensor:
 def _of_logits(
     measure: Callable[[Tensor, Tensor], Tensor], model: PreTrainedModel, batch: TokenBatch, temperature: float
 ) -> Tensor:
-    """[N, ...] `measure` of the float32 logits [n, V] and targets [n] of all predicted tokens, n of them at a time.
+    """[N, ...] what `measure` gives for the logits of all predicted tokens.
 
-    There are logits of predicted tokens only, and never more than `LOGITS` at once: where there would be, a chunk's are
-    computed again in the backward pass.
+    Logits are computed for predicted tokens only, and never more than `LOGITS` at once. If that takes several chunks,
+    the logits of a chunk are dropped after use and computed again in the backward pass.
+
+    Args:
+        measure: takes float32 logits [n, V] and targets [n] of n tokens, and gives [n, ...].
+        model: a causal language model whose logits are those of its output head (`load_policy` sees to that).
+        batch: with V token ids in the vocabulary.
+        temperature: divides the logits.
     """
     states = hidden_states(model, batch)[batch.states]
     head: Any = model.get_output_embeddings()
 
     def measured(states: Tensor, targets: Tensor) -> Tensor:
-        # The states are divided, not the logits, of which there are far more.
+        # Dividing the states by the temperature divides the logits, of which there are far more.
         logits = head(states / temperature).float()
         if getattr(head, "bias", None) is not None:
+            # The head has added its bias undivided.
             logits = logits + head.bias * (1.0 / temperature - 1.0)
         return measure(logits, targets)
 

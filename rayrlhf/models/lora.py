@@ -1,7 +1,8 @@
-"""LoRA (Hu et al. 2021): frozen weights W, and of each adapted one a trained update scaling * B A of low rank.
+"""LoRA (Hu et al. 2021): the weights W are frozen, and an update of low rank, scaling * B A, is trained beside each.
 
-The models stay what they are: `peft` puts adapters into their linear layers. B starts at 0, so that a model with new
-adapters computes what it did without. Everything that leaves a stage is merged, under the names that it had before.
+`peft` puts the adapters into the model's linear layers; the model stays an object of its own class. B starts at 0, so a
+model with new adapters computes the same as without. What a stage saves is merged, W + scaling * B A, under the names
+of a model without adapters.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from rayrlhf.errors import UserError
 
 _ADAPTER = "default"
 _BASE = ".base_layer."
-"""How peft renames what it wraps: layer.base_layer.weight is what was layer.weight."""
+"""peft wraps a layer and so renames its weight: layer.weight becomes layer.base_layer.weight."""
 
 
 class Adapter(NamedTuple):
@@ -33,16 +34,21 @@ class Adapter(NamedTuple):
     scaling: float
     """alpha / rank"""
     transposed: bool
-    """Whether W is stored as [in, out]."""
+    """whether W is stored as [in, out], as GPT-2 does"""
 
     def merged(self, weight: Tensor) -> Tensor:
-        """The sum, in the dtype of W, which is left as it is."""
+        """A new tensor with the sum, in the dtype and layout of W."""
         delta = self.up @ self.down
         return torch.add(weight, delta.T if self.transposed else delta, alpha=self.scaling)
 
 
 def add_adapters(model: PreTrainedModel, config: LoRAConfig, seed: int) -> None:
-    """Freeze the model but for new adapters, equal for equal seeds, and a reward or value model's scalar head.
+    """Freeze the model and add adapters. They are trained, and so is the scalar head of a reward or value model.
+
+    Args:
+        model: changed in place.
+        config: rank, alpha, and the layers to adapt (by default all linear ones but the output head).
+        seed: of A; equal seeds give equal adapters.
 
     Raises:
         UserError: a target that is no linear layer of the model.
@@ -59,7 +65,8 @@ def add_adapters(model: PreTrainedModel, config: LoRAConfig, seed: int) -> None:
     settings = LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=layers)
     with torch.random.fork_rng(), warnings.catch_warnings():
         torch.manual_seed(seed)
-        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")  # it is then set to what is right
+        # peft warns of GPT-2's transposed layers, and then treats them rightly.
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
         inject_adapter_in_model(settings, model, adapter_name=_ADAPTER)
     head = getattr(model, "score", None)
     if head is not None:
@@ -67,7 +74,7 @@ def add_adapters(model: PreTrainedModel, config: LoRAConfig, seed: int) -> None:
 
 
 def adapters(model: PreTrainedModel) -> dict[str, Adapter]:
-    """The model's adapters by the name of the weight they belong to; empty where all weights are trained."""
+    """The model's adapters by the name of the weight that each updates; empty if all weights are trained."""
     from peft.tuners.lora import Linear
 
     found = {}
@@ -80,11 +87,12 @@ def adapters(model: PreTrainedModel) -> dict[str, Adapter]:
 
 
 def has_adapters(model: PreTrainedModel) -> bool:
+    """Whether `add_adapters` was applied to the model."""
     return hasattr(model, "peft_config")
 
 
 def frozen_weights(model: PreTrainedModel) -> Iterator[tuple[str, nn.Parameter]]:
-    """What is not trained of a model with adapters, by the names that it has without them."""
+    """The parameters of a model with adapters that are not trained, under their names in a model without adapters."""
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             yield name.replace(_BASE, "."), parameter
@@ -92,7 +100,10 @@ def frozen_weights(model: PreTrainedModel) -> Iterator[tuple[str, nn.Parameter]]
 
 @torch.no_grad()
 def merged_state(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The state dict of an equal model without adapters; what is not adapted is the model's own memory."""
+    """The state dict of a model without adapters that computes the same.
+
+    Adapted weights are new tensors; the others share the model's memory.
+    """
     found = adapters(model)
     merged = {}
     for name, tensor in model.state_dict().items():
@@ -103,12 +114,16 @@ def merged_state(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def trained_state(model: PreTrainedModel) -> dict[str, Tensor]:
-    """All that training changes, for a checkpoint of a model whose other weights are at hand."""
+    """The trained parameters by name. A checkpoint needs no more: the frozen ones are those training started from."""
     return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def load_trained_state(model: PreTrainedModel, state: dict[str, Tensor]) -> None:
-    """Take over what `trained_state` gave; ValueError unless it is of the same parameters."""
+    """Copy into the model what `trained_state` gave.
+
+    Raises:
+        ValueError: the state has other parameters than the model.
+    """
     own = trained_state(model)
     if own.keys() != state.keys():
         raise ValueError(f"the checkpoint is of other parameters: {sorted(own.keys() ^ state.keys())[:3]}")
@@ -117,7 +132,7 @@ def load_trained_state(model: PreTrainedModel, state: dict[str, Tensor]) -> None
 
 
 def _linear_layers(model: PreTrainedModel) -> list[str]:
-    """All of the model without its output head, in which logits and embeddings may be tied."""
+    """Names of all linear layers but the output head, whose weight may be that of the embedding as well."""
     modules = model.base_model.named_modules(prefix=model.base_model_prefix)
     return [name for name, module in modules if isinstance(module, nn.Linear | Conv1D)]
 

@@ -24,10 +24,19 @@ T = TypeVar("T")
 
 
 class Ranks:
-    """This worker's place among the learner workers, and the few collectives the loops need."""
+    """This worker's number among the learner workers, and what they do together.
+
+    Every method but `first` is called by all ranks, equally often and in the same order; otherwise they would wait for
+    each other forever. A process without a process group is a world of one rank.
+    """
 
     def __init__(self, threads: int, gpu: bool = False) -> None:
-        """`threads` are torch's on a CPU; `gpu` puts this rank on the GPU that its worker was given."""
+        """Find the process group, if there is one, and choose this rank's device.
+
+        Args:
+            threads: of torch, on a CPU.
+            gpu: puts this rank on the GPU that its worker was given.
+        """
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         if gpu:
@@ -38,10 +47,11 @@ class Ranks:
 
     @property
     def first(self) -> bool:
+        """Whether this is the rank that writes files and speaks to the coordinator."""
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """Element-wise sum over all ranks (float64 scalars and short vectors)."""
+        """Element-wise sum over all ranks, for scalars and short vectors. The argument is left as it is."""
         if self.world > 1:
             values = values.clone()
             dist.all_reduce(values)
@@ -56,24 +66,29 @@ class Ranks:
         return float(tensor)
 
     def peak_memory_mib(self) -> float:
-        """Most memory that a rank has held, the largest over all ranks: on a GPU what torch has allocated since the
-        last call, on a CPU the whole process's resident set since its start."""
+        """Peak memory in MiB, the largest of all ranks.
+
+        On a GPU it is what torch has allocated since the last call, on a CPU the resident set of the whole process
+        since its start.
+        """
         if self.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self.device) / 2**20
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
+            # Linux counts in KiB, macOS in bytes.
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
         return self.max(peak)
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Add every rank's gradients, once per optimiser step; a rank without rows contributes zeros."""
+        """Replace each gradient by its sum over all ranks; once for each optimiser step."""
         if self.world == 1:
             return
         parameters = list(parameters)
         for parameter in parameters:
-            if parameter.grad is None:
+            if parameter.grad is None:  # this rank had no rows, or none that reach the parameter
                 parameter.grad = torch.zeros_like(parameter)
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        # One collective for all: hundreds of small ones would each pay the latency of the network.
         flat = torch.nn.utils.parameters_to_vector(gradients)
         dist.all_reduce(flat)
         torch.nn.utils.vector_to_parameters(flat, gradients)

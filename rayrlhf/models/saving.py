@@ -18,11 +18,16 @@ from rayrlhf.models.ranks import Ranks
 def save_model(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: str | Path, **config_fields: Any
 ) -> None:
-    """Write a Hugging Face directory (float32 safetensors) that transformers and vLLM load; replaces an older one.
-    Adapters are merged.
+    """Write a Hugging Face directory with float32 safetensors, which transformers and vLLM load.
 
-    `config_fields` go into config.json (such as `reward_bias`). The generation config holds the special tokens and
-    nothing else: vLLM would silently sample with a top-p or a temperature that a model brought along.
+    The directory appears as a whole, in place of an older one. Adapters are merged into the weights.
+
+    Args:
+        model: its generation config is replaced by one that holds the special tokens and nothing else. vLLM would
+            otherwise sample with the top-p or temperature that a model brings along, without saying so.
+        tokenizer: saved beside it.
+        directory: where to.
+        config_fields: written into config.json, such as `reward_bias`.
     """
     directory = Path(directory)
     for key, value in {"pad_token_id": tokenizer.pad_token_id, **config_fields}.items():
