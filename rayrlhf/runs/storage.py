@@ -131,15 +131,15 @@ class Store:
 
     def directories_in(self, path: Path) -> list[str]:
         """Names of the complete directories inside a directory; none if the store has no such directory."""
-        selector = FileSelector(self._remote(path), allow_not_found=True)
+        selector = FileSelector(self.remote(path), allow_not_found=True)
         found = [i.base_name for i in self.filesystem.get_file_info(selector) if i.type == FileType.Directory]
         return [name for name in found if self.exists(path / name)]
 
     def remove(self, path: Path) -> None:
         """Delete a directory of the store. Its mark goes first, so that half of one does not look complete."""
-        self.delete(f"{self._remote(path)}/{MARK}")
-        if self.filesystem.get_file_info(self._remote(path)).type == FileType.Directory:
-            self.filesystem.delete_dir(self._remote(path))
+        self.delete(f"{self.remote(path)}/{MARK}")
+        if self.filesystem.get_file_info(self.remote(path)).type == FileType.Directory:
+            self.filesystem.delete_dir(self.remote(path))
 
     def download(self, path: Path) -> Path:
         """Make the copy of a file, or of a directory, what the store has; returns `path`.
