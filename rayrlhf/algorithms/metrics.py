@@ -1,4 +1,7 @@
-"""The metrics of a PPO step: sums over this rank's tokens, reduced over ranks, then divided once.
+"""The metrics of a PPO step: sums over this rank's tokens, added over ranks, and only then divided.
+
+    batch_sums, update_sums -> reduce_sums -> batch_metrics, update_metrics
+    (tensors of a rank)       (all ranks)     (means, under their names in metrics.jsonl)
 
 A mean of means over micro-batches or ranks would weigh tokens by where they happened to be computed.
 """
@@ -47,7 +50,13 @@ UPDATE_SUMS = (
 
 
 def reduce_sums(sums: Mapping[str, Tensor], names: tuple[str, ...], ranks: Ranks) -> dict[str, float]:
-    """Sums over all ranks; `names` fixes their order, so that every rank adds the same things."""
+    """Sums over all ranks.
+
+    Args:
+        sums: of this rank, scalars; a name that is missing counts as 0.
+        names: of the result, in the order that all ranks use: they are added as one vector.
+        ranks: which all call this.
+    """
     zero = torch.zeros((), dtype=torch.float64, device=ranks.device)
     vector = torch.stack([sums.get(name, zero).double() for name in names])
     return dict(zip(names, ranks.sum(vector).tolist(), strict=True))
@@ -64,8 +73,19 @@ def batch_sums(
     ended: Tensor,
     entropy: Tensor,
 ) -> dict[str, Tensor]:
-    """Sums over this rank's responses. score, reward (the clipped score), ended [B]; entropy the sum over tokens; the
-    rest [B, R]."""
+    """Sums over the B responses of this rank, of at most R tokens, before the update.
+
+    Args:
+        score: [B] as the reward functions gave it.
+        reward: [B] the score after clipping.
+        log_ratio: [B, R] log pi - log pi_ref, nats.
+        generator_gap: [B, R] |log pi of the generator - log pi of the learner| for the same token, nats.
+        mask: [B, R] bool.
+        returns: [B, R].
+        values: [B, R].
+        ended: [B] bool, whether the response ended by itself.
+        entropy: scalar, sum over all tokens, nats.
+    """
     response_log_ratio = torch.where(mask, log_ratio, 0.0).double().sum(1)
     log_ratio, returns = log_ratio[mask].double(), returns[mask].double()
     residual = returns - values[mask].double()
@@ -79,6 +99,8 @@ def batch_sums(
         "score_clipped": (reward != score).sum(),
         "log_ratio": response_log_ratio.sum(),
         "log_ratio_squared": response_log_ratio.square().sum(),
+        # exp(-x) - 1 + x: an estimate of the same KL divergence that is never negative and varies less
+        # (Schulman 2020, "Approximating KL divergence").
         "k3": (torch.expm1(-log_ratio) + log_ratio).sum(),
         "ended": ended.sum(),
         "gap": generator_gap[mask].double().sum(),
@@ -91,7 +113,13 @@ def batch_sums(
 
 
 def importance_sums(weights: Tensor, mask: Tensor, limit: float) -> dict[str, Tensor]:
-    """Of the weights [B, R] that correct for stale tokens, which are 1 where none can be stale."""
+    """Sums of the importance weights.
+
+    Args:
+        weights: [B, R], all 1 if every token is sampled by the policy being trained.
+        mask: [B, R] bool.
+        limit: at which weights were truncated.
+    """
     own = weights[mask].double()
     return {"importance": own.sum(), "importance_truncated": (own >= limit).sum()}
 
@@ -119,8 +147,15 @@ def update_sums(log_ratio: Tensor, weighted_loss: Tensor, policy: PolicyLoss, va
 
 
 def batch_metrics(s: Mapping[str, float], beta: float) -> dict[str, float]:
-    """What the batch looked like before the update. `reward` is the clipped score less the KL penalty, and
-    standard deviations are over responses."""
+    """Means over the batch of all ranks, before the update; docs/metrics.md has each of them.
+
+    Args:
+        s: sums by the names in `BATCH_SUMS`.
+        beta: coefficient of the KL penalty; the mean reward is the clipped score less the penalty.
+
+    Returns:
+        By name in metrics.jsonl. Standard deviations are over responses.
+    """
     n, tokens = s["responses"], s["tokens"]
     score, kl, length = s["score"] / n, s["log_ratio"] / n, tokens / n
     return_variance = s["returns_squared"] / tokens - (s["returns"] / tokens) ** 2
@@ -147,7 +182,11 @@ def batch_metrics(s: Mapping[str, float], beta: float) -> dict[str, float]:
 
 
 def update_metrics(s: Mapping[str, float]) -> dict[str, float]:
-    """Means over all tokens of all mini-batches and epochs of the step."""
+    """Means over the tokens of all updates of a step, by name in metrics.jsonl.
+
+    Args:
+        s: sums by the names in `UPDATE_SUMS`.
+    """
     tokens = s["tokens"]
     return {
         "ppo/policy_loss": s["policy_loss"] / tokens,

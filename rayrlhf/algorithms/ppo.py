@@ -159,14 +159,17 @@ class PPO:
         score = scores(trajectories, config.missing_eos_reward).to(self.ranks.device)
 
         limit = config.reward_clip
+        # Ziegler et al. 2019, equation 2: the score less the KL penalty, token by token.
         clipped_score = score if limit is None else score.clamp(-limit, limit)
         rewards = kl_penalised_rewards(clipped_score, old_logprobs, ref_logprobs, mask, self.kl.beta)
         if config.whiten_rewards:
             # Their mean is kept: without it a response would gain or lose by its length.
             rewards = whiten(rewards, mask, self.ranks.sum, shift_mean=False)
+        # Schulman et al. 2016, equation 16; the returns are the value model's targets.
         advantages, returns = generalized_advantages(rewards, old_values, mask, config.gamma, config.lam)
         weights = torch.ones_like(old_logprobs)
         if config.max_staleness:
+            # Only then may a token come from an older policy. Otherwise generator and learner differ by rounding.
             weights = importance_weights(old_logprobs, generator_logprobs, config.max_importance_weight)
 
         gap = (generator_logprobs - old_logprobs).abs()
@@ -180,7 +183,7 @@ class PPO:
         metrics["ppo/logprob_gap/max"] = self.ranks.max(float(gap[mask].max()))
 
         if config.whiten_advantages:
-            # After the returns: the value model learns the returns as they are.
+            # Not before the returns are taken: the value model learns them as they are.
             advantages = whiten(advantages, mask, self.ranks.sum)
         tensors = zip(old_logprobs, old_values, advantages, returns, weights, strict=True)
         return [
@@ -212,6 +215,7 @@ class PPO:
 
             with torch.set_grad_enabled(train_policy):
                 logprobs = self.policy.logprobs(batch, config.temperature)
+            # Schulman et al. 2017, equation 7; importance-weighted for tokens of an older policy.
             surrogate = policy_loss(logprobs, fixed.old_logprobs, fixed.advantages, config.clip_range)
             weighted = fixed.weights * surrogate.loss
             if train_policy:

@@ -1,6 +1,6 @@
-"""One pass of a reward model over ranked answers: loss and gradient, margins, scores, and what is reported of them.
+"""A reward model's pass over ranked answers on all ranks: loss, gradient, margins and scores, and their metrics.
 
-Every function is called on all ranks and returns the same on all of them.
+All ranks call a function with the same arguments, each computes its part, and all get the whole result.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from rayrlhf.models.ranks import Ranks
 
 
 class Measured(NamedTuple):
-    """What a pass over comparisons found, on all ranks together."""
+    """The result of a pass over comparisons, on all ranks together."""
 
     loss: float
     """mean over prompts, nats"""
     margins: Tensor
     """[m] score(better) - score(worse) of every pair, CPU float32"""
     sources: list[str]
-    """[m] where each pair came from"""
+    """[m] the source of each pair, as `RankedAnswers.source` has it"""
 
 
 def rows_of(comparison: RankedAnswers) -> list[Row]:
-    """[K] the prompt with each of its answers."""
+    """[K] one row for each answer, with the prompt in front."""
     return [Row.completion(comparison.prompt_ids, response) for response in comparison.response_ids]
 
 
@@ -95,7 +95,11 @@ def answer_logprobs(forward: Forward, rows: Sequence[Row], ranks: Ranks) -> NDAr
 
 
 def summary(measured: Measured) -> dict[str, float]:
-    """Metrics of held-out pairs: accuracy (overall, by source, by confidence), loss, margins and their histogram."""
+    """Metrics of held-out pairs, by name in metrics.jsonl.
+
+    They are the loss, the mean margin, a histogram of margins, and the accuracy over all pairs, by source (if there are
+    several) and by confidence.
+    """
     margins = measured.margins
     metrics = {
         "reward_model/heldout_accuracy": ranking_accuracy(margins),

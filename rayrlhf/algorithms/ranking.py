@@ -1,7 +1,8 @@
-"""The reward model's loss over ranked answers, and what is measured of it. Pure functions.
+"""The loss of a reward model over ranked answers, and its accuracy. Pure functions.
 
-n answers of several prompts lie behind one another; a pair (better, worse) holds two of their indices.
-The margin of a pair is score(better) - score(worse).
+The n answers to several prompts lie behind one another. A pair (better, worse) is two indices into them, and its margin
+is score(better) - score(worse). Under the model of Bradley and Terry, sigmoid(margin) is the probability with which
+the better answer is preferred.
 """
 
 from __future__ import annotations
@@ -22,30 +23,35 @@ class Pairs(NamedTuple):
     indices: Tensor
     """[m, 2] int64, (better, worse) into the concatenated answers"""
     weights: Tensor
-    """[m] float32, 1 / number of pairs of the same prompt"""
+    """[m] float32, 1 / number of pairs of the same prompt, so that each prompt has weight 1"""
 
 
 class RankingLoss(NamedTuple):
     loss: Tensor
-    """scalar, sum over prompts of the mean over each prompt's pairs of -log sigmoid(margin)"""
+    """scalar: -log sigmoid(margin), averaged over the pairs of each prompt and summed over prompts, nats"""
     margins: Tensor
     """[m], without gradient"""
 
 
 class ConfidenceBin(NamedTuple):
+    """The pairs whose confidence, sigmoid(|margin|), lies between `low` and `high`."""
+
     low: float
     high: float
     pairs: int
     accuracy: float
-    """share of these pairs that are ordered rightly; NaN for an empty bin"""
+    """share of these pairs whose order is right; NaN for an empty bin"""
 
 
 def flatten_pairs(pairs: Sequence[Sequence[tuple[int, int]]], answers: Sequence[int]) -> Pairs:
-    """Pairs of several prompts (indices into each prompt's own answers) as indices into all answers behind one another.
+    """Turn pairs of each prompt's own answers into pairs of all answers behind one another.
+
+    For example, `flatten_pairs([[(0, 1)], [(1, 0), (2, 0)]], [2, 3])` has the indices (0, 1), (3, 2), (4, 2) and the
+    weights 1, 1/2, 1/2.
 
     Args:
-        pairs: of each prompt, (better, worse).
-        answers: how many answers each prompt has.
+        pairs: for each prompt its pairs (better, worse).
+        answers: for each prompt the number of its answers.
     """
     flat: list[tuple[int, int]] = []
     weights: list[float] = []
@@ -58,9 +64,10 @@ def flatten_pairs(pairs: Sequence[Sequence[tuple[int, int]]], answers: Sequence[
 
 
 def ranking_loss(scores: Tensor, pairs: Tensor, weights: Tensor) -> RankingLoss:
-    """-log sigmoid(r_better - r_worse), a prompt's pairs averaged so that a prompt counts once, summed over prompts.
+    """The loss of Ouyang et al. 2022, equation 1, before the mean over prompts.
 
-    Divide by the number of prompts of the global batch (Ouyang et al. 2022, equation 1).
+    All pairs of a prompt are trained on together, each with weight 1 / number of pairs, so that a prompt counts once.
+    The caller divides by the number of prompts in the batch of all ranks.
 
     Args:
         scores: [n] of all answers.
@@ -72,15 +79,19 @@ def ranking_loss(scores: Tensor, pairs: Tensor, weights: Tensor) -> RankingLoss:
 
 
 def ranking_accuracy(margins: Tensor) -> float:
-    """Share of the pairs ordered rightly; a tie counts half. NaN without pairs."""
+    """Share of the pairs whose better answer has the higher score; a tie counts half. NaN without pairs."""
     right = (margins > 0).double() + 0.5 * (margins == 0).double()
     return float(right.mean())
 
 
 def accuracy_by_confidence(margins: Tensor, edges: Sequence[float] = CONFIDENCE_EDGES) -> list[ConfidenceBin]:
-    """Accuracy of the pairs whose confidence sigmoid(|margin|) lies in [low, high); the last bin includes its end.
+    """Accuracy by confidence, in bins [low, high) of which the last includes its end.
 
-    A calibrated model is right about as often as it is confident.
+    In each bin, a calibrated model is right about as often as it is confident.
+
+    Args:
+        margins: [m].
+        edges: of the bins, rising; confidence is at least 0.5.
     """
     confidence = torch.sigmoid(margins.double().abs())
     bins = []

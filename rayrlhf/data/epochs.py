@@ -1,4 +1,4 @@
-"""Which rows an optimiser step uses: a pure function of (seed, step), so nothing about it has to be saved."""
+"""The rows that each optimiser step uses: a pure function of (seed, step), so a checkpoint need not hold any of it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from rayrlhf.trajectory import derive_seed
 
 @dataclass(frozen=True)
 class Epochs:
-    """`epochs` passes over `count` rows, each in a fresh permutation, cut into global batches of `batch_size`.
+    """Passes over all rows, each in a new order, cut into batches for all ranks together.
 
-    The last batch of an epoch may be smaller; every row is used exactly once an epoch.
+    Every row is used exactly once in an epoch; the last batch of an epoch may be smaller.
     """
 
     count: int
@@ -24,19 +24,25 @@ class Epochs:
 
     @property
     def steps_per_epoch(self) -> int:
+        """Batches in an epoch."""
         return -(-self.count // self.batch_size)
 
     @property
     def steps(self) -> int:
+        """Batches in all epochs."""
         return self.epochs * self.steps_per_epoch
 
     def batch(self, step: int) -> list[int]:
-        """Row indices of optimiser step `step`, counted from 0."""
+        """Indices of the rows of optimiser step `step`, counted from 0."""
         epoch, place = divmod(step, self.steps_per_epoch)
         order = np.random.default_rng(derive_seed(self.seed, "epoch", epoch)).permutation(self.count)
         return [int(i) for i in order[place * self.batch_size : (place + 1) * self.batch_size]]
 
     def evaluates_after(self, step: int) -> bool:
-        """Whether an evaluation follows step `step`: `evals_per_epoch` times, evenly, and at the end of each epoch."""
+        """Whether an evaluation follows step `step`, counted from 0.
+
+        Evaluations are spread evenly over an epoch, and the last one follows its last step. With 10 steps in an epoch
+        and 4 evaluations they follow the 3rd, 5th, 8th and 10th step.
+        """
         done, per_epoch = step % self.steps_per_epoch + 1, self.steps_per_epoch
         return done * self.evals_per_epoch // per_epoch > (done - 1) * self.evals_per_epoch // per_epoch

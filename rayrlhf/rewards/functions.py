@@ -1,6 +1,6 @@
-"""Rewards: functions from a batch of trajectories to named scores, and their sum.
+"""Reward functions, which give trajectories named scores, and the sum of those scores that an algorithm learns from.
 
-`RewardFunction` is the seam where code or a remote service can take the reward model's place.
+Code of one's own, or a remote service, can take the place of the reward model: it implements `RewardFunction`.
 """
 
 from __future__ import annotations
@@ -18,10 +18,13 @@ from rayrlhf.trajectory import Trajectory
 
 
 class RewardFunction(Protocol):
-    """Scores a batch; a trajectory's score must not depend on the others in the batch."""
+    """A function that scores trajectories.
+
+    The score of a trajectory must not depend on the others in the call: scorers cut batches as they come.
+    """
 
     def __call__(self, trajectories: Sequence[Trajectory]) -> dict[str, list[float]]:
-        """Named scores, one per trajectory each."""
+        """One or more scores by name, each a list with one score for each trajectory, in order."""
         ...
 
 
@@ -37,10 +40,16 @@ class RewardModelFunction:
 
 
 def scores(trajectories: Sequence[Trajectory], missing_eos_reward: float | None) -> Tensor:
-    """[B] float32. A response without EOS scores `missing_eos_reward` in place of its rewards, unless that is None.
+    """[B] float32 sum of each trajectory's rewards.
 
-    The fixed penalty is Stiennon et al.'s and Huang et al.'s (-1 there): a response that never ended is not to be
-    scored by a reward model that has only seen ended ones.
+    Args:
+        trajectories: B, scored.
+        missing_eos_reward: score of a response that did not end by itself, in place of its rewards; None leaves the
+            rewards. A fixed penalty is what Stiennon et al. 2020 and Huang et al. 2024 use (-1): their reward model,
+            like this one, has only seen responses that ended.
+
+    Raises:
+        UserError: a trajectory has no rewards.
     """
     totals = []
     for trajectory in trajectories:
