@@ -21,8 +21,8 @@ from benchmarks.sft import step_timer, training_arguments
 from benchmarks.workload import CAP, MODEL, RESPONSE, THREADS, demonstrations
 from rayrlhf.config import Config, LearnerConfig, OptimizerConfig, ResourcesConfig, RewardModelConfig
 from rayrlhf.data.comparisons import RankedAnswers
+from rayrlhf.data.rows import Row
 from rayrlhf.data.tokens import encode_prompts, encode_responses
-from rayrlhf.models.batching import Row
 from rayrlhf.models.loading import load_reward_model, load_tokenizer
 
 PROMPTS, LEARNING_RATE = 16, 1e-4

@@ -20,8 +20,8 @@ from benchmarks.harness import Child, alternate, column, main
 from benchmarks.results import Comparison, Measurement, Result
 from benchmarks.workload import CAP, MODEL, RESPONSE, THREADS, demonstrations
 from rayrlhf.config import Config, LearnerConfig, OptimizerConfig, ResourcesConfig, SFTConfig
+from rayrlhf.data.rows import Row
 from rayrlhf.data.tokens import encode_prompts, encode_responses
-from rayrlhf.models.batching import Row
 from rayrlhf.models.loading import load_policy, load_tokenizer
 
 BATCH, LEARNING_RATE = 32, 1e-4

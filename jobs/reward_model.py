@@ -10,8 +10,8 @@ from jobs.console import console
 from jobs.session import Session
 from jobs.stage import main, stage
 from rayrlhf.data.comparisons import RankedAnswers, read_ranked
+from rayrlhf.data.rows import Row
 from rayrlhf.data.tokens import encode_responses
-from rayrlhf.models.batching import Row
 from rayrlhf.reports.reward_accuracy import unbeaten
 from rayrlhf.reports.tables import reward_accuracy_table
 

@@ -6,8 +6,8 @@ from actors.pools.remote import put
 from actors.training.sft import DevPrompt, SFTArguments, sft_loop
 from jobs.session import Session
 from jobs.stage import main, stage
+from rayrlhf.data.rows import Row
 from rayrlhf.data.tokens import encode_responses
-from rayrlhf.models.batching import Row
 
 
 @stage("sft")

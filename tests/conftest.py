@@ -6,6 +6,7 @@ os.environ.update(
     HF_HUB_OFFLINE="1",  # nothing is fetched: a test that needs the hub fails at once
     RAY_AUTH_MODE="disabled",
     RAY_USAGE_STATS_ENABLED="0",
+    RAY_worker_niceness="0",  # Ray's 15 starves its actors beside anything else that runs, and their tests time out
     VLLM_NO_USAGE_STATS="1",
 )
 

@@ -23,8 +23,8 @@ from actors.rollouts.spawning import spawn_generator, spawn_scorer
 from actors.rollouts.weight_sync import PublishedWeights
 from rayrlhf.config import Config
 from rayrlhf.data.prompts import EncodedPrompt, prompts_of_step, requests_for
+from rayrlhf.data.rows import shard
 from rayrlhf.errors import UserError
-from rayrlhf.models.batching import shard
 from rayrlhf.rewards.gold import GoldMeasure
 from rayrlhf.runs.scaling import wanted_generators
 from rayrlhf.trajectory import GenerationRequest, Sampling, SerializedTrajectory, Trajectory

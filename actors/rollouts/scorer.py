@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from actors.pools.remote import SerializedCalls, this_node
 from rayrlhf.config import ScorerConfig
-from rayrlhf.models.batching import Row
+from rayrlhf.data.rows import Row
 from rayrlhf.models.forward import Forward
 from rayrlhf.models.loading import load_policy, load_reward_model
 from rayrlhf.rewards.functions import RewardModelFunction

@@ -24,8 +24,8 @@ from rayrlhf.algorithms.ranked_pass import Measured, answer_logprobs, ranked_pas
 from rayrlhf.algorithms.ranking import ranking_accuracy
 from rayrlhf.data.comparisons import RankedAnswers
 from rayrlhf.data.epochs import Epochs
+from rayrlhf.data.rows import Row
 from rayrlhf.errors import UserError
-from rayrlhf.models.batching import Row
 from rayrlhf.models.forward import Forward
 from rayrlhf.models.loading import context_length, load_policy, load_reward_model, load_tokenizer
 from rayrlhf.models.lora import load_trained_state, trained_state

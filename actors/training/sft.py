@@ -23,9 +23,9 @@ from actors.training.loop import Loop, LoopArguments
 from rayrlhf.algorithms.optimizer import Optimizer
 from rayrlhf.algorithms.sft import predicted_tokens, summed_loss
 from rayrlhf.data.epochs import Epochs
+from rayrlhf.data.rows import Row
 from rayrlhf.data.tokens import decode_response
 from rayrlhf.errors import UserError
-from rayrlhf.models.batching import Row
 from rayrlhf.models.forward import Forward
 from rayrlhf.models.loading import context_length, load_policy, load_tokenizer
 from rayrlhf.models.lora import load_trained_state, trained_state

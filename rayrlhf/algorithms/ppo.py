@@ -34,8 +34,9 @@ from rayrlhf.algorithms.metrics import (
 )
 from rayrlhf.algorithms.optimizer import Optimizer
 from rayrlhf.config import PPOConfig
+from rayrlhf.data.rows import Row, shard
 from rayrlhf.errors import UserError
-from rayrlhf.models.batching import Row, TokenBatch, shard
+from rayrlhf.models.batching import TokenBatch
 from rayrlhf.models.forward import Forward
 from rayrlhf.models.ranks import Ranks
 from rayrlhf.rewards.functions import scores

@@ -23,7 +23,7 @@ from rayrlhf.algorithms.ranking import (
     ranking_loss,
 )
 from rayrlhf.data.comparisons import RankedAnswers
-from rayrlhf.models.batching import Row, shard
+from rayrlhf.data.rows import Row, shard
 from rayrlhf.models.forward import Forward
 from rayrlhf.models.ranks import Ranks
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from rayrlhf.models.batching import Row, shard
+from rayrlhf.data.rows import Row, shard
 from rayrlhf.models.forward import Forward
 from rayrlhf.models.ranks import Ranks
 

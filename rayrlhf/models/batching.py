@@ -1,4 +1,4 @@
-"""Rows of token ids: shared out to ranks, cut into micro-batches, and laid out as tensors for one forward pass.
+"""Rows of token ids cut into micro-batches, and laid out as tensors for one forward pass.
 
 There are two layouts:
 
@@ -20,34 +20,8 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from rayrlhf.data.rows import Row
 from rayrlhf.models.attention import Piece
-
-
-@dataclass(frozen=True)
-class Row:
-    """One sequence of T tokens."""
-
-    ids: NDArray[np.int64]
-    """[T] token ids"""
-    mask: NDArray[np.bool_]
-    """[T] whether token t is predicted, that is trained on or given a log-prob; False for the first token, which
-    nothing precedes"""
-    prompt: int = 0
-    """how many leading tokens a row may share with others that start with the same ones; none of them is predicted"""
-
-    @classmethod
-    def completion(
-        cls, prompt_ids: Sequence[int] | NDArray[np.int64], response_ids: Sequence[int] | NDArray[np.int64]
-    ) -> Row:
-        """A prompt and its response, of which the response's tokens are predicted."""
-        ids = np.concatenate([np.asarray(prompt_ids, np.int64), np.asarray(response_ids, np.int64)])
-        mask = np.arange(len(ids)) >= max(1, len(prompt_ids))  # also without a prompt the first token has no log-prob
-        return cls(ids, mask, len(prompt_ids))
-
-    @property
-    def prompt_key(self) -> bytes:
-        """The same for all rows that may share their prompt."""
-        return self.ids[: self.prompt].tobytes()
 
 
 @dataclass(frozen=True)
@@ -174,32 +148,6 @@ def micro_batches(sizes: Sequence[tuple[int, int]], max_tokens: int) -> list[lis
             cut.append([i])
             lines, longest = own, length
     return cut
-
-
-def shard(lengths: Sequence[int], world: int, groups: Sequence[Hashable] | None = None) -> list[list[int]]:
-    """Deal rows to ranks so that all have about as many tokens: the longest first, each to the rank with the fewest.
-
-    A pure function of its arguments: every rank computes the same deal without talking to the others.
-
-    Args:
-        lengths: tokens of each row.
-        world: number of ranks.
-        groups: the group of each row. Rows of one group go to one rank, unless there are fewer groups than ranks.
-
-    Returns:
-        For each rank the indices of its rows, rising; empty if there are fewer rows than ranks.
-    """
-    members: dict[Hashable, list[int]] = {}
-    for i, group in enumerate(range(len(lengths)) if groups is None else groups):
-        members.setdefault(group, []).append(i)
-    items = list(members.values()) if len(members) >= world else [[i] for i in range(len(lengths))]
-    load = [0] * world
-    dealt: list[list[int]] = [[] for _ in range(world)]
-    for item in sorted(items, key=lambda item: (-sum(lengths[i] for i in item), item[0])):
-        rank = min(range(world), key=lambda r: (load[r], len(dealt[r]), r))
-        dealt[rank] += item
-        load[rank] += sum(lengths[i] for i in item)
-    return [sorted(rows) for rows in dealt]
 
 
 def _lines(rows: Sequence[Row], max_tokens: int, groups: Sequence[Hashable] | None) -> list[list[int]]:

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rayrlhf.data.rows import Row
 from rayrlhf.models.attention import packs
-from rayrlhf.models.batching import Row, TokenBatch, token_batches
+from rayrlhf.models.batching import TokenBatch, token_batches
 from rayrlhf.models.logprobs import (
     TokenLogprobs,
     sequence_scores,

@@ -23,8 +23,9 @@ from transformers import (
 )
 
 from rayrlhf.config import LoRAConfig
+from rayrlhf.data.rows import Row
 from rayrlhf.errors import UserError
-from rayrlhf.models.batching import Row, collate
+from rayrlhf.models.batching import collate
 from rayrlhf.models.hub import one_line_errors, quiet, read_config
 from rayrlhf.models.logprobs import hidden_states
 from rayrlhf.models.lora import add_adapters

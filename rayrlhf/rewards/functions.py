@@ -11,8 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from rayrlhf.data.rows import Row
 from rayrlhf.errors import UserError
-from rayrlhf.models.batching import Row
 from rayrlhf.models.forward import Forward
 from rayrlhf.trajectory import Trajectory
 

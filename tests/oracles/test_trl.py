@@ -17,7 +17,8 @@ from trl.experimental.ppo.ppo_trainer import forward, masked_mean, masked_var, m
 from trl.trainer.utils import entropy_from_logits, selective_log_softmax
 
 from rayrlhf.algorithms.advantages import whiten
-from rayrlhf.models.batching import Row, collate
+from rayrlhf.data.rows import Row
+from rayrlhf.models.batching import collate
 from rayrlhf.models.loading import load_policy, resolve_model
 from rayrlhf.models.logprobs import token_logprobs_and_entropy
 

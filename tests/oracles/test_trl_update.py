@@ -38,7 +38,8 @@ from trl.experimental.ppo import PPOTrainer, ppo_trainer
 from rayrlhf.algorithms.advantages import generalized_advantages, kl_penalised_rewards, whiten
 from rayrlhf.algorithms.ppo import PPO
 from rayrlhf.config import OptimizerConfig, PPOConfig
-from rayrlhf.models.batching import Row, TokenBatch, collate
+from rayrlhf.data.rows import Row
+from rayrlhf.models.batching import TokenBatch, collate
 from rayrlhf.models.forward import Forward
 from rayrlhf.models.loading import load_tokenizer, resolve_model
 from rayrlhf.models.logprobs import sequence_scores, token_logprobs, token_values

@@ -28,8 +28,9 @@ from actors.rollouts.generator import Generator
 from actors.rollouts.in_turn import generate
 from actors.rollouts.weight_sync import WeightSyncError, publish, publish_directory
 from rayrlhf.config import GeneratorConfig, ModelConfig
+from rayrlhf.data.rows import Row
 from rayrlhf.errors import UserError
-from rayrlhf.models.batching import Row, collate
+from rayrlhf.models.batching import collate
 from rayrlhf.models.logprobs import token_logprobs
 from rayrlhf.trajectory import GenerationRequest, Sampling, SerializedTrajectory, Trajectory
 

@@ -34,9 +34,9 @@ from rayrlhf.config import Config
 from rayrlhf.config_file import parse_config
 from rayrlhf.data.comparisons import RankedAnswers
 from rayrlhf.data.prompts import EncodedPrompt
+from rayrlhf.data.rows import Row
 from rayrlhf.data.sources import as_prompts, read_demonstrations
 from rayrlhf.data.tokens import encode_prompts
-from rayrlhf.models.batching import Row
 from rayrlhf.models.loading import load_reward_model, load_tokenizer, resolve_model
 from rayrlhf.models.saving import save_model
 from rayrlhf.rewards.gold import GoldMeasure

@@ -18,9 +18,9 @@ from rayrlhf.algorithms.ranked_pass import score_rows
 from rayrlhf.config import Config, DatasetConfig
 from rayrlhf.config_file import parse_config
 from rayrlhf.data.comparisons import RankedAnswers, from_comparisons
+from rayrlhf.data.rows import Row
 from rayrlhf.data.sources import read_published
 from rayrlhf.errors import UserError
-from rayrlhf.models.batching import Row
 from rayrlhf.models.forward import Forward
 from rayrlhf.models.loading import load_reward_model, load_tokenizer, resolve_model
 from rayrlhf.models.ranks import Ranks

@@ -18,10 +18,10 @@ from actors.training.sft import DevPrompt, SFTArguments, sft_loop
 from actors.training.workers import Workers
 from rayrlhf.config import Config, DatasetConfig
 from rayrlhf.config_file import parse_config
+from rayrlhf.data.rows import Row
 from rayrlhf.data.sources import read_demonstrations
 from rayrlhf.data.tokens import decode_response, encode_prompts, encode_responses
 from rayrlhf.errors import UserError
-from rayrlhf.models.batching import Row
 from rayrlhf.models.loading import load_policy, load_tokenizer, resolve_model
 from rayrlhf.runs.metrics import read_metrics
 from rayrlhf.trajectory import GenerationRequest, Sampling, Trajectory, derive_seed

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rayrlhf.data.epochs import Epochs
-from rayrlhf.models.batching import Row, TokenBatch, collate, micro_batches, pack, shard, token_batches
+from rayrlhf.data.rows import Row, shard
+from rayrlhf.models.batching import TokenBatch, collate, micro_batches, pack, token_batches
 
 LENGTHS = st.lists(st.integers(1, 60), max_size=40)
 

@@ -12,7 +12,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from rayrlhf.models.batching import Row, collate
+from rayrlhf.data.rows import Row
+from rayrlhf.models.batching import collate
 from rayrlhf.models.forward import RootModule
 from rayrlhf.models.logprobs import sequence_scores, token_logprobs, token_values
 from tests.tiny import PAD, forward_of, random_trajectories, tiny_models

@@ -12,7 +12,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 import rayrlhf.models.logprobs
-from rayrlhf.models.batching import Row, TokenBatch, collate, pack, token_batches
+from rayrlhf.data.rows import Row
+from rayrlhf.models.batching import TokenBatch, collate, pack, token_batches
 from rayrlhf.models.forward import autocast
 from rayrlhf.models.loading import load_policy, load_reward_model, resolve_model
 from rayrlhf.models.logprobs import sequence_scores, token_logprobs, token_logprobs_and_entropy, token_values

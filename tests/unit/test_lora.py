@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rayrlhf.config import LoRAConfig
+from rayrlhf.data.rows import Row
 from rayrlhf.errors import UserError
-from rayrlhf.models.batching import Row, collate
+from rayrlhf.models.batching import collate
 from rayrlhf.models.loading import (
     checkpoint_gradients,
     load_policy,

@@ -20,8 +20,9 @@ from transformers import (
 )
 
 import rayrlhf.models.logprobs
+from rayrlhf.data.rows import Row
 from rayrlhf.models.attention import PACKED, packs
-from rayrlhf.models.batching import Row, TokenBatch, collate, pack, token_batches
+from rayrlhf.models.batching import TokenBatch, collate, pack, token_batches
 from rayrlhf.models.loading import checkpoint_gradients, load_policy, load_reward_model, load_tokenizer
 from rayrlhf.models.logprobs import (
     hidden_states,

@@ -13,7 +13,8 @@ from transformers import OPTForCausalLM, OPTForSequenceClassification
 from rayrlhf.algorithms.ppo import PPO
 from rayrlhf.config import OptimizerConfig, PPOConfig
 from rayrlhf.data.prompts import EncodedPrompt, prompts_of_step, requests_for
-from rayrlhf.models.batching import Row, collate
+from rayrlhf.data.rows import Row
+from rayrlhf.models.batching import collate
 from rayrlhf.models.logprobs import sequence_scores, token_values
 from rayrlhf.trajectory import Trajectory
 from tests.tiny import EOS, PAD, TEMPERATURE, VOCABULARY, flat, ppo_of, tiny_models, with_sgd

@@ -17,7 +17,8 @@ from transformers import OPTForCausalLM, OPTForSequenceClassification
 from rayrlhf.algorithms.ranked_pass import ranked_pass
 from rayrlhf.algorithms.sft import predicted_tokens, summed_loss
 from rayrlhf.data.comparisons import RankedAnswers
-from rayrlhf.models.batching import Row, TokenBatch, collate, micro_batches, pack
+from rayrlhf.data.rows import Row
+from rayrlhf.models.batching import TokenBatch, collate, micro_batches, pack
 from rayrlhf.models.logprobs import sequence_scores, token_logprobs_and_entropy, token_values
 from rayrlhf.models.ranks import Ranks
 from rayrlhf.rewards.functions import RewardModelFunction

@@ -14,7 +14,7 @@ from torch.nn.functional import logsigmoid
 
 from rayrlhf.algorithms.ranked_pass import Measured, answer_logprobs, ranked_pass, rows_of, score_rows, summary
 from rayrlhf.data.comparisons import RankedAnswers
-from rayrlhf.models.batching import Row
+from rayrlhf.data.rows import Row
 from rayrlhf.models.loading import load_policy, load_reward_model, resolve_model
 from rayrlhf.models.ranks import Ranks
 from tests.tiny import forward_of
