@@ -1,4 +1,4 @@
-"""What a run can be told: one section a stage, with the defaults. `rayrlhf.config_file` reads it from YAML.
+"""The config of a run: one section a stage, with the defaults. `rayrlhf.config_file` reads it from YAML.
 
 Units: lengths are tokens, times are seconds, sizes are bytes unless the name says otherwise.
 """
@@ -14,35 +14,36 @@ Positive = Annotated[int, Field(ge=1)]
 
 
 class Section(BaseModel):
-    """Base of all sections: unknown keys are errors, values are not coerced from other types."""
+    """Base of all sections. An unknown key is an error, and a value of another type is not converted."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class LoRAConfig(Section):
-    """Low-rank adapters (Hu et al. 2021) in place of training all weights. They want a higher learning rate."""
+    """Low-rank adapters (Hu et al. 2021), trained in place of all weights. They need a higher learning rate."""
 
     rank: Positive = 16
     alpha: Positive = 32
     """Updates are scaled by alpha / rank."""
     target_modules: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
-    """Linear layers by the end of their names (such as q_proj); all but the output head when absent."""
+    """Linear layers by the end of their names, such as q_proj; null: all but the output head."""
 
 
 class ModelConfig(Section):
-    """The causal language model that every stage starts from."""
+    """The causal language model from which every stage starts."""
 
     path: str = "embedded:opt-tiny"
     """A directory, a hub name, or `embedded:opt-tiny` (shipped with the package)."""
     revision: str | None = None
+    """Of a hub name: a branch, tag or commit."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute type of the forward passes; master weights and optimiser state are always float32."""
     lora: LoRAConfig | None = None
-    """Train adapters only, in every stage, and a reward or value model's head. What a stage leaves is merged."""
+    """Train adapters only, in every stage, and the head of a reward or value model. A stage's output is merged."""
 
 
 class DatasetConfig(Section):
-    """Where records come from. `format` names an adapter in `rayrlhf.data.sources`."""
+    """The source of records. `format` is a key of `rayrlhf.data.formats.FORMATS`."""
 
     format: str
     path: str
@@ -52,16 +53,20 @@ class DatasetConfig(Section):
 
 
 class DataConfig(Section):
+    """The data, how it is split, and how long prompts and responses may be."""
+
     demonstrations: DatasetConfig = DatasetConfig(format="tldr", path="embedded:tldr")
     comparisons: DatasetConfig | None = None
-    """Human comparisons to train the reward model on; without it the `collect` stage makes them."""
+    """Comparisons by people, to train the reward model; null: the stage `collect` makes comparisons."""
     sft_fraction: Fraction = 0.4
     reward_model_fraction: Fraction = 0.3
-    """Shares of the training records by a hash of their id; the rest are PPO prompts."""
+    """Shares of the training records, by a hash of their id. The rest are PPO prompts."""
     dev_fraction: Fraction = 0.4
-    """Share of the validation records used for selection (dev); the rest is the test split."""
+    """Share of the validation records that selects checkpoints (dev); the rest is the test split."""
     max_prompt_tokens: Positive = 160
+    """A longer prompt is cut (`rayrlhf.data.template`)."""
     max_response_tokens: Positive = 48
+    """A longer response in the data is cut and has no EOS; generators stop here."""
 
     @model_validator(mode="after")
     def _leave_prompts_for_ppo(self) -> DataConfig:
@@ -71,32 +76,43 @@ class DataConfig(Section):
 
 
 class OptimizerConfig(Section):
+    """AdamW, its learning-rate schedule and gradient clipping."""
+
     lr: Annotated[float, Field(gt=0)] = 3e-6
     betas: tuple[float, float] = (0.9, 0.95)
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     warmup_fraction: Fraction = 0.0
+    """Share of the stage's steps in which the learning rate rises linearly to `lr`."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Limit of the norm of one model's whole gradient, summed over workers."""
 
 
 class SFTConfig(Section):
+    """Stage `sft`: supervised fine-tuning on demonstrations."""
+
     epochs: Positive = 1
     batch_size: Positive = 32
     """Demonstrations per optimiser step, over all learner workers."""
     micro_batch_tokens: Positive = 4096
-    """Upper bound of the tokens of one forward pass on one worker; they are packed (where a model cannot, padded ones
-    count, too). A single row that is longer gets a pass of its own."""
+    """Upper bound of the tokens of one forward pass on one worker; padding counts, for models that cannot pack rows.
+    A single row that is longer gets a pass of its own."""
     loss_on: Literal["completion", "all"] = "completion"
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-4, warmup_fraction=0.05)
     evals_per_epoch: Positive = 1
+    """Measure dev loss and ROUGE so often an epoch; the best checkpoint is kept."""
     eval_prompts: Annotated[int, Field(ge=1, le=64)] = 64
+    """Dev prompts that are answered for ROUGE."""
     patience: Positive = 3
     """Stop after this many evaluations without a better mean ROUGE."""
     max_demonstrations: Positive | None = None
+    """Use only so many of the SFT split."""
 
 
 class LabellerConfig(Section):
+    """The judge of the sampled answers, by its name in `rayrlhf.rewards.labellers.LABELLERS`."""
+
     kind: str = "reference"
     """`reference` ranks by ROUGE-L with the author's own summary; `file` reads people's rankings."""
     path: str | None = None
@@ -104,6 +120,8 @@ class LabellerConfig(Section):
 
 
 class CollectConfig(Section):
+    """Stage `collect`: answers of the SFT model, ranked by a labeller."""
+
     prompts: Positive = 256
     answers_per_prompt: Annotated[int, Field(ge=2)] = 4
     temperature: Annotated[float, Field(ge=0.01)] = 0.7
@@ -111,21 +129,28 @@ class CollectConfig(Section):
     """Add the author's own completion to each prompt's answers before they are ranked."""
     labeller: LabellerConfig = LabellerConfig()
     heldout_fraction: Fraction = 0.15
+    """Share of the prompts that only measures the reward model's accuracy."""
 
 
 class RewardModelConfig(Section):
+    """Stage `reward_model`: learn to order ranked answers."""
+
     epochs: Positive = 1
     prompts_per_batch: Positive = 16
     """Prompts (with all their ranked answers) per optimiser step, over all learner workers."""
     micro_batch_tokens: Positive = 4096
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-4, warmup_fraction=0.05)
     max_comparisons: Positive | None = None
+    """Use only so many of the comparisons."""
 
 
 class KLConfig(Section):
+    """The penalty for the distance from the SFT model (Ziegler et al. 2019)."""
+
     coefficient: Annotated[float, Field(ge=0)] = 0.05
     """beta of the per-token reward -beta * (logp - logp_ref), in reward per nat."""
     adaptive: bool = False
+    """Steer the coefficient towards `target`."""
     target: Annotated[float, Field(gt=0)] = 6.0
     """Target of the adaptive controller, nats per response."""
     horizon: Positive = 10_000
@@ -133,12 +158,18 @@ class KLConfig(Section):
 
 
 class PPOConfig(Section):
+    """Stage `ppo`: train the SFT policy against the reward model."""
+
     steps: Positive = 20
     prompts_per_step: Positive = 64
     samples_per_prompt: Positive = 1
+    """Responses drawn for each prompt."""
     epochs: Positive = 4
+    """Passes over each step's samples."""
     minibatches: Positive = 1
+    """Optimiser steps a pass."""
     micro_batch_tokens: Positive = 4096
+    """As `sft.micro_batch_tokens`."""
     temperature: Annotated[float, Field(ge=0.01)] = 0.7
     optimizer: OptimizerConfig = OptimizerConfig(lr=3e-6, betas=(0.9, 0.999), eps=1e-5)
     value_lr: Annotated[float, Field(gt=0)] | None = None
@@ -146,8 +177,11 @@ class PPOConfig(Section):
     clip_range: Annotated[float, Field(gt=0)] = 0.2
     value_clip_range: Annotated[float, Field(gt=0)] = 0.2
     value_coefficient: Annotated[float, Field(gt=0)] = 0.1
+    """Weight of the value loss."""
     gamma: Fraction = 1.0
+    """Discount of later rewards."""
     lam: Fraction = 0.95
+    """Lambda of generalised advantage estimation."""
     whiten_advantages: bool = True
     whiten_rewards: bool = False
     reward_clip: Annotated[float, Field(gt=0)] | None = None
@@ -155,19 +189,20 @@ class PPOConfig(Section):
     max_approx_kl: Annotated[float, Field(gt=0)] | None = None
     """A step's epochs end when a mini-batch's approx_kl to the sampling policy (nats a token) is above this."""
     max_staleness: Annotated[int, Field(ge=0)] = 0
-    """How many updates the policy that sampled a token may be behind the one that is trained on it. 0: generators wait
-    for the learner, and it for them; 1: they sample and score the next batch while it trains on this one; above:
-    long responses may come with a later batch."""
+    """How many versions the weights that sampled a token may be behind the weights that are trained on it.
+    0: generators and learner take turns. 1: generators sample the next batch while the learner trains on this one.
+    2 and more: a long response may also come with a later batch."""
     max_importance_weight: Annotated[float, Field(ge=1)] = 2.0
-    """Where tokens may be stale, their policy loss is weighted by pi_old / pi_generator, at most by this."""
+    """With `max_staleness` above 0, a token's policy loss is weighted by pi_old / pi_generator, at most by this."""
     critic_warmup_steps: Annotated[int, Field(ge=0)] = 0
     """First steps in which only the value model is updated."""
     missing_eos_reward: float | None = -1.0
     """Score of a response without EOS in place of the reward model's; null keeps the model's score."""
     kl: KLConfig = KLConfig()
     checkpoint_every: Positive = 10
+    """Steps between two checkpoints."""
     keep_checkpoints: Positive = 2
-    """The newest ones stay: where one is damaged, the one before it is taken."""
+    """So many checkpoints stay, the newest ones: if one is damaged, the one before it is taken."""
 
     @model_validator(mode="after")
     def _minibatches_fit(self) -> PPOConfig:
@@ -180,7 +215,7 @@ Limit = Annotated[float, Field(ge=0)] | None
 
 
 class AlarmsConfig(Section):
-    """Limits beyond which a PPO step prints a one-line warning; null turns a warning off. Training is not changed.
+    """Limits of the warnings. A PPO step beyond a limit prints one line; null turns a warning off. Training goes on.
 
     "Start" is the run's first step, whose batch was sampled by the SFT model.
     """
@@ -208,14 +243,17 @@ class AlarmsConfig(Section):
 
 
 class EvaluateConfig(Section):
+    """Stage `evaluate`: the SFT model and the policy on held-out records."""
+
     split: Literal["test", "dev"] = "test"
-    """Which share of the validation records: `dev` where something is chosen by the result, as a sweep does."""
+    """The share of the validation records: `dev` if the result chooses something, as in a sweep."""
     prompts: str | None = None
-    """Another file of posts and references (same format as the demonstrations) in place of the split."""
+    """Another file of posts and references, in the demonstrations' format, in place of the split."""
     max_prompts: Positive | None = None
     temperature: Annotated[float, Field(ge=0.01)] = 0.01
     """Near-greedy; vLLM raises lower temperatures to 0.01."""
     bootstrap_samples: Positive = 2000
+    """Resamples of every bootstrap interval."""
 
 
 def _shareable(gpus: float) -> float:
@@ -228,12 +266,12 @@ Gpus = Annotated[float, Field(ge=0), AfterValidator(_shareable)]
 
 
 class ScaleConfig(Section):
-    """The number of generators follows the learner, between `min` and `max` of them (with `ppo.max_staleness` >= 1)."""
+    """Let the number of generators follow the learner, between `min` and `max`. Needs `ppo.max_staleness` >= 1."""
 
     min: Positive = 1
     max: Positive
     target_learner_wait: Fraction = 0.1
-    """Generators are added while the learner waits for a larger share of its step; removed while they idle."""
+    """Generators are added while the learner waits for a larger share of its step, and removed while they idle."""
 
     @model_validator(mode="after")
     def _in_order(self) -> ScaleConfig:
@@ -246,7 +284,7 @@ class GeneratorConfig(Section):
     """vLLM rollout generators."""
 
     count: Positive = 1
-    """At the start."""
+    """Generators at the start; `scale` and `rayrlhf scale` change the number."""
     scale: ScaleConfig | None = None
     cpus: Annotated[float, Field(ge=0)] = 1.0
     gpus: Gpus = 0.0
@@ -258,6 +296,7 @@ class GeneratorConfig(Section):
     """Size of the KV cache on a CPU, in MiB; on a GPU `gpu_memory_utilization` decides."""
     gpu_memory_utilization: Fraction = 0.4
     max_num_seqs: Positive = 128
+    """Responses that vLLM samples at once."""
 
 
 class ScorerConfig(Section):
@@ -282,20 +321,20 @@ class LearnerConfig(Section):
     """Only nodes with these Ray labels hold them, such as `rayrlhf.io/role: learner`."""
     threads: Positive = 1
     gradient_checkpointing: bool = False
-    """Keep only each layer's input for the backward pass and compute the rest again: less memory, more arithmetic."""
+    """Keep only each layer's input for the backward pass and compute the rest again: less memory, more time."""
     max_failures: Annotated[int, Field(ge=0)] = 1
     """How often Ray Train restarts the worker group from the last checkpoint."""
 
 
 class ResourcesConfig(Section):
-    """What differs between a laptop and a cluster; nothing here changes the mathematics."""
+    """The only section that differs between a laptop and a cluster. Nothing here changes the mathematics."""
 
     generators: GeneratorConfig = GeneratorConfig()
     scorers: ScorerConfig = ScorerConfig()
     learner: LearnerConfig = LearnerConfig()
     wait_for_nodes_s: Annotated[int, Field(ge=0)] = 0
-    """How long to wait for nodes that the cluster lacks, before a run starts or when its last generator or scorer has
-    died; an autoscaler is asked for them."""
+    """How long to wait for nodes that the cluster lacks; an autoscaler is asked for them.
+    A run waits before it starts, and when its last generator or scorer has died."""
     start_timeout_s: Positive = 300
     """How long an actor may take until it is ready."""
     call_timeout_s: Positive = 600
@@ -305,18 +344,22 @@ class ResourcesConfig(Section):
 
     @property
     def newcomer_timeout_s(self) -> int:
-        """How long an actor may take that starts during a run, for which an autoscaler may first have to add a node."""
+        """Seconds until an actor that starts during a run must be ready. An autoscaler may have to add a node first."""
         return self.wait_for_nodes_s + self.start_timeout_s
 
     @property
     def coordinator_timeout_s(self) -> int:
-        """How long a call to the coordinator may take, whose own calls may find all generators dead, and all scorers,
-        and wait for newcomers: longer than those, so that the error names the actor that is late and not the
-        coordinator that waits for it."""
+        """Seconds that a call to the coordinator may take.
+
+        The coordinator's own calls may find all generators dead, and all scorers, and wait for newcomers. This limit
+        is longer than theirs, so that the error names the late actor and not the coordinator that waits for it.
+        """
         return 2 * self.newcomer_timeout_s + 3 * self.call_timeout_s
 
 
 class Config(Section):
+    """All of a run's settings."""
+
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     """Name of the run; its folder is `runs_dir/name`."""
     runs_dir: str = "runs"

@@ -1,7 +1,7 @@
-"""The record that travels through PPO: one prompt, one sampled response, and what was measured of it.
+"""The record that travels through PPO: one prompt, one sampled response, and the measures of it.
 
-Token ids are carried end to end; text is never tokenised a second time.
-Shapes: P prompt tokens, R response tokens (R >= 1; the EOS, when sampled, is the last of them).
+Token ids travel from end to end; text is never tokenised a second time.
+Shapes: P prompt tokens, R >= 1 response tokens. If an EOS was sampled, it is the last response token.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ FinishReason = Literal["eos", "length"]
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One sample to draw. `seed` alone decides it, given the weights and the sampling settings."""
+    """One sample to draw. Weights and sampling settings given, `seed` alone decides the outcome."""
 
     prompt_id: str
     prompt_ids: tuple[int, ...]
@@ -29,7 +29,7 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How responses are drawn: plain temperature sampling (top-p 1, top-k off), cut after the first EOS."""
+    """How to draw responses: by plain temperature sampling (top-p 1, top-k off), up to the first EOS."""
 
     temperature: float
     max_tokens: int
@@ -38,7 +38,7 @@ class Sampling:
 
 @dataclass
 class Trajectory:
-    """A prompt, its sampled response, and what generator and scorer measured of it."""
+    """A prompt, its sampled response, and the measures of generator and scorer."""
 
     prompt_id: str
     sample_index: int
@@ -48,20 +48,20 @@ class Trajectory:
     response_ids: NDArray[np.int64]
     """[R]"""
     generator_logprobs: NDArray[np.float32]
-    """[R] log-probs (nats) of the sampled tokens at the sampling temperature, as the generator saw them."""
+    """[R] the generator's log-probs of the sampled tokens at the sampling temperature, nats."""
     versions: NDArray[np.int64]
-    """[R] weight version that produced each token."""
+    """[R] version of the weights that sampled each token."""
     finish_reason: FinishReason
     rewards: dict[str, float] = field(default_factory=dict)
-    """Scores by name, of the whole response."""
+    """Scores of the whole response, by the name of the reward function; PPO adds them up."""
     ref_logprobs: NDArray[np.float32] | None = None
-    """[R] log-probs of the same tokens under the reference policy at the same temperature."""
+    """[R] the reference policy's log-probs of the same tokens at the same temperature, nats; None before scoring."""
     gold: float | None = None
-    """The labeller's own measure of the response, where it has one: watched, never trained on."""
+    """The labeller's own measure of the response, or None; it is watched and never trained on."""
 
     @property
     def length(self) -> int:
-        """P + R, the tokens that a forward pass over this trajectory costs."""
+        """P + R: the tokens of a forward pass over this trajectory."""
         return len(self.prompt_ids) + len(self.response_ids)
 
     @property
@@ -70,7 +70,7 @@ class Trajectory:
         return np.concatenate([self.prompt_ids, self.response_ids])
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Arrays travel as one string of bytes: as objects of their own they make up most of what a message costs."""
+        """Pickle all arrays as one string of bytes: five arrays by themselves would be most of a message's cost."""
         arrays = (
             self.prompt_ids.astype(np.int32),
             self.response_ids.astype(np.int32),
@@ -114,7 +114,10 @@ def _unpacked(
 
 
 class SerializedTrajectory(NamedTuple):
-    """A trajectory on its way through the coordinator, which reads these few figures and hands `data` on unread."""
+    """A trajectory on its way through the coordinator.
+
+    The coordinator needs these few figures only, and passes `data` on without unpickling it.
+    """
 
     sample_index: int
     length: int
@@ -124,14 +127,16 @@ class SerializedTrajectory(NamedTuple):
     oldest: int
     """Weight version of its oldest token."""
     newest: int
+    """Weight version of its newest token."""
     version_sum: int
-    """Of the versions of all its tokens."""
+    """Sum of all its tokens' versions, from which a batch's mean staleness follows."""
     gold: float | None
     data: bytes
     """The pickled trajectory."""
 
     @classmethod
     def of(cls, t: Trajectory) -> SerializedTrajectory:
+        """Serialize a trajectory."""
         versions = t.versions.tolist()
         return cls(
             t.sample_index,
@@ -145,11 +150,13 @@ class SerializedTrajectory(NamedTuple):
         )
 
     def load(self) -> Trajectory:
+        """The trajectory again."""
         trajectory: Trajectory = pickle.loads(self.data)
         return trajectory
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A 31-bit seed from the run's seed and whatever identifies the sample; the same on every machine."""
+    """A 31-bit seed from the run's seed and the parts that identify a sample; the same on every machine."""
+    # A separator that no id contains keeps ("1", "23") and ("12", "3") apart.
     digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") & 0x7FFF_FFFF

@@ -1,0 +1,1 @@
+"""Data: from the rows of a data set to token ids, and which of them a step uses."""

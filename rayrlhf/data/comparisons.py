@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,12 +14,13 @@ import pyarrow.parquet as pq
 from rayrlhf.data.records import Comparison
 from rayrlhf.data.tokens import encode_prompts, encode_responses
 from rayrlhf.errors import UserError
+from rayrlhf.files import replacing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MIN_WORDS = 5
-"""Answers with fewer words are nearly empty: people's preferences about them teach length, not quality."""
+"""An answer with fewer words counts as nearly empty: preferences about such answers teach length, not quality."""
 
 _SCHEMA = pa.schema(
     [
@@ -40,7 +40,10 @@ _SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class RankedAnswers:
-    """K >= 2 answers to one prompt, best first."""
+    """K >= 2 answers to one prompt, best first.
+
+    Example: the answers "b", "c", "a" with scores (0.9, 0.4, 0.4) have the pairs (0, 1) and (0, 2); "c" and "a" tie.
+    """
 
     id: str
     prompt: str
@@ -49,15 +52,15 @@ class RankedAnswers:
     response_ids: tuple[tuple[int, ...], ...]
     """K tuples of token ids; an answer that ended by itself has its EOS."""
     scores: tuple[float, ...] | None
-    """[K] the labeller's own measure, falling; None where it only ranks."""
+    """[K] the labeller's measure of each answer, highest first; None if the labeller only ranks."""
     labeller: str
     heldout: bool = False
-    """Kept from training, to measure the reward model's accuracy."""
+    """True if the record is kept out of training, to measure the reward model's accuracy."""
     source: str = ""
 
     @property
     def pairs(self) -> tuple[tuple[int, int], ...]:
-        """(better, worse) indices. Equal scores are no preference, and equal token ids cannot be told apart."""
+        """(better, worse) indices. Answers with equal scores make no pair, nor do answers with equal token ids."""
         count = len(self.responses)
         return tuple(
             (i, j)
@@ -68,7 +71,11 @@ class RankedAnswers:
 
 
 def usable_answers(answers: Sequence[str]) -> tuple[list[int], Counter[str]]:
-    """Indices of the answers worth ranking, and how many were `nearly_empty` or `identical` to an earlier one."""
+    """Choose the answers that are worth ranking.
+
+    Returns:
+        Their indices, and how many of the others were `nearly_empty` or `identical` to an earlier one.
+    """
     kept: list[int] = []
     dropped: Counter[str] = Counter()
     seen: set[str] = set()
@@ -96,7 +103,15 @@ def rank_answers(
     heldout: bool = False,
     source: str = "",
 ) -> RankedAnswers:
-    """Sort answers by a labeller's `order` (indices, best first); `scores` are in the order of `responses`."""
+    """Sort answers by a labeller's ranking.
+
+    Args:
+        order: [K] indices of `responses`, best first.
+        scores: [K] the labeller's measures, in the order of `responses`; None if it only ranks.
+
+    Raises:
+        ValueError: `order` does not hold every index once.
+    """
     if sorted(order) != list(range(len(responses))):
         raise ValueError(f"{list(order)} is not a ranking of {len(responses)} answers")
     return RankedAnswers(
@@ -118,9 +133,10 @@ def from_comparisons(
     max_response_tokens: int,
     heldout: bool = False,
 ) -> list[RankedAnswers]:
-    """Published comparisons as training records; an answer longer than `max_response_tokens` is cut and has no EOS.
+    """Turn published comparisons into training records.
 
-    Comparisons whose answers all become equal by the cut are left out.
+    An answer longer than `max_response_tokens` is cut and then has no EOS.
+    A comparison is left out if the cut makes all its answers equal.
     """
     prompt_ids = encode_prompts(tokenizer, [c.prompt for c in comparisons])
     texts = [response for c in comparisons for response in c.responses]
@@ -144,9 +160,10 @@ def from_comparisons(
 
 
 def write_comparisons(path: Path, records: Sequence[RankedAnswers]) -> None:
-    """Write `comparisons.parquet`: whole or not at all.
+    """Write `comparisons.parquet`, whole or not at all.
 
-    One row a prompt. `ranking` holds the indices of `responses`, best first; they are stored sorted, so it counts up.
+    A row is a prompt with its answers. `ranking` has the indices of `responses`, best first.
+    We store the answers sorted, so our `ranking` is always 0, 1, 2, ...; another program may write another order.
     """
     rows = [
         {
@@ -163,19 +180,15 @@ def write_comparisons(path: Path, records: Sequence[RankedAnswers]) -> None:
         }
         for r in records
     ]
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_ranked(path: Path) -> list[RankedAnswers]:
-    """Read what `write_comparisons` wrote, or a file of the same columns whose `ranking` sorts the answers.
+    """Read a file that `write_comparisons` wrote, or another file with the same columns.
 
     Raises:
-        UserError: no such file, not such a file, or a row whose ranking does not fit its answers.
+        UserError: there is no such file, it has other columns, or a row's ranking does not fit its answers.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file; the collect stage writes it, run that first")

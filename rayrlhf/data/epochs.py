@@ -18,6 +18,7 @@ class Epochs:
 
     count: int
     batch_size: int
+    """Rows of a step, over all workers."""
     epochs: int
     evals_per_epoch: int
     seed: int
@@ -25,7 +26,7 @@ class Epochs:
     @property
     def steps_per_epoch(self) -> int:
         """Batches in an epoch."""
-        return -(-self.count // self.batch_size)
+        return -(-self.count // self.batch_size)  # division that rounds up
 
     @property
     def steps(self) -> int:
@@ -45,4 +46,5 @@ class Epochs:
         and 4 evaluations they follow the 3rd, 5th, 8th and 10th step.
         """
         done, per_epoch = step % self.steps_per_epoch + 1, self.steps_per_epoch
+        # An evaluation is due when the number of due evaluations rises with this step; whole numbers cannot drift.
         return done * self.evals_per_epoch // per_epoch > (done - 1) * self.evals_per_epoch // per_epoch

@@ -1,8 +1,8 @@
-"""Adapters: what the columns of each known data set mean.
+"""The meaning of each known data set's columns. Another data set is a function and a row of `FORMATS`.
 
-A row becomes a `RawDemonstration` or a `RawComparison`, with the prompt still in parts because cutting needs the
-tokenizer. In a user's own file a bad row is an error; in a published data set, which its user cannot mend, it is
-skipped and counted.
+A row becomes a `RawDemonstration` or a `RawComparison`. The prompt stays in parts, because cutting needs the tokenizer.
+A bad row of a user's own file is an error. A bad row of a published data set, which nobody can mend, is skipped and
+counted.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from rayrlhf.errors import UserError
 
 
 class SkipRow(Exception):
-    """A row of a published data set that cannot be used; the message is the reason under which it is counted."""
+    """Raised for a row of a published data set that cannot be used; the message is the reason that is counted."""
 
 
 @dataclass(frozen=True)
 class RawDemonstration:
+    """A prompt in parts, and the response to imitate."""
+
     prompt: PromptParts
     response: str
     title: str | None = None
@@ -29,16 +31,17 @@ class RawDemonstration:
 
 @dataclass(frozen=True)
 class RawComparison:
-    """Responses best first."""
+    """A prompt in parts, and at least two responses, best first."""
 
     prompt: PromptParts
     responses: tuple[str, ...]
     source: str = ""
+    """Where within the data set it comes from; the reward model's accuracy is also reported by source."""
 
 
 @dataclass(frozen=True)
 class Format:
-    """One kind of data set: how a row is read as a demonstration and as a comparison, where it can be."""
+    """How to read a row of one kind of data set as a demonstration and as a comparison; None if it holds none."""
 
     demonstration: Callable[[SourceRow], RawDemonstration] | None
     comparison: Callable[[SourceRow], RawComparison] | None
@@ -70,7 +73,7 @@ def _rendered_post(row: SourceRow) -> tuple[TextPrompt, str | None]:
 
 
 def _summary(row: SourceRow, column: str) -> str:
-    """Without the `TL;DR:` that some rows repeat: it is the end of the prompt."""
+    """The summary of a column. Some rows repeat `TL;DR:`, which already ends the prompt, so it is taken off."""
     summary = row.text(column, allow_empty=True).strip().removeprefix("TL;DR:").strip()
     if not summary:
         raise SkipRow("empty_response")
@@ -93,7 +96,7 @@ _ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 def parse_dialogue(text: str) -> tuple[Message, ...]:
-    """`\\n\\nHuman: ..\\n\\nAssistant: ..` -> messages. Turns of one speaker in a row become one turn."""
+    """Parse `\\n\\nHuman: ..\\n\\nAssistant: ..` into messages. Successive turns of one speaker become one turn."""
     before, *parts = _TURN.split("\n\n" + text.lstrip())
     if before.strip() or not parts:
         raise SkipRow("not_a_dialogue")
@@ -131,14 +134,14 @@ def _shp_comparison(row: SourceRow) -> RawComparison:
     label = row.get("labels")
     if label not in (0, 1):
         raise UserError(f"{row.where}: 'labels' must be 1 (A preferred) or 0 (B preferred), found {label!r}")
-    domain = row.values.get("domain")
+    domain = row.values.get("domain")  # the subreddit
     return RawComparison(
         ChatPrompt((Message("user", history),)), (a, b) if label == 1 else (b, a), str(domain) if domain else ""
     )
 
 
 def _chosen(comparison: Callable[[SourceRow], RawComparison]) -> Callable[[SourceRow], RawDemonstration]:
-    """The better answer of a comparison as a demonstration."""
+    """Read a comparison as a demonstration: its better answer is the response."""
 
     def demonstration(row: SourceRow) -> RawDemonstration:
         raw = comparison(row)
@@ -164,7 +167,7 @@ def _messages(row: SourceRow) -> list[Message]:
 
 
 def _own_prompt(row: SourceRow) -> tuple[PromptParts, str | None]:
-    """The prompt, and the reply where `messages` goes on to one."""
+    """The prompt, and the reply if `messages` ends with one."""
     if row.values.get("messages") is None:
         if row.values.get("prompt") is None:
             raise UserError(

@@ -1,6 +1,6 @@
-"""Rows of a source before any meaning is given to them: files, directories and hub data sets.
+"""The rows of a file, a directory or a hub data set, before `rayrlhf.data.formats` gives them a meaning.
 
-Nothing is unpickled and no code of a data set runs: only JSON and Parquet, and what `datasets` loads without scripts.
+Nothing is unpickled and no code of a data set runs: only JSON, Parquet and data that `datasets` loads without scripts.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _ASSETS = Path(__file__).parent.parent / "assets"
 
 @dataclass(frozen=True)
 class SourceRow:
-    """One row and where it stands, so that every complaint can name it."""
+    """One row and its place, so that every error can name it."""
 
     where: str
     """`FILE row 3` (rows of Parquet) or `FILE line 3` (JSONL), counted from 1."""
@@ -37,18 +37,26 @@ class SourceRow:
 
     @property
     def id(self) -> str | None:
-        """The row's own id, where it has one."""
+        """The value of the column `id`; None if it is missing or blank."""
         value = self.values.get("id")
         return None if value is None or str(value).strip() == "" else str(value)
 
     def get(self, column: str) -> Any:
-        """The value of a column that must be there."""
+        """The value of a column.
+
+        Raises:
+            UserError: there is no such column.
+        """
         if column not in self.values:
             raise UserError(f"{self.where}: no column {column!r}; there are: {', '.join(self.values) or 'none'}")
         return self.values[column]
 
     def text(self, column: str, allow_empty: bool = False) -> str:
-        """The text of a column that must be there, and not be blank unless `allow_empty`."""
+        """The text of a column.
+
+        Raises:
+            UserError: there is no such column, it holds no text, or it is blank and not `allow_empty`.
+        """
         value = self.get(column)
         if value is None and allow_empty:
             return ""
@@ -61,7 +69,10 @@ class SourceRow:
 
 @dataclass(frozen=True)
 class SourceRows:
-    """The rows of a source. Where it has no validation split, `valid` is None and has to be carved out of `train`."""
+    """The rows of a source.
+
+    `valid` is None if the source has no validation split; `read_demonstrations` then takes a share of `train`.
+    """
 
     name: str
     train: list[SourceRow]
@@ -72,7 +83,7 @@ def load_source(config: DatasetConfig) -> SourceRows:
     """Read `config.path`: `embedded:tldr`, a file, a directory that `datasets` can load, or a hub name.
 
     Raises:
-        UserError: nothing there, unreadable, empty, or without the splits that `config` names.
+        UserError: nothing is at the path, it cannot be read, it is empty, or it lacks a split that `config` names.
     """
     if config.path == "embedded:tldr":
         return SourceRows(
@@ -92,7 +103,11 @@ def load_source(config: DatasetConfig) -> SourceRows:
 
 
 def read_file(path: Path) -> list[SourceRow]:
-    """All rows of one .parquet, .jsonl, .jsonl.gz or .json (an array of objects) file."""
+    """All rows of one .parquet, .jsonl, .jsonl.gz or .json file; a .json file holds an array of objects.
+
+    Raises:
+        UserError: another kind of file, no such file, an unreadable or an empty one.
+    """
     if not path.name.endswith(_FILE_KINDS):
         raise UserError(f"{path}: unknown kind of file; use {', '.join(_FILE_KINDS)}")
     if not path.is_file():
@@ -113,6 +128,7 @@ def _parquet_rows(path: Path) -> Iterator[SourceRow]:
 
 def _json_rows(path: Path) -> Iterator[SourceRow]:
     raw = path.read_bytes()
+    # utf-8-sig: editors on Windows put a byte-order mark in front, which is no part of the first value.
     text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
     if path.suffix == ".json":
         try:
@@ -124,7 +140,7 @@ def _json_rows(path: Path) -> Iterator[SourceRow]:
         items = [(f"{path} row {number}", item) for number, item in enumerate(array, start=1)]
     else:
         items = []
-        for number, line in enumerate(text.split("\n"), start=1):
+        for number, line in enumerate(text.split("\n"), start=1):  # splitlines() would also cut inside JSON strings
             if line.strip():
                 try:
                     items.append((f"{path} line {number}", json.loads(line)))
@@ -172,7 +188,7 @@ def _load_splits(config: DatasetConfig) -> SourceRows:
 
 
 def _find_split(names: Any, wanted: str) -> str | None:
-    """The split of that name; the usual names of the validation split stand for each other."""
+    """Find the split of that name. The usual names of a validation split stand for each other."""
     aliases = (wanted, *_VALIDATION_NAMES) if wanted in _VALIDATION_NAMES else (wanted,)
     return next((name for name in aliases if name in names), None)
 

@@ -1,4 +1,8 @@
-"""Which prompts a PPO step uses: a pure function of (seed, step), so nothing about it has to be saved."""
+"""The prompts that a PPO step uses, and the samples that are drawn for them.
+
+Both are pure functions of (seed, step): a run that continues at step 17 asks for the same samples as one that never
+stopped, and a checkpoint needs no state of a data loader.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +17,19 @@ from rayrlhf.trajectory import GenerationRequest, derive_seed
 
 @dataclass(frozen=True)
 class EncodedPrompt:
+    """A prompt as token ids."""
+
     id: str
     ids: tuple[int, ...]
 
 
 def prompts_of_step(count: int, seed: int, step: int, per_step: int) -> list[int]:
-    """Indices of the `per_step` prompts of `step`: consecutive slices of a fresh permutation per pass over the data."""
+    """Indices of the `per_step` prompts of `step`, counted from 0.
+
+    Steps are consecutive slices of permutations, one permutation for each pass over the `count` prompts.
+    Example with 5 prompts, 2 a step: permutations 3 1 4 0 2 | 2 0 1 3 4 give [3, 1], [4, 0], [2, 2], [0, 1], [3, 4].
+    The third step takes prompt 2 twice, since one pass ends and the next one begins inside it.
+    """
     orders: dict[int, np.ndarray] = {}
     chosen = []
     for position in range(step * per_step, (step + 1) * per_step):
@@ -30,9 +41,11 @@ def prompts_of_step(count: int, seed: int, step: int, per_step: int) -> list[int
 
 
 def requests_for(prompts: Sequence[EncodedPrompt], samples: int, *seed_parts: int | str) -> list[GenerationRequest]:
-    """`samples` requests per prompt; each one's seed derives from `seed_parts`, the prompt and the sample's index.
+    """Make `samples` requests for each prompt, in order.
 
-    A prompt that comes again (where two passes over the data meet in one step) goes on counting its samples.
+    A request's seed derives from `seed_parts`, the prompt's id and the sample's index, so it does not matter which
+    generator draws it. A prompt may come twice, where one pass over the data ends inside a step and the next begins.
+    Its second turn goes on counting the index, so that its samples differ from those of the first.
     """
     drawn: Counter[str] = Counter()
     requests = []

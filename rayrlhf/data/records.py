@@ -1,4 +1,4 @@
-"""Typed records, validated at the door. A prompt is text that is already rendered by its template."""
+"""The records of a data set, validated when it is read. A prompt is text that its template has already rendered."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Prompt:
-    """Something to answer; `reference` is a person's own answer where there is one."""
+    """A text to answer."""
 
     id: str
     text: str
     reference: str | None = None
+    """A person's own answer, if the data has one."""
     title: str | None = None
-    """The post's title where the data has one: repeating it is a baseline for summaries."""
+    """The post's title, if the data has one. Repeating it is the evaluation's baseline for summaries."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Demonstration:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Answers to one prompt, best first (at least two, no two equal)."""
+    """At least two answers to one prompt, best first; no two are equal."""
 
     id: str
     prompt: str

@@ -1,9 +1,7 @@
 """From a data set to typed records: reading, validation, ids, deduplication, templates and cutting.
 
-`FORMATS` (rayrlhf/data/formats.py) is the registry of adapters that `DatasetConfig.format` names.
-
-Ids: the row's own `id`, else a hash of its full text. Neither depends on the tokenizer or on a token limit, so that
-the splits stay the same when those change.
+A record's id is the row's own `id`, or else a hash of its whole text. Splits are made of ids, and neither kind of id
+depends on the tokenizer or on a token limit. So the splits stay the same when those change.
 """
 
 from __future__ import annotations
@@ -28,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CARVED_SHARE = 0.1
-"""Share of the prompts that becomes the validation split where a source has none."""
+"""Share of the prompts that becomes the validation split if a source has none."""
 
 _log = logging.getLogger(__name__)
 Raw = TypeVar("Raw", RawDemonstration, RawComparison)
@@ -37,14 +35,14 @@ Raw = TypeVar("Raw", RawDemonstration, RawComparison)
 def read_demonstrations(
     source: DatasetConfig, split: Split, tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int
 ) -> list[Demonstration]:
-    """Demonstrations of one split, prompts rendered and at most `max_prompt_tokens` long (BOS included).
+    """Read the demonstrations of one split. Prompts are rendered and cut to `max_prompt_tokens`, BOS included.
 
-    A single file, and a data set without a validation split, gives up 10 % of its prompts for "valid", chosen by a hash
-    of the prompt. "all" is the training split with nothing carved out: for a file that serves evaluation only.
-    Rows that were dropped are counted in a warning.
+    If the source has no validation split, as a single file has none, "valid" is 10 % of its prompts, chosen by a hash
+    of the prompt, and "train" is the rest. "all" is the whole training split, for a file that only evaluates.
+    A warning counts the rows that were dropped.
 
     Raises:
-        UserError: a missing, empty or malformed source; the message names file, row and column.
+        UserError: the source is missing, empty or malformed; the message names file, row and column.
     """
     adapter = _adapter(source)
     if adapter.demonstration is None:
@@ -69,11 +67,17 @@ def read_demonstrations(
 def read_published(
     source: DatasetConfig, split: Split, tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int
 ) -> tuple[list[Comparison], dict[str, int]]:
-    """Comparisons of one split (see `read_demonstrations`), and how many rows were dropped by reason.
+    """Read the comparisons of one split; splits are those of `read_demonstrations`.
 
-    Dropped are answers under 5 words (`nearly_empty`) and answers equal to a better one (`identical`); a row goes with
-    them where fewer than two answers are left. Further reasons: `duplicate` rows, rows that are `in_train` already, and
-    what the adapter of a published data set cannot use.
+    Answers under 5 words (`nearly_empty`) and answers equal to a better one (`identical`) are dropped. The row is
+    dropped with them if fewer than two answers are left. Rows are also dropped as `duplicate`, as `in_train` already,
+    and for the reasons that the format of a published data set gives.
+
+    Returns:
+        The comparisons, and the number of dropped rows by reason.
+
+    Raises:
+        UserError: the source is missing or malformed, or no comparison is left.
     """
     adapter = _adapter(source)
     if adapter.comparison is None:
@@ -100,7 +104,7 @@ def read_published(
 
 
 def as_prompts(demonstrations: Sequence[Demonstration]) -> list[Prompt]:
-    """Demonstrations as prompts to answer, the response as the person's own reference."""
+    """Make prompts of demonstrations; the response becomes the prompt's reference."""
     return [Prompt(d.id, d.prompt, d.response, d.title) for d in demonstrations]
 
 
@@ -110,12 +114,12 @@ def _read(
     loaded = load_source(source)
     dropped: Counter[str] = Counter()
     if split == "valid" and loaded.valid is not None:
-        in_train = _parse(loaded.train, parse, Counter())
+        in_train = _parse(loaded.train, parse, Counter())  # counted when "train" is read, so not again here
         records = _parse(loaded.valid, parse, dropped)
         for id, (row, _) in list(records.items()):
             if id not in in_train:
                 continue
-            if row.id is not None:
+            if row.id is not None:  # the owner's id names two records: that is a mistake of the file
                 raise UserError(
                     f"{row.where}: id {id!r} is also in training ({in_train[id][0].where}); rename or remove one"
                 )
@@ -128,7 +132,7 @@ def _read(
             records = {
                 id: (row, raw)
                 for id, (row, raw) in records.items()
-                # By the prompt, so that no prompt is on both sides with different answers.
+                # A hash of the prompt, not of the row: no prompt may be on both sides with different answers.
                 if (hash_fraction(raw.prompt.text, "carve") < CARVED_SHARE) == wanted
             }
     if not records:
@@ -142,7 +146,7 @@ def _read(
 def _parse(
     rows: Sequence[SourceRow], parse: Callable[[SourceRow], Raw], dropped: Counter[str]
 ) -> dict[str, tuple[SourceRow, Raw]]:
-    """Records by id in the order of the rows; rows of identical text collapse into the first."""
+    """Records by id, in the order of the rows. Of rows with identical text only the first is kept."""
     records: dict[str, tuple[SourceRow, Raw]] = {}
     texts: set[str] = set()
     for row in rows:

@@ -1,4 +1,8 @@
-"""Splits fixed by a hash of the record's id: independent of order, of other records and of Python's hash seed."""
+"""Splits by a hash of the record's id.
+
+A record's split does not depend on its place in the file, on other records, or on Python's hash seed. So adding rows
+to a file moves none of the old ones, and every machine finds the same splits.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ from rayrlhf.errors import UserError
 
 
 class HasId(Protocol):
-    """Anything that a split can be made of."""
+    """A record that can be split: it has an id."""
 
     @property
     def id(self) -> str: ...
@@ -31,16 +35,16 @@ class Splits(Generic[R]):
 
 
 def hash_fraction(record_id: str, salt: str) -> float:
-    """A number in [0, 1) that depends on nothing but its arguments. Another salt gives an independent one."""
+    """Map an id to a number in [0, 1), the same on every machine. Another `salt` gives an independent number."""
     digest = hashlib.blake2b(f"{salt}\x1f{record_id}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return (int.from_bytes(digest, "big") >> 11) / 2**53  # 53 bits: what a float holds exactly
 
 
 def split_train(records: Iterable[R], data: DataConfig) -> Splits[R]:
-    """Training records -> SFT, reward model, PPO prompts, in the shares that `data` names.
+    """Share the training records out to SFT, reward model and PPO prompts, as `data` says.
 
     Raises:
-        UserError: an id that appears twice.
+        UserError: an id appears twice.
     """
     splits: Splits[R] = Splits([], [], [])
     for record in records:
@@ -56,10 +60,10 @@ def split_train(records: Iterable[R], data: DataConfig) -> Splits[R]:
 
 
 def split_valid(records: Iterable[R], data: DataConfig) -> tuple[list[R], list[R]]:
-    """Validation records -> (dev, test): dev is for selection, only the final evaluation reads test.
+    """Split validation records into (dev, test). Dev selects checkpoints; only the final evaluation reads test.
 
     Raises:
-        UserError: an id that appears twice.
+        UserError: an id appears twice.
     """
     dev: list[R] = []
     test: list[R] = []
@@ -70,12 +74,16 @@ def split_valid(records: Iterable[R], data: DataConfig) -> tuple[list[R], list[R
 
 
 def is_heldout(record_id: str, fraction: float) -> bool:
-    """Whether a prompt's comparisons are kept from the reward model's training to measure its accuracy."""
+    """Say whether a prompt's comparisons stay out of the reward model's training, to measure its accuracy."""
     return hash_fraction(record_id, "heldout") < fraction
 
 
 def check_disjoint(**splits: Sequence[HasId]) -> None:
-    """Raise UserError naming the first id that is in two splits, or twice in one."""
+    """Check that every id is in one split, once.
+
+    Raises:
+        UserError: an id is in two splits, or twice in one; the message names the first.
+    """
     seen: dict[str, str] = {}
     for name, records in splits.items():
         for record in records:

@@ -1,6 +1,6 @@
-"""Prompts as text: the TL;DR template, chat templates, and how what is too long is cut.
+"""Prompts as text: the TL;DR template, chat templates, and how a long prompt is cut.
 
-A prompt is first kept in parts (`TextPrompt`, `ChatPrompt`), because only some of them may be cut;
+A prompt is first kept in parts (`TextPrompt`, `ChatPrompt`), because only some parts may be cut.
 `fit_prompts` renders it within the token limit.
 """
 
@@ -24,7 +24,7 @@ _SPEAKERS = {"user": "Human", "assistant": "Assistant", "system": "System"}
 
 @dataclass(frozen=True)
 class TextPrompt:
-    """Text of which only the body may be cut, at its end."""
+    """A text in three parts; only the body may be cut, at its end."""
 
     head: str
     body: str
@@ -53,7 +53,7 @@ class ChatPrompt:
 
     @property
     def text(self) -> str:
-        """HH-RLHF's own rendering, also used where a tokenizer has no chat template."""
+        """HH-RLHF's own rendering, which also serves a tokenizer without a chat template."""
         turns = (f"\n\n{_SPEAKERS[role]}: {content}" for role, content in self.messages)
         return "".join(turns) + "\n\nAssistant:"
 
@@ -65,20 +65,20 @@ PromptParts = TextPrompt | ChatPrompt
 
 
 def tldr_prompt(subreddit: str, title: str, post: str) -> TextPrompt:
-    """The published TL;DR template (Stiennon et al. 2020); the post is what may be cut."""
+    """The published TL;DR template (Stiennon et al. 2020). Only the post may be cut."""
     head = f"SUBREDDIT: r/{subreddit.strip().removeprefix('r/')}\n\nTITLE: {title.strip()}\n\nPOST: "
     return TextPrompt(head, post.strip(), "\n\nTL;DR:")
 
 
 def plain_prompt(text: str) -> TextPrompt:
-    """Text rendered by its owner: the last line (the question, the cue) stays, what precedes it may be cut."""
+    """A text that its owner has rendered. The last line, which asks or cues, stays; the lines before it may be cut."""
     before, _, _ = text.rstrip().rpartition("\n")
     body = before.rstrip()
     return TextPrompt("", body, text[len(body) :]) if body else TextPrompt("", text, "")
 
 
 def render(tokenizer: PreTrainedTokenizerBase, prompt: PromptParts) -> str:
-    """The whole prompt as text: messages by the tokenizer's chat template where it has one."""
+    """The whole prompt as text. Messages go through the tokenizer's chat template, if it has one."""
     if isinstance(prompt, TextPrompt) or not tokenizer.chat_template:
         return prompt.text
     messages = [{"role": role, "content": content} for role, content in prompt.messages]
@@ -88,16 +88,17 @@ def render(tokenizer: PreTrainedTokenizerBase, prompt: PromptParts) -> str:
 def fit_prompts(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[PromptParts], max_tokens: int, where: Sequence[str]
 ) -> list[str]:
-    """Rendered prompts of at most `max_tokens` tokens each (BOS included).
+    """Render prompts with at most `max_tokens` tokens each, BOS included.
 
-    A text is cut at the last newline of its body that fits, else at the last space, else (one endless word) at a token.
-    A dialogue drops its oldest turns; when the last turn alone is too long, that is cut like a text.
+    A text is cut at the last newline of its body that fits, else at the last space. If the body is one endless word,
+    it is cut at a token. A dialogue loses its oldest turns; if the last turn alone is too long, it is cut like a text.
 
     Args:
         where: the origin of each prompt (file and row), for error messages.
 
     Raises:
-        UserError: a prompt whose fixed parts alone exceed the limit, or that the chat template refuses.
+        UserError: the fixed parts of a prompt exceed the limit by themselves, the chat template refuses a prompt, or
+            the tokenizer has no fast version.
     """
     if not tokenizer.is_fast:
         raise UserError(
@@ -149,10 +150,10 @@ def _fit_chunk(
 
 
 def _cuts(prompt: TextPrompt, offsets: Sequence[tuple[int, int]], room: int) -> Iterator[str]:
-    """Shortened texts in order of preference. The first ones may still be too long: the caller measures.
+    """Yield shorter texts, the preferred ones first. The first ones may still be too long: the caller measures them.
 
-    The offsets of the whole text tell about where the limit lies. Cutting can merge or split the tokens at the seam,
-    so the search starts two tokens beyond.
+    The offsets of the whole text say roughly where the limit lies. A cut can merge or split the tokens at the seam,
+    so the search starts two tokens beyond that place.
     """
     slack = 2
     body_end = len(prompt.head) + len(prompt.body)
@@ -175,10 +176,11 @@ def _cuts(prompt: TextPrompt, offsets: Sequence[tuple[int, int]], room: int) -> 
 
 
 def _shorter_dialogues(tokenizer: PreTrainedTokenizerBase, prompt: ChatPrompt, room: int) -> Iterator[str]:
+    """Yield the dialogue without its oldest turns, then the last turn cut like a text. System messages stay."""
     system = tuple(m for m in prompt.messages if m.role == "system")
     turns = tuple(m for m in prompt.messages if m.role != "system")
     for first in range(1, len(turns)):
-        if turns[first].role == "user":
+        if turns[first].role == "user":  # many chat templates refuse a dialogue that starts with an assistant
             yield render(tokenizer, ChatPrompt(system + turns[first:]))
     last = turns[-1].content
     head, found, tail = render(tokenizer, ChatPrompt((*system, turns[-1]))).rpartition(last)

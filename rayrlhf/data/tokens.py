@@ -1,7 +1,7 @@
 """Text to token ids and back, the same way at every stage.
 
-A prompt gets what the tokenizer puts in front of a text (OPT: `</s>`, which is both BOS and EOS).
-A response gets a leading space where the prompt does not end in white space, and an EOS at its end.
+A prompt starts with the tokenizer's BOS, if the tokenizer puts one there (OPT: `</s>`, which is both BOS and EOS).
+A response starts with a space unless the prompt ends in white space, and it ends with an EOS.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What the tokenizer puts in front of a text: its BOS, or nothing. What it may put behind (an EOS) is left out."""
+    """The ids that the tokenizer puts before a text: its BOS, or none. An EOS that it may put behind is left out."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]
     start = next(i for i in range(len(full)) if full[i : i + len(bare)] == bare)
@@ -25,12 +25,12 @@ def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def starts_with_bos(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
-    """Many chat templates write the BOS themselves; it must not come twice."""
+    """Say whether the text spells the BOS itself, as many chat templates do. Such a text must not get another one."""
     return isinstance(tokenizer.bos_token, str) and text.startswith(tokenizer.bos_token)
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of rendered prompts, BOS included as the tokenizer has it."""
+    """Token ids of rendered prompts, with a BOS if the tokenizer uses one."""
     if not texts:
         return []
     lead = leading_ids(tokenizer)
@@ -50,12 +50,12 @@ def encode_responses(
 ) -> list[list[int]]:
     """Token ids of responses, at most `max_tokens` each: [leading space +] text + EOS.
 
-    A response that is longer is cut and then has NO EOS: a model must not learn to stop in the middle of a sentence.
+    A longer response is cut and then has NO EOS: a model must not learn to stop in the middle of a sentence.
 
     Args:
-        prompts: the rendered prompt of each response decides about the leading space: none after white space or
-            after a special token, as at the end of most chat templates. None stands for the tokenizer's usual
-            prompt: a leading space, unless the tokenizer has a chat template.
+        prompts: the rendered prompt of each response. It decides about the leading space: there is none after white
+            space or after a special token, with which most chat templates end. None stands for the tokenizer's
+            usual prompt, after which there is a space unless the tokenizer has a chat template.
     """
     if not texts:
         return []
@@ -90,9 +90,9 @@ def decode_response(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> s
 
 
 def special_text_remover(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], str]:
-    """A function that takes the spelling of special tokens out of data.
+    """Make a function that removes the spelling of special tokens from a text.
 
-    A post that contains `</s>` (it is HTML, too) would otherwise end itself, and could pose as another speaker.
+    A post may contain `</s>`, which is also HTML. Left in, it would end the post, or let it pose as another speaker.
     """
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     special.update(tokenizer.all_special_tokens)
@@ -101,7 +101,7 @@ def special_text_remover(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], 
     pattern = re.compile("|".join(re.escape(token) for token in sorted(special, key=len, reverse=True)))
 
     def remove(text: str) -> str:
-        # Until nothing is left: taking one out may join the halves of another.
+        # Again until none is found: removing one may join the halves of another, as in `</</s>s>`.
         while pattern.search(text):
             text = pattern.sub("", text)
         return text

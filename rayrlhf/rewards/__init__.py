@@ -1,1 +1,1 @@
-"""What says how good a response is: reward functions, the gold measure, labellers, ROUGE."""
+"""Judging responses: reward functions, labellers, the gold measure, ROUGE."""

@@ -1,6 +1,6 @@
-"""The gold measure: what the labeller itself thinks of sampled responses.
+"""The gold measure: the labeller's own measure of sampled responses.
 
-PPO maximises the reward model, a proxy of the labeller. Watching both over training shows where they part
+PPO maximises the reward model, which is a proxy of the labeller. Watching both over the steps shows where they part
 (Gao et al. 2023, Scaling Laws for Reward Model Overoptimization). Nothing is ever trained on the gold measure.
 """
 
@@ -18,21 +18,25 @@ from rayrlhf.trajectory import Trajectory
 
 
 def gold_labeller(config: Config) -> Labeller:
-    """Whose measure is `gold`: the labeller that ranked the answers; ROUGE-L with the reference where people did."""
+    """The labeller whose measure is `gold`.
+
+    It is the one that ranked the answers. People cannot be asked during training, so ROUGE-L with the reference
+    stands in for them.
+    """
     if config.data.comparisons is None and config.collect.labeller.kind != "file":
         return make_labeller(config.collect.labeller)
     return ReferenceLabeller()
 
 
 class GoldMeasure:
-    """A labeller with the prompts that it knows."""
+    """A labeller, and the prompts by whose id it finds the reference of a response."""
 
     def __init__(self, labeller: Labeller, prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase) -> None:
         self.labeller, self.tokenizer = labeller, tokenizer
         self.prompts = {prompt.id: prompt for prompt in prompts}
 
     def __call__(self, trajectory: Trajectory) -> float | None:
-        """The measure of the response's text; None for another prompt, or where the labeller has no measure."""
+        """Measure the response's text; None if the prompt is unknown or the labeller only ranks."""
         prompt = self.prompts.get(trajectory.prompt_id)
         if prompt is None:
             return None

@@ -1,16 +1,15 @@
-"""Who says which answer is better. The `collect` stage asks a labeller about the answers it sampled.
+"""Labellers rank the answers that the stage `collect` has sampled.
 
-`reference`  ROUGE-L with the author's own TL;DR: an honest stand-in for people, not their judgement.
-`file`       rankings given by people, from a JSONL file.
+`reference` ranks by ROUGE-L with the author's own TL;DR: an honest stand-in for people, not their judgement.
+`file` reads the rankings of people from a JSONL file.
 
-Another labeller is a class with `name`, `rank` and `measure`, entered into `LABELLERS`.
+Another labeller is a class with `name`, `rank` and `measure`, and a row of `LABELLERS`.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any, Protocol
 from rayrlhf.config import LabellerConfig
 from rayrlhf.data.records import Prompt
 from rayrlhf.errors import UserError
+from rayrlhf.files import replacing
 
 
 @dataclass(frozen=True)
@@ -28,20 +28,27 @@ class LabelledRanking:
     order: tuple[int, ...]
     """[K] indices of the answers, best first."""
     scores: tuple[float, ...] | None
-    """[K] the labeller's measure of each answer, in the order of the answers; None where it only ranks.
-    Equal scores are ties: `order` must put them somewhere, but they are no preference."""
+    """[K] the labeller's measure of each answer, in the order of the answers; None if it only ranks.
+    Equal scores are ties: `order` puts them somewhere, but they are no preference."""
 
 
 class Labeller(Protocol):
+    """A judge of answers."""
+
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """What `comparisons.parquet` and the evaluation call it."""
+        ...
 
     def rank(self, prompt: Prompt, answers: Sequence[str]) -> LabelledRanking:
-        """Rank the answers to one prompt."""
+        """Rank the K answers to one prompt."""
         ...
 
     def measure(self, prompt: Prompt, answer: str) -> float | None:
-        """The labeller's own measure of one answer (`gold` in the evaluation), higher is better; None without one."""
+        """Measure one answer by itself, higher is better; None if the labeller only ranks.
+
+        This is the gold measure of PPO and of the evaluation.
+        """
         ...
 
 
@@ -69,10 +76,12 @@ class ReferenceLabeller:
 
 
 class FileLabeller:
-    """Rankings by people: one line `{"id": "...", "ranking": [2, 0, 1]}` a prompt, indices of the answers, best first.
+    """The rankings of people, from a file with a line such as `{"id": "...", "ranking": [2, 0, 1]}` for each prompt.
+
+    The numbers are indices of the answers, best first.
 
     Raises:
-        UserError: a malformed line; from `check` and `rank`, a ranking that does not fit. It names file and line.
+        UserError: a line is malformed; from `check` and `rank`: a ranking does not fit. It names file and line.
     """
 
     name = "people"
@@ -91,7 +100,11 @@ class FileLabeller:
             self._rankings[row["id"]] = (number, row["ranking"])
 
     def check(self, expected: Mapping[str, int]) -> None:
-        """See that the file ranks exactly these prompts (id -> number of answers)."""
+        """Check that the file ranks exactly these prompts.
+
+        Args:
+            expected: the number of answers by the prompt's id.
+        """
         for id, (number, _) in self._rankings.items():
             if id not in expected:
                 raise UserError(
@@ -135,10 +148,10 @@ LABELLERS: dict[str, Callable[[LabellerConfig], Labeller]] = {"reference": _refe
 
 
 def check_labeller(config: LabellerConfig) -> None:
-    """See that `make_labeller` will know the kind and where people's rankings will be, before answers are sampled.
+    """Check the settings before answers are sampled, while the file of rankings need not exist yet.
 
     Raises:
-        UserError: unknown kind, or `file` without a path.
+        UserError: the kind is unknown, or it is `file` and has no path.
     """
     if config.kind not in LABELLERS:
         raise UserError(f"collect.labeller.kind {config.kind!r} is unknown; there are: {', '.join(LABELLERS)}")
@@ -147,10 +160,10 @@ def check_labeller(config: LabellerConfig) -> None:
 
 
 def make_labeller(config: LabellerConfig) -> Labeller:
-    """The labeller that `config.kind` names.
+    """Make the labeller that `config.kind` names.
 
     Raises:
-        UserError: unknown kind, or for `file` no path, no such file or a malformed line.
+        UserError: the kind is unknown; for `file`: there is no path, no such file, or a malformed line.
     """
     check_labeller(config)
     return LABELLERS[config.kind](config)
@@ -161,7 +174,10 @@ def make_labeller(config: LabellerConfig) -> Labeller:
 
 @dataclass(frozen=True)
 class Unranked:
-    """The answers to one prompt that wait for people. Token ids travel along: text is never tokenised twice."""
+    """The answers to one prompt that wait for a ranking by people.
+
+    They keep their token ids: text is never tokenised twice.
+    """
 
     id: str
     prompt: str
@@ -171,7 +187,7 @@ class Unranked:
 
 
 def rankings_path(config: LabellerConfig) -> Path:
-    """Where the rankings are, or will be once people have given them."""
+    """The file that holds the rankings, or will hold them once people have ranked."""
     if config.path is None:
         raise UserError(
             "collect.labeller.path is missing: kind=file needs the JSONL file that holds, or will hold, the rankings"
@@ -180,22 +196,17 @@ def rankings_path(config: LabellerConfig) -> Path:
 
 
 def ask_people(to_rank: Path, unranked: Sequence[Unranked], config: LabellerConfig) -> UserError:
-    """Write the answers to `to_rank` (whole or not at all) and return the error that says what to do next."""
-    temporary = to_rank.with_name(f".{to_rank.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            for item in unranked:
-                row = {
-                    "id": item.id,
-                    "prompt": item.prompt,
-                    "answers": item.answers,
-                    "prompt_ids": item.prompt_ids,
-                    "answer_ids": item.answer_ids,
-                }
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        os.replace(temporary, to_rank)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write the answers to `to_rank`, whole or not at all. Returns the error that says what to do next."""
+    with replacing(to_rank) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for item in unranked:
+            row = {
+                "id": item.id,
+                "prompt": item.prompt,
+                "answers": item.answers,
+                "prompt_ids": item.prompt_ids,
+                "answer_ids": item.answer_ids,
+            }
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
     return UserError(
         f"{len(unranked)} prompts with answers to rank were written to {to_rank}; put one line "
         f'{{"id": "...", "ranking": [best, ..., worst]}} a prompt into {rankings_path(config)} '
@@ -204,7 +215,7 @@ def ask_people(to_rank: Path, unranked: Sequence[Unranked], config: LabellerConf
 
 
 def read_unranked(to_rank: Path) -> list[Unranked]:
-    """The answers that `ask_people` wrote: rankings refer to these, so they are not sampled again."""
+    """Read the answers that `ask_people` wrote. Rankings refer to them, so they must not be sampled again."""
     unranked = []
     for number, row in _json_lines(to_rank):
         try:
@@ -226,6 +237,7 @@ def read_unranked(to_rank: Path) -> list[Unranked]:
 
 
 def _json_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """Objects of a JSONL file with their line numbers, counted from 1; blank lines are skipped."""
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     rows = []
@@ -248,6 +260,7 @@ def _json_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
 
 @functools.cache
 def _rouge_l() -> Any:
+    # Imported late: only a process that ranks pays for it.
     from rouge_score.rouge_scorer import RougeScorer
 
     return RougeScorer(["rougeL"], use_stemmer=True)

@@ -1,7 +1,7 @@
 """ROUGE F1 through `evaluate`, from the metric module that ships with this package.
 
-`evaluate` copies the module into the Hugging Face modules cache under a file lock, and with `keep_in_memory`
-it writes nothing else, so that any number of processes can compute ROUGE at once.
+`evaluate` copies the module into the Hugging Face modules cache, under a file lock. With `keep_in_memory` it writes
+nothing else, so any number of processes can compute ROUGE at once.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ ROUGE_NAMES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
 
 def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """Mean F1, in [0, 1], over n examples for each name in `ROUGE_NAMES`.
+    """The mean F1 over n examples, in [0, 1], by the names in `ROUGE_NAMES`.
 
     Raises:
-        ValueError: no examples, or not as many predictions as references.
+        ValueError: there are no examples, or not as many predictions as references.
     """
     return {name: float(values.mean()) for name, values in rouge_per_example(predictions, references).items()}
 
 
 def rouge_per_example(predictions: Sequence[str], references: Sequence[str]) -> dict[str, NDArray[np.float64]]:
-    """F1, in [0, 1], of each example: arrays [n] by name. Porter stemmer on, words lower-cased.
+    """The F1 of each example, in [0, 1], as arrays [n] by name. Words are lower-cased and stemmed (Porter).
 
     ROUGE-Lsum takes newlines as the ends of sentences; for texts of one line it equals ROUGE-L.
     An empty prediction or reference scores 0.
 
     Raises:
-        ValueError: no examples, or not as many predictions as references.
+        ValueError: there are no examples, or not as many predictions as references.
     """
     if len(predictions) != len(references) or not predictions:
         raise ValueError(f"ROUGE needs pairs: {len(predictions)} predictions, {len(references)} references")
