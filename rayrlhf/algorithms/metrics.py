@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from rayrlhf.algorithms.experience import Sampled
 from rayrlhf.algorithms.losses import PolicyLoss, ValueLoss
 from rayrlhf.models.ranks import Ranks
 
@@ -62,49 +63,36 @@ def reduce_sums(sums: Mapping[str, Tensor], names: tuple[str, ...], ranks: Ranks
     return dict(zip(names, ranks.sum(vector).tolist(), strict=True))
 
 
-def batch_sums(
-    score: Tensor,
-    reward: Tensor,
-    log_ratio: Tensor,
-    generator_gap: Tensor,
-    mask: Tensor,
-    returns: Tensor,
-    values: Tensor,
-    ended: Tensor,
-    entropy: Tensor,
-) -> dict[str, Tensor]:
+def batch_sums(sampled: Sampled, clipped_scores: Tensor, returns: Tensor) -> dict[str, Tensor]:
     """Sums over the B responses of this rank, of at most R tokens, before the update.
 
     Args:
-        score: [B] as the reward functions gave it.
-        reward: [B] the score after clipping.
-        log_ratio: [B, R] log pi - log pi_ref, nats.
-        generator_gap: [B, R] |log pi of the generator - log pi of the learner| for the same token, nats.
-        mask: [B, R] bool.
+        sampled: the responses.
+        clipped_scores: [B] what the rewards are made of.
         returns: [B, R].
-        values: [B, R].
-        ended: [B] bool, whether the response ended by itself.
-        entropy: scalar, sum over all tokens, nats.
     """
+    score, mask = sampled.scores, sampled.mask
+    log_ratio = sampled.logprobs - sampled.ref_logprobs
+    gap = (sampled.generator_logprobs - sampled.logprobs).abs()
     response_log_ratio = torch.where(mask, log_ratio, 0.0).double().sum(1)
     log_ratio, returns = log_ratio[mask].double(), returns[mask].double()
-    residual = returns - values[mask].double()
+    residual = returns - sampled.values[mask].double()
     return {
         "responses": mask.any(1).sum(),
         "tokens": mask.sum(),
         "tokens_squared": mask.sum(1).double().square().sum(),
         "score": score.double().sum(),
         "score_squared": score.double().square().sum(),
-        "reward": reward.double().sum(),
-        "score_clipped": (reward != score).sum(),
+        "reward": clipped_scores.double().sum(),
+        "score_clipped": (clipped_scores != score).sum(),
         "log_ratio": response_log_ratio.sum(),
         "log_ratio_squared": response_log_ratio.square().sum(),
         # exp(-x) - 1 + x: an estimate of the same KL divergence that is never negative and varies less
         # (Schulman 2020, "Approximating KL divergence").
         "k3": (torch.expm1(-log_ratio) + log_ratio).sum(),
-        "ended": ended.sum(),
-        "gap": generator_gap[mask].double().sum(),
-        "entropy": entropy,
+        "ended": sampled.ended.sum(),
+        "gap": gap[mask].double().sum(),
+        "entropy": sampled.entropy,
         "returns": returns.sum(),
         "returns_squared": returns.square().sum(),
         "residual": residual.sum(),

@@ -11,15 +11,15 @@ mini-batch, of all ranks, so gradients depend neither on the size of micro-batch
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from rayrlhf.algorithms.advantages import generalized_advantages, kl_penalised_rewards, whiten
+from rayrlhf.algorithms.experience import Experience, Fixed, Sampled
 from rayrlhf.algorithms.kl import KLController
 from rayrlhf.algorithms.losses import importance_weights, policy_loss, value_loss
 from rayrlhf.algorithms.metrics import (
@@ -39,32 +39,7 @@ from rayrlhf.errors import UserError
 from rayrlhf.models.batching import TokenBatch
 from rayrlhf.models.forward import Forward
 from rayrlhf.models.ranks import Ranks
-from rayrlhf.rewards.functions import scores
 from rayrlhf.trajectory import Trajectory, derive_seed
-
-
-class Fixed(NamedTuple):
-    """What stays fixed over the epochs, for each of N response tokens; all tensors are [N] float32."""
-
-    old_logprobs: Tensor
-    """under the policy before the first update"""
-    old_values: Tensor
-    advantages: Tensor
-    returns: Tensor
-    weights: Tensor
-    """of the policy loss: 1 where the policy being trained has sampled the token itself"""
-
-    @classmethod
-    def joined(cls, parts: Sequence[Fixed]) -> Fixed:
-        """The parts behind one another."""
-        return cls(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
-
-
-class Experience(NamedTuple):
-    """One trajectory as the updates use it."""
-
-    row: Row
-    fixed: Fixed
 
 
 class PPO:
@@ -152,41 +127,34 @@ class PPO:
         config = self.config
         rows = [Row.completion(t.prompt_ids, t.response_ids) for t in trajectories]
         logprobs, values, entropy = self._first_pass(rows)
-        # From here on [B, R], padded on the right; `mask` says where a response has tokens.
-        mask = pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in logprobs], batch_first=True)
-        old_logprobs, old_values = self._pad(logprobs), self._pad(values)
-        ref_logprobs = self._pad([torch.from_numpy(_ref_logprobs(t)) for t in trajectories])
-        generator_logprobs = self._pad([torch.from_numpy(t.generator_logprobs) for t in trajectories])
-        score = scores(trajectories, config.missing_eos_reward).to(self.ranks.device)
+        sampled = Sampled.of(trajectories, logprobs, values, entropy, config.missing_eos_reward)
+        mask = sampled.mask
 
-        limit = config.reward_clip
         # Ziegler et al. 2019, equation 2: the score less the KL penalty, token by token.
-        clipped_score = score if limit is None else score.clamp(-limit, limit)
-        rewards = kl_penalised_rewards(clipped_score, old_logprobs, ref_logprobs, mask, self.kl.beta)
+        limit = config.reward_clip
+        scores = sampled.scores if limit is None else sampled.scores.clamp(-limit, limit)
+        rewards = kl_penalised_rewards(scores, sampled.logprobs, sampled.ref_logprobs, mask, self.kl.beta)
         if config.whiten_rewards:
             # Their mean is kept: without it a response would gain or lose by its length.
             rewards = whiten(rewards, mask, self.ranks.sum, shift_mean=False)
         # Schulman et al. 2016, equation 16; the returns are the value model's targets.
-        advantages, returns = generalized_advantages(rewards, old_values, mask, config.gamma, config.lam)
-        weights = torch.ones_like(old_logprobs)
+        advantages, returns = generalized_advantages(rewards, sampled.values, mask, config.gamma, config.lam)
+        weights = torch.ones_like(sampled.logprobs)
         if config.max_staleness:
             # Only then may a token come from an older policy. Otherwise generator and learner differ by rounding.
-            weights = importance_weights(old_logprobs, generator_logprobs, config.max_importance_weight)
+            weights = importance_weights(sampled.logprobs, sampled.generator_logprobs, config.max_importance_weight)
 
-        gap = (generator_logprobs - old_logprobs).abs()
-        ended = torch.tensor([t.finish_reason == "eos" for t in trajectories], device=self.ranks.device)
-        log_ratio = old_logprobs - ref_logprobs
-        sums = batch_sums(score, clipped_score, log_ratio, gap, mask, returns, old_values, ended, entropy)
-        sums |= importance_sums(weights, mask, config.max_importance_weight)
+        sums = batch_sums(sampled, scores, returns) | importance_sums(weights, mask, config.max_importance_weight)
         metrics = batch_metrics(reduce_sums(sums, BATCH_SUMS, self.ranks), self.kl.beta)
         if not np.isfinite(metrics["ppo/score/mean"]):  # of all ranks, so that all of them stop
             raise FloatingPointError("a score of the batch is not finite; look at the reward model or function")
+        gap = (sampled.generator_logprobs - sampled.logprobs).abs()
         metrics["ppo/logprob_gap/max"] = self.ranks.max(float(gap[mask].max()))
 
         if config.whiten_advantages:
             # Not before the returns are taken: the value model learns them as they are.
             advantages = whiten(advantages, mask, self.ranks.sum)
-        tensors = zip(old_logprobs, old_values, advantages, returns, weights, strict=True)
+        tensors = zip(sampled.logprobs, sampled.values, advantages, returns, weights, strict=True)
         return [
             Experience(row, Fixed(*(tensor[valid] for tensor in of_row)))
             for row, valid, of_row in zip(rows, mask, tensors, strict=True)
@@ -282,13 +250,3 @@ class PPO:
     def _skip(self) -> None:
         self.policy_optimizer.skip()
         self.value_optimizer.skip()
-
-    def _pad(self, rows: Sequence[Tensor]) -> Tensor:
-        """[B, R] float32 on the device, rows padded on the right with zeros."""
-        return pad_sequence([row.float() for row in rows], batch_first=True).to(self.ranks.device)
-
-
-def _ref_logprobs(trajectory: Trajectory) -> NDArray[np.float32]:
-    if trajectory.ref_logprobs is None:
-        raise UserError(f"trajectory {trajectory.prompt_id}/{trajectory.sample_index} has no reference log-probs")
-    return trajectory.ref_logprobs

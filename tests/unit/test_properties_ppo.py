@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from rayrlhf.algorithms.ppo import PPO, Experience
+from rayrlhf.algorithms.experience import Experience
+from rayrlhf.algorithms.ppo import PPO
 from rayrlhf.config import KLConfig, OptimizerConfig, PPOConfig
 from rayrlhf.models.ranks import Ranks
 from rayrlhf.trajectory import Trajectory
