@@ -1,29 +1,28 @@
-"""The `rayrlhf` command: one sub-command a stage, and `run` for all of them."""
+"""The `rayrlhf` command: one sub-command a stage, `run` for all of them, and commands to look at and compare runs.
+
+Help, completion and a mistake in a config have to answer at once. So this module imports only what is quick to import;
+a command imports torch, Ray and the rest when it runs, after it has read its config.
+"""
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from jobs.console import console
-from jobs.pipeline import pipeline
-from jobs.stage import StageFunction, guarded, run, stage_function
-from jobs.status import scale_run, show_runs, show_status
-from jobs.submit import MODULES, describe, submit
-from jobs.sweep import sweep
-from rayrlhf.config_file import load_config
+from jobs.guard import guarded
 from rayrlhf.errors import UserError
-from rayrlhf.reports import compare as comparison
 from rayrlhf.runs.stages import STAGES
-from rayrlhf.sweeps.plan import load_sweep
+
+if TYPE_CHECKING:
+    from jobs.stage import StageFunction
 
 app = typer.Typer(
     help="RLHF on Ray: supervised fine-tuning, a reward model from ranked answers, and PPO against it.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
@@ -31,23 +30,55 @@ app = typer.Typer(
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="The run's YAML file; examples are in configs/.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[key.sub=value ...]", help="Changes to the config, for example ppo.steps=5."),
+    typer.Argument(metavar="key.sub=value", help="Changes to the config, for example ppo.steps=5."),
 ]
-Local = Annotated[bool, typer.Option("--local", help="Everything in this process, without Ray: for a debugger.")]
+Local = Annotated[bool, typer.Option("--local", help="Run everything in this process, without Ray: for a debugger.")]
+Folder = Annotated[str, typer.Argument(metavar="RUN_FOLDER", help="runs/quickstart, or s3://bucket/runs/mine.")]
+Address = Annotated[
+    str | None,
+    typer.Option(help="The run's cluster as host:port. Without it: RAY_ADDRESS, or where the run says it is."),
+]
 
 
-def _command(name: str, function: StageFunction, text: str) -> None:
-    def command(config: ConfigFile, overrides: Overrides = None, local: Local = False) -> None:
-        code = guarded(lambda: run(load_config(config, overrides), [function], local))
-        sys.stdout.flush()
-        raise typer.Exit(code)
-
-    app.command(name, help=text, short_help=text.split(". ")[0])(command)
+def _exit(action: Callable[[], None]) -> None:
+    """Run a command's action and end with its exit code."""
+    raise typer.Exit(guarded(action))
 
 
-_command("run", pipeline, "All stages, one after the other. Finished stages are skipped; an interrupted run continues.")
+def _add_stage(command: str, text: str, load: Callable[[], StageFunction]) -> None:
+    """Add the sub-command that runs the function that `load` imports."""
+
+    def run_command(config: ConfigFile, overrides: Overrides = None, local: Local = False) -> None:
+        def action() -> None:
+            from rayrlhf.config_file import load_config
+
+            loaded = load_config(config, overrides)
+            from jobs.stage import run
+
+            run(loaded, [load()], local)
+
+        _exit(action)
+
+    app.command(command, help=text, short_help=text.split(". ")[0])(run_command)
+
+
+def _pipeline() -> StageFunction:
+    from jobs.pipeline import pipeline
+
+    return pipeline
+
+
+def _stage(name: str) -> StageFunction:
+    from jobs.stage import stage_function
+
+    return stage_function(name)
+
+
+_add_stage(
+    "run", "Run all stages, one after the other. Finished stages are skipped; an interrupted run continues.", _pipeline
+)
 for each in STAGES.values():
-    _command(each.command, stage_function(each.name), each.summary)
+    _add_stage(each.command, each.summary, lambda name=each.name: _stage(name))  # type: ignore[misc]
 
 
 @app.command("sweep")
@@ -58,35 +89,51 @@ def sweep_command(
     overrides: Overrides = None,
 ) -> None:
     """Try hyper-parameters on Ray Tune and rank them. Finished trials are skipped; the same command continues."""
-    code = guarded(lambda: sweep(load_sweep(file, overrides or [])))
-    sys.stdout.flush()
-    raise typer.Exit(code)
+
+    def action() -> None:
+        from rayrlhf.sweeps.plan import load_sweep
+
+        plan = load_sweep(file, overrides or [])
+        from jobs.sweep import sweep
+
+        sweep(plan)
+
+    _exit(action)
 
 
 @app.command("submit")
 def submit_command(
-    stage: Annotated[str, typer.Argument(metavar="STAGE", help=f"One of {', '.join(MODULES)}.")],
+    stage: Annotated[
+        str,
+        typer.Argument(
+            metavar="STAGE", help=f"One of run, {', '.join(stage.command for stage in STAGES.values())}, sweep."
+        ),
+    ],
     config: ConfigFile,
     overrides: Overrides = None,
     address: Annotated[str, typer.Option(help="The cluster's dashboard.")] = "http://127.0.0.1:8265",
-    working_dir: Annotated[Path, typer.Option(help="What the job gets, without what .rayignore names.")] = Path("."),
+    working_dir: Annotated[
+        Path, typer.Option(help="The directory that is uploaded, without the files that its .rayignore names.")
+    ] = Path("."),
     env: Annotated[
         list[str] | None, typer.Option(help="KEY=VALUE for the job and its actors; may be repeated.")
     ] = None,
     python: Annotated[
-        str, typer.Option(help="How Python is called there; `uv run` takes the project's lock.")
+        str, typer.Option(help="How Python is called on the cluster; `uv run` takes the project's lock file.")
     ] = "python",
-    follow: Annotated[bool, typer.Option(help="Print the job's log and exit as it does.")] = True,
+    follow: Annotated[bool, typer.Option(help="Print the job's log and exit as the job does.")] = True,
 ) -> None:
     """Run a stage, or all (`run`), as a job on a Ray cluster. The same command continues a job that was stopped."""
 
     def action() -> None:
-        variables = dict(_pair(each) for each in env or [])
-        submit(describe(stage, config, overrides or [], working_dir, variables, python), address, follow)
+        from jobs.job import describe
 
-    code = guarded(action)
-    sys.stdout.flush()
-    raise typer.Exit(code)
+        job = describe(stage, config, overrides or [], working_dir, dict(_pair(each) for each in env or []), python)
+        from jobs.submit import submit
+
+        submit(job, address, follow)
+
+    _exit(action)
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -100,52 +147,51 @@ def _pair(text: str) -> tuple[str, str]:
 def compare(
     runs: Annotated[
         list[str],
-        typer.Argument(metavar="RUN_FOLDER...", help="Finished runs, paths or URIs, for example one a seed."),
+        typer.Argument(metavar="RUN_FOLDER...", help="Finished runs, paths or URIs, for example one for each seed."),
     ],
     output: Annotated[Path | None, typer.Option(help="Folder for compare.md and curves.png.")] = None,
 ) -> None:
-    """Tables of one or more finished runs, with intervals; with --output curves, too. Needs no Ray."""
+    """Print tables of one or more finished runs, with intervals; with --output also draw curves. Needs no Ray."""
 
     def action() -> None:
+        from rayrlhf.reports import compare as comparison
+
         found = comparison.read_runs(runs)
         print(comparison.markdown(found))
         if output is not None:
             print("written:", *comparison.write(found, output))
 
-    code = guarded(action)
-    sys.stdout.flush()
-    raise typer.Exit(code)
+    _exit(action)
 
 
 @app.command()
-def status(
-    run_folder: Annotated[str, typer.Argument(metavar="RUN_FOLDER", help="runs/quickstart or s3://bucket/runs/mine.")],
-    address: Annotated[
-        str | None,
-        typer.Option(help="The run's cluster as host:port; without it RAY_ADDRESS, or where the run says it is."),
-    ] = None,
-) -> None:
-    """Stage, step, time to go, actors, last warnings of a run, whether it is under way or not."""
-    raise typer.Exit(guarded(lambda: show_status(run_folder, address, console)))
+def status(run_folder: Folder, address: Address = None) -> None:
+    """Show a run, under way or not: its stage, step, time to go, actors and last warnings."""
+
+    def action() -> None:
+        from jobs.status import show_status
+
+        show_status(run_folder, address, console)
+
+    _exit(action)
 
 
 @app.command()
 def scale(
-    run_folder: Annotated[str, typer.Argument(metavar="RUN_FOLDER", help="Of a run that is under way.")],
-    generators: Annotated[int | None, typer.Option(help="How many generators there are to be.")] = None,
-    scorers: Annotated[int | None, typer.Option(help="How many scorers there are to be.")] = None,
-    address: Annotated[
-        str | None,
-        typer.Option(help="The run's cluster as host:port; without it RAY_ADDRESS, or where the run says it is."),
-    ] = None,
+    run_folder: Folder,
+    generators: Annotated[int | None, typer.Option(help="The number of generators wanted.")] = None,
+    scorers: Annotated[int | None, typer.Option(help="The number of scorers wanted.")] = None,
+    address: Address = None,
 ) -> None:
-    """Grow or shrink the pools of a run while it trains. Newcomers join when they are up, leavers finish their work."""
+    """Grow or shrink the pools of a run while it trains. New actors join when they are ready; removed ones finish."""
 
     def action() -> None:
+        from jobs.status import scale_run
+
         wanted = scale_run(run_folder, address, generators, scorers)
         print("wanted from now on: " + ", ".join(f"{count} {role}s" for role, count in wanted.items()))
 
-    raise typer.Exit(guarded(action))
+    _exit(action)
 
 
 @app.command()
@@ -154,8 +200,14 @@ def runs(
         str, typer.Argument(metavar="RUNS_DIR", help="Holds run folders: runs or s3://bucket/runs.")
     ] = "runs",
 ) -> None:
-    """A table of the runs in a directory: how far each is, its last reward and KL, and whether it is running."""
-    raise typer.Exit(guarded(lambda: show_runs(directory, console)))
+    """Print a table of the runs in a directory: how far each is, its last reward and KL, and whether it is running."""
+
+    def action() -> None:
+        from jobs.status import show_runs
+
+        show_runs(directory, console)
+
+    _exit(action)
 
 
 def main() -> None:

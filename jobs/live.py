@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -43,12 +42,6 @@ class Live:
     status: Status
     actors: tuple[LiveActor, ...]
     """Empty without Ray's dashboard, which keeps the list."""
-
-
-def cluster_address(given: str | None, holder: str | None) -> str | None:
-    """Where the run's cluster is: as given, by RAY_ADDRESS, or as the process says that works on the run."""
-    said = re.search(r"Ray at (\S+)", holder or "")
-    return given or os.environ.get("RAY_ADDRESS") or (said.group(1) if said else None)
 
 
 def read_live(address: str, config: Config) -> Live:

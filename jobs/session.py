@@ -37,9 +37,9 @@ from rayrlhf.models.loading import context_length, load_tokenizer, parameter_cou
 from rayrlhf.reports.progress import batch_table
 from rayrlhf.rewards.gold import GoldMeasure, gold_labeller
 from rayrlhf.rewards.labellers import check_labeller
+from rayrlhf.runs.addresses import join
 from rayrlhf.runs.folder import RunFolder, open_or_create, runs_address
 from rayrlhf.runs.stages import stages_to
-from rayrlhf.runs.storage import join
 from rayrlhf.trajectory import Sampling, Trajectory
 
 T = TypeVar("T")

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from jobs.live import Live, cluster_address, read_live, scale_live
 from rayrlhf.errors import UserError
 from rayrlhf.reports.measures import STEP_MEASURES
 from rayrlhf.reports.overview import Overview, StageOverview, read_overview
 from rayrlhf.reports.progress import duration, step_line
 from rayrlhf.runs.folder import RunFolder, run_folders
+
+if TYPE_CHECKING:
+    from jobs.live import Live
 
 
 def show_status(path: str | Path, address: str | None, console: Console) -> None:
@@ -28,6 +33,8 @@ def show_status(path: str | Path, address: str | None, console: Console) -> None
     where = cluster_address(address, overview.holder)
     live: Live | str | None = None
     if where and (overview.holder or address):
+        from jobs.live import read_live  # imports Ray, which takes seconds: only for a run that is under way
+
         try:
             live = read_live(where, overview.config)
         except UserError as error:
@@ -36,6 +43,20 @@ def show_status(path: str | Path, address: str | None, console: Console) -> None
             live = str(error)
     # Read again: to join a cluster takes seconds, in which the run went on.
     console.print(status_screen(read_overview(path), live, time.time()))
+
+
+def cluster_address(given: str | None, holder: str | None) -> str | None:
+    """Where the run's cluster is: at the address given, at RAY_ADDRESS, or where the run's process says it is.
+
+    Args:
+        given: the command line's `--address`.
+        holder: what the run's lock says about the process that works on it.
+
+    Returns:
+        `host:port`, or None if nothing says where.
+    """
+    said = re.search(r"Ray at (\S+)", holder or "")
+    return given or os.environ.get("RAY_ADDRESS") or (said.group(1) if said else None)
 
 
 def scale_run(path: str | Path, address: str | None, generators: int | None, scorers: int | None) -> dict[str, int]:
@@ -50,6 +71,8 @@ def scale_run(path: str | Path, address: str | None, generators: int | None, sco
     where = cluster_address(address, overview.holder)
     if where is None or not (overview.holder or address):
         raise UserError(f"scale: nobody works on {path}; if it runs on another machine, give its --address")
+    from jobs.live import scale_live  # imports Ray
+
     return scale_live(where, overview.config, generators, scorers)
 
 
@@ -72,10 +95,10 @@ def status_screen(overview: Overview, live: Live | str | None, now: float) -> Re
     parts.append(_stages(overview, now))
     if (newest := overview.newest) and newest.last:
         parts.append(Text(step_line(newest.name, newest.step, newest.steps, newest.last)))
-    if isinstance(live, Live):
-        parts += [_actors(overview, live), _queue(live)]
-    elif live:
+    if isinstance(live, str):
         parts.append(Text(f"no live details: {live}", style="dim"))
+    elif live:
+        parts += [_actors(overview, live), _queue(live)]
     parts += [Text(f"warning: {text}", style="yellow") for text in overview.warnings]
     return Group(*parts)
 

@@ -27,13 +27,15 @@ from ray.tune.search.variant_generator import generate_variants
 from actors.pools.remote import ANSI, ActorFailure
 from jobs.cluster import connected, inside_job, preflight
 from jobs.console import console
+from jobs.guard import guarded
 from jobs.pipeline import pipeline
-from jobs.stage import guarded, run, stage_function
+from jobs.stage import run, stage_function
 from rayrlhf.config import Config
 from rayrlhf.reports.measures import interval_text
 from rayrlhf.reports.progress import duration
+from rayrlhf.runs.addresses import join
 from rayrlhf.runs.folder import RunFolder, open_or_create, runs_address
-from rayrlhf.runs.storage import Mirror, join
+from rayrlhf.runs.storage import Mirror
 from rayrlhf.sweeps.plan import BASE, Space, Sweep, Trial, Value, load_sweep, share
 from rayrlhf.sweeps.results import Result, ranked, read_result, results_table, write_results
 

@@ -33,7 +33,8 @@ from actors.training.tasks import TRAIN_ENVIRONMENT, Given, Outcome, Tasks
 from rayrlhf.config import LearnerConfig
 from rayrlhf.errors import UserError
 from rayrlhf.models.ranks import Ranks
-from rayrlhf.runs.storage import Store, is_uri
+from rayrlhf.runs.addresses import is_uri
+from rayrlhf.runs.storage import Store
 
 _WAIT_S = 1.0
 """How long the driver waits for an outcome before it looks whether the worker group still lives."""

@@ -24,10 +24,11 @@ from rayrlhf.files import replacing
 from rayrlhf.reports.curves import compare_figure
 from rayrlhf.reports.intervals import Array, Interval, over_runs, p_text, pooled
 from rayrlhf.reports.measures import AT_EQUAL_LENGTH, EVALUATED, MEASURES, PHASES, SOURCES, TOKENS_PER_S, interval_text
+from rayrlhf.runs.addresses import join
 from rayrlhf.runs.folder import RunFolder, run_at
 from rayrlhf.runs.metrics import read_metrics
 from rayrlhf.runs.stages import STAGES
-from rayrlhf.runs.storage import as_user_error, join
+from rayrlhf.runs.storage import as_user_error
 
 _SAME = {"name", "runs_dir", "seed", "resources", "alarms"}
 """Top-level keys of the config in which runs of one comparison may differ without a word."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import statistics
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,7 @@ from rayrlhf.reports.progress import has_step_line
 from rayrlhf.runs.folder import RunFolder, run_at
 from rayrlhf.runs.metrics import read_metrics
 from rayrlhf.runs.stages import STAGES, stages_of
-from rayrlhf.runs.storage import as_user_error
+from rayrlhf.runs.stores import store_errors
 
 _RECENT = 10
 """Steps that the pace is measured over."""
@@ -83,7 +82,7 @@ def read_overview(address: str | Path, max_warnings: int = 5) -> Overview:
         UserError: it is none, its config cannot be read, or the store does not answer.
     """
     run = run_at(address)
-    with as_user_error(run.address) if run.store else contextlib.nullcontext():
+    with store_errors(run.store):
         return _read(run, max_warnings)
 
 

@@ -26,9 +26,9 @@ from rayrlhf.config import Config
 from rayrlhf.config_file import dump_config, parse_config
 from rayrlhf.errors import UserError
 from rayrlhf.files import replacing
-from rayrlhf.runs.lease import lease_holder, leased
+from rayrlhf.runs.addresses import is_uri, join, refuse_secrets
 from rayrlhf.runs.stages import STAGES, stages_from
-from rayrlhf.runs.storage import Store, as_user_error, is_uri, join, refuse_secrets
+from rayrlhf.runs.stores import holder_of, lease, open_store, store_errors
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class RunFolder:
     def __init__(self, address: str | Path) -> None:
         self.address = str(address)
         """An absolute path, or the URI of the folder in a store."""
-        self.store = Store.open(self.address) if is_uri(address) else None
+        self.store = open_store(self.address)
         self.path = self.store.copy if self.store else Path(address)
         if not self.path.is_absolute():
             raise UserError(f"run folder {self.address!r} is relative; give an absolute runs_dir (runs_dir=/abs/path)")
@@ -157,7 +157,7 @@ class RunFolder:
             handle.truncate(0)
             handle.write(f"process {os.getpid()} on {socket.gethostname()}")
             handle.flush()
-            with leased(self.store) if self.store else contextlib.nullcontext():
+            with lease(self.store):
                 _held[self.path] = 1
                 try:
                     yield
@@ -176,7 +176,7 @@ class RunFolder:
         In a store also one who died on another machine without a word, until somebody else locks the folder.
         """
         if self.store:
-            return lease_holder(self.store)
+            return holder_of(self.store)
         if not (self.path / ".lock").exists():
             return None
         with (self.path / ".lock").open(encoding="utf-8") as handle:
@@ -200,18 +200,17 @@ def run_folders(runs_dir: str | Path) -> list[RunFolder]:
     Raises:
         UserError: there is no such directory, or the store does not answer.
     """
-    if not is_uri(runs_dir):
+    store = open_store(runs_dir)
+    if store is None:
         directory = Path(os.path.abspath(Path(runs_dir).expanduser()))
         if not directory.is_dir():
             raise UserError(f"{runs_dir}: no such directory; give the one that holds the run folders")
         return [RunFolder(path.parent) for path in sorted(directory.glob("*/config.yaml"))]
-    address = str(runs_dir)
-    store = Store.open(address)
-    with as_user_error(address):
+    with store_errors(store):
         names = store.folders_with("config.yaml")
     if names is None:
-        raise UserError(f"{address}: no such folder in the store; give the one that holds the run folders")
-    return [RunFolder(join(address, name)) for name in names]
+        raise UserError(f"{store.address}: no such folder in the store; give the one that holds the run folders")
+    return [RunFolder(join(store.address, name)) for name in names]
 
 
 def open_or_create(config: Config, runs_dir: str | Path, redo: Collection[str] = ()) -> RunFolder:

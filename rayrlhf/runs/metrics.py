@@ -20,10 +20,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, SupportsFloat
 
-from rayrlhf.runs.storage import Mirror, Store, is_uri, join, local_path
+from rayrlhf.runs.addresses import join, local_path
+from rayrlhf.runs.stores import open_store
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
+
+    from rayrlhf.runs.storage import Mirror
 
 log = logging.getLogger(__name__)
 
@@ -42,8 +45,7 @@ class MetricsWriter:
         self._run_dir = local_path(run_dir)
         self._run_dir.mkdir(parents=True, exist_ok=True)
         path = self._run_dir / FILE
-        if is_uri(run_dir):
-            store = Store.open(str(run_dir))
+        if store := open_store(run_dir):
             if store.exists(path):
                 store.download(path)  # what processes of other nodes wrote stays in front of ours
             else:
@@ -53,7 +55,11 @@ class MetricsWriter:
         if torn:  # An earlier writer was killed in its last line: it must not swallow ours.
             os.write(self._file, b"\n")
         self._boards: dict[str, SummaryWriter] = {}
-        self._mirror = Mirror(run_dir, [FILE, "tensorboard/*/*"])
+        self._mirror: Mirror | None = None
+        if store:
+            from rayrlhf.runs.storage import Mirror
+
+            self._mirror = Mirror(run_dir, [FILE, "tensorboard/*/*"])
 
     def write(self, stage: str, step: int, values: Mapping[str, SupportsFloat]) -> None:
         """Record `values` (names to scalars: numbers, 0-d arrays or tensors) of one step."""
@@ -82,7 +88,8 @@ class MetricsWriter:
         for board in self._boards.values():
             board.close()
         os.close(self._file)
-        self._mirror.close()
+        if self._mirror:
+            self._mirror.close()
 
     def __enter__(self) -> Self:
         return self
@@ -132,8 +139,8 @@ def read_metrics(run_dir: str | Path, stage: str | None = None) -> list[dict[str
 
 
 def _read(run_dir: str | Path, offset: int = 0) -> bytes:
-    if is_uri(run_dir):
-        return Store.open(str(run_dir)).read_from(FILE, offset)
+    if store := open_store(run_dir):
+        return store.read_from(FILE, offset)
     path = Path(run_dir) / FILE
     if not path.exists():
         return b""

@@ -13,54 +13,27 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import functools
-import hashlib
 import logging
-import os
-import re
 import shutil
 import threading
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import parse_qs, urlsplit
 
 from pyarrow import ArrowException
 from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem, copy_files
 
 from rayrlhf.errors import UserError
+from rayrlhf.runs.addresses import is_uri, join, local_path, refuse_secrets
 
 log = logging.getLogger(__name__)
 
 MARK = ".done"
-CACHE = "RAYRLHF_CACHE"
-"""Environment variable: where a node keeps its copies. Default: rayrlhf in XDG_CACHE_HOME or ~/.cache."""
 CHUNK_BYTES = 64 * 2**20
 """A chunk is a request: pyarrow's 1 MiB would make thousands of them for a model."""
 SYNC_S = 5.0
 """How often files that grow are uploaded."""
-
-
-def is_uri(address: str | Path) -> bool:
-    """Whether the address is of a store."""
-    return "://" in str(address)
-
-
-def join(address: str | Path, *parts: str) -> str:
-    """The address of something inside; a URI's options stay behind its path."""
-    base, mark, options = str(address).partition("?")
-    return "/".join([base.rstrip("/"), *parts]) + mark + options
-
-
-def local_path(address: str | Path) -> Path:
-    """Where a process of this node finds what is at an address: there, or in the node's cache."""
-    if not is_uri(address):
-        return Path(address)
-    base, _, options = str(address).partition("?")
-    scheme, _, path = base.rstrip("/").partition("://")
-    default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rayrlhf"
-    kind = f"{scheme}-{hashlib.blake2b(options.encode(), digest_size=4).hexdigest()}"
-    return Path(os.environ.get(CACHE) or default).absolute() / kind / path.lstrip("/")
 
 
 def local_copy(address: str) -> str:
@@ -290,20 +263,6 @@ class Mirror:
                 self.sync()
             except OSError as error:
                 log.warning("not uploaded, tried again in %.0f s: %s", SYNC_S, error)
-
-
-def refuse_secrets(uri: str) -> None:
-    """
-    Raises:
-        UserError: a URI with a password, or with what looks like one in its query.
-    """
-    parts = urlsplit(uri)
-    secrets = [key for key in parse_qs(parts.query) if re.search(r"secret|token|password|key|^sig$|sas", key.lower())]
-    if parts.password or secrets:
-        raise UserError(
-            f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}: a URI is written into config.yaml and "
-            f"logs and must hold no keys ({', '.join(secrets) or 'before the @'}); give them in the environment (AWS_*)"
-        )
 
 
 @contextlib.contextmanager

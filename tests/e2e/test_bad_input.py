@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from jobs.guard import guarded
 from jobs.pipeline import pipeline
 from jobs.ppo import ppo
 from jobs.reward_model import reward_model
-from jobs.stage import StageFunction, guarded, run
+from jobs.stage import StageFunction, run
 from rayrlhf.config_file import load_config
 from rayrlhf.models.loading import load_reward_model, load_tokenizer, resolve_model
 from rayrlhf.models.saving import save_model

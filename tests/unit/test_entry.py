@@ -8,8 +8,9 @@ import pytest
 from ray.train import TrainingFailedError
 
 from actors.pools.remote import ActorDied, ActorFailure
+from jobs.guard import guarded
 from jobs.session import Session
-from jobs.stage import guarded, run, stage
+from jobs.stage import run, stage
 from rayrlhf.config import Config
 from rayrlhf.config_file import parse_config
 from rayrlhf.errors import UserError

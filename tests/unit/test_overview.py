@@ -16,8 +16,8 @@ import pytest
 from rich.console import Console, RenderableType
 
 from actors.pools.monitoring import Status
-from jobs.live import Live, LiveActor, cluster_address, read_live
-from jobs.status import runs_table, show_runs, show_status, status_screen
+from jobs.live import Live, LiveActor, read_live
+from jobs.status import cluster_address, runs_table, show_runs, show_status, status_screen
 from rayrlhf.config_file import parse_config
 from rayrlhf.errors import UserError
 from rayrlhf.reports.overview import read_overview

@@ -21,11 +21,12 @@ from rayrlhf.config import Config
 from rayrlhf.config_file import parse_config
 from rayrlhf.errors import UserError
 from rayrlhf.runs import lease
+from rayrlhf.runs.addresses import join, local_path
 from rayrlhf.runs.folder import RunFolder, open_or_create, runs_address
 from rayrlhf.runs.lease import leased
 from rayrlhf.runs.metrics import MetricsWriter, read_lines, read_metrics
 from rayrlhf.runs.stages import STAGES
-from rayrlhf.runs.storage import Mirror, Store, join, local_copy, local_path, sync_mirrors
+from rayrlhf.runs.storage import Mirror, Store, local_copy, sync_mirrors
 from tests.s3 import KEYS, S3, serving
 
 

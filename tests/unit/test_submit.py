@@ -11,7 +11,8 @@ import pytest
 
 import jobs.submit
 from actors.pools.remote import ActorFailure
-from jobs.submit import MODULES, Job, describe, submit
+from jobs.job import MODULES, Job, describe
+from jobs.submit import submit
 from rayrlhf.errors import UserError
 
 ROOT = Path(__file__).parents[2]

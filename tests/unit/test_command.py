@@ -1,0 +1,105 @@
+"""The command answers at once: what it imports for help, for mistakes and for a look at a run; and its exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from jobs.cli import app
+from rayrlhf.runs.stages import STAGES
+
+ROOT = Path(__file__).parents[2]
+QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
+SLOW = (
+    "torch", "transformers", "ray", "vllm", "matplotlib", "datasets", "pandas", "scipy", "pyarrow", "numpy",
+    "tensorboard", "aiohttp",
+)  # fmt: skip
+"""Packages that take long to import: only the commands that need them may."""
+STAGE_COMMANDS = ["run", *(stage.command for stage in STAGES.values())]
+COMMANDS = [*STAGE_COMMANDS, "sweep", "submit", "compare", "status", "scale", "runs"]
+
+RUNNER = """
+import contextlib, io, json, sys
+from jobs.cli import main
+for arguments in json.loads(sys.argv[1]):
+    sys.argv = ["rayrlhf", *arguments]
+    out, err, code = io.StringIO(), io.StringIO(), None
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code
+    slow = sorted(set(json.loads(sys.stdin.readline())) & sys.modules.keys())
+    print(json.dumps([code, out.getvalue(), err.getvalue(), slow]))
+"""
+
+
+def run(calls: list[list[str]], directory: Path) -> list[list[Any]]:
+    """Exit code, output, errors and slow modules after each call; all in one fresh interpreter, one after the other."""
+    done = subprocess.run(
+        [sys.executable, "-c", RUNNER, json.dumps(calls)], cwd=directory, input=(json.dumps(SLOW) + "\n") * len(calls),
+        env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "120"}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def check(calls: dict[tuple[str, ...], tuple[int, str]], directory: Path) -> None:
+    """Each call ends with the code and says the words, in one line of errors where the code is 2; none imports much."""
+    for (call, (code, words)), (got, out, err, slow) in zip(
+        calls.items(), run([list(call) for call in calls], directory), strict=True
+    ):
+        assert not slow, (call, slow)
+        assert got == code, (call, out, err)
+        assert words in (err if code else out), (call, out, err)
+        if code:
+            assert out == "" and err.count("\n") == 1, (call, out, err)
+
+
+def test_help_of_every_command(tmp_path: Path) -> None:
+    group = typer.main.get_command(app)
+    assert set(COMMANDS) <= set(group.commands)  # type: ignore[attr-defined]
+    names = sorted(group.commands)  # type: ignore[attr-defined]
+    check({("--help",): (0, "Usage: rayrlhf"), **{(n, "--help"): (0, f"Usage: rayrlhf {n}") for n in names}}, tmp_path)
+    for _, out, err, slow in run([[]], tmp_path):
+        assert all(name in out + err for name in names) and not slow
+
+
+def test_a_mistake_in_the_config_is_one_line_of_every_stage(tmp_path: Path) -> None:
+    calls: dict[tuple[str, ...], tuple[int, str]] = {}
+    for file, override, words in (
+        ("nowhere.yaml", "ppo.steps=3", "nowhere.yaml: no such config file"),
+        (QUICKSTART, "ppo.stepz=3", "unknown key 'ppo.stepz'; did you mean 'steps'?"),
+        (QUICKSTART, "ppo.steps=many", "key 'ppo.steps': input should be a valid integer"),
+        (QUICKSTART, "ppo.steps", "write key.sub=value"),
+    ):
+        for command in STAGE_COMMANDS:
+            calls[command, file, override] = (2, words)
+        calls["submit", "ppo", file, override, "--working-dir", "/"] = (2, words)
+    calls["sweep", "nowhere.yaml"] = (2, "nowhere.yaml: no such sweep file")
+    calls["sweep", str(ROOT / "configs/sweeps/quickstart_ppo.yaml"), "ppo.stepz=3"] = (2, "unknown key 'ppo.stepz'")
+    check(calls, tmp_path)
+
+
+def test_a_look_at_runs(tmp_path: Path) -> None:
+    run_folder = tmp_path / "runs" / "one"
+    run_folder.mkdir(parents=True)
+    (run_folder / "config.yaml").write_text("name: one\n")
+    lines = [{"stage": "ppo", "step": step, "time": 1e9 + step, "ppo/kl": 50.0 * step} for step in (1, 2)]
+    (run_folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    check(
+        {
+            ("runs",): (0, "not running"),
+            ("runs", "nowhere"): (2, "nowhere: no such directory"),
+            ("status", "runs/one"): (0, "ppo step 2: the policy is 100.0 nats"),
+            ("status", "runs/two"): (2, "two: no run folder"),
+            ("scale", "runs/one"): (2, "say how many"),
+            ("scale", "runs/one", "--generators", "2"): (2, "nobody works on runs/one"),
+        },
+        tmp_path,
+    )
