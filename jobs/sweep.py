@@ -24,13 +24,14 @@ from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.search.basic_variant import BasicVariantGenerator
 from ray.tune.search.variant_generator import generate_variants
 
-from actors.pools.remote import ANSI, ActorFailure
+from actors.pools.remote import ActorFailure
 from jobs.cluster import connected, inside_job, preflight
 from jobs.console import console
 from jobs.guard import guarded
 from jobs.pipeline import pipeline
 from jobs.stage import run, stage_function
 from rayrlhf.config import Config
+from rayrlhf.errors import one_line
 from rayrlhf.reports.measures import interval_text
 from rayrlhf.reports.progress import duration
 from rayrlhf.runs.addresses import join
@@ -151,7 +152,7 @@ def _trainable(configs: Mapping[str, Config], directory: str) -> Callable[[dict[
             except Exception as error:
                 traceback.print_exc()
                 # In a file of our own: Tune's is not always there yet when it tells of the failure.
-                error_file.write_text(one_line(error), encoding="utf-8")
+                error_file.write_text(f"{type(error).__name__}: {one_line(error)[:300]}", encoding="utf-8")
                 folder.upload(error_file)
                 raise
 
@@ -213,11 +214,6 @@ class Board(TrialProgressCallback):
     def _say(self, name: str, what: str) -> None:
         number = list(self.trials).index(name) + 1
         console.print(f"trial {number}/{len(self.trials)} {name}: {what}", soft_wrap=True, markup=False)
-
-
-def one_line(error: Exception) -> str:
-    """A trial's error without colours and line breaks."""
-    return f"{type(error).__name__}: {' '.join(ANSI.sub('', str(error)).split())[:300]}"
 
 
 def main() -> None:

@@ -280,16 +280,21 @@ class ScaleConfig(Section):
         return self
 
 
-class GeneratorConfig(Section):
+class Placement(Section):
+    """What one actor or worker asks of a node."""
+
+    cpus: Annotated[float, Field(ge=0)] = 1.0
+    gpus: Gpus = 0.0
+    labels: dict[str, str] = {}
+    """Only nodes with these Ray labels hold it, such as `rayrlhf.io/role: generator`."""
+
+
+class GeneratorConfig(Placement):
     """vLLM rollout generators."""
 
     count: Positive = 1
     """Generators at the start; `scale` and `rayrlhf scale` change the number."""
     scale: ScaleConfig | None = None
-    cpus: Annotated[float, Field(ge=0)] = 1.0
-    gpus: Gpus = 0.0
-    labels: dict[str, str] = {}
-    """Only nodes with these Ray labels hold them, such as `rayrlhf.io/role: generator`."""
     threads: Positive = 1
     """OpenMP threads of one generator (CPU only)."""
     kv_cache_mib: Positive = 512
@@ -299,26 +304,18 @@ class GeneratorConfig(Section):
     """Responses that vLLM samples at once."""
 
 
-class ScorerConfig(Section):
+class ScorerConfig(Placement):
     """Actors that hold the reward model and the reference policy."""
 
     count: Positive = 1
-    cpus: Annotated[float, Field(ge=0)] = 1.0
-    gpus: Gpus = 0.0
-    labels: dict[str, str] = {}
-    """Only nodes with these Ray labels hold them, such as `rayrlhf.io/role: generator`."""
     threads: Positive = 1
     micro_batch_tokens: Positive = 8192
 
 
-class LearnerConfig(Section):
+class LearnerConfig(Placement):
     """Ray Train workers of the SFT, reward-model and PPO stages."""
 
     workers: Positive = 1
-    cpus: Annotated[float, Field(ge=0)] = 1.0
-    gpus: Gpus = 0.0
-    labels: dict[str, str] = {}
-    """Only nodes with these Ray labels hold them, such as `rayrlhf.io/role: learner`."""
     threads: Positive = 1
     gradient_checkpointing: bool = False
     """Keep only each layer's input for the backward pass and compute the rest again: less memory, more time."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import pickle
 import platform
-import re
 import time
 from collections.abc import Collection, Sequence
 from concurrent.futures import Future
@@ -18,9 +17,7 @@ import ray
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
 
 from rayrlhf.config import Config
-from rayrlhf.errors import UserError
-
-ANSI = re.compile(r"\x1b\[[0-9;]*m")
+from rayrlhf.errors import UserError, one_line
 
 
 def this_node() -> str:
@@ -154,7 +151,7 @@ def answer(call: Call, future: Future[Any]) -> Any:
 def _fail(call: Call, error: Exception) -> NoReturn:
     # What the call raised may be such an error as well, of an actor or an object that it asked for.
     if isinstance(error, RayActorError | ObjectLostError) and not isinstance(error, RayTaskError):
-        cause = " ".join(ANSI.sub("", str(error)).split())[-600:]  # the reason stands at the end
+        cause = one_line(error)[-600:]  # the reason stands at the end
         raise ActorDied(f"{call.actor} died during {call.method}: {cause}") from error
     raised = getattr(error, "cause", None)
     if isinstance(raised, UserError):

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from actors.rollouts.engine_weights import CheckpointLayout, one_line, reload
+from actors.rollouts.engine_weights import CheckpointLayout, reload
 from actors.rollouts.weight_sync import WeightSyncError
 from rayrlhf.config import GeneratorConfig
-from rayrlhf.errors import UserError
+from rayrlhf.errors import UserError, one_line
 from rayrlhf.trajectory import GenerationRequest, Sampling, Trajectory
 
 _BATCHED_TOKENS = 4096
@@ -113,7 +113,7 @@ class Engine:
                 self._llm = LLMEngine.from_engine_args(arguments)
         except (ValueError, OSError) as error:
             raise UserError(
-                f"model {model_path}: vLLM cannot serve it: {one_line(error, 280)} "
+                f"model {model_path}: vLLM cannot serve it: {one_line(error)[:280]} "
                 "(resources.generators sets its memory, data.max_*_tokens its max_model_len)"
             ) from error
         self._vocab_size = int(self._llm.model_config.get_vocab_size())
@@ -231,7 +231,7 @@ class Engine:
                 if not self._llm.reset_prefix_cache(reset_running_requests=True):
                     raise RuntimeError("the prefix cache could not be reset: requests still hold blocks")
         except BaseException as error:
-            self._broken = f"a weight load failed half-way ({type(error).__name__}: {one_line(error, 200)})"
+            self._broken = f"a weight load failed half-way ({type(error).__name__}: {one_line(error)[:200]})"
             raise WeightSyncError(f"{self._broken}; restart the generator") from error
         for running in self._in_flight.values():
             sampled = self._llm.output_processor.request_states[running.vllm_id].detokenizer.num_output_tokens()

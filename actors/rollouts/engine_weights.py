@@ -67,7 +67,3 @@ def reload(worker: Any, weights: list[tuple[str, torch.Tensor]]) -> None:
         # when head and embedding are tied: without an error, log-probs would come from old and new weights mixed.
         if isinstance(layer, VocabParallelEmbedding) and hasattr(layer, "cpu_linear"):
             dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
-
-
-def one_line(error: BaseException, limit: int) -> str:
-    return " ".join(str(error).split())[:limit]

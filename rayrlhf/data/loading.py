@@ -137,21 +137,37 @@ def _json_rows(path: Path) -> Iterator[SourceRow]:
             raise UserError(f"{path}: not valid JSON ({error}); one object a line belongs into a .jsonl file") from None
         if not isinstance(array, list):
             raise UserError(f"{path}: expected an array of objects, found {type(array).__name__}")
-        items = [(f"{path} row {number}", item) for number, item in enumerate(array, start=1)]
+        for number, item in enumerate(array, start=1):
+            yield SourceRow(f"{path} row {number}", _object(item, f"{path} row {number}"))
     else:
-        items = []
-        for number, line in enumerate(text.split("\n"), start=1):  # splitlines() would also cut inside JSON strings
-            if line.strip():
-                try:
-                    items.append((f"{path} line {number}", json.loads(line)))
-                except json.JSONDecodeError as error:
-                    raise UserError(
-                        f"{path} line {number}: not valid JSON ({error.msg} at column {error.colno})"
-                    ) from None
-    for where, item in items:
-        if not isinstance(item, dict):
-            raise UserError(f"{where}: expected an object, found {type(item).__name__}")
-        yield SourceRow(where, item)
+        for number, values in json_lines(text, path):
+            yield SourceRow(f"{path} line {number}", values)
+
+
+def json_lines(text: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of a text with one a line, each with the number of its line; blank lines are left out.
+
+    Args:
+        text: the content of a JSON Lines file.
+        path: its name in errors.
+
+    Raises:
+        UserError: a line that is not JSON, or not an object.
+    """
+    for number, line in enumerate(text.split("\n"), start=1):  # splitlines() would also cut inside JSON strings
+        if not line.strip():
+            continue
+        try:
+            item = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path} line {number}: not valid JSON ({error.msg} at column {error.colno})") from None
+        yield number, _object(item, f"{path} line {number}")
+
+
+def _object(item: Any, where: str) -> dict[str, Any]:
+    if not isinstance(item, dict):
+        raise UserError(f"{where}: expected an object, found {type(item).__name__}")
+    return item
 
 
 def _load_splits(config: DatasetConfig) -> SourceRows:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rayrlhf.config import LabellerConfig
+from rayrlhf.data.loading import json_lines
 from rayrlhf.data.records import Prompt
 from rayrlhf.errors import UserError
 from rayrlhf.files import replacing
@@ -240,22 +241,11 @@ def _json_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
     """Objects of a JSONL file with their line numbers, counted from 1; blank lines are skipped."""
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    rows = []
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise UserError(f"{path}: not UTF-8 text") from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path} line {number}: not valid JSON ({error.msg} at column {error.colno})") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{path} line {number}: expected an object, found {type(row).__name__}")
-        rows.append((number, row))
-    return rows
+    return list(json_lines(text, path))
 
 
 @functools.cache
