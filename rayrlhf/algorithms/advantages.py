@@ -39,7 +39,7 @@ def kl_penalised_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor,
         [B, R], 0 outside the mask.
     """
     rewards = torch.where(mask, -beta * (logprobs - ref_logprobs), 0.0)
-    last = mask.sum(1) - 1
+    last = mask.sum(1) - 1  # padding is on the right, so the count says where the last token is
     rewards[torch.arange(len(scores), device=scores.device), last] += scores
     return rewards
 

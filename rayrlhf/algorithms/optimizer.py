@@ -35,7 +35,7 @@ class Optimizer:
             betas=config.betas,
             eps=config.eps,
             weight_decay=config.weight_decay,
-            fused=True,
+            fused=True,  # one pass over all parameters in place of several for each
         )
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.adamw, lambda step: lr_factor(config, step, steps))
 

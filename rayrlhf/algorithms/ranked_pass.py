@@ -63,6 +63,7 @@ def ranked_pass(
     margins: dict[int, list[float]] = {}
     total = 0.0
     for indices, batch in forward.batches([row for i in own for row in rows[i]], groups=prompts):
+        # The batch's prompts in the order in which their answers lie: pairs are indices into those answers.
         chosen = list(dict.fromkeys(prompts[i] for i in indices))
         pairs = flatten_pairs([comparisons[i].pairs for i in chosen], [len(rows[i]) for i in chosen])
         with torch.set_grad_enabled(scale is not None):
@@ -72,6 +73,7 @@ def ranked_pass(
         total += float(found.loss.detach())
         split = found.margins.split([len(comparisons[i].pairs) for i in chosen])
         margins |= {i: part.tolist() for i, part in zip(chosen, split, strict=True)}
+    # Margins go back to the order of `comparisons`: callers match them with their pairs.
     gathered = ranks.gather((total, margins))
     everywhere = {i: part for _, each in gathered for i, part in each.items()}
     return Measured(

@@ -35,5 +35,5 @@ def summed_loss(forward: Forward, rows: Sequence[Row], ranks: Ranks, scale: floa
             loss = -forward.logprobs(batch).sum()
         if scale is not None:
             (loss * scale).backward()
-        total += loss.detach().double()
+        total += loss.detach().double()  # float64: the sum must not depend on the order of micro-batches
     return float(ranks.sum(total))

@@ -73,7 +73,7 @@ def pack(rows: Sequence[Row], device: torch.device | str = "cpu", shares: Sequen
         shared = line[0].prompt if len(line) > 1 else 0  # a row by itself is one causal sequence
         prompt = np.arange(end, end + shared)
         end += shared
-        own = [len(row.ids) - shared for row in line]
+        own = [len(row.ids) - shared for row in line]  # what each row adds to the line
         for length in own:
             places.append(np.concatenate([prompt, np.arange(end, end + length)]))
             end += length

@@ -84,7 +84,7 @@ def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenize
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             path, revision=revision, trust_remote_code=False
         )
-    tokenizer.padding_side = "right"
+    tokenizer.padding_side = "right"  # nothing here pads with it; it is for users of the saved tokenizer
     if tokenizer.eos_token_id is None:
         raise UserError(f"model {path!r}: the tokenizer has no eos_token; set it in tokenizer_config.json")
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
@@ -93,6 +93,7 @@ def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenize
                       != tokenizer.eos_token_id), None)  # fmt: skip
         if spare is not None:
             tokenizer.pad_token = spare
+        # Published embeddings are often padded to a multiple of 64 or more, which leaves rows without a token.
         elif max(vocabulary.values()) + 1 < read_config(path, revision).get_text_config().vocab_size:
             tokenizer.add_special_tokens({"pad_token": "<pad>"})
         elif tokenizer.unk_token_id is not None and tokenizer.unk_token_id != tokenizer.eos_token_id:

@@ -63,6 +63,7 @@ def add_adapters(model: PreTrainedModel, config: LoRAConfig, seed: int) -> None:
                 raise UserError(f"model.lora.target_modules: the model has no linear layer {target!r}, but {known}")
         layers = [layer for layer in layers if any(_ends_with(layer, t) for t in config.target_modules)]
     settings = LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=layers)
+    # A fork, because peft draws A from torch's global generator, and nothing else may depend on there being adapters.
     with torch.random.fork_rng(), warnings.catch_warnings():
         torch.manual_seed(seed)
         # peft warns of GPT-2's transposed layers, and then treats them rightly.
