@@ -24,7 +24,7 @@ from rayrlhf.trajectory import derive_seed
 def collect(session: Session) -> None:
     """Sample K answers to each prompt of the reward-model split and have the labeller rank them."""
     config, run = session.config, session.run
-    records = chosen_prompts(config, session.train_splits.reward_model)
+    records = chosen_prompts(config, session.data.train.reward_model)
     to_rank = run.path / "to_rank.jsonl"
     asks_people = config.collect.labeller.kind == "file"
     if asks_people and to_rank.is_file():
@@ -49,7 +49,7 @@ def collect(session: Session) -> None:
     labeller = make_labeller(config.collect.labeller)
     if isinstance(labeller, FileLabeller):
         labeller.check({a.id: len(a.answers) for a in answers})
-    prompts: dict[str, Prompt] = {p.id: p for p in as_prompts(session.train_splits.reward_model)}
+    prompts: dict[str, Prompt] = {p.id: p for p in as_prompts(session.data.train.reward_model)}
     ranked = []
     for answer in answers:
         verdict = labeller.rank(prompts[answer.id], answer.answers)
@@ -80,9 +80,11 @@ def chosen_prompts(config: Config, records: list[Demonstration]) -> list[Demonst
 def sample_answers(session: Session, records: list[Demonstration]) -> tuple[list[Unranked], Counter[str]]:
     """K samples a prompt from the SFT model, without nearly empty and repeated ones, and counts of those."""
     config, tokenizer = session.config, session.tokenizer
-    version = session.load_weights(session.run.sft)
+    version = session.rollouts.load_weights(session.run.sft)
     count = config.collect.answers_per_prompt
-    trajectories = session.generate(records, config.collect.temperature, version, "collect", samples=count)
+    trajectories = session.rollouts.generate(
+        session.data.prompts(records), config.collect.temperature, version, "collect", samples=count
+    )
     dropped: Counter[str] = Counter()
     unranked = []
     for i, record in enumerate(records):

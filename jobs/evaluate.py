@@ -12,7 +12,7 @@ from jobs.session import Session
 from jobs.stage import main, stage
 from rayrlhf.data.records import Demonstration, Prompt
 from rayrlhf.data.sources import as_prompts, read_demonstrations
-from rayrlhf.data.tokens import decode_response, encode_responses
+from rayrlhf.data.tokens import decode_response
 from rayrlhf.errors import UserError
 from rayrlhf.reports.evaluation import Answers, samples_table, summarize, write_evaluation, write_samples
 from rayrlhf.reports.page import write_report
@@ -29,8 +29,8 @@ def evaluate(session: Session) -> None:
     config, run = session.config, session.run
     records = evaluation_records(session)
     prompts = as_prompts(records)
-    session.wait_for_generators()
-    session.start_scorers(run.reward_model, run.sft)
+    session.rollouts.wait_for_generators()
+    session.rollouts.start_scorers(run.reward_model, run.sft)
     labeller = gold_labeller(config)
 
     sft = model_answers(session, "sft", run.sft, records, prompts, labeller)
@@ -84,8 +84,8 @@ def evaluation_records(session: Session) -> list[Demonstration]:
     """The records of `evaluate.split`, or the posts and references of `evaluate.prompts`."""
     config = session.config
     if config.evaluate.prompts is None:
-        session.train_splits  # noqa: B018  (checks that they overlap with nothing that was trained on)
-        records = session.evaluated
+        session.data.read()  # checks that they overlap with nothing that was trained on
+        records = session.data.evaluated
     else:
         source = config.data.demonstrations.model_copy(update={"path": config.evaluate.prompts})
         records = read_demonstrations(source, "all", session.tokenizer, config.data.max_prompt_tokens)
@@ -109,13 +109,14 @@ def model_answers(
 ) -> Answers:
     """Near-greedy answers of a saved model; KL to the SFT model from separate samples at the training temperature."""
     config = session.config
-    version = session.load_weights(directory)
-    sampled = session.generate(records, config.evaluate.temperature, version, "evaluate")
-    scored = session.score(sampled, config.evaluate.temperature)
+    encoded = session.data.prompts(records)
+    version = session.rollouts.load_weights(directory)
+    sampled = session.rollouts.generate(encoded, config.evaluate.temperature, version, "evaluate")
+    scored = session.rollouts.score(sampled, config.evaluate.temperature)
     kl = None
     if with_kl:
-        drawn = session.generate(records, config.ppo.temperature, version, "evaluate-kl")
-        kl = [response_kl(t) for t in session.score(drawn, config.ppo.temperature)]
+        drawn = session.rollouts.generate(encoded, config.ppo.temperature, version, "evaluate-kl")
+        kl = [response_kl(t) for t in session.rollouts.score(drawn, config.ppo.temperature)]
     texts = [decode_response(session.tokenizer, t.response_ids.tolist()) for t in scored]
     return Answers(
         name,
@@ -137,13 +138,8 @@ def text_answers(
     labeller: Labeller | None,
 ) -> Answers:
     """A baseline that is text already (references, titles), scored by the same reward model."""
-    encoded = session.encode(records)
-    responses = encode_responses(
-        session.tokenizer,
-        [text or "" for text in texts],
-        session.config.data.max_response_tokens,
-        [r.prompt for r in records],
-    )
+    encoded = session.data.prompts(records)
+    responses = session.data.responses(records, [text or "" for text in texts])
     given = [
         Trajectory(
             p.id,
@@ -157,7 +153,7 @@ def text_answers(
         )
         for p, ids in zip(encoded, responses, strict=True)
     ]
-    scored = session.score(given, session.config.evaluate.temperature)
+    scored = session.rollouts.score(given, session.config.evaluate.temperature)
     gold = gold_measures(labeller, prompts, texts) if labeller else None
     return Answers(
         name, texts, rewards=[sum(t.rewards.values()) for t in scored], gold=gold, lengths=[len(r) for r in responses]

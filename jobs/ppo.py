@@ -6,6 +6,7 @@ from actors.training.ppo import PPOArguments, ppo_loop
 from jobs.session import Session
 from jobs.stage import main, stage
 from jobs.stopping import asking_first
+from rayrlhf.data.sources import as_prompts
 from rayrlhf.errors import UserError
 from rayrlhf.models.loading import check_vocabulary
 
@@ -16,20 +17,20 @@ def ppo(session: Session) -> None:
     session.warm_up(generators=True)
     config, run = session.config, session.run
     check_vocabulary(str(run.download(run.sft)), str(run.download(run.reward_model)))
-    prompts = session.encode(session.train_splits.ppo)
+    prompts = session.data.prompts(session.data.train.ppo)
     if not prompts:
         raise UserError("ppo: no prompts are left; lower data.sft_fraction or data.reward_model_fraction")
-    session.wait_for_generators()
-    session.start_scorers(run.reward_model, run.sft, measured=session.train_splits.ppo)
-    sampling, timeout_s = session.sampling(config.ppo.temperature), config.resources.coordinator_timeout_s
-    session.coordinator.call("set_prompts", prompts, sampling, timeout_s=timeout_s)
+    session.rollouts.wait_for_generators()
+    session.rollouts.start_scorers(run.reward_model, run.sft, measured=as_prompts(session.data.train.ppo))
+    session.rollouts.call("set_prompts", prompts, session.rollouts.sampling(config.ppo.temperature))
+    coordinator = session.rollouts.start()
     arguments = PPOArguments(
         **session.loop_arguments("ppo"),
         policy=run.address_of(run.sft),
         value_model=run.address_of(run.reward_model),
-        coordinator=session.coordinator,
+        coordinator=coordinator,
     )
-    with asking_first(lambda: session.coordinator.submit("request_stop")) as stopping:
+    with asking_first(lambda: coordinator.submit("request_stop")) as stopping:
         session.train("ppo", ppo_loop, arguments)
     if stopping.is_set() and not run.done("ppo"):
         raise KeyboardInterrupt

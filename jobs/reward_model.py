@@ -11,7 +11,6 @@ from jobs.session import Session
 from jobs.stage import main, stage
 from rayrlhf.data.comparisons import RankedAnswers, read_ranked
 from rayrlhf.data.rows import Row
-from rayrlhf.data.tokens import encode_responses
 from rayrlhf.reports.reward_accuracy import unbeaten
 from rayrlhf.reports.tables import reward_accuracy_table
 
@@ -28,12 +27,11 @@ def reward_model(session: Session) -> None:
     train, heldout = ([c for c in found if c.heldout is kept] for kept in (False, True))
     comparisons = train[: config.reward_model.max_comparisons] + heldout
     # References set the score's zero: people's own answers, to prompts of this stage's split where it has some.
-    records = (session.train_splits.reward_model or session.train_splits.sft)[:MAX_REFERENCES]
-    prompts = session.encode(records)
-    responses = encode_responses(
-        session.tokenizer, [r.response for r in records], config.data.max_response_tokens, [r.prompt for r in records]
-    )
-    references = [Row.completion(p.ids, r) for p, r in zip(prompts, responses, strict=True)]
+    records = (session.data.train.reward_model or session.data.train.sft)[:MAX_REFERENCES]
+    references = [
+        Row.completion(prompt.ids, response)
+        for prompt, response in zip(session.data.prompts(records), session.data.responses(records), strict=True)
+    ]
     arguments = RewardModelArguments(
         **session.loop_arguments("reward_model"),
         model=session.run.address_of(session.run.sft),
@@ -55,7 +53,7 @@ def reward_model(session: Session) -> None:
 def collected_or_published(session: Session) -> list[RankedAnswers]:
     """The comparisons of `data.comparisons` (its validation split held out), else those of the `collect` stage."""
     if session.config.data.comparisons is not None:
-        return session.published_comparisons
+        return session.data.comparisons
     return read_ranked(session.run.comparisons)
 
 

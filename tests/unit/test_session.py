@@ -61,7 +61,7 @@ def test_users_with_the_same_relative_runs_dir_have_namespaces_of_their_own(
 def test_published_comparisons_count_what_was_dropped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Also pairs that differ only behind `max_response_tokens`, where both answers are cut."""
     with opened(config(tmp_path), local=True) as session:
-        found = session.published_comparisons
+        found = session.data.comparisons
     assert [r.id for r in found if not r.heldout] == ["train0", "train1"]
     expected = f"comparisons from {tmp_path}/comparisons; dropped: 1 equal_when_cut, 1 nearly_empty"
     assert capsys.readouterr().out.splitlines()[0] == f"2 train {expected}"

@@ -1,0 +1,123 @@
+"""The driver's line to the run's coordinator: weights go out, responses and their scores come back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from transformers import PreTrainedTokenizerBase
+
+from actors.pools.monitoring import CONTROL
+from actors.pools.remote import Call, Remote, namespace, wait
+from actors.rollouts.coordinator import Coordinator
+from actors.rollouts.weight_sync import publish_directory
+from rayrlhf.config import Config
+from rayrlhf.data.prompts import EncodedPrompt, requests_for
+from rayrlhf.data.records import Prompt
+from rayrlhf.rewards.gold import GoldMeasure, gold_labeller
+from rayrlhf.runs.folder import RunFolder
+from rayrlhf.trajectory import Sampling, Trajectory
+
+T = TypeVar("T")
+SLICE = 1024
+"""Responses that one generator or scorer is asked for at a time, outside PPO."""
+
+
+class RolloutClient:
+    """The coordinator of one run, and what the stages ask of it. It starts when it is first needed."""
+
+    def __init__(
+        self, config: Config, run: RunFolder, model: str, tokenizer: PreTrainedTokenizerBase, local: bool
+    ) -> None:
+        """`model` is the base model, a directory or a hub name, that generators start with."""
+        self.config, self.run, self.model, self.tokenizer, self.local = config, run, model, tokenizer, local
+        self._coordinator: Remote | None = None
+        self._starting: Call | None = None
+
+    def start(self) -> Remote:
+        """Begin to start the coordinator and its generators, unless they are up; returns the coordinator at once."""
+        if self._coordinator is None:
+            data = self.config.data
+            self._coordinator = Remote.spawn(
+                "coordinator",
+                Coordinator,
+                self.config,
+                self.model,
+                data.max_prompt_tokens + data.max_response_tokens,
+                self.tokenizer.pad_token_id,
+                self.local,
+                local=self.local,
+                options={} if self.local else {"num_cpus": 0, "namespace": namespace(self.config), **_here()},
+                concurrency_groups={CONTROL: 1},
+            )
+            self._starting = self._coordinator.submit("start_generators")
+        return self._coordinator
+
+    def close(self) -> None:
+        """End the coordinator, and with it generators and scorers, which it owns."""
+        if self._coordinator is not None:
+            self._coordinator.kill()
+
+    def wait_for_generators(self) -> None:
+        """Return when the generators are ready.
+
+        Raises:
+            ActorFailure: one is not ready in time; the message names it.
+        """
+        self.start()
+        assert self._starting is not None
+        wait([self._starting], self.config.resources.coordinator_timeout_s)
+
+    def call(self, method: str, *args: Any) -> Any:
+        """Have the coordinator do something, and wait for it."""
+        return self.start().call(method, *args, timeout_s=self.config.resources.coordinator_timeout_s)
+
+    def sampling(self, temperature: float) -> Sampling:
+        """Responses of the run's length at `temperature`."""
+        return Sampling(temperature, self.config.data.max_response_tokens, self.tokenizer.eos_token_id)
+
+    def load_weights(self, directory: Path) -> int:
+        """Put the weights of a saved model on all generators; returns their version."""
+        self.wait_for_generators()
+        version: int = self.call("next_version")
+        self.call("load_weights", publish_directory(self.run.download(directory), version, local=self.local))
+        return version
+
+    def generate(
+        self, prompts: list[EncodedPrompt], temperature: float, version: int, *seed_parts: int | str, samples: int = 1
+    ) -> list[Trajectory]:
+        """`samples` responses to each prompt, in order, from the weights of `version`."""
+        requests = requests_for(prompts, samples, self.config.seed, *seed_parts)
+        done: list[Trajectory] = []
+        for piece in self._slices(requests, self.config.resources.generators.count, "sampled"):
+            done += self.call("generate", piece, self.sampling(temperature), version)
+        return done
+
+    def start_scorers(self, reward_model: Path, reference: Path, measured: list[Prompt] | None = None) -> None:
+        """Scorers with these models; those of `measured` also have the gold measure of responses to these prompts."""
+        gold = GoldMeasure(gold_labeller(self.config), measured, self.tokenizer) if measured else None
+        self.call("start_scorers", self.run.address_of(reward_model), self.run.address_of(reference), gold)
+
+    def score(self, trajectories: list[Trajectory], temperature: float) -> list[Trajectory]:
+        """The trajectories with rewards and reference log-probs, in order."""
+        done: list[Trajectory] = []
+        for piece in self._slices(trajectories, self.config.resources.scorers.count, "scored"):
+            done += self.call("score", piece, temperature)
+        return done
+
+    def _slices(self, work: list[T], actors: int, done: str) -> Iterator[list[T]]:
+        """Pieces that one time-out may bound whatever the amount of work; long work says how far it is."""
+        size = SLICE * actors
+        for start in range(0, len(work), size):
+            if start:
+                print(f"{done} {start} of {len(work)}", flush=True)
+            yield work[start : start + size]
+
+
+def _here() -> dict[str, Any]:
+    """On the driver's node, which is not one that may vanish; and outside the placement group of a Tune trial."""
+    node = ray.get_runtime_context().get_node_id()
+    return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
