@@ -13,7 +13,7 @@ from typing import Any
 
 from rayrlhf.config_file import load_config
 from rayrlhf.errors import UserError
-from rayrlhf.runs.folder import runs_address
+from rayrlhf.runs.addresses import runs_address
 from rayrlhf.runs.stages import STAGES
 from rayrlhf.sweeps.plan import load_sweep
 

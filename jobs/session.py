@@ -26,8 +26,8 @@ from rayrlhf.data.tokens import check_context
 from rayrlhf.models.loading import context_length, load_tokenizer, parameter_counts, resolve_model
 from rayrlhf.reports.progress import batch_table
 from rayrlhf.rewards.labellers import check_labeller
-from rayrlhf.runs.addresses import join
-from rayrlhf.runs.folder import RunFolder, open_or_create, runs_address
+from rayrlhf.runs.addresses import join, runs_address
+from rayrlhf.runs.folder import RunFolder, open_or_create
 from rayrlhf.runs.stages import stages_to
 
 KEPT_CHECKPOINTS = 2

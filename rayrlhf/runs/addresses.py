@@ -12,7 +12,7 @@ import hashlib
 import os
 import re
 from pathlib import Path
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 from rayrlhf.errors import UserError
 
@@ -42,10 +42,41 @@ def local_path(address: str | Path) -> Path:
     return Path(os.environ.get(CACHE) or default).absolute() / kind / path.lstrip("/")
 
 
-def refuse_secrets(uri: str) -> None:
-    """
+def runs_address(runs_dir: str, inside_job: bool) -> str:
+    """`runs_dir` as an absolute path or as the URI of a store.
+
+    A relative path counts from the current directory. `file://` is a path, and not a store.
+
     Raises:
-        UserError: a URI with a password, or with what looks like one in its query.
+        UserError: a relative path inside a job, whose working directory is a temporary copy; or a URI that names no
+            bucket, holds a secret, or means the files of another machine.
+    """
+    parts = urlsplit(runs_dir)
+    if parts.scheme == "file":
+        if parts.netloc not in ("", "localhost"):
+            raise UserError(
+                f"runs_dir={runs_dir}: a file URI has three slashes, as in file:///{parts.netloc}{parts.path}"
+            )
+        return str(Path(unquote(parts.path)))
+    refuse_secrets(runs_dir)
+    if is_uri(runs_dir):
+        if not (parts.netloc + parts.path).strip("/"):
+            raise UserError(f"runs_dir={runs_dir}: a URI names a bucket, as in s3://bucket/runs")
+        return runs_dir
+    path = Path(runs_dir).expanduser()
+    if not path.is_absolute() and inside_job:
+        raise UserError(
+            f"runs_dir={runs_dir} is relative, and a job's working directory is a temporary copy; "
+            "submit with runs_dir=/abs/path"
+        )
+    return os.path.abspath(path)
+
+
+def refuse_secrets(uri: str) -> None:
+    """Refuse a URI that holds a password: addresses are written into config.yaml and logs.
+
+    Raises:
+        UserError: the URI has a password, or a query key that looks like one.
     """
     parts = urlsplit(uri)
     secrets = [key for key in parse_qs(parts.query) if re.search(r"secret|token|password|key|^sig$|sas", key.lower())]

@@ -1,4 +1,4 @@
-"""One run, one folder: paths, what is already done, atomic publication, the config of record and the lock.
+"""The folder of a run: its paths, which stages are done, its config of record, and its lock.
 
 A stage is done exactly if its output exists; outputs appear by one rename, so a killed stage leaves nothing that
 looks finished. Only the process that holds `RunFolder.lock` writes into the folder.
@@ -18,7 +18,6 @@ import socket
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 import yaml
 
@@ -26,7 +25,7 @@ from rayrlhf.config import Config
 from rayrlhf.config_file import dump_config, parse_config
 from rayrlhf.errors import UserError
 from rayrlhf.files import replacing
-from rayrlhf.runs.addresses import is_uri, join, refuse_secrets
+from rayrlhf.runs.addresses import is_uri, join
 from rayrlhf.runs.stages import STAGES, stages_from
 from rayrlhf.runs.stores import holder_of, lease, open_store, store_errors
 
@@ -67,7 +66,7 @@ class RunFolder:
         return self.path.name
 
     def output(self, stage: str) -> Path:
-        """Where the stage of that name publishes its result."""
+        """The file or directory that the stage of that name writes."""
         return self.path / STAGES[stage].output
 
     def done(self, stage: str) -> bool:
@@ -75,17 +74,20 @@ class RunFolder:
         return self.store.exists(self.output(stage)) if self.store else self.output(stage).exists()
 
     def address_of(self, path: Path) -> str:
-        """What processes on other nodes find a file or directory of the folder by; see `storage.local_copy`."""
+        """The address by which any node finds a file or directory of the folder, with `storage.local_copy`."""
         return join(self.address, *path.relative_to(self.path).parts)
 
     def upload(self, *paths: Path) -> None:
-        """Make the store hold these files and directories as they are here (deleted, if they are not), in order."""
+        """Make the store's versions of these files and directories those of the copy, one after the other.
+
+        What the copy lacks is deleted there.
+        """
         if self.store:
             for path in paths:
                 self.store.upload(path)
 
     def download(self, path: Path) -> Path:
-        """Make the copy here of a file or directory the newest one; returns `path`."""
+        """Make this node's copy of a file or directory the newest version; returns `path`."""
         return self.store.download(path) if self.store else path
 
     def read(self, path: Path) -> bytes | None:
@@ -98,7 +100,7 @@ class RunFolder:
         return path.read_bytes() if path.is_file() else None
 
     def download_files(self) -> None:
-        """`download` all files directly in the folder; directories, which are large, wait until they are asked for."""
+        """Download all files directly in the folder; directories, which are large, wait until they are asked for."""
         if self.store:
             self.store.pull_files()
 
@@ -116,10 +118,10 @@ class RunFolder:
 
     @contextlib.contextmanager
     def writing(self, stage: str) -> Iterator[Path]:
-        """A temporary beside the stage's output that takes its place when the block ends well.
+        """A temporary path that becomes the stage's output when the block ends without an error.
 
-        It is an empty directory, or, where the stage's output is a file, a path at which the block creates that file.
-        If the block raises, the temporary is removed and an earlier output stays.
+        It is an empty directory; where the stage's output is a file, the block creates a file at it. If the block
+        raises, the temporary is removed, and an earlier output stays.
         """
         with replacing(self.output(stage), directory=STAGES[stage].output_is_directory) as temporary:
             yield temporary
@@ -127,7 +129,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the folder for writing; one process may take it again inside (a pipeline calls its stages).
+        """Hold the folder for writing. A process that holds it may take it again, as a pipeline's stages do.
 
         Raises:
             UserError: another process holds it; the message names it.
@@ -166,14 +168,14 @@ class RunFolder:
                     handle.truncate(0)
 
     def note_in_lock(self, more: str) -> None:
-        """Add to what `holder` and the errors of other processes say about this one, which holds the lock."""
+        """Add to what other processes read about this one, which holds the lock: in `holder` and in their errors."""
         with (self.path / ".lock").open("a", encoding="utf-8") as handle:
             handle.write(f", {more}")
 
     def holder(self) -> str | None:
-        """Who is writing into the folder at this moment, in words; None if nobody is.
+        """The process that holds the folder for writing, in words; None if none does.
 
-        In a store also one who died on another machine without a word, until somebody else locks the folder.
+        In a store, a process that died on another machine counts as its holder until the next one locks the folder.
         """
         if self.store:
             return holder_of(self.store)
@@ -181,6 +183,7 @@ class RunFolder:
             return None
         with (self.path / ".lock").open(encoding="utf-8") as handle:
             try:
+                # Shared, so that two that look at the same time do not take each other for the holder.
                 fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
                 return handle.read().strip() or "another process"
@@ -216,14 +219,14 @@ def run_folders(runs_dir: str | Path) -> list[RunFolder]:
 def open_or_create(config: Config, runs_dir: str | Path, redo: Collection[str] = ()) -> RunFolder:
     """The folder of this run, with `config` as its config.yaml.
 
-    A stored config must agree with `config` in every key that went into a finished stage: `model`, `data` and `seed`
-    went into all of them, a stage's own section into that stage and those after it. Other keys may change; the new
-    config is stored then.
+    A stored config must agree with `config` in every key that went into a finished stage. `model`, `data` and `seed`
+    went into all stages, a stage's own section into that stage and those after it. Other keys may change, and the new
+    config replaces the stored one.
 
     Args:
         config: what this run is to do.
-        runs_dir: absolute, see `runs_address`.
-        redo: stages whose output is about to be written anew, and so does not bind.
+        runs_dir: an absolute path or a URI, see `runs_address`.
+        redo: stages whose output is about to be written anew, whose old config values may therefore change.
 
     Raises:
         UserError: a key that went into a finished stage has changed, the stored config cannot be read, or another
@@ -239,35 +242,6 @@ def open_or_create(config: Config, runs_dir: str | Path, redo: Collection[str] =
             temporary.write_text(text, encoding="utf-8")
         run.upload(run.config)
     return run
-
-
-def runs_address(runs_dir: str, inside_job: bool) -> str:
-    """`runs_dir` as an absolute path or the URI of a store; `file://` is a path, and a relative one counts from the
-    current directory.
-
-    Raises:
-        UserError: relative inside a job, whose working directory is a temporary copy; or a URI without a bucket, with
-            a secret, or of another machine's files.
-    """
-    parts = urlsplit(runs_dir)
-    if parts.scheme == "file":
-        if parts.netloc not in ("", "localhost"):
-            raise UserError(
-                f"runs_dir={runs_dir}: a file URI has three slashes, as in file:///{parts.netloc}{parts.path}"
-            )
-        return str(Path(unquote(parts.path)))
-    refuse_secrets(runs_dir)
-    if is_uri(runs_dir) and not (parts.netloc + parts.path).strip("/"):
-        raise UserError(f"runs_dir={runs_dir}: a URI names a bucket, as in s3://bucket/runs")
-    if is_uri(runs_dir):
-        return runs_dir
-    path = Path(runs_dir).expanduser()
-    if not path.is_absolute() and inside_job:
-        raise UserError(
-            f"runs_dir={runs_dir} is relative, and a job's working directory is a temporary copy; "
-            "submit with runs_dir=/abs/path"
-        )
-    return os.path.abspath(path)
 
 
 def _refuse_changes_of_finished_stages(run: RunFolder, config: Config, redo: Collection[str]) -> None:

@@ -1,9 +1,28 @@
-"""The lock of a run in a store: an object that its holder writes anew every few seconds.
+"""The lock of a run in a store: an object, the lease, that its holder writes anew every few seconds.
 
-Stores have no locks, and pyarrow has no conditional write. So one who finds a lease watches it: if it changes, its
-holder lives; if it does not, it may be taken. Who has written a lease reads it again a moment later, to see whether
-another wrote one at the same time. Who renews a lease that has become another's, since the store could not be reached
-for a while, ends. No clocks are compared.
+Object stores have no locks, and pyarrow has no conditional write. So processes watch the lease:
+
+- A process that finds a lease waits `PATIENCE_S`. If the lease changes, its holder is alive, and the process gives up.
+  If it does not, the process takes it over. The lease of a process of this machine that has ended is taken at once.
+- A process that has written a lease waits `SETTLE_S` and reads it back, in case another one wrote at the same moment.
+- A holder that finds another token in the lease stops at once.
+
+Clocks of different machines are never compared.
+
+Two processes, A and B, start at the same moment (seconds on the left):
+
+    0.0  A reads: no lease.   B reads: no lease.
+    0.1  A writes token a.
+    0.2                       B writes token b, over A's.
+    1.1  A reads b: gives up.
+    1.2                       B reads b: holds the run, renews the lease every 10 s.
+
+A holds the run and is cut off from the store:
+
+    0    A's last renewal.
+    3                         B finds A's lease and watches it.
+    38                        The lease has not changed: B writes token b and holds the run.
+    60   A reaches the store again, reads b, and stops without writing.
 """
 
 from __future__ import annotations
@@ -26,15 +45,22 @@ from rayrlhf.runs.storage import Store, as_user_error
 log = logging.getLogger(__name__)
 
 NAME = ".lock"
-RENEW_S, PATIENCE_S, SETTLE_S = 10.0, 35.0, 1.0
+RENEW_S = 10.0
+"""Seconds between two renewals."""
+PATIENCE_S = 35.0
+"""Seconds without a renewal after which a holder counts as dead: three renewals may fail."""
+SETTLE_S = 1.0
+"""Seconds in which two processes that started together have both written."""
 
 
 @contextlib.contextmanager
 def leased(store: Store) -> Iterator[None]:
-    """Hold the store's folder for writing. The block is interrupted (KeyboardInterrupt) when another has taken it over.
+    """Hold the store's folder for writing.
+
+    When another process takes the folder over, the block is interrupted by a KeyboardInterrupt.
 
     Raises:
-        UserError: the store does not answer or refuses to be written, or another process holds it.
+        UserError: the store does not answer, it refuses to be written, or another process holds the folder.
     """
     remote, holder = f"{store.root}/{NAME}", f"process {os.getpid()} on {socket.gethostname()}"
     token, ended, lost = uuid.uuid4().hex, threading.Event(), threading.Event()
@@ -54,7 +80,8 @@ def leased(store: Store) -> Iterator[None]:
                 if taken_over():
                     log.error("%s: another process has taken it over; this one ends", store.address)
                     lost.set()
-                    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # wakes it, too
+                    # A signal and no flag: it also wakes a main thread that waits for Ray.
+                    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
                     return
                 write(count)
             except OSError as error:
@@ -79,19 +106,22 @@ def leased(store: Store) -> Iterator[None]:
         try:
             if not taken_over():
                 store.delete(remote)
-        except OSError as error:  # what ends the block matters more
+        except OSError as error:  # only logged, so that it does not hide the error that may have ended the block
             log.warning("%s: not removed, others will wait %.0f s for it: %s", remote, PATIENCE_S, error)
 
 
 def lease_holder(store: Store) -> str | None:
-    """Who has written the lease, in words; None if nobody has, or a process of this machine that is gone."""
+    """The process that wrote the lease, in words; None without a lease, or if that process of this machine is gone."""
     lease = store.read(f"{store.root}/{NAME}")
     return None if lease is None or _ended_here(lease) else _holder(lease)
 
 
 @contextlib.contextmanager
 def _interruptible(lost: threading.Event) -> Iterator[None]:
-    """Once `lost` is set, SIGINT is a KeyboardInterrupt also where it is ignored, as in a script's `command &`."""
+    """Once `lost` is set, SIGINT raises KeyboardInterrupt, even where it was ignored.
+
+    A shell ignores SIGINT for the commands that a script starts in the background (`command &`).
+    """
     if (
         signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
         or threading.current_thread() is not threading.main_thread()
@@ -126,7 +156,10 @@ def _wait_until_free(store: Store, remote: str) -> None:
 
 
 def _machine() -> str:
-    """Where process ids mean the same: host names are alike in containers and on machines that were cloned."""
+    """An id of the space in which process ids are unique: one boot of one machine, one namespace of processes.
+
+    A host name would not do: containers and cloned machines share them.
+    """
     try:
         return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:  # no Linux
@@ -138,7 +171,7 @@ def _holder(lease: bytes) -> str:
 
 
 def _ended_here(lease: bytes) -> bool:
-    """Whether the holder was a process of this machine that is gone."""
+    """Whether the lease is that of a process of this machine that has ended, so that nobody will renew it."""
     lines = lease.decode().splitlines()
     if len(lines) != 4 or lines[3] != _machine():
         return False
@@ -147,7 +180,7 @@ def _ended_here(lease: bytes) -> bool:
     except ProcessLookupError:
         return True
     except PermissionError:
-        pass
+        pass  # it runs, as another user
     return False
 
 

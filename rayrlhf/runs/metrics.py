@@ -1,11 +1,17 @@
-"""Scalars of a run: one JSON object a line in metrics.jsonl, and the same numbers for TensorBoard.
+"""The metrics of a run: one JSON object a line in metrics.jsonl, and the same numbers for TensorBoard.
 
-A line is `{"stage", "step", "time", ...}`: how many steps of the stage are finished, Unix time in seconds, then values
-under slash-separated names. Beside numbers there can be text, under `"sample"` and `"note"`. A value that is not finite
-is written as null and named in `"non_finite"`, since JSON has neither NaN nor infinity.
+A line has the stage, the number of its finished steps, Unix time in seconds, and values under slash-separated names:
+
+    {"stage": "ppo", "step": 3, "time": 1700000000.0, "ppo/kl": 0.5}
+
+Beside numbers there can be text, under `"sample"` and `"note"`. JSON has neither NaN nor infinity: a value that is not
+finite is written as null and named in `"non_finite"`.
 
 A stage that restarts at step k writes k, k + 1, ... again; `read_metrics` drops what the earlier attempt wrote from
-step k on. Several lines of one step add up; a name written twice has its last value.
+step k on. Several lines of one step add up, and a name that is written twice has its last value:
+
+    written:  1  2  3  4   (killed, restarted from the checkpoint of step 2)   3  4  5
+    read:     1  2                                                             3  4  5
 """
 
 from __future__ import annotations
@@ -34,10 +40,10 @@ FILE = "metrics.jsonl"
 
 
 class MetricsWriter:
-    """Appends to `metrics.jsonl` of a run folder and writes events under its `tensorboard/STAGE`.
+    """Appends to `metrics.jsonl` of a run folder, and writes TensorBoard's events under its `tensorboard/STAGE`.
 
-    One process writes a stage. A line is one append, so a kill can tear only the last one. In a store they appear a few
-    seconds later, and at `close`.
+    Only one process writes a stage at a time. A line is one append, so that a kill can tear only the last line. In a
+    store, lines appear a few seconds later, and at `close`.
     """
 
     def __init__(self, run_dir: str | Path) -> None:

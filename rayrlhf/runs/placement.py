@@ -18,13 +18,14 @@ _ROUNDING = 1e-6
 
 @dataclass(frozen=True)
 class Role:
-    """Like actors: `count` of them, each with so many CPUs and GPUs (also fractions of one), on nodes with `labels`."""
+    """Actors that ask for the same: `count` of them, each with these CPUs and GPUs, on nodes that have `labels`."""
 
     name: str
     """Its section in `resources`."""
     count: int
     cpus: float
     gpus: float
+    """Whole ones, or a fraction of one."""
     labels: Mapping[str, str]
     together: bool
     """As many as possible on one node; otherwise on as many nodes as possible."""
@@ -32,6 +33,8 @@ class Role:
 
 @dataclass(frozen=True)
 class Node:
+    """A machine of the cluster, as Ray counts its resources."""
+
     name: str
     cpus: float
     gpus: float
@@ -40,11 +43,14 @@ class Node:
 
 @dataclass(frozen=True)
 class Plan:
+    """Which node holds how many actors of each role."""
+
     roles: Sequence[Role]
     placed: Mapping[str, Counter[str]]
-    """Actors by node, of each role."""
+    """Role to node to number of actors."""
 
     def missing(self, role: Role) -> int:
+        """How many actors of the role fit nowhere."""
         return role.count - self.placed[role.name].total()
 
     @property
@@ -61,7 +67,7 @@ class _Free:
         self.held = 0
 
     def takes(self, role: Role) -> bool:
-        """Take one actor of the role if it fits. Fractions of a GPU are of one GPU."""
+        """Take one actor of the role if it fits; a fraction of a GPU has to come from one GPU."""
         if self.cpus + _ROUNDING < role.cpus or any(self.node.labels.get(k) != v for k, v in role.labels.items()):
             return False
         share, whole = (role.gpus, 1) if role.gpus < 1 else (1.0, int(role.gpus))
@@ -78,7 +84,7 @@ class _Free:
 
 
 def roles_of(resources: ResourcesConfig) -> list[Role]:
-    """In the order in which they are placed: whoever is together comes first."""
+    """The roles of a run, in the order in which they are placed: the one that stays together has the first choice."""
     learner, generators, scorers = resources.learner, resources.generators, resources.scorers
     return [
         Role("learner", learner.workers, learner.cpus, learner.gpus, learner.labels, together=True),
@@ -97,7 +103,8 @@ def make_plan(roles: Sequence[Role], nodes: Sequence[Node], runs: int = 1) -> Pl
         for each in free:
             each.held = 0
         for _ in range(role.count):
-            # Ties: the node with the most of a role's kind of room, then as they came.
+            # The learner goes where it already is, the others where fewest of their kind are. Of equal nodes, the one
+            # with the most free GPUs, then CPUs; of these, the one that was listed first.
             order = sorted(free, key=lambda f: (-f.held if role.together else f.held, -sum(f.gpus), -f.cpus))
             taken = next((f for f in order if f.takes(role)), None)
             if taken is None:
@@ -107,7 +114,7 @@ def make_plan(roles: Sequence[Role], nodes: Sequence[Node], runs: int = 1) -> Pl
 
 
 def demand(plan: Plan) -> tuple[list[dict[str, float]], list[dict[str, str]]]:
-    """The bundle and the labels of every actor of the plan, placed or not: what an autoscaler is asked for."""
+    """The resources and the labels of every actor of the plan, placed or not, as an autoscaler is asked for them."""
     bundles, labels = [], []
     for role in plan.roles:
         bundle = {kind: amount for kind, amount in (("CPU", role.cpus), ("GPU", role.gpus)) if amount}

@@ -1,11 +1,19 @@
-"""Where runs are kept: in a directory that every node sees, or in a store, which is any pyarrow filesystem by its URI.
+"""Stores: folders of any filesystem of pyarrow, such as an S3 bucket, and this node's copies of them.
 
-An address is one or the other: an absolute path, or a URI such as `s3://bucket/runs/one` with its options behind a
-question mark (`?endpoint_override=http://host:port`; see pyarrow.fs.FileSystem.from_uri). Of what a store holds, every
-node works on a copy in its cache: written there first, then uploaded; downloaded once, then read by all processes.
+A run is kept in a directory that every node sees, or in a store. The address of a store is a URI such as
+`s3://bucket/runs/one`; options stand behind a question mark (`?endpoint_override=http://host:port`, see
+`pyarrow.fs.FileSystem.from_uri`).
 
-A store has no rename. A file appears there at once, when its upload ends; a directory is complete exactly if it holds
-`.done`, which is deleted first and uploaded last. Its content is new for every upload: so a node knows an old copy.
+Every node works on a copy in its cache. A process writes into the copy and then uploads; it downloads a file or a
+directory once, and all processes of the node read it there.
+
+A store has no rename. A file appears there when its upload ends. A directory takes many uploads, so it counts as
+complete exactly if it holds `.done`, which is deleted first and uploaded last:
+
+    upload of sft/:      delete sft/.done, delete sft/*, upload sft/*, upload sft/.done
+    another node reads:  complete          not complete ............. complete, with a new id in .done
+
+`.done` holds a random id, new for each upload, by which a node sees that its copy is old.
 """
 
 from __future__ import annotations
@@ -37,9 +45,10 @@ SYNC_S = 5.0
 
 
 def local_copy(address: str) -> str:
-    """What is at an address, as a path that this process can open; of a store, downloaded unless the node has it.
+    """A path at which this process can open what is at `address`.
 
-    Anything else, such as a model's name on the hub, comes back as it is.
+    A file or directory of a store is downloaded, unless the node has its newest version. Anything else, such as a path
+    or a model's name on the hub, comes back as it is.
 
     Raises:
         FileNotFoundError: the store has no such file, and no such directory that is complete.
@@ -65,9 +74,10 @@ class Store:
     @classmethod
     @functools.lru_cache
     def open(cls, uri: str) -> Store:
-        """
+        """The folder at a URI; the same object each time.
+
         Raises:
-            UserError: no filesystem of pyarrow's, or one that does not answer.
+            UserError: pyarrow has no filesystem for it, the filesystem does not answer, or the URI holds a password.
         """
         refuse_secrets(uri)
         with as_user_error(uri):
@@ -79,14 +89,14 @@ class Store:
         return f"{self.root}/{path.relative_to(self.copy).as_posix()}"
 
     def upload(self, path: Path) -> None:
-        """Put a file or directory of the copy into the store in place of an earlier one; delete it if it is gone."""
+        """Make the store's version of a file or directory that of the copy; delete it there if the copy has none."""
         target = self.remote(path)
         if path.is_dir():
             self.delete(f"{target}/{MARK}")
             if self.filesystem.get_file_info(target).type == FileType.Directory:
                 self.filesystem.delete_dir(target)
             self.filesystem.create_dir(target, recursive=True)
-            (path / MARK).unlink(missing_ok=True)
+            (path / MARK).unlink(missing_ok=True)  # and not overwritten: it may be a hard link to another run's
             self._copy(str(path), target, LocalFileSystem(), self.filesystem)
             (path / MARK).write_text(uuid.uuid4().hex, encoding="utf-8")
             self.write(f"{target}/{MARK}", (path / MARK).read_bytes())
@@ -115,9 +125,10 @@ class Store:
             self.filesystem.delete_dir(self.remote(path))
 
     def download(self, path: Path) -> Path:
-        """Make the copy of a file, or of a directory, what the store has; returns `path`.
+        """Make the copy of a file or directory the store's version; returns `path`.
 
-        A directory that is the newest already is left alone. Processes of one node wait for one another.
+        A directory whose copy has the store's `.done` is left alone. Processes of one node download one after the
+        other, so that the second finds what the first has downloaded.
 
         Raises:
             FileNotFoundError: the store has no such file, and no such directory that is complete.
@@ -131,7 +142,7 @@ class Store:
             if mark is not None and path.is_dir() and (path / MARK).is_file() and (path / MARK).read_bytes() == mark:
                 return path
             partial = path.parent / f".{path.name}.download"
-            _remove(partial)  # of a process that was killed
+            _remove(partial)  # left by a process that was killed
             if mark is not None:
                 partial.mkdir()
             self._copy(source, str(partial), self.filesystem, LocalFileSystem())
@@ -141,9 +152,10 @@ class Store:
         return path
 
     def pull_files(self) -> None:
-        """Make the files directly in the copy those of the store; directories are downloaded when they are needed.
+        """Make the files directly in the copy those of the store: download, and delete what the store lacks.
 
-        A file that this process mirrors stays as it is: the process is writing it, and the store is behind.
+        Directories, which are large, wait until `download` asks for them. A file that this process mirrors stays as it
+        is: the process is writing it, and the store is behind.
         """
         self.copy.mkdir(parents=True, exist_ok=True)
         growing = {path for mirror in _mirrors for path in mirror.paths()}
@@ -176,7 +188,7 @@ class Store:
             return bytes(file.read())
 
     def read_from(self, name: str, offset: int) -> bytes:
-        """What a file directly in the folder holds from `offset` on; nothing if it is not there."""
+        """The bytes of a file directly in the folder from `offset` on; none if there is no such file."""
         return self.read(f"{self.root}/{name}", offset) or b""
 
     def write(self, remote: str, content: bytes) -> None:
@@ -196,22 +208,26 @@ class Store:
 
 
 _mirrors: set[Mirror] = set()
-"""Those of this process that are at work."""
+"""The mirrors of this process that are not closed."""
 
 
 def sync_mirrors() -> None:
-    """Upload whatever has changed in the files that this process mirrors, now."""
+    """Upload now what has changed in the files that this process mirrors.
+
+    Ray Train's loops call it before a checkpoint, so that a restart from there finds the metrics of all its steps.
+    """
     for mirror in tuple(_mirrors):
         mirror.sync()
 
 
 class Mirror:
-    """Uploads what grows in a store's copy: metrics.jsonl and one folder of events. Nothing at all for a directory.
+    """Uploads files that grow, from the copy into the store. For a run in a directory it does nothing.
 
-    A store has no append, so an upload is the whole file, every `SYNC_S` if it has changed.
+    A store has no append: every `SYNC_S` a file that has changed is uploaded whole.
     """
 
     def __init__(self, address: str | Path, patterns: list[str]) -> None:
+        """Mirror the files of the folder at `address` that match one of the patterns (see `Path.glob`)."""
         self._store = Store.open(str(address)) if is_uri(address) else None
         self._patterns = patterns
         self._lock = threading.Lock()
@@ -223,7 +239,7 @@ class Mirror:
             self._thread.start()
 
     def sync(self) -> None:
-        """Upload what has changed, now."""
+        """Upload now what has changed."""
         if self._store:
             with self._lock:
                 state = self._state()
@@ -232,7 +248,7 @@ class Mirror:
                 self._uploaded = state
 
     def close(self) -> None:
-        """Upload what has changed, for the last time."""
+        """Upload what has changed, and stop."""
         self._ended.set()
         _mirrors.discard(self)
         if self._store:
@@ -267,7 +283,7 @@ class Mirror:
 
 @contextlib.contextmanager
 def as_user_error(address: str) -> Iterator[None]:
-    """What a store cannot do, in one line, before anything has started."""
+    """Turn an error of the filesystem within the block into a `UserError` of one line, with what to check."""
     try:
         yield
     except (OSError, ArrowException) as error:
@@ -287,6 +303,7 @@ def _remove(path: Path) -> None:
 
 @contextlib.contextmanager
 def _alone(path: Path) -> Iterator[None]:
+    """Wait until no other process of this node is in a block with the same lock file."""
     with path.open("a") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield

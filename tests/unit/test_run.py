@@ -15,7 +15,8 @@ from rayrlhf.config import Config, PPOConfig, SFTConfig
 from rayrlhf.config_file import dump_config, parse_config
 from rayrlhf.errors import UserError
 from rayrlhf.files import replacing
-from rayrlhf.runs.folder import RunFolder, open_or_create, runs_address
+from rayrlhf.runs.addresses import runs_address
+from rayrlhf.runs.folder import RunFolder, open_or_create
 from rayrlhf.runs.stages import STAGES
 
 

@@ -21,8 +21,8 @@ from rayrlhf.config import Config
 from rayrlhf.config_file import parse_config
 from rayrlhf.errors import UserError
 from rayrlhf.runs import lease
-from rayrlhf.runs.addresses import join, local_path
-from rayrlhf.runs.folder import RunFolder, open_or_create, runs_address
+from rayrlhf.runs.addresses import join, local_path, runs_address
+from rayrlhf.runs.folder import RunFolder, open_or_create
 from rayrlhf.runs.lease import leased
 from rayrlhf.runs.metrics import MetricsWriter, read_lines, read_metrics
 from rayrlhf.runs.stages import STAGES
