@@ -61,7 +61,7 @@ class Scorer(SerializedCalls):
     def score(self, trajectories: Sequence[Trajectory], temperature: float) -> list[Trajectory]:
         """The trajectories with `rewards`, `ref_logprobs` and `gold` filled in, in order."""
         self.limit_threads()
-        rewards = self.reward(trajectories)
+        rewards = self.reward(trajectories)  # another reward is added here: docs/extending.md, "A reward"
         for i, trajectory in enumerate(trajectories):
             trajectory.rewards = {name: values[i] for name, values in rewards.items()}
             trajectory.gold = self.gold(trajectory) if self.gold else None
