@@ -81,6 +81,33 @@ for each in STAGES.values():
     _add_stage(each.command, each.summary, lambda name=each.name: _stage(name))  # type: ignore[misc]
 
 
+@app.command("config")
+def config_command(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Print the whole config with its defaults, and behind each value where it comes from. The output is a config."""
+
+    def action() -> None:
+        from rayrlhf.config_origins import annotated
+
+        print(annotated(config, overrides or []), end="")
+
+    _exit(action)
+
+
+@app.command("init")
+def init_command(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder, or one without a config.yaml.")],
+) -> None:
+    """Write a commented config for a run on your own data, and a README with the next commands."""
+
+    def action() -> None:
+        from rayrlhf.starter import write_starter
+
+        print("written:", *write_starter(directory))
+        print(f"next: put your rows into {directory / 'demonstrations.jsonl'}, as {directory / 'README.md'} says")
+
+    _exit(action)
+
+
 @app.command("sweep")
 def sweep_command(
     file: Annotated[

@@ -22,7 +22,7 @@ SLOW = (
 )  # fmt: skip
 """Packages that take long to import: only the commands that need them may."""
 STAGE_COMMANDS = ["run", *(stage.command for stage in STAGES.values())]
-COMMANDS = [*STAGE_COMMANDS, "sweep", "submit", "compare", "status", "scale", "runs"]
+COMMANDS = [*STAGE_COMMANDS, "config", "init", "sweep", "submit", "compare", "status", "scale", "runs"]
 
 RUNNER = """
 import contextlib, io, json, sys
@@ -70,6 +70,15 @@ def test_help_of_every_command(tmp_path: Path) -> None:
         assert all(name in out + err for name in names) and not slow
 
 
+def test_the_document_has_every_command_and_option() -> None:
+    text = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
+    for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+        assert f"`rayrlhf {name} " in text, name
+        for option in command.params:
+            if option.param_type_name == "option":
+                assert f"`{option.opts[0]}" in text, (name, option.opts)
+
+
 def test_a_mistake_in_the_config_is_one_line_of_every_stage(tmp_path: Path) -> None:
     calls: dict[tuple[str, ...], tuple[int, str]] = {}
     for file, override, words in (
@@ -78,12 +87,36 @@ def test_a_mistake_in_the_config_is_one_line_of_every_stage(tmp_path: Path) -> N
         (QUICKSTART, "ppo.steps=many", "key 'ppo.steps': input should be a valid integer"),
         (QUICKSTART, "ppo.steps", "write key.sub=value"),
     ):
-        for command in STAGE_COMMANDS:
+        for command in [*STAGE_COMMANDS, "config"]:
             calls[command, file, override] = (2, words)
         calls["submit", "ppo", file, override, "--working-dir", "/"] = (2, words)
     calls["sweep", "nowhere.yaml"] = (2, "nowhere.yaml: no such sweep file")
     calls["sweep", str(ROOT / "configs/sweeps/quickstart_ppo.yaml"), "ppo.stepz=3"] = (2, "unknown key 'ppo.stepz'")
     check(calls, tmp_path)
+
+
+def test_a_starter_and_its_whole_config(tmp_path: Path) -> None:
+    check(
+        {
+            ("init", "mine"): (0, "written: mine/config.yaml mine/README.md"),
+            ("init", "."): (0, "written: config.yaml README.md"),
+            ("config", "mine/config.yaml", "ppo.steps=5"): (0, "  steps: 5  # command line\n"),
+            ("init", "mine/"): (2, "mine/config.yaml: exists already"),
+        },
+        tmp_path,
+    )
+
+
+def test_the_shell_completes_commands_and_options(tmp_path: Path) -> None:
+    def completed(words: str) -> str:
+        environment = {"_RAYRLHF_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+        return subprocess.run(
+            [sys.executable, "-c", "import sys; sys.argv[0] = 'rayrlhf'; from jobs.cli import main; main()"],
+            env=os.environ | environment | {"PYTHONPATH": str(ROOT)}, cwd=tmp_path, capture_output=True, text=True,
+        ).stdout  # fmt: skip
+
+    assert completed("rayrlhf re").split() == ["reward-model"]
+    assert "--local" in completed("rayrlhf ppo --")
 
 
 def test_a_look_at_runs(tmp_path: Path) -> None:
