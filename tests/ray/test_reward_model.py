@@ -67,7 +67,7 @@ def references(count: int = 12) -> list[Row]:
 
 def run_reward_model(config: Config, comparisons: list[RankedAnswers]) -> tuple[Path, list[dict[str, Any]]]:
     run_dir = Path(config.runs_dir) / config.name
-    reward_model_loop(RewardModelArguments(config, str(run_dir), "reward_model", 1, TINY, comparisons, references()))
+    reward_model_loop(RewardModelArguments(config, str(run_dir), "reward_model", 2, TINY, comparisons, references()))
     return run_dir, read_metrics(run_dir, "reward_model")
 
 
@@ -140,10 +140,13 @@ def check_baselines(result: dict[str, Any], heldout: list[RankedAnswers]) -> Non
     assert result["reward_model_minus"]["longer"]["low"] > 0.1, "it learnt more than length"
 
 
-@pytest.mark.parametrize("lora", [None, {"rank": 8, "target_modules": ["fc2"]}])
+@pytest.mark.parametrize(
+    ("lora", "damaged"), [(None, False), ({"rank": 8, "target_modules": ["fc2"]}, False), (None, True)]
+)
 def test_a_killed_run_continues_and_ends_as_if_nothing_had_happened(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lora: dict[str, Any] | None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lora: dict[str, Any] | None, damaged: bool
 ) -> None:
+    """With one flipped bit in its newest checkpoint, too: the one before it is taken, and the user is told."""
     comparisons = toy(40, seed=6) + toy(8, seed=7, heldout=True)
     whole, _ = run_reward_model(make_config(tmp_path / "whole", lora), comparisons)
     saved: list[int] = []
@@ -160,8 +163,23 @@ def test_a_killed_run_continues_and_ends_as_if_nothing_had_happened(
     with pytest.raises(KeyboardInterrupt):
         run_reward_model(config, comparisons)
     assert not (Path(config.runs_dir) / "run" / "reward_model").exists()
+    newest: Path | None = None
+    if damaged:
+        newest = Path(config.runs_dir) / "run" / "checkpoints" / "reward_model" / "checkpoint_000001" / "state.pt"
+        content = bytearray(newest.read_bytes())
+        content[len(content) // 2] ^= 1
+        newest.write_bytes(content)
     run_dir, metrics = run_reward_model(config, comparisons)
-    assert saved == [2, 3, 4, 5]
+    if damaged:
+        assert saved == [2, 3, 3, 4, 5], "from the checkpoint before the damaged one"
+        assert newest is not None
+        (line,) = [m["note"] for m in metrics if m["step"] == 2 and "note" in m]
+        assert line == (
+            f"{newest.parent} is damaged (state.pt is not what was written); continuing from "
+            f"{newest.parent.with_name('checkpoint_000000')}"
+        )
+    else:
+        assert saved == [2, 3, 4, 5]
     assert [m["step"] for m in metrics] == list(range(6))
     assert torch.equal(weights(run_dir / "reward_model"), weights(whole / "reward_model"))
     assert (run_dir / "reward_model.json").read_text() == (whole / "reward_model.json").read_text()
