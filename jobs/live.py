@@ -1,4 +1,4 @@
-"""Looking at a run that is under way: its actors, as Ray and the run's coordinator know them."""
+"""A look at a run that is under way: its actors, as Ray and the run's coordinator know them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ANSWER_S = 20.0
 
 @dataclass(frozen=True)
 class LiveActor:
-    """An actor of the run; `learner` for each of Ray Train's workers."""
+    """An actor of the run. Each of Ray Train's workers is called `learner`."""
 
     name: str
     state: str
@@ -88,7 +88,7 @@ def _ask(method: Any, address: str, *args: Any) -> Any:
 
 
 def _actors(address: str, coordinator: str, own: str) -> Iterator[LiveActor]:
-    """Those in the namespace `own`, by name, and then the workers of Ray Train that are of the coordinator's job."""
+    """The actors in the namespace `own`, by name, then the workers of Ray Train in the coordinator's job."""
     try:
         found = list_actors(address, limit=10_000, timeout=int(ANSWER_S))
     except (RayStateApiException, OSError, RuntimeError):
@@ -103,7 +103,7 @@ def _actors(address: str, coordinator: str, own: str) -> Iterator[LiveActor]:
 
 @contextmanager
 def _joined(address: str) -> Iterator[None]:
-    """Connected to a cluster that is there; a look leaves nothing behind."""
+    """Connect to a running cluster within the block, and leave nothing behind."""
     host, _, port = address.rpartition("://")[2].rpartition(":")
     try:
         # Ray itself would go on trying for minutes.

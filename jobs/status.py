@@ -87,8 +87,13 @@ def show_runs(directory: str | Path, console: Console) -> None:
 
 
 def status_screen(overview: Overview, live: Live | str | None, now: float) -> RenderableType:
-    """One screen; `live` is what Ray says, why it says nothing, or None where nothing is under way. `now` is Unix
-    time."""
+    """The state of a run on one screen.
+
+    Args:
+        overview: the state as the run's folder tells it.
+        live: the actors; a sentence on why they are not known; None if no process works on the run.
+        now: Unix time.
+    """
     parts: list[RenderableType] = [Text.assemble((overview.run.name, "bold"), f"  {_state(overview)}")]
     if overview.holder:
         parts.append(Text(overview.holder, style="dim"))
@@ -104,7 +109,7 @@ def status_screen(overview: Overview, live: Live | str | None, now: float) -> Re
 
 
 def runs_table(runs: Sequence[RunFolder], now: float) -> Table:
-    """One row a run folder; `now` is Unix time."""
+    """One row for each run folder; `now` is Unix time."""
     table = Table()
     for heading in ("run", "state", "stages done", "at"):
         table.add_column(heading)

@@ -47,9 +47,9 @@ TUNE_ENVIRONMENT = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths of the config count from where the command was started
 }
 LOG = "log.txt"
-"""What a trial prints, in its run folder."""
+"""The file in a trial's run folder that has what the trial prints."""
 ERROR = "error.txt"
-"""What ended a trial that failed, in one line."""
+"""The file in a trial's run folder that has the error of a trial that failed, in one line."""
 
 
 def sweep(plan: Sweep) -> None:
@@ -94,7 +94,10 @@ def sweep(plan: Sweep) -> None:
 
 
 def draw(search: Mapping[str, Space], samples: int, seed: int) -> list[dict[str, Value]]:
-    """The points of a search: dotted key to value. More samples of the same seed add to the points of fewer."""
+    """The points of a search, each a dotted key to its value.
+
+    Draws repeat with the seed, and more samples add points to those of fewer: a longer sweep keeps its trials.
+    """
     spec = {key: _tune_space(space) for key, space in search.items()}
     rng = np.random.default_rng(seed)
     points = []
@@ -113,12 +116,12 @@ def _tune_space(space: Space) -> Any:
 
 
 def _rounded(value: Any, space: Space) -> Value:
-    """Three digits of a number from a range: the run folder's name says exactly what ran."""
+    """A number drawn from a range, rounded to three digits, so that the run folder's name has it exactly."""
     return value if space.uniform is None and space.loguniform is None else float(f"{value:.3g}")
 
 
 def run_trials(trials: Sequence[Trial], concurrent: int, board: Board) -> None:
-    """Run the pipeline of each trial under Ray Tune; what becomes of each is told to `board`."""
+    """Run the pipeline of each trial under Ray Tune, which tells `board` what becomes of each."""
     os.environ.update(TUNE_ENVIRONMENT)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a trial's traceback is in its log
     configs = {trial.name: trial.config for trial in trials}
@@ -160,9 +163,9 @@ def _trainable(configs: Mapping[str, Config], directory: str) -> Callable[[dict[
 
 
 class Board(TrialProgressCallback):
-    """What has become of the trials; told by Tune, it prints a line when one starts and ends and keeps the results.
+    """Prints a line when a trial starts and when it ends, and keeps the results up to date.
 
-    It takes the place of Tune's own reporter, which Tune adds where it finds none.
+    Tune calls its `on_...` methods. It takes the place of Tune's own reporter, which Tune adds where it finds none.
     """
 
     def __init__(self, plan: Sweep, trials: Sequence[Trial], runs: Mapping[str, RunFolder], folder: RunFolder) -> None:

@@ -1,4 +1,4 @@
-"""What a step's metrics warn of, in one line each that says what it usually means. The limits are `config.alarms`."""
+"""Warnings about a step's metrics: one line each, with its usual cause. The limits are `config.alarms`."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from rayrlhf.config import Config
 
 
 class Alarm(NamedTuple):
-    """A limit of `AlarmsConfig`, the metric that it holds for, and what to say beyond it.
+    """A limit of `AlarmsConfig`, the metric that it bounds, and the warning.
 
-    `beyond(value, start, limit)` gets the metric's value in this step, the start's metrics (the first PPO step, whose
-    batch the SFT model sampled) and the limit.
+    `beyond(value, start, limit)` says whether to warn. It gets the metric's value in this step, all metrics of the
+    first PPO step (whose batch the SFT model sampled) and the limit.
     """
 
     limit: str
     metric: str
     beyond: Callable[[float, Mapping[str, Any], float], bool]
     means: str
-    """Has the fields `value`, `start` (of the same metric) and `limit`."""
+    """The text, with the fields `value`, `start` (the same metric in the first step) and `limit`."""
     fresh_only: bool = False
-    """It says nothing about a batch with tokens that an older policy sampled."""
+    """Whether it only holds for batches whose tokens the current policy sampled."""
 
 
 def _above(value: float, start: Mapping[str, Any], limit: float) -> bool:

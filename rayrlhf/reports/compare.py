@@ -1,7 +1,8 @@
-"""One run, or the same run under several seeds: Markdown tables and curves of what was measured.
+"""`rayrlhf compare`: tables and curves of one run, or of several that differ in their seed.
 
-Intervals of a single run are bootstraps over prompts: what to expect of the same models on other prompts. Student's t
-over runs says what to expect of another seed on the same prompts. A mean over runs has the wider of the two.
+The interval of a single run is a bootstrap over prompts: it says what to expect of the same models on other prompts.
+Student's t interval over runs says what to expect of another seed on the same prompts. A mean over runs is given with
+the wider of the two.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ from rayrlhf.runs.stages import STAGES
 from rayrlhf.runs.storage import as_user_error
 
 _SAME = {"name", "runs_dir", "seed", "resources", "alarms"}
-"""Top-level keys of the config in which runs of one comparison may differ without a word."""
+"""Top-level keys of the config in which the runs of a comparison may differ; other differences are reported."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a finished run left behind."""
+    """The files of a finished run, as far as a comparison reads them."""
 
     label: str
     config: Mapping[str, Any]
@@ -101,7 +102,7 @@ def _read(folder: RunFolder, label: str) -> Run:
 
 
 def markdown(runs: Sequence[Run]) -> str:
-    """All tables, each with what its numbers are."""
+    """All tables, each with a sentence on its numbers."""
     several = len(runs) > 1
     parts = ["# " + ", ".join(f"{run.label} (seed {run.config.get('seed')})" for run in runs)]
     facts = runs[0].evaluation["metadata"]
@@ -144,7 +145,7 @@ def config_differences(runs: Sequence[Run]) -> list[str]:
 
 
 def mean_rows(runs: Sequence[Run]) -> list[list[str]]:
-    """A row a measure, a column a source: means over runs."""
+    """Means over runs: one row for each measure, one column for each source of answers."""
     sources = [source for source in SOURCES if source in runs[0].evaluation]
     rows = [["measure", *(SOURCES[source].words for source in sources)]]
     for measure in EVALUATED:
@@ -155,7 +156,7 @@ def mean_rows(runs: Sequence[Run]) -> list[list[str]]:
 
 
 def run_rows(runs: Sequence[Run], source: str) -> list[list[str]]:
-    """A row a measure, a column a run."""
+    """One source's means: one row for each measure, one column for each run."""
     rows = [["measure", *(run.label for run in runs)]]
     for measure in EVALUATED:
         found = [_interval(run.evaluation[source].get(measure)) for run in runs]
@@ -165,7 +166,10 @@ def run_rows(runs: Sequence[Run], source: str) -> list[list[str]]:
 
 
 def difference_rows(runs: Sequence[Run]) -> list[list[str]]:
-    """A row a measure (then those at equal length), a column a run, and all runs pooled where there are several."""
+    """Policy minus SFT: one row for each measure, then those at equal length; one column for each run.
+
+    Several runs have a last column for all of them, pooled.
+    """
     rows = [["measure", *(run.label for run in runs), *(["pooled"] if len(runs) > 1 else [])]]
     kinds = (
         ("policy_minus_sft", "", MEASURES),
@@ -193,7 +197,7 @@ def stage_rows(runs: Sequence[Run]) -> list[list[str]]:
 
 
 def phase_rows(runs: Sequence[Run]) -> list[list[str]]:
-    """Where a PPO step's time goes."""
+    """Median seconds of each phase of a PPO step."""
     rows = [["phase of a PPO step", "seconds, median"]]
     for phase in (*PHASES, "step"):
         seconds = [_median(run.stage("ppo"), f"time/{phase}") for run in runs]
@@ -202,7 +206,10 @@ def phase_rows(runs: Sequence[Run]) -> list[list[str]]:
 
 
 def mean_over_runs(runs: Sequence[Run], source: str, measure: str) -> Interval | None:
-    """The mean over runs with the wider of the t interval over runs and the mean of their intervals over prompts."""
+    """The mean over runs, with the wider of two intervals; None if a run lacks the measure.
+
+    One is the t interval over runs, the other the mean of the runs' own intervals over prompts.
+    """
     found = [_interval(run.evaluation.get(source, {}).get(measure)) for run in runs]
     known = [value for value in found if value is not None]
     if len(known) < len(runs):
@@ -214,7 +221,7 @@ def mean_over_runs(runs: Sequence[Run], source: str, measure: str) -> Interval |
 
 
 def pooled_difference(runs: Sequence[Run], measure: str, *, at_equal_length: bool = False) -> Interval | None:
-    """Policy minus SFT over all runs and prompts; None where samples.parquet lacks what it takes (older runs)."""
+    """Policy minus SFT over all runs and prompts; None where samples.parquet lacks a column, as in older runs."""
     values = _paired(runs, measure)
     lengths = _paired(runs, "length") if at_equal_length else None
     if values is None or (at_equal_length and lengths is None):

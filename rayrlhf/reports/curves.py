@@ -1,6 +1,6 @@
-"""Figures over PPO steps: one run or several seeds, with intervals; and the proxy and gold against KL.
+"""Figures of PPO: measures over steps with intervals, for one run or several seeds; proxy and gold against KL.
 
-Thin lines are runs, thick ones means over runs. Means of a step are smoothed by a centred moving average.
+Thin lines are runs, thick lines are means over runs. A line is smoothed by a centred moving average.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _OPTIMISED = CURVES[:2]
 
 @dataclass(frozen=True)
 class Curve:
-    """One run's smoothed measure: [steps] each; `half` of its interval is NaN where the metrics do not tell."""
+    """One run's smoothed measure, [steps] each. `half` of its interval is NaN where no spread was measured."""
 
     steps: Array
     values: Array
@@ -49,8 +49,8 @@ class Curve:
 def curve(lines: Lines, panel: Panel) -> Curve | None:
     """The smoothed curve of one run and of the panel's first measure; None where that was never written.
 
-    `half` is the half-width of the interval of the smoothed value: responses of different steps are independent draws,
-    so that squared standard errors std / sqrt(n) add up with the squared weights of the moving average.
+    `half` is half the width of the smoothed value's interval. Responses of different steps are independent draws, so
+    their squared standard errors std² / n add up, each with the squared weight of its step.
     """
     known = [line for line in lines if line.get(panel.measures[0].name) is not None]
     return _smoothed(known, panel) if known else None
@@ -69,7 +69,7 @@ def moving_average(n: int) -> Array:
 def compare_figure(runs: Sequence[Lines], rouge: Mapping[str, Mapping[str, Interval]]) -> Figure:
     """Curves of one or more runs over PPO steps, proxy and gold against KL, and the ROUGE of the evaluation.
 
-    What the runs' metrics lack is left out.
+    A panel is left out where no run has its metric.
 
     Args:
         runs: each run's lines of stage `ppo`.
@@ -110,9 +110,9 @@ class KLPath:
 def path_over_kl(lines: Lines) -> KLPath | None:
     """Proxy and gold against the square root of KL, as in Gao et al. 2023; None where the metrics lack one of them.
 
-    Gains are changes since the first step, in standard deviations over that step's responses, which puts both on one
-    scale: while gold follows the proxy, the two rise together, and where the proxy is over-optimised they part.
-    Steps are taken in the order of their KL and smoothed in that order; intervals leave out the start's own error.
+    A gain is the change since the first step, in standard deviations over that step's responses: so both are on one
+    scale. While gold follows the proxy, the two rise together; where the proxy is over-optimised, they part. Steps are
+    smoothed in the order of their KL. The intervals do not include the error of the first step.
 
     Source: Gao, Schulman & Hilton 2023, Scaling Laws for Reward Model Overoptimization.
     """
@@ -164,7 +164,7 @@ def _draw_over_kl(axes: Axes, paths: Sequence[KLPath]) -> None:
 
 
 def style(axes: Axes, title: str, unit: str, x: str) -> None:
-    """The look of every panel: title at the left, muted axes, horizontal grid."""
+    """Give a panel the look of all others: its title at the left, muted axes, a horizontal grid."""
     axes.set_title(title, fontsize=10, loc="left")
     axes.set_ylabel(unit, fontsize=8, color=_MUTED)
     axes.set_xlabel(x, fontsize=8, color=_MUTED)
@@ -188,7 +188,7 @@ def _draw_over_steps(axes: Axes, panel: Panel, curves: Sequence[Curve]) -> None:
 
 
 def _draw_mean(axes: Axes, x: Array, curves: Sequence[Curve], panel: Panel) -> float:
-    """The mean of curves that share `x`, with its interval; returns where it ends."""
+    """Draw the mean of curves that share `x`, with its interval; returns the mean's last value."""
     if len(curves) == 1:
         mean, half = curves[0].values, curves[0].half
     else:

@@ -1,7 +1,7 @@
-"""What an evaluation says of two models, and the tables that hold it.
+"""The contents of evaluation.json and samples.parquet: measures of each model's answers, and their differences.
 
-Arrays have one entry a prompt ([n]); NaN means "not measured for this prompt" (see `rayrlhf.reports.intervals`). A
-measure that is not defined at all is None, and null in evaluation.json.
+Arrays have one entry for each prompt ([n]). NaN means that the measure is missing for this prompt (see
+`rayrlhf.reports.intervals`); None, null in evaluation.json, that the source has no such measure at all.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ _WIN_RATES: dict[str, tuple[Statistic, tuple[str, ...]]] = {
 
 @dataclass(frozen=True)
 class Answers:
-    """One source's answers to the n prompts of an evaluation, in the order of the prompts, and what was measured.
+    """One source's answers to the n prompts of an evaluation, in their order, with the measures of each.
 
-    A measure that this source does not have is None; a prompt that it does not answer has text None.
+    A measure that this source does not have is None. A prompt that it does not answer has the text None.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Answers:
     rewards: ArrayLike | None = None
     """[n] reward model's scores."""
     gold: ArrayLike | None = None
-    """[n] the labeller's own measure; None where the labeller is people or already the same text."""
+    """[n] the labeller's own measure; None if people are the labeller, or if it would compare a text with itself."""
     lengths: ArrayLike | None = None
     """[n] tokens of the answer, EOS included when it was sampled."""
     finished: ArrayLike | None = None
@@ -109,21 +109,26 @@ def summarize(
     """The contents of evaluation.json, from answers to the same n prompts.
 
     Each of `sft`, `policy`, `title` and `reference` maps every name of `MEASURES` to
-    `{"mean", "low", "high", "n"}` or null. `win_rate_vs_reference` is by the reward model; it is null for the
-    reference itself, and for all where the labeller is the reference: a reward model that learnt "closer to the
-    reference is better" says nothing about beating it. The policy has the `WIN_RATES`, too. ROUGE and gold of the
-    reference against itself are null. `differences.policy_minus_sft` holds paired differences with their p-values
-    `p`, of which gold tells reward hacking from progress; `differences.policy_minus_sft_at_equal_length` those that
-    are left at equal length (null where no lengths were measured, or nothing is known of equal lengths).
+    `{"mean", "low", "high", "n"}` or null.
+
+    - `win_rate_vs_reference` is by the reward model. It is null for the reference itself, and for all where the
+      labeller is the reference: a reward model that learnt "closer to the reference is better" cannot say what beats
+      it.
+    - ROUGE and gold of the reference against itself are null.
+    - The policy also has the `WIN_RATES`.
+    - `differences.policy_minus_sft` holds paired differences with their p-values `p`. That of gold tells reward hacking
+      from progress.
+    - `differences.policy_minus_sft_at_equal_length` holds the differences that remain between answers of equal length;
+      null where no lengths were measured, or where all pairs differ in length by the same number.
 
     Args:
         prompts: the n prompts; their `reference` is what ROUGE compares with.
         sft: the SFT model's answers.
         policy: the policy's answers; None before PPO.
         reference: the people's own answers (text None where there is none).
-        title: the posts' titles as answers, the baseline that costs nothing.
-        labeller: `reference`, or who else made the comparisons that the reward model learnt from.
-        metadata: what else belongs to the record: split, checkpoint paths, seeds.
+        title: the posts' titles as answers, a baseline that costs nothing.
+        labeller: the kind of labeller that made the reward model's comparisons.
+        metadata: further entries of the record: split, checkpoint paths, seeds.
         samples: resamples of the bootstrap.
         seed: of the bootstrap.
 
@@ -170,9 +175,9 @@ def summarize(
 
 
 def samples_table(prompts: Sequence[Prompt], answers: Sequence[Answers]) -> pa.Table:
-    """One row a prompt: `id`, `post`, a text column named after each source, `MEASURE_SOURCE` for all that is measured.
+    """One row for each prompt: `id`, `post`, each source's text in a column of its name, and `MEASURE_SOURCE` columns.
 
-    Measures are `MEASURES` and `kl`; null is "not measured for this prompt".
+    The measures are `MEASURES` and `kl`; null means that a measure is missing for this prompt.
     """
     references = [prompt.reference for prompt in prompts]
     measured = [source if source.name == "reference" else with_rouge(source, references) for source in answers]

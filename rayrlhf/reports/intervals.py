@@ -1,9 +1,9 @@
-"""What evaluations and comparisons of runs infer: bootstrap intervals, paired tests, win rates, at equal length or not.
+"""Statistics of evaluations: bootstrap intervals, paired tests, and win rates, also between answers of equal length.
 
-Pure functions of arrays with one entry a prompt ([n]); two arrays belong to the same prompts in the same order. A NaN
-entry means "not measured for this prompt": the prompt is left out, and an interval's `n` counts those that remain.
-None means that nothing was measured. An infinite entry is an error of the caller and raises ValueError.
-Equal `seed` and n give equal resamples, so that measures of the same prompts are resampled alike.
+All are pure functions of arrays with one entry for each prompt ([n]); two arrays belong to the same prompts in the same
+order. A NaN entry means that the measure is missing for this prompt: the prompt is left out, and an interval's `n`
+counts the others. A result of None means that no prompt remains. An infinite entry is the caller's error: ValueError.
+Equal `seed` and n give equal resamples, so that all measures of the same prompts are resampled alike.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Difference(Interval):
-    """A mean difference, and the two-sided p-value of there being none."""
+    """A mean difference, and the two-sided p-value of the hypothesis that there is none."""
 
     p: float
 

@@ -1,4 +1,4 @@
-"""What a run folder says about its run: which stages are done, how far the one under way is, what it warns of."""
+"""The state of a run as its folder tells it: the stages that are done, the progress of the current one, warnings."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from rayrlhf.runs.stages import STAGES, stages_of
 from rayrlhf.runs.stores import store_errors
 
 _RECENT = 10
-"""Steps that the pace is measured over."""
+"""The pace is measured over so many of the last steps."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,13 @@ class StageOverview:
     step: int
     """Finished steps."""
     steps: int | None
-    """Of how many; None where the metrics do not say, and for stages without steps."""
+    """All steps of the stage; None where the metrics do not say, and for stages without steps."""
     last: Mapping[str, Any] | None
-    """The newest line that says how training goes, as `rayrlhf.runs.metrics.read_metrics` gives it."""
+    """The newest line with measures of training, as `rayrlhf.runs.metrics.read_metrics` gives it."""
     seconds_a_step: float | None
-    """Median over the last steps, with what lies between them: checkpoints, evaluations."""
+    """Median over the last steps, including the checkpoints and evaluations between them."""
     took_s: float | None
-    """Of a finished stage."""
+    """Seconds that a finished stage took."""
 
     @property
     def eta_s(self) -> float | None:
@@ -53,11 +53,11 @@ class Overview:
     run: RunFolder
     config: Config
     holder: str | None
-    """The process that works on the run, in words; None if nobody does."""
+    """The process that works on the run, in words; None if none does."""
     stages: tuple[StageOverview, ...]
-    """Those that the run has: none collects where comparisons are given."""
+    """The stages that the run has: without `collect` where comparisons are given."""
     warnings: tuple[str, ...]
-    """The last ones, oldest first."""
+    """The newest warnings, oldest first."""
     updated: float | None
     """Unix time of the last line of metrics.jsonl."""
 
@@ -71,7 +71,7 @@ class Overview:
 
     @property
     def newest(self) -> StageOverview | None:
-        """The last stage that has something to say about its training."""
+        """The last stage that has measures of training."""
         return next((stage for stage in reversed(self.stages) if stage.last), None)
 
 

@@ -1,4 +1,4 @@
-"""report.html: a run on one page that needs no other file: evaluation, curves, samples, config."""
+"""report.html: one page with a run's evaluation, curves, samples and config. It needs no other file."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def _draw(axes: Axes, panel: Panel, lines: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _inline(figure: Figure) -> str:
-    """The figure as a data URI; an image of its own, so that ids inside two figures cannot clash."""
+    """The figure as a data URI. Inlined as SVG elements, two figures could have the same ids."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg")
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
@@ -216,7 +216,7 @@ def _answer(row: Mapping[str, Any], source: str) -> str:
 
 
 def _headline(post: str) -> str:
-    """The line of a rendered post that says what it is about."""
+    """A post in one line: its title, or else its first line."""
     lines = [line.strip() for line in post.splitlines() if line.strip()]
     title = next((line.removeprefix("TITLE:").strip() for line in lines if line.startswith("TITLE:")), None)
     text = title or (lines[0] if lines else "(empty post)")

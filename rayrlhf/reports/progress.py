@@ -1,4 +1,4 @@
-"""What a person sees in the terminal or in a job's log: what the numbers mean, one line a step, a sample."""
+"""What a run prints: a table of its batch numbers, one line for each step, samples."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from rayrlhf.reports.measures import PHASE_S, PHASES, STEP_S, TOKENS_PER_S, meas
 
 @dataclass(frozen=True)
 class StageLoad:
-    """What one stage costs, as the config implies it. Counts are totals over all workers unless named otherwise."""
+    """The work of one stage, as the config implies it. Counts are totals over all workers unless stated otherwise."""
 
     stage: str
     records: int
     prompts_a_step: int
     samples_a_step: int
     optimiser_steps: int | None
-    """None where nothing is trained."""
+    """None for a stage that trains nothing."""
     micro_batches: int | None
-    """Passes of one worker for one optimiser step, if every text has full length; None where nothing is trained."""
+    """Passes of one worker for one optimiser step, if every text has full length; None if the stage trains nothing."""
     tokens_a_step: int
     """Prompt and response tokens a step, at most."""
 
@@ -90,10 +90,10 @@ def batch_table(
     n_test: int = 0,
     parameters: tuple[int, int] | None = None,
 ) -> Table:
-    """A table of what the batch numbers mean; arguments as for `stage_loads`.
+    """A table of the work of each stage; arguments as for `stage_loads`.
 
-    `parameters`, the policy's frozen and trained ones, adds what the learner's weights, gradients and Adam moments
-    take, in GiB.
+    `parameters`, the numbers of the policy's frozen and trained parameters, adds the GiB that the learner's weights,
+    gradients and Adam moments take.
     """
     ppo = config.ppo
     notes = [
@@ -163,12 +163,12 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """Prints one line a step with time to go: colour on a terminal, plain unbroken lines in a log.
+    """Prints one line for each step, with the time to go: in colour on a terminal, plain and unbroken in a log.
 
     Args:
         stage: a stage's name.
         total: its last step.
-        done: steps finished before this process started (after a resume).
+        done: steps that an earlier process finished.
         console: where to print; standard output by default.
         clock: monotonic seconds.
     """
@@ -198,7 +198,7 @@ class Progress:
         return (self.total - self.step) / self.steps_per_s if self.steps_per_s > 0 else None
 
     def update(self, step: int, metrics: Mapping[str, float | None]) -> None:
-        """Say that `step` (the count of finished steps) is done."""
+        """Print the line of a step; `step` counts the finished ones."""
         self.step, self._last = step, self._clock()
         line = Text(step_line(self.stage, step, self.total, metrics, self.eta_s))
         line.highlight_words([self.stage], "bold cyan")
@@ -208,7 +208,7 @@ class Progress:
 
 
 def sample_panel(prompt: str, reference: str | None, answer: str, title: str = "sample") -> Panel:
-    """One prompt with the person's answer and the model's; texts are shown as they are, never read as markup."""
+    """One prompt with a person's answer and the model's. Texts are shown as they are: rich reads no markup in them."""
     parts = [Text(prompt.strip())]
     for name, text in (("reference", reference), ("answer", answer)):
         if text is not None:

@@ -1,7 +1,7 @@
-"""How often a reward model orders held-out pairs as people did, beside scorers that cost nothing.
+"""How often a reward model orders held-out pairs as people did, beside simple scorers such as the answer's length.
 
-Without them an accuracy says little: where people prefer the longer answer, counting tokens goes far.
-A pair's margin is score(better) - score(worse); a pair is right where it is positive, and a tie counts half.
+Without the simple scorers an accuracy says little: where people prefer the longer answer, counting tokens goes far. A
+pair's margin is score(better) - score(worse). A pair is ordered rightly if its margin is positive; a tie counts half.
 """
 
 from __future__ import annotations
@@ -79,8 +79,13 @@ def accuracies(pairs: pa.Table, prompts: ArrayLike, samples: int = 2000, seed: i
 
 
 def unbeaten(result: Mapping[str, Any]) -> list[str]:
-    """The scorers, in words, that the reward model of a reward_model.json does not clearly beat: the interval of the
-    paired difference is not above 0."""
+    """The scorers, in words, that the reward model does not clearly beat.
+
+    The interval of its paired difference to such a scorer is not wholly above 0.
+
+    Args:
+        result: the contents of reward_model.json.
+    """
     return [SCORERS[name] for name, difference in result["reward_model_minus"].items() if difference["low"] <= 0]
 
 

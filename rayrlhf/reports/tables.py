@@ -1,4 +1,4 @@
-"""What was measured, as tables for the terminal: means with their 95 % intervals."""
+"""Tables for the terminal of evaluation.json and reward_model.json: means with their 95 % intervals."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rayrlhf.reports.measures import SCORERS, SOURCES, interval_text
 
 
 def evaluation_table(result: Mapping[str, Any]) -> Group:
-    """evaluation.json as tables: a column a source, means with their 95 % intervals; then policy minus SFT."""
+    """evaluation.json as two tables: the means of each source, then policy minus SFT."""
     sources = [name for name in SOURCES if name in result]
     measures = list(dict.fromkeys(measure for name in ("policy", "sft") for measure in result.get(name, {})))
     facts = result["metadata"]
@@ -41,13 +41,13 @@ def evaluation_table(result: Mapping[str, Any]) -> Group:
 
 
 def _narrow_table(title: str) -> Table:
-    """Four sources and the longest name fit into a log's 120 columns."""
+    """A table without padding: four sources and the longest name of a measure have to fit into a log's 120 columns."""
     padding = (0, 1, 0, 0)
     return Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=padding, pad_edge=False, show_edge=False)
 
 
 def reward_accuracy_table(result: Mapping[str, Any]) -> Table:
-    """reward_model.json as a table: a row a scorer, with the paired difference to the reward model."""
+    """reward_model.json as a table: one row for each scorer, with the paired difference to the reward model."""
     title = f"{result['pairs']} held-out pairs of {result['prompts']} prompts, mean [95 % interval]"
     table = Table("ordered by", title=title, title_justify="left", box=SIMPLE_HEAD)
     for heading in ("accuracy", "reward model minus it"):

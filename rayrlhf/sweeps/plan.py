@@ -1,4 +1,4 @@
-"""A sweep: one config, some keys of it at several values, a run folder for each combination.
+"""A sweep: one config, some of its keys at several values, and a run for each combination, called a trial.
 
 The sweep's folder `runs_dir/NAME` holds `base`, a run of the stages that no swept key goes into, and a folder for
 each trial, which starts with those stages done. A trial is an ordinary run in every other respect.
@@ -36,23 +36,23 @@ METRICS = (
     *(f"sft.{measure}" for measure in (*MEASURES, "win_rate_vs_reference")),
     *(f"policy_minus_sft.{measure}" for measure in MEASURES),
 )
-"""What can rank the trials: the means of evaluation.json."""
+"""The means of evaluation.json by which trials can be ranked."""
 BASE = "base"
 """The folder of the stages that all trials share."""
 _DIFFERENT_BY_TRIAL = {"name", "runs_dir"}
 
 
 class Space(Section):
-    """The values of one swept key: exactly one of the four."""
+    """The values of one swept key; exactly one of the four fields is given."""
 
     grid: Annotated[list[Value], Field(min_length=1)] | None = None
-    """Each of these, with every combination of the other keys' grids."""
+    """Each of these values, in combination with every value of the other keys' grids."""
     choice: Annotated[list[Value], Field(min_length=1)] | None = None
-    """Drawn from these."""
+    """A value drawn from these."""
     uniform: Range | None = None
-    """Drawn between these two."""
+    """A number drawn between these two."""
     loguniform: Range | None = None
-    """Drawn between these two, every order of magnitude as likely as another."""
+    """A number drawn between these two, with its logarithm uniform: every order of magnitude is equally likely."""
 
     @model_validator(mode="after")
     def _one_kind(self) -> Space:
@@ -74,11 +74,11 @@ class SweepConfig(Section):
     search: Annotated[dict[str, Any], Field(min_length=1)]
     """Dotted config key to its `Space`."""
     fixed: dict[str, Any] = Field(default_factory=dict)
-    """Dotted config keys that all trials change alike."""
+    """Dotted config key to the value that it has in all trials."""
     samples: Positive = 1
-    """Draws for every point of the grid."""
+    """Draws of the keys without a grid, for every point of the grid."""
     metric: str = "policy.gold"
-    """What ranks the trials, named as in evaluation.json: `policy.X`, `sft.X`, or the paired `policy_minus_sft.X`."""
+    """The measure that ranks the trials: `policy.X`, `sft.X` or the paired `policy_minus_sft.X` of evaluation.json."""
     mode: Literal["max", "min"] = "max"
     concurrent: Positive = 1
     """Trials at a time; each asks for the config's `resources`."""
@@ -103,14 +103,14 @@ class Trial:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep as its file and the command line say."""
+    """A sweep, as its file and the command line describe it."""
 
     settings: SweepConfig
     search: dict[str, Space]
     tree: dict[str, Any]
     """The config that all trials share, before the swept keys are set."""
     changes: dict[str, Any]
-    """What `tree` changes of the config's file: dotted key to value, the split of a sweep not among them."""
+    """The keys that `tree` changes in the config's file, with their values; without the split that sweeps use."""
     source: Path
     config_file: Path
     base: Config
@@ -183,14 +183,18 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
 
 
 def trial_name(values: Mapping[str, Value]) -> str:
-    """`lr-0.0003_coefficient-0.05`: the keys, as short as they stay distinct, with their values."""
+    """`lr-0.0003_coefficient-0.05`: each key, cut as short as it stays distinct, with its value."""
     labels = short_names(values)
     words = (f"{labels[key]}-{_word(value)}" for key, value in values.items())
     return "_".join(words)
 
 
 def short_names(keys: Iterable[str]) -> dict[str, str]:
-    """The fewest last parts of each dotted key that tell it from the others."""
+    """The fewest last parts of each dotted key that tell it from the others.
+
+    >>> short_names(["sft.optimizer.lr", "ppo.optimizer.lr", "ppo.lam"])
+    {'sft.optimizer.lr': 'sft.optimizer.lr', 'ppo.optimizer.lr': 'ppo.optimizer.lr', 'ppo.lam': 'lam'}
+    """
     parts = {key: key.split(".") for key in keys}
 
     def ending(key: str, length: int) -> str:

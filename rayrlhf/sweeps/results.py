@@ -1,4 +1,4 @@
-"""What a sweep found: the trials side by side, best first; as a table in the terminal, sweep.md and sweep.json."""
+"""The results of a sweep: its trials side by side, best first, in the terminal, in sweep.md and in sweep.json."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Result:
     evaluation: Mapping[str, Any] | None
     """evaluation.json, if the trial is finished."""
     seconds: float | None
-    """Of the stages that the trial ran itself; of a stage that was interrupted, of its last attempt."""
+    """Time of the stages that the trial ran itself. A stage that was interrupted counts with its last attempt."""
     error: str | None = None
     """Why the trial failed, in one line."""
 
@@ -50,7 +50,14 @@ class Result:
 
 
 def read_result(trial: Trial, run: RunFolder, shared: Sequence[str], error: str | None = None) -> Result:
-    """What `trial` left in its run folder."""
+    """The result in a trial's run folder.
+
+    Args:
+        trial: the trial.
+        run: its folder.
+        shared: the stages that ran once for all trials; their time is not the trial's.
+        error: why the trial failed, in one line.
+    """
     if not run.done("evaluate"):
         return Result(trial, None, None, error)
     own = {f"time/{stage}" for stage in STAGES if stage not in shared}
@@ -62,7 +69,7 @@ def read_result(trial: Trial, run: RunFolder, shared: Sequence[str], error: str 
 
 
 def ranked(results: Sequence[Result], metric: str, mode: str) -> list[Result]:
-    """Best first; those without the metric last, in their own order."""
+    """The results, best first; those without the metric come last, in the order in which they are given."""
 
     def key(result: Result) -> float:
         interval = result.interval(metric)
@@ -102,7 +109,7 @@ def results_table(sweep: Sweep, results: Sequence[Result]) -> Table:
 
 
 def caption(sweep: Sweep, results: Sequence[Result]) -> str:
-    """What the numbers are, in one sentence."""
+    """A sentence on the table's numbers: the order, the prompts, the intervals."""
     facts = next((r.evaluation["metadata"] for r in results if r.evaluation is not None), None)
     ranking = f"best {sweep.settings.metric} ({sweep.settings.mode}) first"
     if facts is None:
