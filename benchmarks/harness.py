@@ -1,4 +1,4 @@
-"""What all benchmarks share: contestants that take turns, medians with ranges, the machine, JSON and Markdown.
+"""The frame of all benchmarks: contestants that take turns, medians with ranges, the machine, JSON and Markdown.
 
 Every contestant lives in a process of its own and sleeps while another one works, so that none of them sees the
 other's libraries, settings or memory. They alternate (A B A B ...), so that a busy machine is busy for all of them.
@@ -100,7 +100,7 @@ def _serve(connection: Connection, make: Callable[..., Contestant], arguments: S
 
 
 def alternate(makers: Mapping[str, Callable[[], Child]], turns: Sequence[int]) -> dict[str, list[Measurement]]:
-    """Start all contestants, then let each do turn 0, each turn 1, and so on; who begins changes every turn."""
+    """Start all contestants, then let each do turn 0, each turn 1, and so on; every other turn in reverse order."""
     measured: dict[str, list[Measurement]] = {name: [] for name in makers}
     with ExitStack() as stack:
         children = {name: stack.enter_context(make()) for name, make in makers.items()}
@@ -145,7 +145,7 @@ class Stopwatch:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - started
 
     def take(self) -> Measurement:
-        """What was measured since the last call."""
+        """The seconds by phase since the last call."""
         seconds, self.seconds = self.seconds, {}
         return seconds
 
@@ -156,7 +156,7 @@ def median_phases(measured: Sequence[Measurement], names: Sequence[str]) -> Meas
 
 
 def machine() -> dict[str, Any]:
-    """What the figures depend on besides the code."""
+    """The machine, its load and the versions: what the figures depend on besides our code."""
     revision = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=ROOT, capture_output=True, text=True, check=False
     ).stdout.strip()

@@ -1,4 +1,4 @@
-"""What a benchmark finds, and the folder where its JSON file is kept; both the harness and the tables need it."""
+"""The result of a benchmark, and the folder that keeps it as JSON; the harness and the tables both need them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 Measurement = dict[str, float]
-"""What one turn of a contestant took: name of the measure to its value."""
+"""The figures of one turn of a contestant, by name."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class Result:
-    """What a benchmark found. `settings` are the conditions that all contestants shared, and where they differed."""
+    """The result of a benchmark. `settings` are the conditions: shared by all contestants, or said of which."""
 
     settings: dict[str, str]
     comparisons: list[Comparison] = field(default_factory=list)

@@ -39,7 +39,7 @@ _WIN_RATES: dict[str, tuple[Statistic, tuple[str, ...]]] = {
     "gold_win_rate_vs_sft": (win_rate, ("gold",)),
     "gold_lc_win_rate_vs_sft": (length_controlled_win_rate, ("gold", "length")),
 }
-"""How each of `WIN_RATES` is computed, and from which measures of the two models."""
+"""The statistic behind each of `WIN_RATES`, and the measures of the two models that it takes."""
 
 
 @dataclass(frozen=True)

@@ -130,7 +130,7 @@ STEP_MEASURES = {measure.name: measure for stage in PANELS.values() for panel in
 
 
 def measures_in_line(stage: str) -> list[Measure]:
-    """What the line on a step of this stage has, in order."""
+    """The measures that the line on a step of this stage shows, in order."""
     return [measure for panel in PANELS.get(stage, ()) for measure in panel.measures if measure.in_line]
 
 
@@ -166,7 +166,7 @@ EVALUATED = {
 
 @dataclass(frozen=True)
 class Source:
-    """Where answers come from."""
+    """A source of answers: a model, or people."""
 
     words: str
     in_full: str
@@ -192,7 +192,7 @@ SCORERS = {
     "sft_logprob_sum": "SFT log-prob, sum",
     "sft_logprob_mean": "SFT log-prob, mean per token",
 }
-"""What orders held-out pairs in reward_model.json. Length is in tokens, as the reward model reads the answer."""
+"""The scorers that order held-out pairs in reward_model.json. Length is in tokens, as the reward model reads it."""
 
 
 def decimals(means: Sequence[float]) -> int:
