@@ -16,6 +16,7 @@ Positive = Annotated[int, Field(ge=1)]
 class Section(BaseModel):
     """Base of all sections. An unknown key is an error, and a value of another type is not converted."""
 
+    # No protected namespaces: pydantic would warn of field names that begin as its own methods do.
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
@@ -80,6 +81,7 @@ class OptimizerConfig(Section):
 
     lr: Annotated[float, Field(gt=0)] = 3e-6
     betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of Adam's first and second moment."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     warmup_fraction: Fraction = 0.0
@@ -124,7 +126,7 @@ class CollectConfig(Section):
 
     prompts: Positive = 256
     answers_per_prompt: Annotated[int, Field(ge=2)] = 4
-    temperature: Annotated[float, Field(ge=0.01)] = 0.7
+    temperature: Annotated[float, Field(ge=0.01)] = 0.7  # vLLM would raise a lower one to 0.01
     include_reference: bool = False
     """Add the author's own completion to each prompt's answers before they are ranked."""
     labeller: LabellerConfig = LabellerConfig()
@@ -170,7 +172,7 @@ class PPOConfig(Section):
     """Optimiser steps a pass."""
     micro_batch_tokens: Positive = 4096
     """As `sft.micro_batch_tokens`."""
-    temperature: Annotated[float, Field(ge=0.01)] = 0.7
+    temperature: Annotated[float, Field(ge=0.01)] = 0.7  # vLLM would raise a lower one to 0.01
     optimizer: OptimizerConfig = OptimizerConfig(lr=3e-6, betas=(0.9, 0.999), eps=1e-5)
     value_lr: Annotated[float, Field(gt=0)] | None = None
     """Learning rate of the value model; the policy's when absent."""
@@ -206,6 +208,7 @@ class PPOConfig(Section):
 
     @model_validator(mode="after")
     def _minibatches_fit(self) -> PPOConfig:
+        # More of them would leave a mini-batch without a sample.
         if self.minibatches > self.prompts_per_step * self.samples_per_prompt:
             raise ValueError("minibatches must not exceed prompts_per_step * samples_per_prompt")
         return self
@@ -351,6 +354,8 @@ class ResourcesConfig(Section):
         The coordinator's own calls may find all generators dead, and all scorers, and wait for newcomers. This limit
         is longer than theirs, so that the error names the late actor and not the coordinator that waits for it.
         """
+        # Twice: generators and scorers may have to be waited for, one after the other. Three calls: load weights,
+        # generate, score.
         return 2 * self.newcomer_timeout_s + 3 * self.call_timeout_s
 
 

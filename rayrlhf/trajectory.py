@@ -71,6 +71,7 @@ class Trajectory:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle all arrays as one string of bytes: five arrays by themselves would be most of a message's cost."""
+        # int32 is enough for ids: vocabularies are far smaller than 2^31.
         arrays = (
             self.prompt_ids.astype(np.int32),
             self.response_ids.astype(np.int32),
@@ -95,7 +96,8 @@ def _unpacked(
     gold: float | None,
 ) -> Trajectory:
     ids = np.frombuffer(packed, np.int32, prompt + response).astype(np.int64)
-    start = 4 * (prompt + response)
+    start = 4 * (prompt + response)  # the bytes of the ids; versions follow, then log-probs
+    # Copies, since arrays over a string of bytes are read-only.
     versions = np.frombuffer(packed, np.int64, response, start).copy()
     logprobs = np.frombuffer(packed, np.float32, offset=start + 8 * response).copy()
     return Trajectory(

@@ -62,6 +62,7 @@ class RankedAnswers:
     def pairs(self) -> tuple[tuple[int, int], ...]:
         """(better, worse) indices. Answers with equal scores make no pair, nor do answers with equal token ids."""
         count = len(self.responses)
+        # Two texts may differ and still be cut to the same tokens; such a pair would have no gradient.
         return tuple(
             (i, j)
             for i in range(count)
@@ -82,7 +83,7 @@ def usable_answers(answers: Sequence[str]) -> tuple[list[int], Counter[str]]:
     for index, answer in enumerate(answers):
         if len(answer.split()) < MIN_WORDS:
             dropped["nearly_empty"] += 1
-        elif answer.strip() in seen:
+        elif answer.strip() in seen:  # the first one stays: in a comparison it is the better one
             dropped["identical"] += 1
         else:
             kept.append(index)
@@ -156,6 +157,7 @@ def from_comparisons(
         )
         for c, ids in zip(comparisons, prompt_ids, strict=True)
     ]
+    # After the cut, not before: two long answers may differ behind it only.
     return [record for record in ranked if record.pairs]
 
 
@@ -194,7 +196,7 @@ def read_ranked(path: Path) -> list[RankedAnswers]:
         raise UserError(f"{path}: no such file; the collect stage writes it, run that first")
     try:
         table = pq.read_table(path)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError) as error:  # not Parquet, or cut short
         raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from None
     missing = [name for name in _SCHEMA.names if name not in table.column_names]
     if missing:

@@ -32,6 +32,7 @@ def prompts_of_step(count: int, seed: int, step: int, per_step: int) -> list[int
     """
     orders: dict[int, np.ndarray] = {}
     chosen = []
+    # All steps together are one line of positions, of which every `count` are a pass over the prompts.
     for position in range(step * per_step, (step + 1) * per_step):
         epoch, offset = divmod(position, count)
         if epoch not in orders:

@@ -89,7 +89,7 @@ def read_published(
         answers = tuple(remove(response).strip() for response in raw.responses)
         kept, reasons = usable_answers(answers)
         if len(kept) < 2:
-            dropped[next(iter(reasons))] += 1
+            dropped[next(iter(reasons))] += 1  # a row counts once, by its first reason
             continue
         usable.append((id, row, RawComparison(raw.prompt.map(remove), tuple(answers[i] for i in kept), raw.source)))
     if not usable:
@@ -172,6 +172,7 @@ def _parse(
 def _text_hash(raw: RawDemonstration | RawComparison) -> str:
     answers = (raw.response,) if isinstance(raw, RawDemonstration) else raw.responses
     text = "\x1f".join((raw.prompt.text, *answers))
+    # surrogatepass: half an emoji, which JSON can spell, is no UTF-8 and would otherwise end the reading.
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
 

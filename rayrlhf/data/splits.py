@@ -48,6 +48,7 @@ def split_train(records: Iterable[R], data: DataConfig) -> Splits[R]:
     """
     splits: Splits[R] = Splits([], [], [])
     for record in records:
+        # The salt is part of the format: another one would move records between the splits of existing runs.
         place = hash_fraction(record.id, "train")
         if place < data.sft_fraction:
             splits.sft.append(record)

@@ -125,6 +125,7 @@ def _fit_chunk(
     lead = len(leading_ids(tokenizer))
     waiting: dict[int, Iterator[str]] = {}
     for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
+        # A text that spells its BOS has it among its own tokens already.
         room = max_tokens - (0 if starts_with_bos(tokenizer, text) else lead)
         if len(encodings[i].ids) <= room:
             continue
@@ -164,6 +165,7 @@ def _cuts(prompt: TextPrompt, offsets: Sequence[tuple[int, int]], room: int) -> 
     last_token = min(room - tail + slack, len(offsets)) - 1
     reach = min(max(offsets[last_token][1] - len(prompt.head), 0), len(prompt.body)) if last_token >= 0 else 0
     for mark in ("\n", " "):
+        # + 1: a mark right behind the last token that fits costs nothing, since it is stripped.
         cut = prompt.body.rfind(mark, 0, reach + 1)
         while cut > 0:
             kept = prompt.body[:cut].rstrip()
@@ -184,7 +186,7 @@ def _shorter_dialogues(tokenizer: PreTrainedTokenizerBase, prompt: ChatPrompt, r
             yield render(tokenizer, ChatPrompt(system + turns[first:]))
     last = turns[-1].content
     head, found, tail = render(tokenizer, ChatPrompt((*system, turns[-1]))).rpartition(last)
-    if found:
+    if found:  # not if the template changes the content: then nobody knows where the last turn lies
         parts = TextPrompt(head, last, tail)
         encodings = tokenizer(parts.text, add_special_tokens=False, verbose=False).encodings
         assert encodings is not None

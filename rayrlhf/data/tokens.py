@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids that the tokenizer puts before a text: its BOS, or none. An EOS that it may put behind is left out."""
+    # Any text would do. The lead is all that stands before its own ids.
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]
     start = next(i for i in range(len(full)) if full[i : i + len(bare)] == bare)
@@ -69,7 +70,7 @@ def encode_responses(
 
     stripped = [lead(prompt) + text.strip() for text, prompt in zip(texts, prompts, strict=True)]
     encoded = tokenizer(stripped, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-    return [[*ids, eos][:max_tokens] for ids in encoded]
+    return [[*ids, eos][:max_tokens] for ids in encoded]  # the EOS is the first to be cut
 
 
 def encode_response(
@@ -98,6 +99,7 @@ def special_text_remover(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], 
     special.update(tokenizer.all_special_tokens)
     if not special:
         return lambda text: text
+    # Longest first: a shorter special token may be the beginning of a longer one.
     pattern = re.compile("|".join(re.escape(token) for token in sorted(special, key=len, reverse=True)))
 
     def remove(text: str) -> str:

@@ -129,6 +129,7 @@ class FileLabeller:
 
     def _ranking(self, id: str, count: int) -> tuple[int, ...]:
         number, ranking = self._rankings[id]
+        # type(...) is int: isinstance would take true and false for 1 and 0.
         whole = isinstance(ranking, list) and all(type(index) is int for index in ranking)
         if not whole or sorted(ranking) != list(range(count)):
             raise UserError(
