@@ -14,6 +14,7 @@ NAMES = (
     "control_plane",
     "sft",
     "reward_model",
+    "command",
     "gpu",
     "phases",
 )
