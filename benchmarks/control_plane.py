@@ -54,8 +54,8 @@ class ControlPlane:
 
         from actors.pools.pool import Pool
         from actors.pools.remote import Call, Remote, dump
-        from actors.rollouts.ahead import Cursor, Limits, Rollouts
-        from actors.rollouts.batch import Batch
+        from actors.rollouts.ahead import Ahead
+        from actors.rollouts.groups import Cursor, Limits
         from actors.rollouts.weight_sync import Publication
         from rayrlhf.data.prompts import EncodedPrompt, prompts_of_step, requests_for
         from rayrlhf.trajectory import GenerationRequest, Sampling
@@ -98,19 +98,18 @@ class ControlPlane:
         scorers = Pool("scorer", 1, lambda name: Remote(name, self.marker, False), **bounds)
         limits = Limits(self.steps, self.per_step, 1, generator_requests=REQUESTS, score_tokens=100_000)
         started, cpu = time.perf_counter(), time.process_time()
-        rollouts = Rollouts(
-            generators, scorers, groups, Sampling(1.0, RESPONSE, 0), limits, step=0, cursor=Cursor(0),
-            publication=Publication(0, (), (), ""), background=True,
+        ahead = Ahead(
+            generators, scorers, groups, Sampling(1.0, RESPONSE, 0), limits, cursor=Cursor(0), background=True,
+            timeout_s=TIMEOUT_S,
         )  # fmt: skip
         trained = 0
         for step in range(self.steps):
-            packed = [t for group in rollouts.take(step, step, TIMEOUT_S) for t in group.trajectories]
-            batch = Batch.of(step, step, packed, rollouts.cursor(), max_staleness=1)
+            ahead.set_weights(Publication(step, (), (), ""))
+            batch = ahead.next_batch(step, step)
             ray.put(batch)  # as the answer to the learner
             trained += len(batch.serialized)
-            rollouts.set_weights(Publication(step + 1, (), (), ""))
         seconds, cpu, calls = time.perf_counter() - started, time.process_time() - cpu, Logical.calls
-        rollouts.stop()
+        ahead.stop()
         assert trained == self.steps * self.per_step
         return {
             "us a trajectory": 1e6 * cpu / trained,
@@ -122,15 +121,15 @@ class ControlPlane:
     @staticmethod
     def _empty_calls(generators: Pool) -> float:
         """Seconds of CPU time for one of many."""
-        from actors.pools.members import Members
+        from actors.pools.dispatch import Dispatcher
 
-        members = Members([generators], died=lambda member, death: None)
         cpu, rounds = time.process_time(), EMPTY_CALLS // len(generators)
-        for _ in range(rounds):
-            for member in members.of[generators]:
-                members.ask(member, "ready", serialized=True)
-        while any(member.calls for member in members.of[generators]):
-            members.hand_on(members.answers(1.0))
+        with Dispatcher([generators], on_loss=lambda worker, held: None) as dispatcher:
+            for _ in range(rounds):
+                for worker in generators.workers:
+                    dispatcher.submit(worker, "ready", serialized=True)
+            while dispatcher.busy:
+                dispatcher.deliver(dispatcher.poll(1.0))
         return (time.process_time() - cpu) / (rounds * len(generators))
 
     def close(self) -> None:

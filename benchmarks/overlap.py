@@ -85,7 +85,7 @@ class Loop:
 
     def run(self, turn: int) -> Measurement:
         """Medians over the steps but for the first, which nothing could be ahead of."""
-        from actors.rollouts.ahead import Cursor
+        from actors.rollouts.groups import Cursor
 
         self.link.begin(Cursor(0))
         seconds: dict[str, list[float]] = {"step": [], "wait": [], "learn": [], "sync": []}

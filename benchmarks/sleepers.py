@@ -58,9 +58,9 @@ class Sleepers:
             done = {ticket: request for ticket, (at, request) in running.items() if at <= now}
             for ticket in done:
                 del running[ticket]
-            return {ticket: self._packed(request, sampling) for ticket, request in done.items()}
+            return {ticket: self._serialized(request, sampling) for ticket, request in done.items()}
 
-    def _packed(self, request: GenerationRequest, sampling: Sampling) -> SerializedTrajectory:
+    def _serialized(self, request: GenerationRequest, sampling: Sampling) -> SerializedTrajectory:
         tokens = sampling.max_tokens
         return SerializedTrajectory.of(
             Trajectory(

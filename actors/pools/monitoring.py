@@ -1,7 +1,7 @@
 """What a run shows in Ray's dashboard, Prometheus and Grafana: gauges `ray_rayrlhf_*`, listed in docs/monitoring.md.
 
-Two processes export: the first rank of a training loop what it writes to metrics.jsonl, and the coordinator every few
-seconds where prompts, weights and actors are. A gauge vanishes with the process that set it.
+Two processes export. The first rank of a training loop exports each line that it writes to metrics.jsonl. The
+coordinator exports every few seconds where prompts, weights and actors are. A gauge vanishes with its process.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from ray.util.metrics import Gauge
 from rayrlhf.runs.metrics import MetricsWriter
 
 EXPORT_S = 2.0
-"""How often the coordinator says where things are; Ray collects its gauges every 10 s by default."""
+"""Between two exports of the coordinator, in seconds. Ray collects gauges every 10 s by default."""
 CONTROL = "control"
-"""The coordinator's concurrency group for what must not wait for a batch: `status`."""
+"""The coordinator's concurrency group for calls that must not wait for a batch, such as `status`."""
 
 
 @dataclass(frozen=True)
@@ -31,30 +31,29 @@ class Status:
     """What the coordinator knows at one moment."""
 
     version: int
-    """Of the weights that were published last; 0 before the first."""
+    """The weights that were published last; 0 before the first."""
     versions: dict[str, int]
-    """Of the weights that each generator has or has been asked to load, by actor; those without any are left out, or
-    have -1."""
+    """The weights that each generator has or has been asked to load, by actor. A generator without any is left out, or
+    has -1."""
     groups: dict[str, int]
-    """Prompts, with all their samples, by where they are; nothing is under way between the batches of a
-    synchronous PPO and outside PPO."""
+    """How many groups (prompts with all their samples) are at each place; none unless an asynchronous PPO runs."""
     actors: dict[str, int]
-    """At work, by role."""
+    """How many actors are at work, by role."""
     wanted: dict[str, int]
-    """Actors that there are to be, by role: the others start or leave."""
+    """How many actors there should be, by role: missing ones are starting, superfluous ones are about to leave."""
     replacements: dict[str, int]
-    """Actors that died, by role."""
+    """How many actors have died, by role."""
 
 
 class Gauges:
-    """The gauges of one run, each made when it is first set. A name has the same tags every time."""
+    """The gauges of one run, each made when it is first set. A name must have the same tags every time."""
 
     def __init__(self, run: str) -> None:
         self._run = run
         self._gauges: dict[str, Gauge] = {}
 
     def set(self, name: str, value: float, **tags: str) -> None:
-        """`ray_rayrlhf_NAME{run, ...}`; what Prometheus does not take in a name becomes an underscore."""
+        """Set `ray_rayrlhf_NAME{run, ...}`. Characters that Prometheus refuses in a name become underscores."""
         if name not in self._gauges:
             safe = re.sub(r"\W", "_", name, flags=re.ASCII)
             self._gauges[name] = Gauge(f"rayrlhf_{safe}", f"{name}, see docs/monitoring.md", ("run", *tags))
@@ -62,18 +61,18 @@ class Gauges:
 
 
 class ExportingWriter(MetricsWriter):
-    """A metrics writer whose numbers are gauges as well: `ppo/kl` is `ray_rayrlhf_ppo_kl{run, stage}`."""
+    """A metrics writer that also sets a gauge for each number: `ppo/kl` is `ray_rayrlhf_ppo_kl{run, stage}`."""
 
     def __init__(self, run_dir: str | Path, run: str) -> None:
         super().__init__(run_dir)
         self._gauges = Gauges(run)
         self._idle: dict[str, set[str]] = {}
-        """Actors of each stage whose idle share has been exported."""
+        """By stage, the actors whose idle share has been exported."""
 
     def write(self, stage: str, step: int, values: Mapping[str, SupportsFloat]) -> None:
         super().write(stage, step, values)
         idle = {name.removeprefix("idle/") for name in values if name.startswith("idle/")}
-        for gone in self._idle.get(stage, set()) - idle:  # its series would keep its last value
+        for gone in self._idle.get(stage, set()) - idle:  # otherwise its series would keep the last value
             self._gauges.set("idle", math.nan, stage=stage, actor=gone)
         self._idle[stage] = self._idle.get(stage, set()) | idle
         for name, value in {"step": step, "step_time_seconds": time.time(), **values}.items():
@@ -84,19 +83,19 @@ class ExportingWriter(MetricsWriter):
 
 
 def metrics_writer(run_dir: str | Path, run: str) -> MetricsWriter:
-    """The writer of a training loop of the run of that name; it exports gauges where there is Ray."""
+    """The writer of a training loop of this run; it also exports gauges if this process is part of a Ray cluster."""
     return ExportingWriter(run_dir, run) if ray.is_initialized() else MetricsWriter(run_dir)
 
 
 def export_status(run: str, status: Callable[[], Status]) -> None:
-    """Export `status()` from a thread of its own, for as long as this process lives."""
+    """Export `status()` every `EXPORT_S` seconds from a thread, for as long as this process lives."""
     gauges = Gauges(run)
 
     def export() -> None:
         versions: dict[str, float] = {}
         while True:
             now = status()
-            # The series of an actor that is gone would keep its last value for as long as this process lives.
+            # An actor that is gone gets NaN: otherwise its series would keep the last value.
             versions = dict.fromkeys(versions, math.nan) | {"learner": now.version} | now.versions
             for actor, version in versions.items():
                 gauges.set("weight_version", version, actor=actor)

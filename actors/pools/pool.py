@@ -1,4 +1,4 @@
-"""A pool of like actors: started together, given work, grown and shrunk while it works, whole again after deaths."""
+"""A pool of like workers: started together, grown and shrunk while they work, made whole again after deaths."""
 
 from __future__ import annotations
 
@@ -6,34 +6,48 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future
+from concurrent.futures import wait as wait_for_futures
 from dataclasses import dataclass
 from typing import Any
 
-from actors.pools.remote import ActorDied, ActorFailure, Call, Remote, finished, late, wait
+from actors.pools.remote import ActorDied, ActorFailure, Call, Remote, answer, late, wait
+from actors.pools.worker import Worker
 
 log = logging.getLogger(__name__)
 
-_LOOK_S = 1.0
-"""Between two looks at newcomers that the pool waits for."""
+LOOK_S = 1.0
+"""Between two looks for newcomers while no answer comes."""
 
 
 @dataclass(eq=False)
 class Newcomer:
-    """An actor that is on its way; it may have to wait for a node."""
+    """An actor that starts. It may have to wait for a node."""
 
     actor: Remote
     ready: Call
+    answer: Future[Any]
+    """Of `ready`."""
     overdue: bool = False
+    """Whether the pool has said that it goes on without it for now."""
 
 
 class Pool:
-    """`count` actors of one role, made by `spawn(name)`.
+    """`count` workers of one role, whose actors are made by `spawn(name)`.
 
-    There is one way in: a newcomer starts beside the work, and joins when it is ready and `on_new(actor)` has brought
-    it up to date. So it is when the pool grows (`scale`), and when an actor has died: its work goes to the others at
-    once, or waits for the newcomer if there are none. Sampling is a function of the request's seed: the work is the
-    same, whoever does it. When the pool shrinks, the last ones leave when they have nothing left to do.
+    A new actor starts in the background and joins once it is ready and `on_new` has updated it. This holds for growth
+    and for replacing a dead worker, whose work the others take over. When the pool shrinks, its last workers finish
+    what they have and leave.
+
+    One thread uses the pool; `scale` and every attribute may also be used from others. Example, with `wanted` 2:
+
+        workers 0 1                             both work
+        workers 0 1, joining 2                  scale(3): the newcomer starts, the others go on
+        workers 0 1 2                           admit(): it is ready
+        workers 0 2, joining 3                  worker 1 died: lose() starts another one
+        workers 0 2 3                           admit()
+        workers 0 2                             scale(2): worker 3 is the last; dismiss_idle() once it is done
     """
 
     def __init__(
@@ -45,223 +59,234 @@ class Pool:
         start_timeout_s: float,
         call_timeout_s: float,
         node_timeout_s: float = 0.0,
-        on_new: Callable[[Remote], None] = lambda actor: None,
+        on_new: Callable[[Worker], None] = lambda worker: None,
         max_replacements: int = 3,
     ) -> None:
-        """
+        """Start `count` actors; `wait_until_ready` waits for them.
+
         Args:
+            role: what the workers are called: `role`-0, `role`-1 and so on; no name is given twice.
+            start_timeout_s: how long an actor may take until it is ready, in seconds.
+            call_timeout_s: how long one call may take, in seconds.
             node_timeout_s: how much longer a newcomer may take, for which the cluster may first have to grow.
-            max_replacements: how often an actor and those that come in its place may die between two calls of `worked`
-                without an error; with several actors each of the others may die once more, as they do with their node.
+            on_new: brings a newcomer up to date. An `ActorFailure` that it raises gives the newcomer up.
+            max_replacements: the run fails at death number `wanted + max_replacements` since the last `reset_deaths`:
+                all may die at once, as they do with their node, and some of their replacements.
         """
         self.role, self.spawn, self.on_new = role, spawn, on_new
         self.start_timeout_s, self.call_timeout_s = start_timeout_s, call_timeout_s
         self.newcomer_timeout_s = start_timeout_s + node_timeout_s
         self.max_replacements = max_replacements
         self.deaths, self._deaths_of_round = 0, 0
+        self._silent_in_round = False
+        """Whether a worker that answered nothing was killed in this round."""
         self._names = (f"{role}-{i}" for i in itertools.count())
+        self._numbers = itertools.count()
         self.wanted = count
-        """How many there are to be: those beyond leave."""
-        self.actors = [spawn(next(self._names)) for _ in range(count)]
+        """How many workers there should be; those beyond it leave."""
+        # Replaced as a whole at every change, so that other threads can go through it.
+        self.workers = [Worker(spawn(next(self._names)), next(self._numbers)) for _ in range(count)]
         self.joining: list[Newcomer] = []
         self._sizing = threading.Lock()
-        self._busy_s: dict[str, float] = {}
 
     def __len__(self) -> int:
-        return len(self.actors)
+        return len(self.workers)
 
     def wait_until_ready(self) -> list[dict[str, Any]]:
-        """Each actor's `ready()`; raises ActorFailure naming the one that is not up in `start_timeout_s`."""
-        return wait([actor.submit("ready") for actor in self.actors], self.start_timeout_s)
+        """Each worker's `ready()`; raises ActorFailure naming the one that is not up in `start_timeout_s`."""
+        return wait([worker.remote.submit("ready") for worker in self.workers], self.start_timeout_s)
 
     def broadcast(self, method: str, *args: Any) -> list[Any]:
-        """Call `method(*args)` on every actor at the same time; results in the pool's order, without those who died."""
-        calls = [(actor, actor.submit(method, *args)) for actor in self.actors]
+        """Call `method(*args)` on every worker at the same time.
+
+        Returns:
+            The results in the order of `workers` as it is afterwards: workers that died are left out of both.
+        """
+        calls = [(worker, worker.remote.submit(method, *args)) for worker in self.workers]
         results = []
-        for actor, call in calls:
+        for worker, call in calls:
             try:
                 results.extend(wait([call], self.call_timeout_s))
             except ActorDied as death:
-                self.lose(actor, death)
-        return results
-
-    def map(self, method: str, pieces: Sequence[Any], *args: Any) -> list[Any]:
-        """`method(piece, *args)` for every piece, one piece at a time on each actor; results in the pieces' order."""
-        results: list[Any] = [None] * len(pieces)
-        waiting = list(reversed(range(len(pieces))))
-        idle = list(reversed(self.actors))
-        running: dict[Call, tuple[Remote, int]] = {}
-        while waiting or running:
-            while waiting and idle:
-                actor, piece = idle.pop(), waiting.pop()
-                running[actor.submit(method, pieces[piece], *args)] = (actor, piece)
-            if not running:
-                idle += self._await_newcomers()
-                continue
-            done = finished([*running, *(newcomer.ready for newcomer in self.joining)], self.call_timeout_s)
-            if not done:
-                raise late(next(iter(running)), self.call_timeout_s)
-            idle += self.welcome()
-            for call in [call for call in done if call in running]:
-                actor, piece = running.pop(call)
-                try:
-                    (results[piece],) = wait([call], self.call_timeout_s)
-                except ActorDied as death:
-                    self.lose(actor, death)
-                    waiting.append(piece)
-                else:
-                    self.worked_for(actor, time.monotonic() - call.started)
-                    idle.append(actor)
+                self.lose(worker, death)
         return results
 
     def stop(self) -> None:
-        for actor in [*self.actors, *(newcomer.actor for newcomer in self.joining)]:
+        """Kill all actors."""
+        for actor in [*(worker.remote for worker in self.workers), *(newcomer.actor for newcomer in self.joining)]:
             actor.kill()
 
-    # ---- the size
+    def busy_s(self) -> dict[str, float]:
+        """Seconds that each worker has worked on calls of a dispatcher, by name."""
+        return {worker.name: worker.busy_s for worker in self.workers}
+
+    # ---- growing and shrinking
 
     def scale(self, count: int) -> None:
-        """Want `count` actors from now on. Returns at once; may be called from any thread."""
+        """Want `count` workers from now on. Returns at once; may be called from any thread."""
         with self._sizing:
             self.wanted = count
-            self._fill()
-            while self.joining and len(self.actors) + len(self.joining) > count:
+            self._spawn_missing()
+            while self.joining and len(self.workers) + len(self.joining) > count:
                 superfluous = next((newcomer for newcomer in self.joining if newcomer.overdue), self.joining[-1])
                 self.joining.remove(superfluous)
                 superfluous.actor.kill()
 
     @property
+    def leaving(self) -> list[Worker]:
+        """The workers beyond the wanted size: they get no new work."""
+        return self.workers[self.wanted :]
+
+    @property
     def steady(self) -> bool:
-        """Whether the size is what it will be for a while: nobody is to leave, and nobody is expected any moment."""
+        """Whether the size will stay for a while: no worker is to leave, and no newcomer is expected any moment."""
         with self._sizing:
-            return len(self.actors) <= self.wanted and all(newcomer.overdue for newcomer in self.joining)
+            return len(self.workers) <= self.wanted and all(newcomer.overdue for newcomer in self.joining)
 
-    def join(self) -> list[Remote]:
-        """The newcomers that have become ready, now the pool's last; nobody has brought them up to date.
+    def apply_size(self) -> None:
+        """Between two rounds of work: admit newcomers, dismiss workers beyond the wanted size.
 
-        The others go on without one that is late, and without one that fails to start: if it died, for instance with
-        its node, there is another try.
+        Returns only when at least one worker is available.
+        """
+        self.admit()
+        if not self.workers:
+            self.admit_first()
+        self.dismiss_idle()
+
+    def admit(self) -> list[Worker]:
+        """Admit the newcomers that are ready, and bring each up to date; returns those that joined.
 
         Raises:
-            ActorFailure: there are no others.
+            ActorFailure: no worker is left, and the newcomers failed or are late.
         """
-        if not self.joining and len(self.actors) >= self.wanted:
-            return []
-        joined = []
+        admitted = []
+        for worker in self.admit_ready():
+            try:
+                self.on_new(worker)
+                admitted.append(worker)
+            except ActorFailure as failure:
+                worker.remote.kill()
+                with self._sizing:
+                    self._remove(worker)
+                    self._newcomer_failed(failure)
+        return admitted
+
+    def admit_first(self) -> None:
+        """Wait until the first newcomer has joined; raises what `admit` raises."""
+        while not self.admit():
+            wait_for_futures([newcomer.answer for newcomer in self.joining], LOOK_S, FIRST_COMPLETED)
+
+    def admit_ready(self) -> list[Worker]:
+        """Admit the newcomers that are ready, as they are: the caller brings them up to date.
+
+        The others go on without a newcomer that is late, and without one that fails to start. If that one died, for
+        instance with its node, there is another try.
+
+        Raises:
+            ActorFailure: no worker is left, and the newcomers failed or are late.
+        """
+        if not self.joining and len(self.workers) >= self.wanted:
+            return []  # nearly always: this is asked between any two slices of work
+        admitted = []
         with self._sizing:
-            self._fill()  # more were wanted while the last one left, or the last newcomer failed and this is a new run
-            ready = finished([newcomer.ready for newcomer in self.joining], 0)
+            # Some may be missing though nobody died just now: more became wanted while the last one left.
+            self._spawn_missing()
             for newcomer in list(self.joining):
-                if newcomer.ready in ready:
+                if newcomer.answer.done():
                     self.joining.remove(newcomer)
                     try:
-                        wait([newcomer.ready], self.call_timeout_s)
+                        answer(newcomer.ready, newcomer.answer)
                     except ActorFailure as failure:
                         newcomer.actor.kill()
-                        self._without(failure)
+                        self._newcomer_failed(failure)
                     else:
-                        self.actors = [*self.actors, newcomer.actor]
-                        joined.append(newcomer.actor)
+                        admitted.append(Worker(newcomer.actor, next(self._numbers)))
+                        self.workers = [*self.workers, admitted[-1]]
                 elif time.monotonic() - newcomer.ready.started > self.newcomer_timeout_s:
                     self._mark_overdue(newcomer)
-            if not self.actors and all(newcomer.overdue for newcomer in self.joining):
+            if not self.workers and all(newcomer.overdue for newcomer in self.joining):
                 raise late(self.joining[-1].ready, self.newcomer_timeout_s)
-        return joined
+        return admitted
 
-    def _mark_overdue(self, newcomer: Newcomer) -> None:
-        if not newcomer.overdue and self.actors:
-            log.warning(
-                "%s is not up after %.0f s and is waited for; perhaps no node has room for it, see `ray status`; %s",
-                newcomer.actor.name, self.newcomer_timeout_s, self._on_their_way,
-            )  # fmt: skip
-        newcomer.overdue = True
+    def dismiss_idle(self) -> list[Worker]:
+        """Dismiss workers beyond the wanted size that have nothing left to do, from the last one on; returns them."""
+        dismissed = []
+        while len(self.workers) > self.wanted and self.workers[-1].idle:
+            dismissed.append(self.workers[-1])
+            self.dismiss(dismissed[-1])
+        return dismissed
 
-    def _without(self, failure: ActorFailure) -> None:
-        """A newcomer failed: another try if it died, else the others go on, if there are any."""
-        if not (isinstance(failure, ActorDied) and self._may_go_on()):
-            if not self.actors and not self.joining:
+    def dismiss(self, worker: Worker) -> None:
+        """End a worker that has no work."""
+        with self._sizing:
+            self._remove(worker)
+        worker.remote.kill()
+
+    # ---- deaths
+
+    def reset_deaths(self) -> None:
+        """A round of work is done: earlier deaths do not count towards `max_replacements` any more."""
+        self._deaths_of_round, self._silent_in_round = 0, False
+
+    def lose(self, worker: Worker, failure: ActorFailure) -> None:
+        """Go on without a worker; a newcomer starts in its place. Its work is the caller's, see `Dispatcher.lose`.
+
+        Args:
+            failure: an `ActorDied`, or that it did not answer in time: then it is killed, and counts as dead.
+
+        Raises:
+            ActorFailure: `failure`, when too many died; also when it is the second one of a round that did not answer.
+                One actor may hang, but if two do not answer, the time-out is too short for the work.
+        """
+        with self._sizing:
+            if worker not in self.workers:
+                return  # its death is known already
+            silent = not isinstance(failure, ActorDied)
+            if silent and self._silent_in_round:
+                raise failure
+            self._silent_in_round |= silent
+            self._remove(worker)
+            worker.remote.kill()  # an actor that is only out of reach must not keep its resources
+            if not self._count_death():
+                raise failure
+            self._spawn_missing()
+            log.warning("%s%s; %s", failure, ": it is killed as if it had died" if silent else "", self._outlook)
+
+    # ---- with `_sizing` held
+
+    def _spawn_missing(self) -> None:
+        while len(self.workers) + len(self.joining) < self.wanted:
+            actor = self.spawn(next(self._names))
+            ready = actor.submit("ready")
+            self.joining.append(Newcomer(actor, ready, ready.future()))
+
+    def _remove(self, worker: Worker) -> None:
+        self.workers = [other for other in self.workers if other is not worker]
+
+    def _newcomer_failed(self, failure: ActorFailure) -> None:
+        """Try again if the newcomer died. Otherwise the others go on without it, if there are any."""
+        if not (isinstance(failure, ActorDied) and self._count_death()):
+            if not self.workers and not self.joining:
                 raise failure
             self.wanted -= 1
-        self._fill()
-        log.warning("%s; %s", failure, self._on_their_way)
+        self._spawn_missing()
+        log.warning("%s; %s", failure, self._outlook)
 
-    def leave(self, actor: Remote) -> None:
-        """It has no work and goes."""
-        with self._sizing:
-            self._remove(actor)
-        actor.kill()
-
-    def settle(self) -> None:
-        """Between two rounds of work: newcomers that are ready join, and those that are too many leave.
-
-        Afterwards there is somebody.
-        """
-        self.welcome()
-        if not self.actors:
-            self._await_newcomers()
-        while len(self.actors) > self.wanted:
-            self.leave(self.actors[-1])
-
-    def welcome(self) -> list[Remote]:
-        """The newcomers that have become ready, brought up to date."""
-        welcome = []
-        for actor in self.join():
-            try:
-                self.on_new(actor)
-                welcome.append(actor)
-            except ActorFailure as failure:
-                actor.kill()
-                with self._sizing:
-                    self._remove(actor)
-                    self._without(failure)
-        return welcome
-
-    def _await_newcomers(self) -> list[Remote]:
-        while not (welcome := self.welcome()):
-            finished([newcomer.ready for newcomer in self.joining], _LOOK_S)
-        return welcome
-
-    def _fill(self) -> None:
-        while len(self.actors) + len(self.joining) < self.wanted:
-            actor = self.spawn(next(self._names))
-            self.joining.append(Newcomer(actor, actor.submit("ready")))
-
-    def _remove(self, actor: Remote) -> None:
-        self.actors = [other for other in self.actors if other is not actor]
-        self._busy_s.pop(actor.name, None)
-
-    # ---- work and deaths
-
-    def worked_for(self, actor: Remote, seconds: float) -> None:
-        self._busy_s[actor.name] = self._busy_s.get(actor.name, 0.0) + seconds
-
-    def busy_s(self) -> dict[str, float]:
-        """Seconds that each actor has worked, on calls of `map` and of `Members`; by name, in the pool's order."""
-        return {actor.name: self._busy_s.get(actor.name, 0.0) for actor in self.actors}
-
-    def worked(self) -> None:
-        """A round of work is done: deaths before it do not count towards `max_replacements` any more."""
-        self._deaths_of_round = 0
-
-    def lose(self, actor: Remote, death: ActorFailure) -> None:
-        """Go on without a dead actor; a newcomer is on its way. Raises `death` when that happened too often."""
-        with self._sizing:
-            if actor not in self.actors:
-                return  # known already
-            self._remove(actor)
-            actor.kill()  # one that is only out of reach must not keep its resources
-            if not self._may_go_on():
-                raise death
-            self._fill()
-            log.warning("%s; %s", death, self._on_their_way)
-
-    def _may_go_on(self) -> bool:
-        """Count a death; whether it is one that another actor may make up for."""
+    def _count_death(self) -> bool:
+        """Count a death; returns whether another actor may make up for it."""
         self.deaths += 1
         self._deaths_of_round += 1
         return self._deaths_of_round < self.wanted + self.max_replacements
 
+    def _mark_overdue(self, newcomer: Newcomer) -> None:
+        if not newcomer.overdue and self.workers:
+            log.warning(
+                "%s is not up after %.0f s and is waited for; perhaps no node has room for it, see `ray status`; %s",
+                newcomer.actor.name, self.newcomer_timeout_s, self._outlook,
+            )  # fmt: skip
+        newcomer.overdue = True
+
     @property
-    def _on_their_way(self) -> str:
+    def _outlook(self) -> str:
         names = ", ".join(newcomer.actor.name for newcomer in self.joining)
         return f"{len(self)} {self.role}s go on (wanted: {self.wanted}), on their way: {names or 'nobody'}"

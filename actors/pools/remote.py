@@ -8,7 +8,7 @@ from __future__ import annotations
 import pickle
 import platform
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -34,20 +34,21 @@ def namespace(config: Config) -> str:
 
 
 class ActorFailure(RuntimeError):
-    """A remote call died, timed out or raised; the message names the actor and the method."""
+    """An actor died during a call, did not answer it in time, or raised; the message names actor and method."""
 
 
 class ActorDied(ActorFailure):
-    """The actor's process is gone; another one may do the work."""
+    """The actor's process is gone. Another actor may do its work."""
 
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """A call under way (Ray) or already done (local)."""
+    """A call that an actor works on (Ray), or that is already done (local)."""
 
     actor: str
     method: str
     ref: Any
+    """The ObjectRef of the answer; the answer itself if `local`."""
     local: bool
     started: float
     """`time.monotonic()` before the call."""
@@ -55,7 +56,7 @@ class Call:
     """Whether the answer is one string of bytes, see `SerializedCalls`."""
 
     def future(self) -> Future[Any]:
-        """Done when the call is, for `answer`; its callbacks run in a thread of Ray's."""
+        """A future of the answer, to be read by `answer`. Its callbacks run in a thread of Ray's."""
         if not self.local:
             return self.ref.future()
         done: Future[Any] = Future()
@@ -82,10 +83,14 @@ class Remote:
         concurrency_groups: dict[str, int] | None = None,
         **kwargs: Any,
     ) -> Remote:
-        """Create `actor_class(*args, **kwargs)`: in this process if `local`, else as a Ray actor named `name`.
+        """Create `actor_class(*args, **kwargs)`: in this process if `local`, otherwise as a Ray actor named `name`.
 
-        Calls run one after the other in the order in which one caller made them; those of a concurrency group
-        (of that many threads) beside the others.
+        Calls of one caller run one after the other, in their order. Only calls of another concurrency group run beside
+        them.
+
+        Args:
+            options: for `ray.remote(...).options`.
+            concurrency_groups: names, and how many calls of each group may run at the same time.
         """
         if local:
             return cls(name, actor_class(*args, **kwargs), True)
@@ -94,13 +99,14 @@ class Remote:
         return cls(name, handle, False)
 
     def submit(self, method: str, *args: Any, **kwargs: Any) -> Call:
+        """Start a call. A local object does the work before this returns, and what it raises is raised here."""
         started = time.monotonic()
         bound = getattr(self._target, method)
         ref = bound(*args, **kwargs) if self.local else bound.remote(*args, **kwargs)
         return Call(self.name, method, ref, self.local, started)
 
     def submit_serialized(self, method: str, *args: Any) -> Call:
-        """The same for less, see `SerializedCalls`; the arguments hold no ObjectRef."""
+        """Start a call for less CPU time, see `SerializedCalls`. The arguments must hold no ObjectRef."""
         if self.local:
             return self.submit(method, *args)
         started = time.monotonic()
@@ -108,6 +114,7 @@ class Remote:
         return Call(self.name, method, ref, False, started, serialized=True)
 
     def call(self, method: str, *args: Any, timeout_s: float, **kwargs: Any) -> Any:
+        """Call and wait for the result; raises what `wait` raises."""
         return wait([self.submit(method, *args, **kwargs)], timeout_s)[0]
 
     def kill(self) -> None:
@@ -120,7 +127,7 @@ def wait(calls: Sequence[Call], timeout_s: float) -> list[Any]:
     """Results of all calls, in order.
 
     Raises:
-        UserError: raised by the actor itself, passed on as it is.
+        UserError: raised by the actor itself, passed on unchanged.
         ActorFailure: an actor died, raised, or did not answer within `timeout_s` (of all calls together).
     """
     deadline = time.monotonic() + timeout_s
@@ -149,28 +156,16 @@ def answer(call: Call, future: Future[Any]) -> Any:
 
 
 def _fail(call: Call, error: Exception) -> NoReturn:
-    # What the call raised may be such an error as well, of an actor or an object that it asked for.
+    # A RayTaskError may be one of these classes as well: the method itself got it, from an actor that it called.
     if isinstance(error, RayActorError | ObjectLostError) and not isinstance(error, RayTaskError):
         cause = one_line(error)[-600:]  # the reason stands at the end
         raise ActorDied(f"{call.actor} died during {call.method}: {cause}") from error
     raised = getattr(error, "cause", None)
     if isinstance(raised, UserError):
         raise UserError(str(raised)) from None
-    if isinstance(raised, ActorFailure):  # of an actor that the called one called: its line says it all
+    if isinstance(raised, ActorFailure):  # about an actor that this actor called: its message names that one
         raise ActorFailure(str(raised)) from error
     raise ActorFailure(f"{call.actor}.{call.method} raised {error}") from error
-
-
-def finished(calls: Collection[Call], timeout_s: float) -> list[Call]:
-    """The calls that are finished, well or badly, in their order; waits up to `timeout_s` for the first one."""
-    if any(call.local for call in calls):
-        return [call for call in calls if call.local]
-    refs = [call.ref for call in calls]
-    done, rest = ray.wait(refs, num_returns=1, timeout=max(0.0, timeout_s), fetch_local=False)
-    if done and rest:
-        done += ray.wait(rest, num_returns=len(rest), timeout=0, fetch_local=False)[0]
-    found = set(done)
-    return [call for call in calls if call.ref in found]
 
 
 def late(call: Call, timeout_s: float) -> ActorFailure:
@@ -190,10 +185,10 @@ def load(message: bytes) -> Any:
 
 
 class SerializedCalls:
-    """An actor whose methods can be called with all their arguments in one string of bytes, and then answer with one.
+    """Base class of actors whose methods can also be called by one string of bytes, which they answer with another.
 
-    Ray passes bytes on as they are. Arguments of their own cost the caller 0.1 ms a call: each is pickled by Python
-    code that looks for functions and classes to send along.
+    It is cheaper: Ray passes bytes on unchanged, while ordinary arguments cost the caller 0.1 ms a call. Ray pickles
+    those by Python code that looks for functions and classes to send along.
     """
 
     def serialized_call(self, message: bytes) -> bytes:
@@ -202,7 +197,7 @@ class SerializedCalls:
 
 
 def put(value: Any, local: bool) -> Any:
-    """Store a value for several readers: one object-store copy a node, or the value itself."""
+    """Store a value for several readers: in the object store, one copy a node; if `local`, return the value itself."""
     return value if local else ray.put(value)
 
 

@@ -1,16 +1,13 @@
 """Asynchronous PPO: generation and scoring run ahead of the learner, which never sees tokens that are too old.
 
-    waiting ─▶ generators ─▶ generated ─▶ scorers ─▶ scored ─▶ next_batch
+    GroupQueue ─▶ generators ─▶ GroupQueue ─▶ scorers ─▶ GroupQueue ─▶ next_batch
 
-What moves is a group: a prompt with its samples. Group p belongs to step p // prompts_per_step, in the order of which
-groups are dispatched; a batch takes those that are finished first, so that a long response does not hold a step up.
-Staleness k is kept by two rules (as in AReaL, Fu et al. 2025, section 5.1, but for every token):
+`GroupQueue` says which group may go where; this file keeps the workers of both pools fed. A generator works in slices
+of a fraction of a second (`Generator.advance`). Weights come with a slice, so they may change within a response:
 
-- under the weights of step s, no group beyond step s + k is dispatched;
-- of the groups that have tokens of the weights of step s - k + j or older, the batch of step s leaves at most what the
-  j batches fit in that can still have them, and waits if fewer are finished: for j = 0 it contains them all.
-
-Each group is trained exactly once. With k = 1 nothing can be late: all that is in flight is the next batch.
+    learner      trains on batch 0           set_weights(1)   trains on batch 1
+    generator    │ slice │ slice │ slice │ slice │ slice: loads version 1 first │ slice │ ...
+    response A   ├─ tokens of version 0 ────────┤├─ tokens of version 1 ─────────────────▶
 """
 
 from __future__ import annotations
@@ -19,73 +16,35 @@ import gc
 import heapq
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from functools import partial
-from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any
 
-from actors.pools.members import CALLS_PER_S, QUEUE, Member, Members
+from actors.pools.dispatch import CALLS_PER_S, QUEUE, Dispatcher
 from actors.pools.pool import Pool
-from actors.pools.remote import ActorDied, ActorFailure
-from actors.rollouts.generator import INITIAL_VERSION, SLICE_S
+from actors.pools.remote import ActorFailure
+from actors.pools.worker import Worker
+from actors.rollouts.batch import Batch
+from actors.rollouts.generator import SLICE_S
+from actors.rollouts.groups import Cursor, Group, GroupQueue, Limits
 from actors.rollouts.weight_sync import PublishedWeights
 from rayrlhf.trajectory import GenerationRequest, Sampling, SerializedTrajectory
 
 _COLLECT_AFTER = 50_000
-"""New objects between two looks for garbage in cycles."""
+"""New objects between two searches of Python's for garbage in cycles."""
 _BUNDLE_S = 0.02
-"""What is answered within this time is taken in together: many calls at once cost less than as many one by one."""
+"""Answers within this time are delivered together: many calls at once cost less than as many one by one."""
 _POLL_S = 0.05
-"""New weights and groups are looked for at least this often, and a scorer gets less than a full piece at most so."""
-PLACES = ("waiting", "generating", "scoring", "scored")
-"""Where a group is until a batch takes it."""
+"""Longest wait for answers before the loop looks for new weights and groups. A scorer gets a partial piece at most this
+often."""
 
 
-class Cursor(NamedTuple):
-    """Which groups have been in a batch: all of the steps before `next_step`, but for those at `untrained`."""
+class Ahead:
+    """The rollout mode in which the actors go on while the learner trains; see `in_turn` for the other one.
 
-    next_step: int
-    untrained: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How much is in flight, and how far ahead."""
-
-    steps: int
-    groups_per_step: int
-    max_staleness: int
-    generator_requests: int
-    """Requests that one generator has at a time."""
-    score_tokens: int
-    """Tokens that a scorer is given at a time."""
-
-
-@dataclass
-class Group:
-    """A prompt with its samples."""
-
-    position: int
-    requests: list[GenerationRequest]
-    version: int | None = None
-    """The oldest weights that a token of it may be from; None until it is dispatched."""
-    trajectories: list[SerializedTrajectory] = field(default_factory=list)
-    tokens: int = 0
-    """Of the trajectories."""
-
-    def missing(self) -> dict[int, GenerationRequest]:
-        """The requests that have no trajectory yet, by ticket."""
-        tickets = dict(enumerate(self.requests, self.position * len(self.requests)))
-        if not self.trajectories:
-            return tickets
-        done = {t.sample_index for t in self.trajectories}
-        return {ticket: request for ticket, request in tickets.items() if request.sample_index not in done}
-
-
-class Rollouts:
-    """Feeds generators and scorers from a thread of its own (or, with local actors, while a batch is waited for)."""
+    A thread feeds the pools (with local actors: whoever waits for a batch). It starts with the first batch that is
+    asked for, since only then the step of the newest weights is known.
+    """
 
     def __init__(
         self,
@@ -95,120 +54,125 @@ class Rollouts:
         sampling: Sampling,
         limits: Limits,
         *,
-        step: int,
         cursor: Cursor,
-        publication: PublishedWeights,
         background: bool,
+        timeout_s: float,
     ) -> None:
-        """Start before the batch of `step`, whose weights `publication` all generators hold.
-
+        """
         Args:
             groups_of_step: the requests of a step's groups; a pure function.
-            cursor: which groups former batches have had.
+            cursor: which groups earlier batches have taken.
+            background: feed the pools from a thread.
+            timeout_s: how long `next_batch` may take.
         """
         self.generators, self.scorers = generators, scorers
-        self.groups_of_step, self.sampling, self.limits = groups_of_step, sampling, limits
-        self.first = (step, publication.version)
-        self.publication = publication
-        self.waiting: deque[Group] = deque()
-        self.dispatched: dict[int, Group] = {}
-        """Not yet in a batch, by position."""
-        self.generated: deque[Group] = deque()
-        self._generated_tokens = 0
-        self.scored: dict[int, Group] = {}
-        self._next_step = cursor.next_step
-        for position in cursor.untrained:
-            of_step = groups_of_step(position // limits.groups_per_step)
-            self.waiting.append(Group(position, list(of_step[position % limits.groups_per_step])))
-        self._members = Members([generators, scorers], died=self._lose)
-        self._generators, self._scorers = self._members.of[generators], self._members.of[scorers]
-        for member in self._generators:
-            member.version = publication.version
-        self._free = dict.fromkeys(self._generators)
+        self.sampling, self.limits, self.timeout_s = sampling, limits, timeout_s
+        self.queue = GroupQueue(groups_of_step, limits, cursor)
+        self.publication: PublishedWeights | None = None
+        self._latest: tuple[int, int] | None = None
+        """Step and weights of the latest batch that was asked for."""
+        self.dispatcher = Dispatcher([generators, scorers], self._on_loss)
+        self._free: dict[Worker, None] = {}
         """Generators that may be given a call, in the order in which they became free."""
-        self._due: list[set[int]] = []
-        """Groups that are not scored and have to be in one of the next j + 1 batches, at j."""
         self._poll_s = _POLL_S if background else 0.0
+        self._background = background
         self._changed = threading.Condition()
+        """Holds the lock of all that the thread and the coordinator share."""
         self._failure: BaseException | None = None
         self._stopping = False
         self._thread: threading.Thread | None = None
-        if background:
-            self._thread = threading.Thread(target=self._run, name="rollouts", daemon=True)
-            self._thread.start()
+        self._returned_at = time.monotonic()
 
-    # ---- called by the coordinator
+    # ---- called by the coordinator: what both modes have
 
     def set_weights(self, publication: PublishedWeights) -> None:
-        """New weights: every generator loads them with the next call that it is given. Returns at once."""
+        """Every generator loads these weights with the next call that it is given. Returns at once."""
         with self._changed:
             self.publication = publication
+            if self._latest:
+                # Versions rise by one a step, so that these are the weights of this step.
+                step, version = self._latest
+                self.queue.allow(step + publication.version - version)
 
-    def take(self, step: int, version: int, timeout_s: float) -> list[Group]:
-        """The groups of the batch of `step`, for a learner whose weights are `version`, in the order of positions."""
-        oldest = version - self.limits.max_staleness
-        size = self.limits.groups_per_step
-        deadline = time.monotonic() + timeout_s
-        with self._changed:
-            self._due = []
-            for j in range(self.limits.max_staleness):
-                # None is added later: what is dispatched from now on is of newer weights.
-                due = {
-                    g.position for g in self.dispatched.values() if g.version is not None and g.version <= oldest + j
-                }
-                assert len(due) <= (j + 1) * size, "more groups were dispatched than staleness allows"
-                self._due.append(due - self.scored.keys())
-            while not self._failure and not self._complete:
-                if time.monotonic() > deadline:
-                    raise ActorFailure(
-                        f"the batch of step {step} was not complete within {timeout_s:.0f} s: {len(self.scored)} of "
-                        f"{size} prompts are scored, {len(self.dispatched)} in flight"
-                    )
-                if self._thread:
-                    self._changed.wait(1.0)
-                else:
-                    self._tick()
-            if self._failure:
-                raise self._failure
-            oldest_first = sorted(self.scored.values(), key=lambda group: (group.version, group.position))
-            chosen = sorted(oldest_first[:size], key=attrgetter("position"))
-            for group in chosen:
-                del self.dispatched[group.position], self.scored[group.position]
-            return chosen
+    def next_batch(self, step: int, version: int) -> Batch:
+        """The scored batch of `step` for a learner with weights of `version`; its tokens are at most k versions old.
 
-    @property
-    def _complete(self) -> bool:
-        size = self.limits.groups_per_step
-        return len(self.scored) >= size and all(len(due) <= j * size for j, due in enumerate(self._due))
+        Raises:
+            ActorFailure: it took too long, an actor raised, or too many died.
+        """
+        asked = time.monotonic()
+        self.begin_step(step, version)
+        groups = self.take(step, version, self.timeout_s)
+        taken = time.monotonic()
+        serialized = [trajectory for group in groups for trajectory in group.trajectories]
+        batch = Batch.of(step, version, serialized, self.cursor(), self.limits.max_staleness)
+        batch.metrics["rollout/learner_wait"] = (taken - asked) / (taken - self._returned_at)
+        self._returned_at = time.monotonic()
+        return batch
 
     def cursor(self) -> Cursor:
-        """What is left for the batches to come."""
+        """Which groups are left for the batches to come."""
         with self._changed:
-            untrained = {*self.dispatched, *(group.position for group in self.waiting)}
-            return Cursor(self._next_step, tuple(sorted(untrained)))
-
-    def groups(self) -> dict[str, int]:
-        """How many groups are at each of `PLACES`."""
-        with self._changed:
-            scored, waiting = len(self.scored), len(self.waiting)
-            scoring = len(self.generated) + sum(len(member.held) for member in self._scorers)
-            # A group that waits again, for its generator died, stays among the dispatched.
-            known = len(self.dispatched.keys() | {group.position for group in self.waiting})
-            return dict(zip(PLACES, (waiting, known - waiting - scoring - scored, scoring, scored), strict=True))
+            return self.queue.cursor()
 
     def versions(self) -> dict[str, int]:
-        """The weights that each generator has, or has been asked to load before its next work."""
+        """The weights that each generator has, or has been asked to load before its next work, by name."""
+        return {worker.name: worker.version for worker in self.generators.workers}
+
+    def places(self) -> dict[str, int]:
+        """How many groups are at each of `PLACES`."""
         with self._changed:
-            return {member.remote.name: member.version for member in self._generators}
+            return self.queue.places(sum(len(worker.held) for worker in self.scorers.workers))
+
+    def check_idle(self, caller: str) -> None:
+        """Raise ActorFailure if the actors are at work and cannot do another job."""
+        if self._latest:
+            raise ActorFailure(f"{caller} was called while the generators work ahead of the learner")
 
     def stop(self) -> None:
         """End the thread and drop what is in flight."""
         self._stopping = True
         if self._thread:
             self._thread.join()
-        self.generators.broadcast("abort")
+        if self._latest:
+            self.generators.broadcast("abort")
+        self.dispatcher.close()
 
-    # ---- the pipeline
+    # ---- a batch
+
+    def begin_step(self, step: int, version: int) -> None:
+        """The learner has reached `step`, with weights of `version`: groups up to k steps later may be dispatched."""
+        with self._changed:
+            if self.publication is None or self.publication.version != version:
+                raise ActorFailure(f"next_batch of step {step}: load weights of version {version} before it")
+            if self._latest is None:
+                self._free = dict.fromkeys(self.generators.workers)
+            self._latest = (step, version)
+            self.queue.allow(step)
+        if self._background and self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="ahead", daemon=True)
+            self._thread.start()
+
+    def take(self, step: int, version: int, timeout_s: float) -> list[Group]:
+        """The groups of the batch of `step`, for a learner whose weights are `version`, in the order of positions."""
+        queue, deadline = self.queue, time.monotonic() + timeout_s
+        with self._changed:
+            queue.require(version)
+            while not self._failure and not queue.complete:
+                if time.monotonic() > deadline:
+                    raise ActorFailure(
+                        f"the batch of step {step} was not complete within {timeout_s:.0f} s: {len(queue.scored)} of "
+                        f"{self.limits.groups_per_step} prompts are scored, {len(queue.dispatched)} in flight"
+                    )
+                if self._thread:
+                    self._changed.wait(1.0)  # a time-out, since the deadline has to be looked at
+                else:
+                    self._tick()
+            if self._failure:
+                raise self._failure
+            return queue.take()
+
+    # ---- the loop that feeds the pools
 
     def _run(self) -> None:
         # Python would look through groups and requests for cycles again and again while steps make more of them: a
@@ -217,7 +181,7 @@ class Rollouts:
         try:
             while not self._stopping:
                 self._tick()
-        except BaseException as error:  # whoever waits for a batch is told
+        except BaseException as error:  # raised where a batch is waited for
             with self._changed:
                 self._failure = error
                 self._changed.notify_all()
@@ -226,131 +190,102 @@ class Rollouts:
         """Give out what can be given out, then take in what is finished."""
         with self._changed:
             self._resize()
-            self._feed()
-        answers = self._members.answers(self._poll_s)
+            self._feed_generators()
+            self._feed_scorers()
+        # Without the lock: a batch may be taken, or new weights set, while no answer comes.
+        answers = self.dispatcher.poll(self._poll_s)
         if answers and self._poll_s:
             time.sleep(_BUNDLE_S)
-            answers += self._members.answers(0)
+            answers += self.dispatcher.poll(0)
         with self._changed:
-            for member in self._members.hand_on(answers):
-                if member.pool is self.generators and len(member.calls) < QUEUE:
-                    self._free[member] = None
-            if self._complete:
+            self.dispatcher.deliver(answers)
+            if self.queue.complete:
                 self._changed.notify_all()
 
     def _resize(self) -> None:
-        """Take in newcomers, who get the weights with their first work, and let go whoever is too many and done."""
-        for member in self._members.add(self.generators, self.generators.join()):
-            member.version = INITIAL_VERSION
-            self._free[member] = None
-        for member in self._members.leave(self.generators):
-            self._free.pop(member, None)
-        self._members.add(self.scorers, self.scorers.join())
-        self._members.leave(self.scorers)
+        """Admit actors that became ready; dismiss idle workers beyond the wanted size."""
+        # Newcomers have no version yet: they get the weights with their first work.
+        self._free |= dict.fromkeys(self.generators.admit_ready())
+        for worker in self.generators.dismiss_idle():
+            self._free.pop(worker, None)
+        self.scorers.admit_ready()
+        self.scorers.dismiss_idle()
 
-    def _feed(self) -> None:
+    def _feed_generators(self) -> None:
         given = self._dispatch()
-        for member in [member for member in self._free if member.held]:
-            self._advance(member, given.get(member.index, {}))
-            while len(member.calls) < QUEUE:
-                self._advance(member, {})
-            del self._free[member]
-        for member in self._scorers:
-            while self._may_score(member):
-                groups = list(self._piece())
-                trajectories = [t for group in groups for t in group.trajectories]
-                member.held |= {group.position: group for group in groups}
-                then = partial(self._on_scored, member, groups)
-                self._members.ask(
-                    member, "score_serialized", trajectories, self.sampling.temperature, then=then, serialized=True
-                )
+        for worker in [worker for worker in self._free if worker.held]:
+            self._advance(worker, given.get(worker, {}))
+            while len(worker.calls) < QUEUE:
+                self._advance(worker, {})
+            del self._free[worker]
 
-    def _advance(self, member: Member, requests: dict[int, GenerationRequest]) -> None:
-        # New weights wait for two slices at most: they come with the next call, and one may be queued before it.
-        slice_s = max(SLICE_S, len(self.generators) / CALLS_PER_S)
-        arguments: list[Any] = [requests, self.sampling, slice_s]
-        newer = member.version < self.publication.version
-        if newer:  # as an argument of its own: the object store counts its references
-            member.version = self.publication.version
-            arguments.append(self.publication)
-        self._members.ask(member, "advance", *arguments, then=partial(self._on_generated, member), serialized=not newer)
-
-    def _dispatch(self) -> dict[int, dict[int, GenerationRequest]]:
+    def _dispatch(self) -> dict[Worker, dict[int, GenerationRequest]]:
         """Requests by ticket for each generator with room, the one with least work first."""
-        given: dict[int, dict[int, GenerationRequest]] = {}
-        if not self._waiting():
+        given: dict[Worker, dict[int, GenerationRequest]] = {}
+        queue, publication = self.queue, self.publication
+        queue.admit_next_step()
+        if not queue.waiting or publication is None:
             return given
-        room = [(len(member.held), member.index) for member in self._free if not member.leaving]
+        leaving = set(self.generators.leaving)
+        # The number decides between equals, so that the order never depends on which one became free first.
+        room = [(len(worker.held), worker.number, worker) for worker in self._free if worker not in leaving]
         heapq.heapify(room)
-        while room and self._waiting():
-            load, index = room[0]
-            group = self.waiting[0]
-            if load and load + len(group.requests) > self.limits.generator_requests:
-                break  # nobody has less to do
-            self.waiting.popleft()
-            member = self._generators[index]
-            if group.version is None:  # else some of its samples are of that one
-                group.version = self.publication.version
-            self.dispatched[group.position] = group
+        while room and queue.waiting:
+            load, number, worker = room[0]
+            if load and load + len(queue.waiting[0].requests) > self.limits.generator_requests:
+                break  # no other generator has less to do
+            group = queue.dispatch(publication.version)
             missing = group.missing()
-            given.setdefault(index, {}).update(missing)
-            member.held |= dict.fromkeys(missing, group)
-            heapq.heapreplace(room, (len(member.held), index))
+            given.setdefault(worker, {}).update(missing)
+            worker.held |= dict.fromkeys(missing, group)
+            heapq.heapreplace(room, (len(worker.held), number, worker))
+            queue.admit_next_step()
         return given
 
-    def _waiting(self) -> bool:
-        """Whether a group may be dispatched under the newest weights."""
-        first_step, first_version = self.first
-        ahead = first_step + self.publication.version - first_version + self.limits.max_staleness
-        if not self.waiting and self._next_step <= min(ahead, self.limits.steps - 1):
-            start = self._next_step * self.limits.groups_per_step
-            self.waiting += [Group(start + i, list(rs)) for i, rs in enumerate(self.groups_of_step(self._next_step))]
-            self._next_step += 1
-        return bool(self.waiting)
+    def _advance(self, worker: Worker, requests: dict[int, GenerationRequest]) -> None:
+        """Have a generator work for a slice; new weights and requests come with it."""
+        # So new weights wait for two slices at most: the one under way, and the one that may be queued already.
+        publication = self.publication
+        assert publication is not None, "work is dispatched under some weights"
+        slice_s = max(SLICE_S, len(self.generators) / CALLS_PER_S)
+        arguments: list[Any] = [requests, self.sampling, slice_s]
+        newer = worker.version < publication.version
+        if newer:  # as an argument of its own: the object store counts the references that it sees
+            worker.version = publication.version
+            arguments.append(publication)
+        then = partial(self._on_generated, worker)
+        self.dispatcher.submit(worker, "advance", *arguments, then=then, serialized=not newer)
 
-    def _on_generated(self, member: Member, done: dict[int, SerializedTrajectory]) -> None:
+    def _on_generated(self, worker: Worker, done: dict[int, SerializedTrajectory]) -> None:
         for ticket, trajectory in done.items():
-            group = member.held.pop(ticket)
-            group.trajectories.append(trajectory)
-            group.tokens += trajectory.length
-            if len(group.trajectories) == len(group.requests):
-                group.trajectories.sort(key=attrgetter("sample_index"))
-                self.generated.append(group)
-                self._generated_tokens += group.tokens
+            self.queue.add_trajectory(worker.held.pop(ticket), trajectory)
+        if len(worker.calls) < QUEUE:
+            self._free[worker] = None
 
-    def _may_score(self, member: Member) -> bool:
-        """Whether there is a full piece for the scorer, or it waits and has not been asked just now."""
-        if member.leaving:
-            return False
-        if self._generated_tokens >= self.limits.score_tokens:
-            return len(member.calls) < QUEUE
-        return bool(self.generated) and not member.calls and time.monotonic() - member.asked_at >= self._poll_s
+    def _feed_scorers(self) -> None:
+        leaving = set(self.scorers.leaving)
+        for worker in self.scorers.workers:
+            while worker not in leaving and self._may_score(worker):
+                groups = self.queue.next_piece()
+                trajectories = [t for group in groups for t in group.trajectories]
+                worker.held |= {group.position: group for group in groups}
+                self.dispatcher.submit(
+                    worker, "score_serialized", trajectories, self.sampling.temperature,
+                    then=partial(self._on_scored, worker, groups), serialized=True,
+                )  # fmt: skip
 
-    def _piece(self) -> Iterator[Group]:
-        """Groups to be scored together."""
-        tokens = 0
-        while self.generated and tokens < self.limits.score_tokens:
-            group = self.generated.popleft()
-            tokens += group.tokens
-            yield group
-        self._generated_tokens -= tokens
+    def _may_score(self, worker: Worker) -> bool:
+        """Whether there is a full piece for the scorer, or any piece and the scorer has been idle for a while."""
+        if self.queue.generated_tokens >= self.limits.score_tokens:
+            return len(worker.calls) < QUEUE
+        return self.queue.to_score and not worker.calls and time.monotonic() - worker.asked_at >= self._poll_s
 
-    def _on_scored(self, member: Member, groups: Sequence[Group], trajectories: list[SerializedTrajectory]) -> None:
-        scored = iter(trajectories)
+    def _on_scored(self, worker: Worker, groups: Sequence[Group], trajectories: list[SerializedTrajectory]) -> None:
         for group in groups:
-            del member.held[group.position]
-            group.trajectories = [next(scored) for _ in group.requests]
-            self.scored[group.position] = group
-            for due in self._due:
-                due.discard(group.position)
+            del worker.held[group.position]
+        self.queue.add_scored(groups, trajectories)
 
-    def _lose(self, member: Member, death: ActorDied) -> None:
-        """What a dead one had goes back, to be given to the others; a newcomer is on its way."""
-        lost = {group.position: group for group in self._members.lose(member, death).values()}
-        self._free.pop(member, None)
-        again = sorted(lost.values(), key=lambda group: -group.position)
-        if member.pool is self.generators:
-            self.waiting.extendleft(again)
-        else:
-            self.generated.extendleft(again)
-            self._generated_tokens += sum(group.tokens for group in again)
+    def _on_loss(self, worker: Worker, held: dict[int, Group]) -> None:
+        """Other workers get what a dead one had."""
+        self._free.pop(worker, None)
+        self.queue.put_back(held.values())

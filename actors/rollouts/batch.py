@@ -1,4 +1,4 @@
-"""What a step's rollouts are for the learner: trajectories, and the metrics of making them."""
+"""A batch for the learner: the scored trajectories of a step, and the metrics of making them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from actors.pools.remote import ActorFailure
-from actors.rollouts.ahead import Cursor
+from actors.rollouts.groups import Cursor
 from rayrlhf.trajectory import SerializedTrajectory, Trajectory
 
 
@@ -24,7 +24,7 @@ class Batch:
 
     @cached_property
     def trajectories(self) -> list[Trajectory]:
-        """Loaded where they are first asked for: by the learner."""
+        """The trajectories, deserialized at the first use: by the learner, since the coordinator reads none."""
         return [serialized.load() for serialized in self.serialized]
 
     @classmethod
@@ -34,7 +34,7 @@ class Batch:
         """A batch with the metrics of its trajectories.
 
         Raises:
-            ActorFailure: tokens are older than that, or newer than the learner.
+            ActorFailure: a token is more than `max_staleness` versions older than the learner's weights, or newer.
         """
         oldest, newest = version - min(t.oldest for t in serialized), version - max(t.newest for t in serialized)
         if oldest > max_staleness or newest < 0:
@@ -55,18 +55,20 @@ class Batch:
 
 @dataclass(frozen=True)
 class Counts:
-    """What had happened up to a batch: the next one's metrics are of what came since."""
+    """A snapshot of counters; `since(earlier)` turns the difference into metrics."""
 
     time: float = 0.0
+    """`time.monotonic()`."""
     deaths: int = 0
     busy_s: dict[str, float] = field(default_factory=dict)
-    """By name."""
+    """Seconds that each actor has worked, by name."""
 
     def since(self, before: Counts) -> dict[str, float]:
+        """The share of the time since `before` in which each actor had no work, and how many actors died."""
         seconds = self.time - before.time
         idle = {
             f"idle/{name}": min(1.0, max(0.0, 1.0 - (busy - before.busy_s.get(name, 0.0)) / seconds))
             for name, busy in self.busy_s.items()
         }
-        # Also of those that died while weights were loaded.
+        # Deaths while weights were loaded count as well: nobody else reports them.
         return idle | {"rollout/replacements": float(self.deaths - before.deaths)}

@@ -1,8 +1,14 @@
 """The coordinator: owns the pools of generators and scorers, hands prompts out and returns scored batches.
 
 It lives outside Ray Train, so a restart of the learner does not cost the generators. It holds nothing that is lost
-for good: prompts are a function of (seed, step), a learner that comes back publishes its weights again and says which
-prompts it has had.
+for good: prompts are a function of (seed, step), and a learner that comes back publishes its weights again and says
+which prompts it has had.
+
+Who calls what, in PPO:
+
+    jobs/ppo.py      start_generators, start_scorers, set_prompts                    request_stop
+    learner          begin ─▶ { next_version ─▶ load_weights ─▶ next_batch ─▶ train, stop_requested } for every step
+    command          status, scale
 """
 
 from __future__ import annotations
@@ -10,49 +16,47 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 from actors.pools.monitoring import Status, export_status
-from actors.pools.pool import Pool
-from actors.pools.remote import ActorFailure, Remote, put, wait
-from actors.rollouts.ahead import PLACES, Cursor, Limits, Rollouts
+from actors.pools.worker import Worker
+from actors.rollouts.ahead import Ahead
 from actors.rollouts.batch import Batch, Counts
-from actors.rollouts.in_turn import generate
-from actors.rollouts.spawning import spawn_generator, spawn_scorer
+from actors.rollouts.groups import Cursor, Limits
+from actors.rollouts.in_turn import InTurn, generate, score
+from actors.rollouts.rollout_pools import RolloutPools
 from actors.rollouts.weight_sync import PublishedWeights
 from rayrlhf.config import Config
 from rayrlhf.data.prompts import EncodedPrompt, prompts_of_step, requests_for
-from rayrlhf.data.rows import shard
-from rayrlhf.errors import UserError
 from rayrlhf.rewards.gold import GoldMeasure
 from rayrlhf.runs.scaling import wanted_generators
-from rayrlhf.trajectory import GenerationRequest, Sampling, SerializedTrajectory, Trajectory
+from rayrlhf.trajectory import GenerationRequest, Sampling, Trajectory
 
 
 class Coordinator:
-    """One per run. Generators and scorers start when they are first asked for and serve all stages."""
+    """One per run. How batches are made is up to its rollout mode, `InTurn` or `Ahead`, which have the same methods."""
 
     def __init__(self, config: Config, model: str, max_model_len: int, pad_token_id: int, local: bool) -> None:
-        self.config, self.model, self.max_model_len, self.pad_token_id = config, model, max_model_len, pad_token_id
-        self.local = local
-        self.generators: Pool | None = None
-        self.scorers: Pool | None = None
-        self.scored_by: tuple[str, str] | None = None
+        """
+        Args:
+            model: what generators start with, a directory or a hub name.
+            max_model_len: tokens of prompt and response together.
+            local: generators and scorers live in this process.
+        """
+        self.config, self.local = config, local
+        self.pools = RolloutPools(config, model, max_model_len, pad_token_id, self._bring_up_to_date, local=local)
         self.publication: PublishedWeights | None = None
-        self.loaded: dict[str, int] = {}
-        """Weight versions of generators, by name; `rollouts` knows better while there are any."""
-        self.loading_s = 0.0
         self.version = 0
+        """Of the weights that were published last; 0 before the first."""
         self.prompts: list[EncodedPrompt] = []
         self.sampling: Sampling | None = None
+        self.rollouts: InTurn | Ahead = self._in_turn(Cursor(0))
         self.batch: Batch | None = None
-        self.cursor = Cursor(0)
-        self.rollouts: Rollouts | None = None
+        """The last one, for those who ask for it again."""
         self.reported = Counts()
         self.stopping = False
-        self.followed_with: list[str] = []
-        """The generators at the last batch."""
+        self._generators_of_batch: list[str] = []
+        """The generators at the last batch, by name."""
         if not local:
             export_status(config.name, self.status)
 
@@ -63,78 +67,14 @@ class Coordinator:
 
     def start_generators(self) -> list[dict[str, Any]]:
         """Start the generators unless they run; returns who and where they are."""
-        if self.generators is None:
-            resources = self.config.resources
-            self.generators = Pool(
-                "generator",
-                resources.generators.count,
-                partial(
-                    spawn_generator,
-                    config=self.config,
-                    model=self.model,
-                    max_model_len=self.max_model_len,
-                    local=self.local,
-                ),
-                start_timeout_s=resources.start_timeout_s,
-                call_timeout_s=resources.call_timeout_s,
-                node_timeout_s=resources.wait_for_nodes_s,
-                on_new=self._bring_up_to_date,
-            )
-        return self.generators.wait_until_ready()
+        return self.pools.start_generators()
 
     def start_scorers(self, reward_model: str, reference: str, gold: GoldMeasure | None = None) -> list[dict[str, Any]]:
-        """Start scorers with these two models, in place of those with others.
+        """Start scorers with these two models, in place of those with others; returns who and where they are.
 
         With `gold` they also have the labeller's measure of what they score.
         """
-        models = (reward_model, reference)
-        if self.scorers is not None and self.scored_by == models and gold is None:
-            return self.scorers.broadcast("ready")
-        if self.scorers is not None:
-            self.scorers.stop()
-        self.scored_by = models
-        spawn = partial(
-            spawn_scorer,
-            config=self.config,
-            reward_model=reward_model,
-            reference=reference,
-            pad_token_id=self.pad_token_id,
-            gold=put(gold, self.local),
-            local=self.local,
-        )
-        resources = self.config.resources
-        self.scorers = Pool(
-            "scorer",
-            resources.scorers.count,
-            spawn,
-            start_timeout_s=resources.start_timeout_s,
-            call_timeout_s=resources.call_timeout_s,
-            node_timeout_s=resources.wait_for_nodes_s,
-        )
-        return self.scorers.wait_until_ready()
-
-    # ---- weights
-
-    def next_version(self, after: int = 0) -> int:
-        """A weight version that no generator has seen: versions rise strictly, also past `after`."""
-        self.version = max(self.version, after) + 1
-        return self.version
-
-    def load_weights(self, publication: PublishedWeights) -> int:
-        """Load on every generator, or have it loaded while they go on generating for an asynchronous PPO."""
-        if self.rollouts:
-            self.rollouts.set_weights(publication)
-            self.publication = publication
-            return publication.version
-        generators, started = self._started(), time.perf_counter()
-        loaded = generators.broadcast("load_weights", publication)
-        self.publication, self.loading_s = publication, time.perf_counter() - started
-        self.loaded = {actor.name: version for actor, version in zip(generators.actors, loaded, strict=True)}
-        if any(version != publication.version for version in loaded):
-            raise ActorFailure(f"weights {publication.version} were published but the generators report {loaded}")
-        return publication.version
-
-    # ---- the size of the pools
+        return self.pools.start_scorers(reward_model, reference, gold)
 
     def scale(self, generators: int | None = None, scorers: int | None = None) -> dict[str, int]:
         """Want so many from now on: newcomers join when they are up, leavers finish their work first. None: as it is.
@@ -144,65 +84,67 @@ class Coordinator:
         Raises:
             UserError: less than one, or a pool that has not started.
         """
-        for pool, role, count in ((self.generators, "generators", generators), (self.scorers, "scorers", scorers)):
-            if count is not None and count < 1:
-                raise UserError(f"scale: {count} {role}; at least one is needed")
-            if count is not None and pool is None:
-                raise UserError(f"scale: the run has not started its {role} yet; set resources.{role}.count")
-        for pool, count in ((self.generators, generators), (self.scorers, scorers)):
-            if pool is not None and count is not None:
-                pool.scale(count)
-        return {pool.role: pool.wanted for pool in self._pools}
+        return self.pools.scale(generators, scorers)
 
-    def _follow_the_learner(self, metrics: dict[str, float]) -> None:
-        """Grow or shrink the generators by what the last step took, where the config says so."""
-        limits, generators = self.config.resources.generators.scale, self.generators
-        if limits is None or generators is None:
-            return
-        names = [actor.name for actor in generators.actors]
-        before, self.followed_with = self.followed_with, names
-        if names and names == before and generators.steady:  # else part of the step was of other generators
-            idle = statistics.fmean(metrics[f"idle/{name}"] for name in names)
-            generators.scale(wanted_generators(len(names), metrics["rollout/learner_wait"], idle, limits))
+    def stats(self) -> list[dict[str, Any]]:
+        """What each generator has done so far."""
+        return self.pools.stats()
 
-    # ---- the end
+    def status(self) -> Status:
+        """Where everything is at this moment. Other calls may be under way: this one waits for none of them."""
+        rollouts, pools = self.rollouts, self.pools.started
+        return Status(
+            version=self.version,
+            versions=rollouts.versions(),
+            groups=rollouts.places(),
+            actors={pool.role: len(pool) for pool in pools},
+            wanted={pool.role: pool.wanted for pool in pools},
+            replacements={pool.role: pool.deaths for pool in pools},
+        )
 
-    def request_stop(self) -> None:
-        """The learner is to end after the step that it is in, with a checkpoint."""
-        self.stopping = True
+    # ---- weights
 
-    def stop_requested(self) -> bool:
-        return self.stopping
+    def next_version(self, after: int = 0) -> int:
+        """A weight version that no generator has seen: versions rise strictly, also past `after`."""
+        self.version = max(self.version, after) + 1
+        return self.version
 
-    # ---- work
+    def load_weights(self, publication: PublishedWeights) -> int:
+        """Load on every generator; with an asynchronous PPO each one loads them before its next slice of work."""
+        self.rollouts.set_weights(publication)
+        self.publication = publication
+        return publication.version
+
+    def _bring_up_to_date(self, generator: Worker) -> None:
+        if self.publication is not None:
+            timeout_s = self.config.resources.call_timeout_s
+            generator.version = generator.remote.call("load_weights", self.publication, timeout_s=timeout_s)
+
+    # ---- work of the stages without batches
 
     def generate(self, requests: Sequence[GenerationRequest], sampling: Sampling, version: int) -> list[Trajectory]:
         """One trajectory per request, in order, by generators that all have weight `version`."""
-        if self.rollouts:
-            raise ActorFailure("coordinator.generate was called while the generators work ahead of the learner")
-        return [serialized.load() for serialized in generate(self._started(), requests, sampling, version)]
+        self.rollouts.check_idle("coordinator.generate")
+        return [serialized.load() for serialized in generate(self.pools.generators, requests, sampling, version)]
 
     def score(self, trajectories: Sequence[Trajectory], temperature: float) -> list[Trajectory]:
         """The trajectories with rewards and reference log-probs, in order."""
-        if self.scorers is None:
-            raise ActorFailure("coordinator.score was called before start_scorers")
-        self.scorers.settle()
-        lengths, prompts = [t.length for t in trajectories], [t.prompt_id for t in trajectories]
-        shards = [rows for rows in shard(lengths, len(self.scorers), prompts) if rows]
-        pieces = self.scorers.map("score", [[trajectories[i] for i in rows] for rows in shards], temperature)
-        scored = {i: t for rows, piece in zip(shards, pieces, strict=True) for i, t in zip(rows, piece, strict=True)}
-        return [scored[i] for i in range(len(trajectories))]
+        self.rollouts.check_idle("coordinator.score")
+        return score(self.pools.scorers, trajectories, temperature)
+
+    # ---- batches
 
     def set_prompts(self, prompts: Sequence[EncodedPrompt], sampling: Sampling) -> None:
-        """The prompts that `next_batch` draws from, and how."""
+        """The prompts that `next_batch` draws from, and how their responses are sampled."""
         self.prompts, self.sampling = list(prompts), sampling
         self.begin(Cursor(0))
 
     def begin(self, cursor: Cursor) -> None:
-        """A learner starts, anew or from a checkpoint after which `cursor` was left."""
-        self._end_rollouts()
-        self.cursor, self.batch = cursor, None
-        self._forget_deaths()
+        """A learner starts, anew or from a checkpoint that was written when `cursor` was left."""
+        self.rollouts.stop()
+        self.rollouts = self._ahead(cursor) if self.config.ppo.max_staleness else self._in_turn(cursor)
+        self.batch = None
+        self._reset_deaths()
         self.reported = self._counts()
 
     def next_batch(self, step: int, version: int) -> Batch:
@@ -214,81 +156,45 @@ class Coordinator:
         """
         if self.batch is not None and (self.batch.step, self.batch.version) == (step, version):
             return self.batch
-        serialized, metrics = self._ahead(step, version) if self._asynchronous else self._in_turn(step, version)
-        if self.rollouts:
-            self.cursor = self.rollouts.cursor()
-            if self.cursor == Cursor(self.config.ppo.steps):
-                self._end_rollouts()  # that was the last batch: the generators are free for other work
-        else:
-            self.cursor = Cursor(step + 1)
-        batch = Batch.of(step, version, serialized, self.cursor, self.config.ppo.max_staleness)
+        batch = self.rollouts.next_batch(step, version)
+        if batch.cursor == Cursor(self.config.ppo.steps):  # that was the last one: the actors are free for other work
+            self.rollouts.stop()
+            self.rollouts = self._in_turn(batch.cursor)
         now, before = self._counts(), self.reported
-        metrics |= now.since(before) | {"rollout/generators": float(len(self._started()))}
-        seconds = metrics.get("time/generate", now.time - before.time)
-        metrics["throughput/generated_tokens_per_s"] = sum(t.response_tokens for t in serialized) / seconds
-        batch.metrics.update(metrics)
-        self._follow_the_learner(metrics)
+        generators = self.pools.generators
+        batch.metrics.update(now.since(before) | {"rollout/generators": float(len(generators))})
+        seconds = batch.metrics.get("time/generate", now.time - before.time)
+        tokens = sum(t.response_tokens for t in batch.serialized)
+        batch.metrics["throughput/generated_tokens_per_s"] = tokens / seconds
+        self._follow_the_learner(batch.metrics)
         self.reported, self.batch = now, batch
-        self._forget_deaths()
+        self._reset_deaths()
         return batch
 
-    def _forget_deaths(self) -> None:
-        for pool in self._pools:
-            pool.worked()
+    def _in_turn(self, cursor: Cursor) -> InTurn:
+        return InTurn(self.pools, self._groups, self.sampling, cursor=cursor)
 
-    def _in_turn(self, step: int, version: int) -> tuple[list[SerializedTrajectory], dict[str, float]]:
-        assert self.sampling is not None, "set_prompts comes before next_batch"
-        started = time.perf_counter()
-        requests = [request for group in self._groups(step) for request in group]
-        trajectories = self.generate(requests, self.sampling, version)
-        generated = time.perf_counter()
-        trajectories = self.score(trajectories, self.sampling.temperature)
-        return [SerializedTrajectory.of(t) for t in trajectories], {
-            "time/load_weights": self.loading_s,
-            "time/generate": generated - started,
-            "time/score": time.perf_counter() - generated,
-        }
-
-    def _ahead(self, step: int, version: int) -> tuple[list[SerializedTrajectory], dict[str, float]]:
+    def _ahead(self, cursor: Cursor) -> Ahead:
+        assert self.sampling is not None, "set_prompts comes before begin"
         config, resources = self.config.ppo, self.config.resources
-        if self.rollouts is None:
-            if self.scorers is None or self.publication is None or self.publication.version != version:
-                raise ActorFailure(f"next_batch of step {step}: scorers and weights {version} come before it")
-            assert self.sampling is not None, "set_prompts comes before next_batch"
-            self.rollouts = Rollouts(
-                self._started(),
-                self.scorers,
-                self._groups,
-                self.sampling,
-                Limits(
-                    steps=config.steps,
-                    groups_per_step=config.prompts_per_step,
-                    max_staleness=config.max_staleness,
-                    # As many wait inside the engine or on their way: no place there is empty until the next slice.
-                    generator_requests=resources.generators.max_num_seqs * 2,
-                    score_tokens=resources.scorers.micro_batch_tokens,
-                ),
-                step=step,
-                cursor=self.cursor,
-                publication=self.publication,
-                background=not self.local,
-            )
-        asked = time.monotonic()
-        groups = self.rollouts.take(step, version, resources.newcomer_timeout_s + resources.call_timeout_s)
-        taken = time.monotonic()
-        return [t for group in groups for t in group.trajectories], {
-            "rollout/learner_wait": (taken - asked) / (taken - self.reported.time)
-        }
-
-    def _end_rollouts(self) -> None:
-        if self.rollouts:
-            self.rollouts.stop()
-            self.loaded = self.rollouts.versions()
-            self.rollouts = None
-
-    @property
-    def _asynchronous(self) -> bool:
-        return self.config.ppo.max_staleness > 0
+        return Ahead(
+            self.pools.generators,
+            self.pools.scorers,
+            self._groups,
+            self.sampling,
+            Limits(
+                steps=config.steps,
+                groups_per_step=config.prompts_per_step,
+                max_staleness=config.max_staleness,
+                # As many wait inside the engine or on their way: no place there is empty until the next slice.
+                generator_requests=resources.generators.max_num_seqs * 2,
+                score_tokens=resources.scorers.micro_batch_tokens,
+            ),
+            cursor=cursor,
+            background=not self.local,
+            # An actor may answer nothing for as long as a call may take, before another one starts and does its work.
+            timeout_s=resources.newcomer_timeout_s + 2 * resources.call_timeout_s,
+        )
 
     def _groups(self, step: int) -> list[list[GenerationRequest]]:
         """The requests of a step, by prompt."""
@@ -299,42 +205,33 @@ class Coordinator:
         size = config.samples_per_prompt
         return [requests[i : i + size] for i in range(0, len(requests), size)]
 
-    def stats(self) -> list[dict[str, Any]]:
-        """What each generator has done so far."""
-        calls = [actor.submit("stats") for actor in self.generators.actors] if self.generators else []
-        return wait(calls, self.config.resources.call_timeout_s)
-
-    def status(self) -> Status:
-        """Where everything is at this moment. Other calls may be under way: nothing here waits for them."""
-        rollouts = self.rollouts
-        names = [actor.name for actor in self.generators.actors] if self.generators else []
-        loaded = rollouts.versions() if rollouts else self.loaded
-        return Status(
-            version=self.version,
-            versions={name: loaded[name] for name in names if name in loaded},
-            groups=rollouts.groups() if rollouts else dict.fromkeys(PLACES, 0),
-            actors={pool.role: len(pool) for pool in self._pools},
-            wanted={pool.role: pool.wanted for pool in self._pools},
-            replacements={pool.role: pool.deaths for pool in self._pools},
-        )
-
-    @property
-    def _pools(self) -> list[Pool]:
-        """Those that have been started; one whose actors have all died is one of them."""
-        return [pool for pool in (self.generators, self.scorers) if pool is not None]
-
-    def _started(self) -> Pool:
-        """The generators. Once they have been up, a dead one is the pool's to replace, not an error of its start."""
-        if self.generators is None:
-            self.start_generators()
-        assert self.generators is not None
-        return self.generators
-
     def _counts(self) -> Counts:
-        busy = {name: seconds for pool in self._pools for name, seconds in pool.busy_s().items()}
-        return Counts(time.monotonic(), sum(pool.deaths for pool in self._pools), busy)
+        pools = self.pools.started
+        busy = {name: seconds for pool in pools for name, seconds in pool.busy_s().items()}
+        return Counts(time.monotonic(), sum(pool.deaths for pool in pools), busy)
 
-    def _bring_up_to_date(self, generator: Remote) -> None:
-        if self.publication is not None:
-            timeout_s = self.config.resources.call_timeout_s
-            self.loaded[generator.name] = generator.call("load_weights", self.publication, timeout_s=timeout_s)
+    def _reset_deaths(self) -> None:
+        for pool in self.pools.started:
+            pool.reset_deaths()
+
+    def _follow_the_learner(self, metrics: dict[str, float]) -> None:
+        """Grow or shrink the generators by what the last step took, where the config says so."""
+        limits, generators = self.config.resources.generators.scale, self.pools.generators
+        if limits is None:
+            return
+        names = [worker.name for worker in generators.workers]
+        before, self._generators_of_batch = self._generators_of_batch, names
+        # If the generators were not the same during the whole step, its idle shares say nothing about these.
+        if names and names == before and generators.steady:
+            idle = statistics.fmean(metrics[f"idle/{name}"] for name in names)
+            generators.scale(wanted_generators(len(names), metrics["rollout/learner_wait"], idle, limits))
+
+    # ---- the end
+
+    def request_stop(self) -> None:
+        """The learner is to end after the step that it is in, with a checkpoint."""
+        self.stopping = True
+
+    def stop_requested(self) -> bool:
+        """Whether the learner is to end, see `request_stop`."""
+        return self.stopping

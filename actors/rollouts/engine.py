@@ -1,6 +1,7 @@
-"""vLLM behind one small interface. Its moving API is in this file and in `engine_weights`; nothing else imports vllm.
+"""vLLM behind one small interface. Only this file and `engine_weights` import vllm, because its API moves.
 
-vLLM is imported inside methods, after the environment variables that it reads at import: that takes 5-30 s a process.
+The imports stand inside methods: vLLM reads environment variables as it is imported, so these have to be set first.
+The import takes 5-30 s in every process.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from rayrlhf.trajectory import GenerationRequest, Sampling, Trajectory
 _BATCHED_TOKENS = 4096
 """Tokens of one engine step."""
 _MIN_TEMPERATURE = 0.01
-"""vLLM silently raises lower temperatures to this one, and its log-probs would then be of another distribution."""
+"""vLLM silently raises lower temperatures to this one. Its log-probs would then belong to another distribution."""
 
 
 def environment(settings: GeneratorConfig) -> dict[str, str]:
-    """Environment variables of a generator's process; those of OpenMP work only if set before it starts."""
+    """Environment variables of a generator's process. Those of OpenMP work only if they are set before it starts."""
     variables = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process: less memory, weights by reference
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # actors share cores; Ray counts them, vLLM must not pin them
@@ -51,13 +52,13 @@ class _InFlight:
     vllm_id: str
     eos_token_id: int
     version: int
-    """The weights that its next token comes from."""
+    """The weights that its next token is sampled from."""
     versions: list[int] = field(default_factory=list)
-    """Of the tokens sampled before the last weight update."""
+    """One entry for each token that was sampled before the last weight update: the weights that it came from."""
 
 
 class Engine:
-    """One vLLM engine in this process. It works while `step` or `generate` runs; not safe to share between threads."""
+    """One vLLM engine in this process. It works only while `step` or `generate` runs. Threads must not share it."""
 
     def __init__(
         self,
@@ -125,7 +126,7 @@ class Engine:
         Each request's own seed decides its sample. Samples of one prompt share its prefix in the KV cache.
 
         Args:
-            version: what tokens are stamped with until the next `load_weights`.
+            version: the weights that the engine holds; tokens are stamped with it until the next `load_weights`.
 
         Raises:
             UserError: a prompt that is empty, too long or not of this vocabulary; a temperature below 0.01. None of
@@ -161,10 +162,10 @@ class Engine:
         return len(self._in_flight)
 
     def step(self) -> dict[int, Trajectory]:
-        """One token for every running request; returns the responses that are finished, by ticket.
+        """Sample one token for every running request; returns the responses that this finished, by ticket.
 
         A response ends with the first sampled EOS, which is kept ("eos"), or after `max_tokens` ("length").
-        If a step fails, all that was in flight is gone.
+        If a step fails, all requests in flight are dropped.
         """
         try:
             with self._thread_count():
@@ -175,13 +176,13 @@ class Engine:
         return dict(self._finished(output) for output in outputs)
 
     def abort(self) -> None:
-        """Drop all that is in flight."""
+        """Drop all requests in flight."""
         names, self._in_flight = list(self._in_flight), {}
         if names:
             self._llm.abort_request(names)
 
     def generate(self, requests: Sequence[GenerationRequest], sampling: Sampling, version: int) -> list[Trajectory]:
-        """One response per request, in their order; raises what `add` does."""
+        """One response per request, in their order; raises what `add` raises."""
         if self._in_flight:
             raise RuntimeError("generate was called with other requests in flight")
         done: dict[int, Trajectory] = {}
@@ -194,8 +195,10 @@ class Engine:
         return [done[i] for i in range(len(requests))]
 
     def prompt_logprobs(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
-        """[T - 1] log p(token t | tokens before t) for t = 1 .. T - 1, at temperature 1, in nats. For checks, with
-        nothing in flight."""
+        """[T - 1] log p(token t | tokens before t) for t = 1 .. T - 1, at temperature 1, in nats.
+
+        For checks; no request may be in flight.
+        """
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
 
@@ -210,16 +213,20 @@ class Engine:
         return np.asarray([step[token].logprob for step, token in steps], dtype=np.float32)
 
     def load_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """Replace all weights. `tensors` carry Hugging Face names of the same architecture and must be complete.
+        """Replace all weights.
 
-        Responses in flight lose nothing: they go on from the token they have reached, under the new weights, which
-        first read again what the old ones had put into the KV cache. Their next tokens are stamped with `version`.
+        Responses in flight keep their tokens and go on under the new weights. These first recompute the keys and values
+        of what was sampled so far. Further tokens are stamped with `version`. A response of five tokens may so have
+        versions 3 3 3 4 4.
 
-        Names and shapes are checked before anything is touched: such an error leaves the old weights serving.
-        An error after that leaves an engine that refuses all further work.
+        Names and shapes are checked before anything is touched: after such an error the old weights go on serving.
+        After any later error the engine refuses all further work.
+
+        Args:
+            tensors: every parameter of the same architecture, by its Hugging Face name.
 
         Raises:
-            WeightSyncError: incomplete, unknown or misshapen tensors; or the load failed half-way.
+            WeightSyncError: tensors are missing, unknown or of another shape; or the load failed half-way.
         """
         self._require_whole()
         weights = self._layout.validated(tensors)

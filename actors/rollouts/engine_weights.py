@@ -1,4 +1,4 @@
-"""New weights for a running vLLM engine: what a complete set is, and how vLLM is made to take one."""
+"""Load new weights into a running vLLM engine: check that they are complete, then make vLLM take them."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ from actors.rollouts.weight_sync import WeightSyncError
 
 @dataclass(frozen=True)
 class CheckpointLayout:
-    """What a complete set of an architecture's weights consists of, by Hugging Face name."""
+    """The tensors that make up a complete set of an architecture's weights."""
 
     shapes: dict[str, tuple[int, ...]]
+    """By Hugging Face name."""
     aliases: frozenset[str]
-    """Further names of tied tensors, which need not be there."""
+    """Second names of tied tensors, such as the output head's. A set may have them or not."""
 
     @classmethod
     def read(cls, model_path: str, revision: str | None) -> CheckpointLayout:
+        """Of a model directory or hub name, from its config: no weights are read."""
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_path, revision=revision))
         state = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -48,7 +50,14 @@ class CheckpointLayout:
 
 
 def reload(worker: Any, weights: list[tuple[str, torch.Tensor]]) -> None:
-    """Runs on vLLM's worker, between two steps: its layerwise reload, made to notice what it does not load."""
+    """Replace the weights of vLLM's model; runs on vLLM's worker, between two steps.
+
+    vLLM's own layerwise reload does the work. It keeps old weights without an error where it loads none, so the names
+    that it loaded are compared with those of the model.
+
+    Raises:
+        RuntimeError: vLLM kept some of the old weights.
+    """
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding

@@ -14,10 +14,10 @@ from rayrlhf.config import GeneratorConfig, ModelConfig
 from rayrlhf.trajectory import GenerationRequest, Sampling, SerializedTrajectory, Trajectory
 
 INITIAL_VERSION = -1
-"""A new or restarted generator holds the initial weights, and refuses to generate until it is synced."""
+"""The version of a new generator: it holds the model that it started with, and refuses to generate."""
 
 SLICE_S = 0.2
-"""The shortest time that `advance` works before it hands over what is finished, unless nothing is left to do."""
+"""`advance` works at least this long before it returns early, unless nothing is left to do."""
 
 
 class Generator(SerializedCalls):
@@ -37,13 +37,13 @@ class Generator(SerializedCalls):
         self._version = INITIAL_VERSION
         self._tokens = 0
         self._given = 0
-        """Requests in flight when some were added last."""
+        """How many requests were in flight when some were added last."""
 
     def __repr__(self) -> str:
         return self._name
 
     def ready(self) -> dict[str, Any]:
-        """Warm up with one tiny request unless at work, then say who and where this is: `pid`, `node`, `version`."""
+        """Warm up with one tiny request unless at work; returns `pid`, `node` and `version`."""
         if not self.engine.in_flight:
             warm_up = GenerationRequest(prompt_id="warm-up", prompt_ids=(0,))
             self.engine.generate([warm_up], Sampling(temperature=1.0, max_tokens=2, eos_token_id=0), self._version)
@@ -56,13 +56,20 @@ class Generator(SerializedCalls):
         seconds: float,
         publication: PublishedWeights | None = None,
     ) -> dict[int, SerializedTrajectory]:
-        """Take in `requests` by ticket, work for about `seconds`, return what is finished of these and earlier ones.
+        """Take in `requests` and work for a slice: about `seconds`, on these and on earlier requests.
 
-        Returns early when nothing is left to do, or when there is room for more: as many are finished as a third of
-        what was in flight when some were added last. Weights are loaded first: responses in flight go on under them.
+        The slice ends early when nothing is left to do, or when there is room for more: as many responses are finished
+        as a third of all that were in flight when requests were added last.
+
+        Args:
+            requests: by ticket, a number that no request in flight has.
+            publication: weights to load first; responses in flight go on under them.
+
+        Returns:
+            The responses that were finished in this slice, by ticket.
 
         Raises:
-            WeightSyncError: it has only its initial weights, or a weight load failed half-way.
+            WeightSyncError: the generator has only its initial weights, or a weight load failed half-way.
             UserError: an impossible request, see `Engine.add`.
         """
         if publication:
@@ -82,7 +89,7 @@ class Generator(SerializedCalls):
         return {ticket: SerializedTrajectory.of(trajectory) for ticket, trajectory in done.items()}
 
     def abort(self) -> None:
-        """Drop what is in flight."""
+        """Drop all requests in flight."""
         self.engine.abort()
 
     def load_weights(self, publication: PublishedWeights) -> int:
@@ -98,5 +105,5 @@ class Generator(SerializedCalls):
         return self._version
 
     def stats(self) -> dict[str, Any]:
-        """`tokens` generated since the start; `version` held."""
+        """`tokens`: generated since the start, in finished responses; `version`: of the weights."""
         return {"tokens": self._tokens, "version": self._version}

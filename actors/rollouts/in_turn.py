@@ -1,24 +1,122 @@
-"""Generation in turn: the generators draw a list of requests, and whoever asked waits for all of it."""
+"""Synchronous generation: one call draws all requests and returns when the last is done.
+
+    learner      waits ...................................  trains  waits ...
+    generators   load weights │ generate a batch │ idle     idle    load weights │ ...
+    scorers      idle                            │ score    idle
+
+What an engine computes together is the same in every run, so runs repeat to the digit.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
-from actors.pools.members import CALLS_PER_S, QUEUE, Member, Members
-from actors.pools.pool import Pool
-from actors.pools.remote import ActorDied, late
-from actors.rollouts.weight_sync import WeightSyncError
-from rayrlhf.trajectory import GenerationRequest, Sampling, SerializedTrajectory
+from actors.pools.dispatch import CALLS_PER_S, QUEUE, Dispatcher, map_pieces
+from actors.pools.pool import LOOK_S, Pool
+from actors.pools.remote import ActorFailure, late
+from actors.pools.worker import NO_VERSION, Worker
+from actors.rollouts.batch import Batch
+from actors.rollouts.groups import PLACES, Cursor
+from actors.rollouts.rollout_pools import RolloutPools
+from actors.rollouts.weight_sync import PublishedWeights, WeightSyncError
+from rayrlhf.data.rows import shard
+from rayrlhf.trajectory import GenerationRequest, Sampling, SerializedTrajectory, Trajectory
 
 _SLICE_S = 1.0
-"""What is finished is handed over at least this often: it would be lost with the generator."""
-_LOOK_S = 1.0
-"""Between two looks for newcomers while no answer comes."""
+"""A generator hands over what is finished at least this often, in seconds: it would be lost with the generator."""
 
 Requests = dict[int, GenerationRequest]
 """By ticket."""
+
+
+class InTurn:
+    """The rollout mode in which the learner waits for its batch; see `ahead` for the other one.
+
+    It also serves all stages but PPO, which have no batches.
+    """
+
+    def __init__(
+        self,
+        pools: RolloutPools,
+        groups_of_step: Callable[[int], Sequence[Sequence[GenerationRequest]]],
+        sampling: Sampling | None,
+        *,
+        cursor: Cursor,
+    ) -> None:
+        """
+        Args:
+            groups_of_step: the requests of a step, by prompt; a pure function.
+            sampling: None where no batch will be asked for.
+            cursor: which prompts earlier batches have taken.
+        """
+        self.pools, self.groups_of_step, self.sampling = pools, groups_of_step, sampling
+        self._cursor = cursor
+        self._load_s = 0.0
+
+    def set_weights(self, publication: PublishedWeights) -> None:
+        """Load on every generator; returns when all have these weights."""
+        started = time.perf_counter()
+        load_on_all(self.pools.generators, publication)
+        self._load_s = time.perf_counter() - started
+
+    def next_batch(self, step: int, version: int) -> Batch:
+        """The scored batch of `step`: every token is drawn from the weights of exactly `version`.
+
+        Raises:
+            WeightSyncError: a generator has another version.
+            ActorFailure: it took too long, an actor raised, or too many died.
+        """
+        assert self.sampling is not None, "set_prompts comes before next_batch"
+        started = time.perf_counter()
+        requests = [request for group in self.groups_of_step(step) for request in group]
+        drawn = generate(self.pools.generators, requests, self.sampling, version)
+        trajectories = [serialized.load() for serialized in drawn]
+        generated = time.perf_counter()
+        scored = score(self.pools.scorers, trajectories, self.sampling.temperature)
+        serialized = [SerializedTrajectory.of(trajectory) for trajectory in scored]
+        self._cursor = Cursor(step + 1)
+        batch = Batch.of(step, version, serialized, self._cursor, max_staleness=0)
+        batch.metrics.update(
+            {
+                "time/load_weights": self._load_s,
+                "time/generate": generated - started,
+                "time/score": time.perf_counter() - generated,
+            }
+        )
+        return batch
+
+    def cursor(self) -> Cursor:
+        """Which prompts are left for the batches to come."""
+        return self._cursor
+
+    def versions(self) -> dict[str, int]:
+        """The weights that each generator has or is loading, by name; those without any are left out."""
+        return {w.name: w.version for w in self.pools.started_workers("generator") if w.version != NO_VERSION}
+
+    def places(self) -> dict[str, int]:
+        """No group is under way between two batches."""
+        return dict.fromkeys(PLACES, 0)
+
+    def check_idle(self, caller: str) -> None:
+        """Nothing to raise: the actors have work only during `next_batch`."""
+
+    def stop(self) -> None:
+        """Nothing to end."""
+
+
+def load_on_all(generators: Pool, publication: PublishedWeights) -> None:
+    """Load weights on every generator.
+
+    Raises:
+        ActorFailure: a generator raised, was late or reports another version, or too many died.
+    """
+    loaded = generators.broadcast("load_weights", publication)
+    for worker, version in zip(generators.workers, loaded, strict=True):
+        worker.version = version
+    if any(version != publication.version for version in loaded):
+        raise ActorFailure(f"weights {publication.version} were published but the generators report {loaded}")
 
 
 def generate(
@@ -28,6 +126,11 @@ def generate(
 
     Every generator has its share from the start, so that what an engine computes together is the same in every run.
     What a dead one had not finished goes to the others in equal shares, or waits for a newcomer if there are none.
+    Example with two generators, five requests and a death:
+
+        generator-0 has 0 1 2, generator-1 has 3 4
+        generator-0 hands over 0 and dies: generator-1 is given 1 2 as well, and generator-2 starts
+        generator-2 is admitted only if requests wait for a generator, as they would if generator-1 died now
 
     Raises:
         UserError: an impossible request, see `Engine.add`.
@@ -37,49 +140,62 @@ def generate(
     done: dict[int, SerializedTrajectory] = {}
     waiting: Requests = dict(enumerate(requests))
 
-    def finish(member: Member, finished: dict[int, SerializedTrajectory]) -> None:
+    def finish(worker: Worker, finished: dict[int, SerializedTrajectory]) -> None:
         for ticket, trajectory in finished.items():
             if not trajectory.oldest == trajectory.newest == version:
                 drawn = trajectory.oldest
-                raise WeightSyncError(f"{member.remote.name} has version {drawn}, wanted is {version}: sync it first")
+                raise WeightSyncError(f"{worker.name} has version {drawn}, wanted is {version}: sync it first")
             done[ticket] = trajectory
-            del member.held[ticket]
+            del worker.held[ticket]
 
-    def lost(member: Member, death: ActorDied) -> None:
-        waiting.update(members.lose(member, death))
+    def give(worker: Worker, share: Requests) -> None:
+        worker.held |= share
+        slice_s = max(_SLICE_S, len(generators) / CALLS_PER_S)
+        then = partial(finish, worker)
+        dispatcher.submit(worker, "advance", share, sampling, slice_s, then=then, serialized=True)
 
-    def give(member: Member, share: Requests) -> None:
-        member.held |= share
-        slice_s = max(_SLICE_S, len(at_work) / CALLS_PER_S)
-        members.ask(member, "advance", share, sampling, slice_s, then=partial(finish, member), serialized=True)
-
-    generators.settle()
+    generators.apply_size()
     given_at = time.monotonic()
-    members = Members([generators], died=lost)
-    at_work = members.of[generators]
-    try:
-        while waiting or any(member.calls for member in at_work):
-            if waiting:  # while a newcomer loads its weights the others run out of calls: not for one without work
-                members.add(generators, generators.welcome())
-            if waiting and at_work:
-                for member, share in zip(at_work, _shares(waiting, len(at_work)), strict=False):
-                    give(member, share)
-                waiting.clear()
-                given_at = time.monotonic()
-            for member in members.hand_on(members.answers(_LOOK_S)):
-                while member.held and len(member.calls) < QUEUE:
-                    give(member, {})
-                if member.held and time.monotonic() - given_at > generators.call_timeout_s:
-                    raise late(member.calls[0].call, generators.call_timeout_s)  # it answers, but does not get on
-    except BaseException:
-        for member in at_work:  # nobody waits for the answer; the next work finds the engines empty
-            members.ask(member, "abort")
-        raise
+    with Dispatcher([generators], on_loss=lambda worker, held: waiting.update(held)) as dispatcher:
+        try:
+            while waiting or dispatcher.busy:
+                if waiting:  # while a newcomer loads its weights the others run out of calls: not for one without work
+                    generators.admit()
+                if waiting and generators.workers:
+                    # Fewer shares than generators where there are few requests: the last ones get none.
+                    for worker, share in zip(generators.workers, _shares(waiting, len(generators)), strict=False):
+                        give(worker, share)
+                    waiting.clear()
+                    given_at = time.monotonic()
+                for worker in dispatcher.deliver(dispatcher.poll(LOOK_S)):
+                    while worker.held and len(worker.calls) < QUEUE:
+                        give(worker, {})
+                    if worker.held and time.monotonic() - given_at > generators.call_timeout_s:
+                        # It answers, but does not get on: the dispatcher sees only calls without an answer.
+                        raise late(worker.calls[0].call, generators.call_timeout_s)
+        except BaseException:
+            for worker in generators.workers:  # nobody waits for the answer; the next work finds the engines empty
+                dispatcher.submit(worker, "abort")
+            raise
     return [done[ticket] for ticket in range(len(requests))]
 
 
+def score(scorers: Pool, trajectories: Sequence[Trajectory], temperature: float) -> list[Trajectory]:
+    """The trajectories with rewards and reference log-probs, in order; each scorer has one share of about equal size.
+
+    Raises:
+        ActorFailure: a scorer raised or was late, or too many died.
+    """
+    scorers.apply_size()
+    lengths, prompts = [t.length for t in trajectories], [t.prompt_id for t in trajectories]
+    shards = [rows for rows in shard(lengths, len(scorers), prompts) if rows]
+    pieces = map_pieces(scorers, "score", [[trajectories[i] for i in rows] for rows in shards], temperature)
+    scored = {i: t for rows, piece in zip(shards, pieces, strict=True) for i, t in zip(rows, piece, strict=True)}
+    return [scored[i] for i in range(len(trajectories))]
+
+
 def _shares(requests: Requests, count: int) -> Iterator[Requests]:
-    """At most `count` of about the same size. Neighbours stay together: samples of a prompt share its prefix."""
+    """At most `count` shares of about the same size. Neighbours stay together: samples of a prompt share its prefix."""
     tickets = sorted(requests)
     size = -(-len(tickets) // count)
     for start in range(0, len(tickets), size):

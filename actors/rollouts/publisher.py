@@ -1,7 +1,8 @@
-"""What a training loop publishes of its model: all of the weights each time, or with LoRA only the adapters.
+"""A training loop publishes its model: all of the weights each time, or with LoRA only the adapters.
 
-A generator merges the adapters into the frozen weights, which the object store keeps (one copy a node, for the whole
-run). It then serves an ordinary model: at full speed, and new adapters may arrive in the middle of a response.
+A generator merges the adapters into the frozen weights. The object store keeps those for the whole run, one copy a
+node. So a generator always serves an ordinary model: at full speed, and new adapters may arrive in the middle of a
+response.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from rayrlhf.models.lora import Adapter, adapters, frozen_weights, has_adapters
 
 @dataclass(frozen=True)
 class AdapterPublication:
-    """A version of the adapters, and the weights that they belong to."""
+    """One version of the adapters, and the frozen weights that they belong to."""
 
     version: int
     frozen: Publication
     factors: Publication
-    """Of each adapted weight `NAME:down` and `NAME:up`."""
+    """`NAME:down` and `NAME:up` of each adapted weight."""
     adapted: dict[str, tuple[float, bool]]
-    """Scaling and `transposed` of each, see `rayrlhf.models.lora.Adapter`."""
+    """By the name of the weight, its adapter's scaling and `transposed`, see `rayrlhf.models.lora.Adapter`."""
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every parameter once, merged; `WeightSyncError` before the first one if any is corrupt."""
@@ -46,11 +47,14 @@ class Publisher:
         self.model, self.local = model, local
         self.frozen: Publication | None = None
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        lay_out_together(trained)  # so that publishing is one copy
+        lay_out_together(trained)  # so that publishing is one copy of memory
         lay_out_together(parameter for _, parameter in frozen_weights(model))
 
     def publish(self, version: int) -> PublishedWeights:
-        """The weights as they are now; the copy is complete on return. Keep it until every generator has loaded it."""
+        """Copy the weights as they are now; the model may change afterwards.
+
+        Keep the result until every generator has loaded it: the object store drops it with its last reference.
+        """
         if not has_adapters(self.model):
             return publish(self.model.named_parameters(), version, local=self.local)
         if self.frozen is None:

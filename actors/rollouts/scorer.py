@@ -73,7 +73,7 @@ class Scorer(SerializedCalls):
     def score_serialized(
         self, trajectories: Sequence[SerializedTrajectory], temperature: float
     ) -> list[SerializedTrajectory]:
-        """`score` for who only hands them on."""
+        """`score` for callers that only pass trajectories on: serialized in, serialized out."""
         return [
             SerializedTrajectory.of(t)
             for t in self.score([serialized.load() for serialized in trajectories], temperature)

@@ -1,4 +1,4 @@
-"""Generators and scorers as Ray actors: what they are made of, and where they go."""
+"""Make generators and scorers: their arguments, and which nodes they may be on."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def spawn_generator(name: str, config: Config, model: str, max_model_len: int, l
         max_model_len,
         config.seed,
         local=local,
-        # OpenMP reads its settings as a process starts.
+        # Set before the process starts, because OpenMP reads its settings only then.
         options=_options(config, settings) | {"runtime_env": {"env_vars": environment(settings)}},
     )
 
@@ -49,7 +49,8 @@ def spawn_scorer(
 
 
 def _options(config: Config, settings: GeneratorConfig | ScorerConfig) -> dict[str, Any]:
-    """Over all nodes with the labels, and outside the placement group of a Tune trial, which holds no room for them."""
+    """Ray's options for an actor. SPREAD: over all nodes with the labels, and outside the placement group of a Tune
+    trial, which has no room for the trial's actors."""
     return {
         "num_cpus": settings.cpus,
         "num_gpus": settings.gpus,

@@ -1,8 +1,10 @@
-"""Weights on their way from the learner to the generators: the two ends, publish and load.
+"""Weights travel from the learner to the generators by `publish` and `load`.
 
-The carrier here is Ray's object store: parameters travel as bytes, in buckets, one `put` a bucket, which every node
-fetches once and every process on it maps without a copy. As torch tensors they would travel 17-26x slower.
-Parameters that lie together in memory (`rayrlhf.models.layout`) are put as one array: at the speed of a memory copy.
+    learner: parameters ─▶ publish ─▶ buckets in the object store ─▶ load ─▶ read-only views ─▶ the engine copies them
+
+The carrier here is Ray's object store. Parameters travel as bytes in buckets, one `put` each. A node fetches a bucket
+once, and every process on it maps the bucket without a copy. Torch tensors would travel 17-26 times slower.
+Parameters that lie together in memory (`rayrlhf.models.layout`) are put as one array, at the speed of a memory copy.
 """
 
 from __future__ import annotations
@@ -25,8 +27,8 @@ from actors.pools.remote import fetch, put
 from rayrlhf.errors import UserError
 from rayrlhf.models.layout import ALIGNMENT, BUCKET_BYTES
 
-_LINE, _LINES = 64, 16384
-"""What is read of a large array to recognise it by: this many lines of so many bytes, 1 MiB in all."""
+_LINE_BYTES, _SAMPLED_LINES = 64, 16384
+"""The checksum reads this many lines of a large array, spread evenly: 1 MiB in all."""
 
 
 class WeightSyncError(RuntimeError):
@@ -34,7 +36,7 @@ class WeightSyncError(RuntimeError):
 
 
 class PublishedWeights(Protocol):
-    """All that a generator knows of a publication: the seam for other carriers (NCCL, CUDA IPC), one file each."""
+    """All that a generator knows of published weights. Another carrier (NCCL, CUDA IPC) is another class with this."""
 
     @property
     def version(self) -> int: ...
@@ -51,7 +53,7 @@ class Entry(NamedTuple):
     dtype: str
     shape: tuple[int, ...]
     array: int
-    """Which of the bucket's arrays."""
+    """Index of the bucket's array that holds the tensor."""
     offset: int
     """Bytes from the start of that array."""
 
@@ -63,17 +65,17 @@ Bucket = list[NDArray[np.uint8]]
 class Publication:
     """One complete set of weights in the object store (or in this process).
 
-    The publisher must keep it alive until every generator has loaded it: the buckets go with their last reference.
+    The publisher must keep it until every generator has loaded it: Ray drops the buckets with their last reference.
     """
 
     version: int
     buckets: tuple[Any, ...]
     """ObjectRefs of lists of uint8 arrays, or the lists themselves when local."""
     manifest: tuple[tuple[Entry, ...], ...]
-    """Per bucket, what it holds."""
+    """The tensors in each bucket."""
     checksum: str
-    """Covers version, manifest, the order and lengths of the arrays, and their bytes: all of an array of up to 1 MiB,
-    and as much of a larger one, spread evenly. To read every byte would cost as much as the copy itself."""
+    """Covers version, manifest, order and lengths of the arrays, and their bytes. Of an array above 1 MiB it covers a
+    sample of 1 MiB: to read every byte would cost as much as the copy itself."""
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         return load(self)
@@ -82,11 +84,14 @@ class Publication:
 def publish(
     tensors: Iterable[tuple[str, torch.Tensor]], version: int, *, local: bool, bucket_bytes: int = BUCKET_BYTES
 ) -> Publication:
-    """Copy `tensors` (the items of `dict(model.named_parameters())`, plus persistent buffers) into the object store.
+    """Copy tensors into the object store. The learner may change its parameters as soon as this returns.
 
-    The copy is complete on return: the learner may go on changing its parameters. It is the only one, and no memory
-    but the store's is needed (and one bucket's, for tensors of a GPU). Neighbours in memory travel as one array; a
-    tensor larger than `bucket_bytes` gets a bucket of its own.
+    There is one copy, and it needs the store's memory only (for tensors of a GPU also one bucket's). Neighbours in
+    memory travel as one array.
+
+    Args:
+        tensors: the items of `dict(model.named_parameters())`, and persistent buffers.
+        bucket_bytes: the largest bucket; a larger tensor gets a bucket of its own.
     """
     buckets: list[Any] = []
     manifest: list[tuple[Entry, ...]] = []
@@ -151,7 +156,7 @@ def publish_directory(path: str | Path, version: int, *, local: bool, bucket_byt
 
 
 def load(publication: Publication) -> Iterator[tuple[str, torch.Tensor]]:
-    """Names and tensors as they were published: read-only views of the buckets, without a copy. Copy before you write.
+    """Names and tensors as they were published, as read-only views of the buckets: copy before you write.
 
     Raises:
         WeightSyncError: before the first tensor, when the buckets are not those that the checksum was made of.
@@ -179,9 +184,9 @@ def _view(array: NDArray[np.uint8], entry: Entry) -> torch.Tensor:
 
 
 def _digest(array: NDArray[np.uint8]) -> tuple[int, int]:
-    """Size of an array and CRC-32 of its lines, or of `_LINES` of them."""
-    lines = array[: array.size // _LINE * _LINE].reshape(-1, _LINE)
-    every = max(1, len(lines) // _LINES)
+    """Size of an array and CRC-32 of its lines, or of about `_SAMPLED_LINES` of them."""
+    lines = array[: array.size // _LINE_BYTES * _LINE_BYTES].reshape(-1, _LINE_BYTES)
+    every = max(1, len(lines) // _SAMPLED_LINES)
     sample = np.ascontiguousarray(lines[::every])
     return array.size, zlib.crc32(array[lines.size :].tobytes(), zlib.crc32(sample.data))
 

@@ -16,8 +16,8 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from actors.pools.remote import Call, Remote, wait
-from actors.rollouts.ahead import Cursor
 from actors.rollouts.batch import Batch
+from actors.rollouts.groups import Cursor
 from actors.rollouts.publisher import Publisher
 from actors.training.loop import Loop, LoopArguments
 from rayrlhf.algorithms.ppo import PPO

@@ -14,9 +14,9 @@ import torch
 from transformers import PreTrainedModel
 
 from actors.pools.remote import Remote, wait
-from actors.rollouts.ahead import Cursor
 from actors.rollouts.batch import Batch
 from actors.rollouts.coordinator import Coordinator
+from actors.rollouts.groups import Cursor
 from actors.rollouts.weight_sync import Publication, publish
 from rayrlhf.config_file import parse_config
 from rayrlhf.data.prompts import EncodedPrompt

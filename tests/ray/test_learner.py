@@ -105,9 +105,8 @@ def coordinator(tmp_path_factory: pytest.TempPathFactory, reward_model: Path) ->
         Sampling(0.7, MAX_RESPONSE, tokenizer.eos_token_id),
     )
     yield own
-    assert own.generators is not None
-    for generator in own.generators.actors:
-        generator._target.engine.close()
+    for worker in own.pools.generators.workers:
+        worker.remote._target.engine.close()
 
 
 def train(

@@ -16,9 +16,9 @@ from ray.cluster_utils import Cluster
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.pools.remote import Remote, this_node, wait
-from actors.rollouts.ahead import Cursor
 from actors.rollouts.batch import Batch
 from actors.rollouts.coordinator import Coordinator
+from actors.rollouts.groups import Cursor
 from actors.rollouts.weight_sync import publish_directory
 from jobs.cluster import LOCAL_ENVIRONMENT
 from rayrlhf.config_file import parse_config

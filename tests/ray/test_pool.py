@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -12,9 +13,10 @@ from typing import Any
 
 import pytest
 
-from actors.pools.members import Member, Members
+from actors.pools.dispatch import Dispatcher, map_pieces
 from actors.pools.pool import Pool
-from actors.pools.remote import ActorDied, ActorFailure, Remote, SerializedCalls, answer, finished, wait
+from actors.pools.remote import ActorDied, ActorFailure, Remote, SerializedCalls, answer, wait
+from actors.pools.worker import Worker
 from rayrlhf.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -60,6 +62,14 @@ class Adder(SerializedCalls):
             os.kill(os.getpid(), 9)
         return self.set_offset(offset)
 
+    def add_unless_it_hangs(self, number: int, directory: Path) -> tuple[str, int]:
+        """Never answers the first call with a negative number."""
+        marker = directory / f"hung-{number}"
+        if number < 0 and not marker.exists():
+            marker.touch()
+            threading.Event().wait()
+        return self.add(abs(number))
+
     def repeat(self, what: bytes, times: int) -> bytes:
         return what * times
 
@@ -98,6 +108,10 @@ def make_pool() -> Iterator[Callable[..., Pool]]:
         pool.stop()
 
 
+def remotes(pool: Pool) -> list[Remote]:
+    return [worker.remote for worker in pool.workers]
+
+
 def pids(pool: Pool) -> list[int]:
     return [member["pid"] for member in pool.wait_until_ready()]
 
@@ -106,22 +120,22 @@ def test_map_keeps_the_order_and_uses_every_member(make_pool: Callable[..., Pool
     pool = make_pool(2)
     # The first piece is slow: the other member does the rest meanwhile.
     started = time.monotonic()
-    results = pool.map("add_pair", [(0, 1.0), (1, 0.1), (2, 0.1), (3, 0.1)])
+    results = map_pieces(pool, "add_pair", [(0, 1.0), (1, 0.1), (2, 0.1), (3, 0.1)])
     assert [value for _, value in results] == [100, 101, 102, 103]
     slow, *fast = [name for name, _ in results]
-    assert set(fast) == {a.name for a in pool.actors} - {slow}
+    assert set(fast) == {worker.name for worker in pool.workers} - {slow}
     assert time.monotonic() - started < 5
-    assert pool.map("add", [], 0.0) == []
+    assert map_pieces(pool, "add", [], 0.0) == []
 
 
 def settle(pool: Pool, count: int) -> None:
     """Until so many are there."""
     deadline = time.monotonic() + 60
-    pool.settle()
+    pool.apply_size()
     while len(pool) != count:
         assert time.monotonic() < deadline
         time.sleep(0.2)
-        pool.settle()
+        pool.apply_size()
 
 
 def test_work_of_a_killed_member_is_done_again_and_a_newcomer_joins(
@@ -129,42 +143,48 @@ def test_work_of_a_killed_member_is_done_again_and_a_newcomer_joins(
 ) -> None:
     newcomers: list[str] = []
 
-    def bring_up_to_date(actor: Remote) -> None:
-        newcomers.append(actor.name)
-        actor.call("set_offset", 100, timeout_s=10)
+    def bring_up_to_date(worker: Worker) -> None:
+        newcomers.append(worker.name)
+        worker.remote.call("set_offset", 100, timeout_s=10)
 
     pool = make_pool(2, on_new=bring_up_to_date)
     before = pids(pool)
     # -2 kills whoever gets it first.
-    results = pool.map("add_unless", [1, -2, 3, 4, 5], tmp_path)
+    results = map_pieces(pool, "add_unless", [1, -2, 3, 4, 5], tmp_path)
     assert [value for _, value in results] == [101, 102, 103, 104, 105]
     assert (tmp_path / "died--2").exists() and pool.deaths == 1
     settle(pool, 2)
-    assert newcomers == [f"{pool.role}-2"] and pool.actors[-1].name == newcomers[0]
+    assert newcomers == [f"{pool.role}-2"] and pool.workers[-1].name == newcomers[0]
     assert len(set(pids(pool)) & set(before)) == 1
     # Offset -1000 would show: the newcomer was brought up to date before it got work.
-    assert set(pool.map("add_pair", [(1, 0.3), (2, 0.3)])) == {(pool.actors[0].name, 101), (pool.actors[1].name, 102)}
+    assert set(map_pieces(pool, "add_pair", [(1, 0.3), (2, 0.3)])) == {
+        (pool.workers[0].name, 101),
+        (pool.workers[1].name, 102),
+    }
 
 
 def test_the_work_of_the_last_member_waits_for_a_newcomer(make_pool: Callable[..., Pool], tmp_path: Path) -> None:
-    pool = make_pool(1, on_new=lambda actor: actor.call("set_offset", 100, timeout_s=10))
-    assert pool.map("add_unless", [1, -2, 3], tmp_path)[1:] == [(f"{pool.role}-1", 102), (f"{pool.role}-1", 103)]
+    pool = make_pool(1, on_new=lambda worker: worker.remote.call("set_offset", 100, timeout_s=10))
+    assert map_pieces(pool, "add_unless", [1, -2, 3], tmp_path)[1:] == [
+        (f"{pool.role}-1", 102),
+        (f"{pool.role}-1", 103),
+    ]
 
 
 def test_a_member_that_died_between_calls(make_pool: Callable[..., Pool]) -> None:
-    pool = make_pool(2, on_new=lambda actor: actor.call("set_offset", 100, timeout_s=10))
+    pool = make_pool(2, on_new=lambda worker: worker.remote.call("set_offset", 100, timeout_s=10))
     os.kill(pids(pool)[0], 9)
-    assert [value for _, value in pool.map("add", [1, 2, 3, 4], 0.01)] == [101, 102, 103, 104]
+    assert [value for _, value in map_pieces(pool, "add", [1, 2, 3, 4], 0.01)] == [101, 102, 103, 104]
     assert pool.deaths == 1
 
 
 def test_who_dies_in_a_broadcast_is_left_out(make_pool: Callable[..., Pool], tmp_path: Path) -> None:
-    pool = make_pool(3, on_new=lambda actor: actor.call("set_offset", 300, timeout_s=10))
+    pool = make_pool(3, on_new=lambda worker: worker.remote.call("set_offset", 300, timeout_s=10))
     assert pool.broadcast("set_offset_unless", 200, tmp_path / "died") == [200, 200]
     assert (tmp_path / "died").exists() and pool.deaths == 1
     settle(pool, 3)
-    assert [a.name for a in pool.actors] == [f"{pool.role}-{i}" for i in (0, 2, 3)]
-    assert {value for _, value in pool.map("add", [1] * 6, 0.05)} == {201, 301}
+    assert [worker.name for worker in pool.workers] == [f"{pool.role}-{i}" for i in (0, 2, 3)]
+    assert {value for _, value in map_pieces(pool, "add", [1] * 6, 0.05)} == {201, 301}
 
 
 def test_without_room_for_a_newcomer_the_others_go_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -183,36 +203,36 @@ def test_without_room_for_a_newcomer_the_others_go_on(tmp_path: Path, caplog: py
     pool.newcomer_timeout_s = 1.0
     pool.broadcast("set_offset", 100)
     pieces = [1, -2, 3, 4]
-    assert [value for _, value in pool.map("add_unless", pieces, tmp_path)] == [101, 102, 103, 104]
+    assert [value for _, value in map_pieces(pool, "add_unless", pieces, tmp_path)] == [101, 102, 103, 104]
     assert len(pool) == 1 and pool.wanted == 2 and not pool.steady
     time.sleep(1.1)
     for _ in range(3):
-        pool.settle()
+        pool.apply_size()
     said = [record.message for record in caplog.records]
     assert [f"{role}-2 is not up after 1 s" in line for line in said] == [False, True], said
     assert said[1].endswith(f"1 {role}s go on (wanted: 2), on their way: {role}-2")
     assert len(pool) == 1 and pool.steady
-    assert [value for _, value in pool.map("add", [5, 6])] == [105, 106]
+    assert [value for _, value in map_pieces(pool, "add", [5, 6])] == [105, 106]
 
-    pool.actors[0].kill()
+    pool.workers[0].remote.kill()
     with pytest.raises(ActorFailure, match=rf"{role}-3\.ready did not answer within 1 s.*resources.start_timeout_s"):
-        pool.map("add", [7])
+        map_pieces(pool, "add", [7])
     pool.stop()
 
 
 def test_deaths_beyond_the_limit_are_an_error(make_pool: Callable[..., Pool]) -> None:
     pool = make_pool(1, max_replacements=2)
     with pytest.raises(ActorDied, match=rf"{pool.role}-2 died during die"):
-        pool.map("die", [0])
+        map_pieces(pool, "die", [0])
     assert pool.deaths == 3
 
 
 def test_all_may_die_at_once(make_pool: Callable[..., Pool]) -> None:
     """As they do with their nodes: that is not the work's fault."""
-    pool = make_pool(3, max_replacements=1, on_new=lambda actor: actor.call("set_offset", 100, timeout_s=10))
+    pool = make_pool(3, max_replacements=1, on_new=lambda worker: worker.remote.call("set_offset", 100, timeout_s=10))
     for pid in pids(pool):
         os.kill(pid, 9)
-    assert [value for _, value in pool.map("add", [1, 2, 3])] == [101, 102, 103]
+    assert [value for _, value in map_pieces(pool, "add", [1, 2, 3])] == [101, 102, 103]
     assert pool.deaths == 3
     settle(pool, 3)
 
@@ -233,47 +253,64 @@ def test_newcomers_that_die_are_an_error_each_time_when_nobody_is_left() -> None
 
     pool = Pool(role, 1, spawn, start_timeout_s=60, call_timeout_s=60, max_replacements=2)
     pool.wait_until_ready()
-    pool.actors[0].kill()
+    pool.workers[0].remote.kill()
     with pytest.raises(ActorDied, match=rf"{role}-2 died during ready"):
-        pool.map("add", [1])
-    pool.worked()  # a learner that comes back
+        map_pieces(pool, "add", [1])
+    pool.reset_deaths()  # a learner that comes back
     with pytest.raises(ActorDied, match=rf"{role}-5 died during ready"):
-        pool.settle()
+        pool.apply_size()
     assert pool.deaths == 6
     pool.stop()
 
 
 def test_a_newcomer_that_cannot_be_brought_up_to_date_is_given_up(make_pool: Callable[..., Pool]) -> None:
-    def refuse(actor: Remote) -> None:
-        raise ActorFailure(f"{actor.name} refuses")
+    def refuse(worker: Worker) -> None:
+        raise ActorFailure(f"{worker.name} refuses")
 
     pool = make_pool(2, on_new=refuse)
     os.kill(pids(pool)[0], 9)
-    assert [value for _, value in pool.map("add", [1, 2, 3])] == [101, 102, 103]
+    assert [value for _, value in map_pieces(pool, "add", [1, 2, 3])] == [101, 102, 103]
     deadline = time.monotonic() + 60
     while pool.wanted == 2:
         assert time.monotonic() < deadline
         time.sleep(0.2)
-        pool.settle()
-    assert [actor.name for actor in pool.actors] == [f"{pool.role}-1"] and not pool.joining
+        pool.apply_size()
+    assert [worker.name for worker in pool.workers] == [f"{pool.role}-1"] and not pool.joining
 
 
 def test_who_is_wanted_again_while_the_last_one_leaves_comes_back(make_pool: Callable[..., Pool]) -> None:
     pool = make_pool(2)
     pool.scale(1)
-    leaver = pool.actors[-1]  # has been looked at before the next line, as by another thread
+    leaver = pool.workers[-1]  # has been looked at before the next line, as by another thread
     pool.scale(2)
-    pool.leave(leaver)
+    pool.dismiss(leaver)
     settle(pool, 2)
-    assert [actor.name for actor in pool.actors] == [f"{pool.role}-{i}" for i in (0, 2)]
+    assert [worker.name for worker in pool.workers] == [f"{pool.role}-{i}" for i in (0, 2)]
 
 
 def test_a_time_out_names_actor_and_method(make_pool: Callable[..., Pool]) -> None:
     pool = make_pool(1, call_timeout_s=1)
-    with pytest.raises(ActorFailure, match=rf"{pool.role}-0\.add did not answer within 1 s.*resources.call_timeout_s"):
-        pool.map("add", [1], 5.0)
-    with pytest.raises(ActorFailure, match=rf"{pool.role}-0\.add did not answer"):
+    # The first one is replaced; that the second one does not answer either is an error.
+    with pytest.raises(ActorFailure, match=rf"{pool.role}-1\.add did not answer within 1 s.*resources.call_timeout_s"):
+        map_pieces(pool, "add", [1], 5.0)
+    with pytest.raises(ActorFailure, match=rf"{pool.role}-1\.add did not answer"):
         pool.broadcast("add", 1, 5.0)
+
+
+def test_work_of_an_actor_that_answers_nothing_goes_to_another(make_pool: Callable[..., Pool], tmp_path: Path) -> None:
+    pool = make_pool(2, call_timeout_s=10, on_new=lambda worker: worker.remote.call("set_offset", 100, timeout_s=60))
+    before = pids(pool)
+    results = map_pieces(pool, "add_unless_it_hangs", [1, -2, 3], tmp_path)
+    assert [value for _, value in results] == [101, 102, 103]
+    assert (tmp_path / "hung--2").exists() and pool.deaths == 1
+    settle(pool, 2)
+    after = pids(pool)
+    assert len(set(before) & set(after)) == 1
+    (hung,) = set(before) - set(after)
+    deadline = time.monotonic() + 60
+    while Path(f"/proc/{hung}").exists():  # it would keep its resources
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
 
 
 def test_a_pool_that_the_cluster_cannot_hold_is_an_error_in_time() -> None:
@@ -294,7 +331,7 @@ def test_errors_pass_through_and_cost_no_member(make_pool: Callable[..., Pool]) 
     pool = make_pool(2)
     before = pids(pool)
     with pytest.raises(UserError, match=r"^row 3 is bad; mend it$"):
-        pool.map("refuse", [3])
+        map_pieces(pool, "refuse", [3])
     with pytest.raises(ActorFailure, match=rf"{pool.role}-\d\.fail raised (.|\n)*ZeroDivisionError: at 5"):
         pool.broadcast("fail", 5)
     assert pids(pool) == before and pool.deaths == 0
@@ -302,7 +339,7 @@ def test_errors_pass_through_and_cost_no_member(make_pool: Callable[..., Pool]) 
 
 def test_errors_of_a_called_actor_pass_through_the_caller(make_pool: Callable[..., Pool]) -> None:
     """As a generator's do through the coordinator: the user sees the line of the one that failed, and nothing else."""
-    one, other = make_pool(2).actors
+    one, other = remotes(make_pool(2))
     with pytest.raises(UserError, match=r"^row 7 is bad; mend it$"):
         one.call("ask", other, "refuse", timeout_s=20)
     with pytest.raises(ActorFailure, match=rf"^{other.name} died during die: ") as failure:
@@ -311,18 +348,9 @@ def test_errors_of_a_called_actor_pass_through_the_caller(make_pool: Callable[..
     assert "\n" not in str(failure.value)
 
 
-def test_finished_calls(make_pool: Callable[..., Pool]) -> None:
-    slow, fast = make_pool(2).actors
-    calls = [slow.submit("add", 1, 3.0), fast.submit("add", 2)]
-    assert finished(calls, 10) == [calls[1]]
-    assert finished(calls[:1], 0.1) == []
-    assert wait(calls, 10) == [(slow.name, 101), (fast.name, 102)]
-    assert finished(calls, 10) == calls
-
-
-def test_packed_calls(make_pool: Callable[..., Pool]) -> None:
+def test_serialized_calls(make_pool: Callable[..., Pool]) -> None:
     """Results, errors and deaths come as those of plain calls do, whether awaited or by a future."""
-    (one,) = make_pool(1).actors
+    (one,) = remotes(make_pool(1))
     large = one.submit_serialized("repeat", b"x", 10**6)  # comes by way of the object store
     plain, packed, bad, failed = (
         one.submit("add", 1),
@@ -342,7 +370,7 @@ def test_packed_calls(make_pool: Callable[..., Pool]) -> None:
         answer(died, died.future())
 
 
-def test_members_at_work(make_pool: Callable[..., Pool], tmp_path: Path) -> None:
+def test_workers_at_work(make_pool: Callable[..., Pool], tmp_path: Path) -> None:
     """Many calls of two actors, one of which dies: every answer comes once, in the order of each one's calls.
 
     What the dead one had goes to the other, and a newcomer takes part.
@@ -350,31 +378,31 @@ def test_members_at_work(make_pool: Callable[..., Pool], tmp_path: Path) -> None
     pool = make_pool(2)
     heard: dict[str, list[int]] = {f"{pool.role}-{i}": [] for i in range(3)}
 
-    def died(member: Member, death: ActorDied) -> None:
-        for number in sorted(members.lose(member, death)):
-            ask(members.of[pool][0], number)
+    def on_loss(worker: Worker, held: dict[int, Any]) -> None:
+        for number in sorted(held):
+            submit(pool.workers[0], number)
 
-    def ask(member: Member, number: int) -> None:
-        member.held[number] = None
-        then = partial(hear, member, number)
-        members.ask(member, "add_unless", number, tmp_path, then=then, serialized=True)
+    def submit(worker: Worker, number: int) -> None:
+        worker.held[number] = None
+        then = partial(hear, worker, number)
+        dispatcher.submit(worker, "add_unless", number, tmp_path, then=then, serialized=True)
 
-    def hear(member: Member, number: int, result: tuple[str, int]) -> None:
-        assert result[0] == member.remote.name
-        heard[member.remote.name].append(result[1])
-        del member.held[number]
+    def hear(worker: Worker, number: int, result: tuple[str, int]) -> None:
+        assert result[0] == worker.name
+        heard[worker.name].append(result[1])
+        del worker.held[number]
 
     def work() -> None:
         deadline = time.monotonic() + 60
-        while any(member.calls for member in members.of[pool]):
+        while dispatcher.busy:
             assert time.monotonic() < deadline
-            members.hand_on(members.answers(1.0))
+            dispatcher.deliver(dispatcher.poll(1.0))
 
-    members = Members([pool], died)
+    dispatcher = Dispatcher([pool], on_loss)
     for number in range(100, 150):
-        for member in members.of[pool]:
-            ask(member, number + 100 * member.index)
-    ask(members.of[pool][0], -7)
+        for i, worker in enumerate(pool.workers):
+            submit(worker, number + 100 * i)
+    submit(pool.workers[0], -7)
     work()
     survivor, newcomer = f"{pool.role}-1", f"{pool.role}-2"
     assert heard[f"{pool.role}-0"] == list(range(200, 200 + len(heard[f"{pool.role}-0"])))
@@ -382,20 +410,20 @@ def test_members_at_work(make_pool: Callable[..., Pool], tmp_path: Path) -> None
     assert sorted(heard[f"{pool.role}-0"] + heard[survivor]) == [107, *range(200, 250), *range(300, 350)]
 
     deadline = time.monotonic() + 60
-    while not members.add(pool, pool.join()):
+    while not pool.admit_ready():
         assert time.monotonic() < deadline
         time.sleep(0.2)
-    assert [(member.remote.name, member.index) for member in members.of[pool]] == [(survivor, 0), (newcomer, 1)]
-    members.ask(members.of[pool][1], "set_offset", 100)
-    ask(members.of[pool][1], 900)
+    assert [(worker.name, worker.number) for worker in pool.workers] == [(survivor, 1), (newcomer, 2)]
+    dispatcher.submit(pool.workers[1], "set_offset", 100)
+    submit(pool.workers[1], 900)
     work()
     assert heard[newcomer] == [1000]
 
 
 def test_busy_seconds_are_of_the_actor_that_worked(make_pool: Callable[..., Pool]) -> None:
     pool = make_pool(2)
-    pool.map("add_pair", [(1, 1.0), (2, 0.2)])
-    assert list(pool.busy_s()) == [actor.name for actor in pool.actors]
+    map_pieces(pool, "add_pair", [(1, 1.0), (2, 0.2)])
+    assert list(pool.busy_s()) == [worker.name for worker in pool.workers]
     short, long = sorted(pool.busy_s().values())
     assert 1.0 <= long < 1.6 and 0.2 <= short < 0.8
 
@@ -410,8 +438,8 @@ def test_local_objects_answer_alike() -> None:
     )
     assert [member["pid"] for member in pool.wait_until_ready()] == [os.getpid()] * 2
     assert pool.broadcast("set_offset", 5) == [5, 5]
-    assert [value for _, value in pool.map("add", [1, 2, 3])] == [6, 7, 8]
+    assert [value for _, value in map_pieces(pool, "add", [1, 2, 3])] == [6, 7, 8]
     with pytest.raises(UserError, match="row 1 is bad"):
-        pool.map("refuse", [1])
+        map_pieces(pool, "refuse", [1])
     pool.stop()
     assert sum(pool.broadcast("count")) == 3

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from actors.pools.remote import Remote
-from actors.rollouts.ahead import Cursor
 from actors.rollouts.batch import Batch
 from actors.rollouts.coordinator import Coordinator
+from actors.rollouts.groups import Cursor
 from actors.rollouts.weight_sync import publish_directory
 from rayrlhf.config_file import parse_config
 from rayrlhf.data.prompts import EncodedPrompt

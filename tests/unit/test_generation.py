@@ -113,13 +113,6 @@ class Setting:
         return generate(self.pool, requests_of(lengths), SAMPLING, VERSION)
 
 
-@pytest.fixture(autouse=True)
-def newcomers_are_ready(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`finished` asks Ray; here every call is answered at once."""
-    monkeypatch.setattr("actors.pools.pool.finished", lambda calls, timeout_s: list(calls))
-    monkeypatch.setattr("actors.pools.pool.wait", lambda calls, timeout_s: [call.future().result() for call in calls])
-
-
 def assert_drawn(found: list[SerializedTrajectory], lengths: list[int]) -> None:
     assert [(t.response_tokens, t.load().seed) for t in found] == [(n, 100 + i) for i, n in enumerate(lengths)]
 
@@ -186,7 +179,7 @@ def test_too_many_deaths_end_it() -> None:
 def test_a_newcomer_has_the_weights_before_its_work() -> None:
     setting = Setting(1, {0: 2})
     brought: list[tuple[str, int]] = []
-    setting.pool.on_new = lambda actor: brought.append((actor.name, len(setting.made[-1].given)))
+    setting.pool.on_new = lambda worker: brought.append((worker.name, len(setting.made[-1].given)))
     lengths = [1, 4, 4]
     assert_drawn(setting.generate(lengths), lengths)
     assert brought == [("generator-1", 0)]

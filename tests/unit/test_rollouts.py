@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 
 from actors.pools.pool import Pool
 from actors.pools.remote import ActorDied, ActorFailure, Remote
-from actors.rollouts.ahead import Cursor, Group, Limits, Rollouts
+from actors.rollouts.ahead import Ahead
 from actors.rollouts.generator import INITIAL_VERSION
+from actors.rollouts.groups import Cursor, Group, Limits
+from actors.rollouts.in_turn import load_on_all
 from actors.rollouts.weight_sync import Publication
 from rayrlhf.trajectory import GenerationRequest, Sampling, SerializedTrajectory, Trajectory
 
@@ -130,8 +132,7 @@ class Setting:
             "scorer", 1, lambda name: Remote(name, self.scorer, True), start_timeout_s=1, call_timeout_s=5
         )
         self.scorers.max_replacements = 1000
-        for generator in self.made:
-            generator.load_weights(weights(10))
+        load_on_all(self.generators, weights(10))
 
     def groups(self, step: int) -> list[list[GenerationRequest]]:
         first = step * self.limits.groups_per_step
@@ -147,18 +148,21 @@ class Setting:
         version: int = 10,
         cursor: Cursor = Cursor(0),  # noqa: B008
         background: bool = False,
-    ) -> Rollouts:
-        return Rollouts(
+    ) -> Ahead:
+        """Just before the batch of `step`, whose weights of `version` have been published."""
+        ahead = Ahead(
             self.generators,
             self.scorers,
             self.groups,
             SAMPLING,
             self.limits,
-            step=step,
             cursor=cursor,
-            publication=weights(version),
             background=background,
+            timeout_s=10.0,
         )
+        ahead.set_weights(weights(version))
+        ahead.begin_step(step, version)
+        return ahead
 
 
 def check(groups: Sequence[Group], version: int, staleness: int) -> list[int]:
@@ -195,7 +199,7 @@ def test_each_prompt_is_trained_once_and_in_time(data: st.DataObject) -> None:
         if step == restart:  # the learner comes back from its checkpoint, with a version that nobody has had
             rollouts.stop()
             version += 5
-            setting.generators.broadcast("load_weights", weights(version))
+            load_on_all(setting.generators, weights(version))
             rollouts = setting.start(step, version, cursor)
         batch = rollouts.take(step, version, 10.0)
         assert len(batch) == per_step
@@ -206,8 +210,8 @@ def test_each_prompt_is_trained_once_and_in_time(data: st.DataObject) -> None:
         for _ in range(data.draw(st.integers(0, 10))):  # the learner trains
             rollouts._tick()
             if data.draw(st.integers(0, 20)) == 0:
-                deaths = [*rollouts._generators, *rollouts._scorers]
-                rollouts._lose(data.draw(st.sampled_from(deaths)), ActorDied("simulated"))
+                deaths = [*setting.generators.workers, *setting.scorers.workers]
+                rollouts.dispatcher.lose(data.draw(st.sampled_from(deaths)), ActorDied("simulated"))
             if data.draw(st.integers(0, 8)) == 0:
                 setting.generators.scale(data.draw(st.integers(1, 4)))
                 setting.scorers.scale(data.draw(st.integers(1, 3)))
@@ -227,7 +231,7 @@ def test_newcomers_get_work_and_leavers_finish_theirs_first() -> None:
     rollouts.set_weights(weights(11))
     rollouts._tick()
     setting.generators.scale(1)
-    held = [len(member.held) for member in rollouts._generators]
+    held = [len(worker.held) for worker in setting.generators.workers]
     assert min(held[1:]) > 0
     for _ in range(8):
         rollouts._tick()
@@ -259,7 +263,7 @@ def test_a_batch_leaves_no_more_than_the_next_ones_can_take() -> None:
         if step == 1:
             for _ in range(2):
                 rollouts._tick()
-            assert set(rollouts.scored) == {3}
+            assert set(rollouts.queue.scored) == {3}
         batches.append(check(rollouts.take(step, 10 + step, 10.0), 10 + step, 2))
         rollouts.set_weights(weights(11 + step))
     assert batches == [[0], [1], [2], [3]]
@@ -271,12 +275,12 @@ def test_nothing_is_dispatched_further_ahead_than_staleness_allows() -> None:
     for step in range(3):
         for _ in range(20):
             rollouts._tick()
-        assert max(rollouts.dispatched) == (step + 3) * 4 - 1
-        assert len(rollouts.scored) == 12
+        assert max(rollouts.queue.dispatched) == (step + 3) * 4 - 1
+        assert len(rollouts.queue.scored) == 12
         rollouts.take(step, 10 + step, 1.0)
         for _ in range(20):
             rollouts._tick()
-        assert max(rollouts.dispatched) == (step + 3) * 4 - 1
+        assert max(rollouts.queue.dispatched) == (step + 3) * 4 - 1
         rollouts.set_weights(weights(11 + step))
 
 
@@ -323,28 +327,28 @@ def test_deaths_beyond_the_limit_are_an_error() -> None:
     setting = Setting({}, steps=1, per_step=2, staleness=1, generators=1)
     setting.generators.max_replacements = 1
     rollouts = setting.start()
-    rollouts._lose(rollouts._generators[0], ActorDied("first"))
+    rollouts.dispatcher.lose(setting.generators.workers[0], ActorDied("first"))
     rollouts._tick()  # the newcomer joins
     with pytest.raises(ActorDied, match="second"):
-        rollouts._lose(rollouts._generators[0], ActorDied("second"))
+        rollouts.dispatcher.lose(setting.generators.workers[0], ActorDied("second"))
 
 
 def test_where_the_groups_are() -> None:
     """Slices by hand: one generator with room for two groups of two, two slices a tick, one token a slice."""
     setting = Setting({0: 1, 1: 3, 2: 3, 3: 3}, steps=1, per_step=4, staleness=1, generators=1, room=4)
     rollouts = setting.start(version=10)
-    assert rollouts.groups() == {"waiting": 0, "generating": 0, "scoring": 0, "scored": 0}
+    assert rollouts.places() == {"waiting": 0, "generating": 0, "scoring": 0, "scored": 0}
     assert rollouts.versions() == {"generator-0": 10}
     rollouts._tick()  # group 0 is written, group 1 has two of its three tokens
-    assert rollouts.groups() == {"waiting": 2, "generating": 1, "scoring": 1, "scored": 0}
+    assert rollouts.places() == {"waiting": 2, "generating": 1, "scoring": 1, "scored": 0}
     rollouts._tick()  # group 0 is scored, group 1 is written, group 2 takes the place of group 0
-    assert rollouts.groups() == {"waiting": 1, "generating": 1, "scoring": 1, "scored": 1}
+    assert rollouts.places() == {"waiting": 1, "generating": 1, "scoring": 1, "scored": 1}
     rollouts.set_weights(weights(11))
-    rollouts._lose(rollouts._generators[0], ActorDied("killed"))  # group 2 waits again
-    assert rollouts.groups() == {"waiting": 2, "generating": 0, "scoring": 1, "scored": 1}
+    rollouts.dispatcher.lose(setting.generators.workers[0], ActorDied("killed"))  # group 2 waits again
+    assert rollouts.places() == {"waiting": 2, "generating": 0, "scoring": 1, "scored": 1}
     assert rollouts.versions() == {}
     rollouts._resize()
     assert rollouts.versions() == {"generator-1": INITIAL_VERSION}
     assert [g.position for g in rollouts.take(0, 11, 10.0)] == [0, 1, 2, 3]
     assert rollouts.versions() == {"generator-1": 11}
-    assert set(rollouts.groups().values()) == {0}
+    assert set(rollouts.places().values()) == {0}

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from actors.pools.pool import Pool
 from actors.pools.remote import ActorDied, Remote
-from actors.rollouts.ahead import Cursor
 from actors.rollouts.coordinator import Coordinator
+from actors.rollouts.groups import Cursor
 from rayrlhf.config import ScaleConfig
 from rayrlhf.config_file import parse_config
 from rayrlhf.errors import UserError
@@ -64,41 +64,41 @@ def test_the_coordinator_follows_once_a_whole_step_was_of_the_same_generators() 
     scale = {"min": 1, "max": 8, "target_learner_wait": 0.1}
     settings = {"name": "x", "ppo": {"max_staleness": 1}, "resources": {"generators": {"scale": scale}}}
     coordinator = Coordinator(parse_config(settings, "test"), "none", 100, 1, local=True)
-    pool = coordinator.generators = Pool(
+    pool = coordinator.pools._generators = Pool(
         "generator", 2, lambda name: Remote(name, Actor(), True), start_timeout_s=9, call_timeout_s=9
     )
 
     def follow(learner_wait: float, idle: float) -> int:
-        shares = {f"idle/{actor.name}": idle for actor in pool.actors}
+        shares = {f"idle/{worker.name}": idle for worker in pool.workers}
         coordinator._follow_the_learner({"rollout/learner_wait": learner_wait} | shares)
         return pool.wanted
 
     assert follow(0.5, 0.0) == 2  # the first batch: actors started in it
     assert follow(0.5, 0.0) == 4
     assert follow(0.5, 0.0) == 4  # two are on their way
-    pool.join()
+    pool.admit_ready()
     assert follow(0.5, 0.0) == 4  # they joined in this step
     assert follow(0.0, 0.5) == 3
-    pool.settle()
+    pool.apply_size()
     assert follow(0.0, 0.5) == 3
-    pool.lose(pool.actors[0], ActorDied("with its node"))
-    pool.join()
+    pool.lose(pool.workers[0], ActorDied("with its node"))
+    pool.admit_ready()
     assert follow(0.0, 0.5) == 3  # as many as before, but not the same
     assert follow(0.0, 0.5) == 2
 
 
 def test_a_pool_that_has_lost_everybody_is_still_one() -> None:
     coordinator = Coordinator(parse_config({"name": "x"}, "test"), "none", 100, 1, local=True)
-    pool = coordinator.generators = Pool(
+    pool = coordinator.pools._generators = Pool(
         "generator", 1, lambda name: Remote(name, Actor(), True), start_timeout_s=9, call_timeout_s=9
     )
-    pool.lose(pool.actors[0], ActorDied("with its node"))
+    pool.lose(pool.workers[0], ActorDied("with its node"))
     status = coordinator.status()
     assert (status.actors, status.wanted, status.replacements) == ({"generator": 0}, {"generator": 1}, {"generator": 1})
     assert coordinator.scale(generators=3) == {"generator": 3}
     coordinator.begin(Cursor(0))
     assert coordinator.reported.deaths == 1
-    assert [actor.name for actor in pool.join()] == ["generator-1", "generator-2", "generator-3"]
+    assert [worker.name for worker in pool.admit_ready()] == ["generator-1", "generator-2", "generator-3"]
 
 
 def test_in_turn_there_is_nothing_to_follow() -> None:
