@@ -1,6 +1,6 @@
-"""Is the `actors` package that would be imported ours?
+"""Checks that Python would import our own `actors` package.
 
-The name is common. A package of that name that comes first on `sys.path` would be imported in place of ours.
+The name is common: another package `actors` earlier on `sys.path` would be imported in place of ours.
 """
 
 from __future__ import annotations

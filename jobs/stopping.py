@@ -1,7 +1,7 @@
-"""SIGTERM, which `ray job stop` sends before it kills: what can be kept is kept.
+"""What a stage does at SIGTERM, which `ray job stop` sends before it kills the process.
 
-PPO is asked for a checkpoint at the end of the step that it is in. Everything else ends as by Ctrl-C; so does PPO at
-a second SIGTERM some seconds later. The same command continues.
+PPO finishes its step, writes a checkpoint and ends. Every other stage ends at once, as at Ctrl-C; so does PPO at a
+second SIGTERM that comes more than `SAME_SIGNAL_S` later. The same command continues the run in each case.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 SAME_SIGNAL_S = 5.0
-"""Signals that come within this time are one: `uv run` and a shell pass on what Ray has sent to their child as well."""
+"""Signals within this time count as one: Ray signals the child directly, and `uv run` or a shell passes it on again."""
 
 
 @contextmanager
@@ -26,7 +26,7 @@ def interrupted_by_sigterm() -> Iterator[None]:
 
 @contextmanager
 def asking_first(ask: Callable[[], object]) -> Iterator[threading.Event]:
-    """During the block, the first SIGTERM calls `ask`, from another thread; the event says that it came."""
+    """During the block, the first SIGTERM calls `ask` in another thread and sets the event that the block gets."""
     asked, first = threading.Event(), 0.0
 
     def handle(number: int, frame: Any) -> None:
@@ -38,7 +38,7 @@ def asking_first(ask: Callable[[], object]) -> Iterator[threading.Event]:
         first = time.monotonic()
         asked.set()
         print("stopping: PPO writes a checkpoint when its step ends; SIGTERM again ends it now", flush=True)
-        # Not here: the signal may have come in the middle of a call to Ray.
+        # In a thread: this handler may have interrupted a call to Ray, and Ray is not made to be entered again there.
         threading.Thread(target=ask, name="stopping", daemon=True).start()
 
     with _on_sigterm(handle):
