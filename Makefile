@@ -64,10 +64,10 @@ lint: $(STAMP) ## ruff, mypy and the import linter
 	$(BIN)/lint-imports
 
 test-unit: $(STAMP) ## tests without Ray (fast)
-	$(BIN)/python -m pytest tests/unit $(ARGS)
+	$(BIN)/python -m pytest -n 2 tests/unit $(ARGS)
 
 test-oracles: $(STAMP) ## our numbers against other people's code
-	$(BIN)/python -m pytest tests/oracles $(ARGS)
+	$(BIN)/python -m pytest -n 2 tests/oracles $(ARGS)
 
 test-ray: $(STAMP) ## tests with Ray and vLLM
 	$(BIN)/python -m pytest tests/ray $(ARGS)

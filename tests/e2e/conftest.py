@@ -91,6 +91,18 @@ class Command:
                 pytest.fail(f"{self.arguments}: no line {pattern!r}\n{self._texts()}")
             time.sleep(0.05)
 
+    def wait_until(self, condition: Callable[[], bool], what: str, running: bool = True) -> None:
+        """Returns once the condition holds; a failed test if the command ends first (unless not `running`).
+
+        The limit is there for a command that hangs, and far beyond what a busy machine needs.
+        """
+        deadline = time.monotonic() + 600
+        while not condition():
+            ended = running and self.process.poll() is not None
+            if ended or time.monotonic() > deadline:
+                pytest.fail(f"{self.arguments}: {'ended' if ended else 'waited'} before {what}\n{self._texts()}")
+            time.sleep(0.5)
+
     def processes(self) -> dict[int, str]:
         """Command lines of all living processes that descend from this command, by pid: their environment says so."""
         found = {}
@@ -145,13 +157,24 @@ class FinishedRun:
     arguments: list[str]
     """What follows `rayrlhf run`."""
 
+    def copy_before_ppo(self, runs_dir: Path) -> Path:
+        """A copy of the run in `runs_dir`, as it was when PPO began."""
+        run = runs_dir / self.path.name
+        shutil.copytree(self.path, run)
+        shutil.rmtree(run / "policy")
+        for name in ("evaluation.json", "samples.parquet", "report.html"):
+            (run / name).unlink()
+        metrics = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+        (run / "metrics.jsonl").write_text("".join(line for line in metrics if '"stage": "ppo"' not in line))
+        return run
+
 
 @pytest.fixture(scope="session")
 def finished(start: Start, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     """The shrunken quick start, run once. Tests only look at it; who wants to change it makes a copy."""
     runs = tmp_path_factory.mktemp("runs")
     arguments = [QUICKSTART, f"runs_dir={runs}", "name=quick", *SHRUNKEN]
-    outcome = start("rayrlhf", "run", *arguments).wait(900)
+    outcome = start("rayrlhf", "run", *arguments).wait(1500)
     assert outcome.code == 0, f"{outcome.out[-3000:]}\n{outcome.err[-3000:]}"
     return FinishedRun(runs / "quick", outcome, arguments)
 
@@ -159,11 +182,11 @@ def finished(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Finished
 @pytest.fixture
 def before_ppo(finished: FinishedRun, tmp_path: Path) -> Path:
     """A copy of the finished run as it was when PPO began."""
-    run = tmp_path / "quick"
-    shutil.copytree(finished.path, run)
-    shutil.rmtree(run / "policy")
-    for name in ("evaluation.json", "samples.parquet", "report.html"):
-        (run / name).unlink()
-    metrics = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (run / "metrics.jsonl").write_text("".join(line for line in metrics if '"stage": "ppo"' not in line))
-    return run
+    return finished.copy_before_ppo(tmp_path)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A whole run takes minutes, so one that hangs is given up late."""
+    for item in items:
+        if item.path.parent == Path(__file__).parent:
+            item.add_marker(pytest.mark.timeout(1800))

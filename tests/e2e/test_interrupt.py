@@ -1,66 +1,119 @@
-"""Ctrl-C or SIGTERM in the middle of PPO, and the same command again."""
+"""PPO ahead of the learner, scaled, ended by SIGTERM, continued by the same command, and ended by Ctrl-C.
+
+    rayrlhf ppo         step 1, 2, ...  | scale 2: ... | scale 1: ... | SIGTERM: a checkpoint
+    the same command                                                  | the steps after it ... | Ctrl-C
+
+The run has more steps than anybody waits for, and each line of the timeline lasts until its effect has been seen. So
+nothing has to happen in time.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import signal
-import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
-from rayrlhf.runs.metrics import read_metrics
+from rayrlhf.runs.metrics import read_lines, read_metrics
 
-STEPS = 6
+STEPS = 10_000
+INTERRUPTED = "interrupted: finished stages and checkpoints are kept; the same command continues\n"
+
+
+class Ended(NamedTuple):
+    """The run after the first command."""
+
+    run: Path
+    arguments: list[str]
+    scale: dict[str, Any]
+    """What `rayrlhf scale` answered, by the number of generators; "before" is from before the run."""
 
 
 def ppo_lines(run: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if line]
+    """What PPO has written so far, line by line."""
+    lines = [json.loads(line) for line in read_lines(run).splitlines()]
     return [line for line in lines if line["stage"] == "ppo"]
 
 
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
-def test_an_interrupted_run_continues_from_its_checkpoint(
-    finished: Any, before_ppo: Path, start: Any, number: signal.Signals
-) -> None:
-    every = 1 if number == signal.SIGINT else 100  # SIGTERM asks for a checkpoint
-    changes = [f"runs_dir={before_ppo.parent}", f"ppo.steps={STEPS}", f"ppo.checkpoint_every={every}"]
-    arguments = ["ppo", *finished.arguments, *changes]
-    command = start("rayrlhf", *arguments)
-    command.wait_for_line(rf"ppo 2/{STEPS} ", 300)
+def end(command: Any, number: signal.Signals) -> None:
+    """End the command as a terminal (SIGINT) or whoever started it (SIGTERM) does; nothing of it is left."""
     if number == signal.SIGINT:
-        os.killpg(command.process.pid, number)  # as a terminal does: to the whole group
+        os.killpg(command.process.pid, number)  # to the whole group
     else:
-        os.kill(command.process.pid, number)  # as whoever started the command does
-    outcome = command.wait(90)
+        os.kill(command.process.pid, number)
+    outcome = command.wait(300)
     assert outcome.code == 130, outcome.err
-    assert outcome.err == "interrupted: finished stages and checkpoints are kept; the same command continues\n"
-    deadline = time.monotonic() + 15
-    while command.processes() and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert command.processes() == {}
-    assert not (before_ppo / "policy").exists()
-    assert not [p for p in before_ppo.iterdir() if p.name.startswith(".policy")]
+    assert outcome.err == INTERRUPTED
+    command.wait_until(lambda: command.processes() == {}, "its processes end", running=False)
 
-    written = len(ppo_lines(before_ppo))
-    assert 2 <= written < STEPS
-    second = start("rayrlhf", *arguments).wait(400)
-    assert second.code == 0, second.err
-    assert (before_ppo / "policy" / "model.safetensors").is_file()
-    lines = ppo_lines(before_ppo)
-    assert 1 < lines[written]["step"] <= written + 1
-    # The interrupt may have come between a step's line and its checkpoint: that step is done again, under its version.
-    valid = read_metrics(before_ppo, "ppo")
-    assert [line["step"] for line in valid] == list(range(1, STEPS + 1))
-    versions = {line["step"]: line["ppo/weight_version"] for line in valid}
-    assert all(versions[step] < versions[step + 1] for step in range(1, STEPS)), versions
-    assert all(line["ppo/weight_version"] == versions[line["step"]] for line in lines), lines
-    # The weights that the continued run publishes are those that it learns with.
-    assert all(line["ppo/logprob_gap/mean"] < 1e-3 for line in lines)
-    # It is the step that was asked for, not the first one again: the policy has moved away from the reference.
-    assert lines[written]["ppo/kl_k3"] > 10 * abs(lines[0]["ppo/kl_k3"])
-    assert f"ppo {lines[written]['step']}/{STEPS} " in second.out
-    assert f"ppo {lines[written]['step'] - 1}/{STEPS} " not in second.out
+
+@pytest.fixture(scope="module")
+def ended(finished: Any, start: Any, tmp_path_factory: pytest.TempPathFactory) -> Ended:
+    run: Path = finished.copy_before_ppo(tmp_path_factory.mktemp("runs"))
+    changes = [f"runs_dir={run.parent}", f"ppo.steps={STEPS}", f"ppo.checkpoint_every={STEPS}", "ppo.max_staleness=1"]
+    arguments = ["ppo", *finished.arguments, *changes, "resources.generators.cpus=0.25"]
+
+    def scale(count: int) -> Any:
+        return start("rayrlhf", "scale", str(run), "--generators", str(count)).wait(200)
+
+    answers: dict[str, Any] = {"before": scale(2)}
+    command = start("rayrlhf", *arguments)
+    command.wait_until(
+        lambda: any(line["rollout/staleness/max"] == 1 for line in ppo_lines(run)), "generation is ahead of the learner"
+    )
+    for count in (2, 1):
+        answers[str(count)] = scale(count)
+        command.wait_until(
+            lambda wanted=count: ppo_lines(run)[-1]["rollout/generators"] == wanted, f"{count} generators make a batch"
+        )
+    answers["0"] = scale(0)
+    end(command, signal.SIGTERM)
+    return Ended(run, arguments, answers)
+
+
+def test_the_steps_of_a_run_that_is_ahead(ended: Ended) -> None:
+    lines = read_metrics(ended.run, "ppo")
+    assert [line["step"] for line in lines] == list(range(lines[0]["step"], lines[0]["step"] + len(lines)))
+    assert lines[0]["rollout/staleness/max"] == 0 and abs(lines[0]["ppo/kl"]) < 1e-3
+    assert {line["rollout/staleness/max"] for line in lines} <= {0, 1}
+    for line in lines:
+        assert line["ppo/first_ratio_off_one"] < 1e-5
+        assert 0.5 < line["ppo/importance_weight/mean"] < 1.5
+        assert line["time/step"] == pytest.approx(line["time/sync"] + line["time/wait"] + line["time/learn"])
+        assert {"idle/learner", "idle/scorer-0"} <= line.keys()
+
+
+def test_a_run_is_scaled_up_and_down(ended: Ended) -> None:
+    assert ended.scale["before"].code == 2 and "scale: nobody works on" in ended.scale["before"].err
+    for count in ("2", "1"):
+        assert ended.scale[count].code == 0, ended.scale[count].err
+        assert f"wanted from now on: {count} generators, 1 scorers" in ended.scale[count].out
+    assert ended.scale["0"].code == 2 and "at least one is needed" in ended.scale["0"].err
+    lines = ppo_lines(ended.run)
+    assert {line["rollout/generators"] for line in lines} == {1.0, 2.0}
+    assert all(line["rollout/replacements"] == 0 for line in lines)
+
+
+def test_an_interrupted_run_continues_from_its_checkpoint(ended: Ended, start: Any) -> None:
+    run = ended.run
+    assert not (run / "policy").exists()
+    assert not [path for path in run.iterdir() if path.name.startswith(".policy")]
+    before = ppo_lines(run)
+    command = start("rayrlhf", *ended.arguments)
+    command.wait_until(lambda: len(ppo_lines(run)) >= len(before) + 3, "three steps more")
+    end(command, signal.SIGINT)
+    lines = ppo_lines(run)
+    assert lines[: len(before)] == before
+    # SIGTERM asked for a checkpoint, which was written after the last line: no step is lost, none is done again.
+    assert [line["step"] for line in lines] == list(range(lines[0]["step"], lines[0]["step"] + len(lines)))
+    versions = [line["ppo/weight_version"] for line in lines]
+    assert versions == sorted(set(versions)), versions
+    # It learns with the weights that the steps before had ended with: the policy has moved away from the reference.
+    assert lines[len(before)]["ppo/kl_k3"] > 10 * abs(lines[0]["ppo/kl_k3"])
+    assert all(line["ppo/first_ratio_off_one"] < 1e-5 for line in lines[len(before) :])
+    shown = [int(number) for number in re.findall(rf"^ppo +(\d+)/{STEPS} ", command.wait(1).out, re.MULTILINE)]
+    assert shown[0] == len(before) + 1
