@@ -1,7 +1,7 @@
 """vLLM behind one small interface. Only this file and `engine_weights` import vllm, because its API moves.
 
 The imports stand inside methods: vLLM reads environment variables as it is imported, so these have to be set first.
-The import takes 5-30 s in every process.
+The import takes 5-30 s in every process; the coordinator and the driver import this file and do without it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from actors.rollouts.engine_weights import CheckpointLayout, reload
 from actors.rollouts.weight_sync import WeightSyncError
 from rayrlhf.config import GeneratorConfig
 from rayrlhf.errors import UserError, one_line
@@ -118,6 +117,8 @@ class Engine:
                 "(resources.generators sets its memory, data.max_*_tokens its max_model_len)"
             ) from error
         self._vocab_size = int(self._llm.model_config.get_vocab_size())
+        from actors.rollouts.engine_weights import CheckpointLayout
+
         self._layout = CheckpointLayout.read(model_path, revision)
 
     def add(self, requests: Mapping[int, GenerationRequest], sampling: Sampling, version: int) -> None:
@@ -228,6 +229,8 @@ class Engine:
         Raises:
             WeightSyncError: tensors are missing, unknown or of another shape; or the load failed half-way.
         """
+        from actors.rollouts.engine_weights import reload
+
         self._require_whole()
         weights = self._layout.validated(tensors)
         self._broken = "a weight load did not finish"

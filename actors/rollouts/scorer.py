@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
-
-import torch
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING, Any
 
 from actors.pools.remote import SerializedCalls, this_node
 from rayrlhf.config import ScorerConfig
 from rayrlhf.data.rows import Row
-from rayrlhf.models.forward import Forward
-from rayrlhf.models.loading import load_policy, load_reward_model
-from rayrlhf.rewards.functions import RewardModelFunction
 from rayrlhf.rewards.gold import GoldMeasure
 from rayrlhf.runs.storage import local_copy
 from rayrlhf.trajectory import SerializedTrajectory, Trajectory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Scorer(SerializedCalls):
@@ -35,6 +32,13 @@ class Scorer(SerializedCalls):
         dtype: str,
     ) -> None:
         """Both models are directories by path or URI."""
+        # Here, because the coordinator imports this file for the class alone: transformers takes seconds.
+        import torch
+
+        from rayrlhf.models.forward import Forward
+        from rayrlhf.models.loading import load_policy, load_reward_model
+        from rayrlhf.rewards.functions import RewardModelFunction
+
         self.name, self.settings = name, settings
         self.device = torch.device("cuda" if settings.gpus else "cpu")
         self.limit_threads()
@@ -52,6 +56,8 @@ class Scorer(SerializedCalls):
 
     def limit_threads(self) -> None:
         """Torch's thread count is the process's: in `--local` mode other roles change it between our calls."""
+        import torch
+
         if self.device.type == "cpu":
             torch.set_num_threads(self.settings.threads)
 

@@ -7,14 +7,16 @@ PPO maximises the reward model, which is a proxy of the labeller. Watching both 
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from rayrlhf.config import Config
 from rayrlhf.data.records import Prompt
 from rayrlhf.data.tokens import decode_response
 from rayrlhf.rewards.labellers import Labeller, ReferenceLabeller, make_labeller
 from rayrlhf.trajectory import Trajectory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def gold_labeller(config: Config) -> Labeller:
