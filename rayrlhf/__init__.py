@@ -1,3 +1,3 @@
-"""rayrlhf: reinforcement learning from human feedback on Ray (library room: no Ray, no vLLM)."""
+"""rayrlhf: reinforcement learning from human feedback on Ray (the library, which knows neither Ray nor vLLM)."""
 
 __version__ = "0.1.0"

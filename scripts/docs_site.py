@@ -36,8 +36,8 @@ def reference_pages() -> dict[str, list[str]]:
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Append the reference to the navigation."""
-    entries: list[Any] = [{Path(page).stem: page} for page in reference_pages()]
-    # `Path.stem` would take `actors.pools` for a name with a suffix, were it not for the `.md` behind it.
+    pages = sorted(reference_pages(), key=lambda page: (PACKAGES.index(Path(page).stem.split(".")[0]), Path(page).stem))
+    entries: list[Any] = [{Path(page).stem: page} for page in pages]
     config.nav = [*(config.nav or []), {"API reference": entries}]
     return config
 
@@ -47,7 +47,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for source, place in ROOT_PAGES.items():
         files.append(File.generated(config, place, abs_src_path=str(ROOT / source)))
     for page, modules in reference_pages().items():
-        text = f"# `{Path(page).stem}`\n\n" + "\n\n".join(f"::: {module}" for module in modules) + "\n"
+        wing = Path(page).stem
+        about = f"::: {wing}\n    options: {{show_root_heading: false, show_root_toc_entry: false, members: false}}"
+        text = "\n\n".join([f"# `{wing}`", about, *(f"::: {module}" for module in modules)]) + "\n"
         files.append(File.generated(config, page, content=text))
     return files
 

@@ -1,1 +1,4 @@
-"""What is learnt from a batch: losses, advantages, optimiser, metrics. One file an algorithm."""
+"""Learning from a batch: PPO, its losses and advantages, the reward model's loss, SFT's, optimiser and metrics.
+
+`ppo` is the order of a step; `advantages`, `losses` and `kl` are its equations, as pure functions.
+"""

@@ -1,1 +1,1 @@
-"""What people see of a run: progress lines, warnings, tables, figures, report.html."""
+"""A run as people see it: progress lines, warnings, tables, figures, report.html."""

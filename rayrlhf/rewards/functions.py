@@ -1,6 +1,7 @@
 """Reward functions, which give trajectories named scores, and the sum of those scores that an algorithm learns from.
 
-Code of one's own, or a remote service, can take the place of the reward model: it implements `RewardFunction`.
+Code of one's own, or a remote service, can take the place of the reward model: it implements `RewardFunction`. The
+scorer calls it (`actors.rollouts.scorer`); docs/extending.md has the steps.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.timeout(900)  # 10 s of CPU time, on machines that may be busy
 ROOT = Path(__file__).parents[2]
 LOADED = re.compile(r"""<(?:script|img|iframe|source)\b[^>]*\bsrc="?((?:https?:)?//[^\s">]+)""")
 STYLES = re.compile(r"""<link\b[^>]*rel="?(?:stylesheet|preconnect|preload|icon)[^>]*href="?((?:https?:)?//[^\s">]+)""")
