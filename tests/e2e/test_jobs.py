@@ -83,6 +83,8 @@ def test_a_job_refuses_a_relative_run_folder(cluster: Cluster, start: Any) -> No
     assert JobSubmissionClient(cluster.address).get_job_status(name) == JobStatus.FAILED
 
 
+# Two more starts of PPO for what e2e/test_interrupt shows of SIGTERM, which is what `ray job stop` sends.
+@pytest.mark.long
 def test_a_stopped_job_leaves_a_checkpoint_and_goes_on(
     cluster: Cluster, finished: Any, before_ppo: Path, start: Any
 ) -> None:

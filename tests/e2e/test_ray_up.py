@@ -13,7 +13,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +20,9 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 
-pytestmark = pytest.mark.timeout(600)
+# Minutes for Ray's own launcher, which is no part of this project: what is ours of it are the files that it reads, and
+# unit/test_deploy checks those. The job that it ends with is as in e2e/test_jobs.
+pytestmark = pytest.mark.long
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 
@@ -122,12 +123,11 @@ def test_a_cluster_comes_up_takes_a_stage_and_goes(machine: Machine, finished: A
         [str(BIN / "rayrlhf"), *command], env=strangers, cwd=ROOT, capture_output=True, text=True, timeout=200
     )
     assert refused.returncode == 2 and "does not take jobs" in refused.stderr, "without the token nobody gets in"
-    started = time.monotonic()
     done = subprocess.run(
         [str(BIN / "rayrlhf"), *command], env=machine.environment, cwd=ROOT, capture_output=True, text=True, timeout=400
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "evaluate: done in" in done.stdout and time.monotonic() - started < 400
+    assert "evaluate: done in" in done.stdout
     assert json.loads((run / "evaluation.json").read_text())["policy"]["reward"]["n"] > 0
 
     machine.ray("down", "--yes", str(machine.file))

@@ -26,7 +26,10 @@ pytestmark = [pytest.mark.timeout(400), pytest.mark.usefixtures("ray_cluster")]
 TINY = resolve_model("embedded:opt-tiny")
 
 
-@pytest.fixture(scope="module", params=[0, 1], ids=["in turn", "ahead"])
+# Ahead takes two more starts of generators, for what e2e/test_interrupt shows of a run that is ahead.
+@pytest.fixture(
+    scope="module", params=[pytest.param(0, id="in turn"), pytest.param(1, id="ahead", marks=pytest.mark.long)]
+)
 def coordinator(request: pytest.FixtureRequest, ray_cluster: None, tmp_path_factory: Any) -> Iterator[Remote]:
     settings = {
         "name": f"scaled{request.param}",
