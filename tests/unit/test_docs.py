@@ -99,9 +99,19 @@ def test_links_and_anchors_resolve(document: Path) -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_quoted_files_exist(document: Path) -> None:
-    """`rayrlhf/algorithms/losses.py`, also with `::test` or `: function` behind it; `*` stands for any name."""
+    """`rayrlhf/algorithms/losses.py`, also with `::test` or `: function` behind it; `*` stands for any name.
+
+    In code blocks, too: `rayrlhf run configs/quickstart.yaml`.
+    """
     missing = []
     for number, kind, line in lines(document):
+        if kind == "code":
+            named = re.findall(r"(?<![\w./-])([a-z]+)(/[\w./-]+\.(?:yaml|py|md|sbatch|json))\b", line)
+            missing += [
+                f"line {number}: {top}{rest}"
+                for top, rest in named
+                if top in FOLDERS and not (ROOT / (top + rest)).exists()
+            ]
         if kind in ("code", "generated"):
             continue
         for quoted in re.findall(r"`([^`]+)`", line):
