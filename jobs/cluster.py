@@ -19,10 +19,12 @@ from rayrlhf.config import Config
 from rayrlhf.errors import UserError
 from rayrlhf.runs.placement import Node, Plan, demand, make_plan, roles_of
 
-_SAY_S, _POLL_S = 15.0, 1.0
+_NOTICE_S, _POLL_S = 15.0, 1.0
+"""Seconds between two lines for the user, and between two looks at the cluster, while nodes are waited for."""
 _START_TRIES = 3
-_NAMED = 4
-"""Nodes that an error names."""
+"""So often a private cluster is started before the run gives up."""
+_NODES_IN_ERROR = 4
+"""An error names so many nodes, and counts the others."""
 
 # Set before Ray starts, so that every process of a local cluster inherits it.
 LOCAL_ENVIRONMENT = {
@@ -39,10 +41,11 @@ def inside_job() -> bool:
 
 @contextmanager
 def loopback_only() -> Iterator[None]:
-    """Ray that starts or is joined in the block listens on 127.0.0.1 alone, as it does on macOS.
+    """In the block, a Ray that starts or is joined listens on 127.0.0.1 alone, as it does on macOS.
 
-    It would listen on all addresses, and without a token whoever reaches them can run code. Ray has this switch for
-    macOS and Windows, reads it when it is imported, and turns a loopback address that it is given into another one.
+    By default Ray listens on all addresses, and without a token anybody who reaches one of them can run code.
+    Ray has this switch for macOS and Windows, and reads it when it is imported. It would turn a loopback address that
+    it is given into another one.
     """
     before = ray_constants.ENABLE_RAY_CLUSTER, os.environ.get(ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR)
     ray_constants.ENABLE_RAY_CLUSTER = False
@@ -101,7 +104,7 @@ def _start_private(dashboard: bool) -> None:
 
 
 def preflight(config: Config, runs: int = 1) -> Table:
-    """Where the actors of the run go, or of `runs` of them at a time; waits for nodes as long as the config says.
+    """Plan where the actors of a run go, or of `runs` runs at a time; wait for nodes as long as the config says.
 
     Raises:
         UserError: something fits nowhere: which role, what the cluster has, and which key to change.
@@ -114,7 +117,7 @@ def preflight(config: Config, runs: int = 1) -> Table:
     try:
         said = -math.inf
         while not plan.complete and (waited := time.monotonic() - started) < limit_s:
-            if waited - said >= _SAY_S:
+            if waited - said >= _NOTICE_S:
                 said = waited
                 # Of an autoscaler, if there is one. A cluster has one such request: that of another run, or its end,
                 # takes the place of this one.
@@ -140,7 +143,7 @@ def cluster_nodes() -> list[Node]:
 
 
 def plan_table(plan: Plan) -> Table:
-    """Who goes where, by role."""
+    """The plan as a table: a row for each role, with the nodes that its actors are on."""
     table = Table(title="placement", title_justify="left")
     for heading in ("role", "count", "CPUs each", "GPUs each", "labels", "nodes"):
         table.add_column(heading, justify="left" if heading in ("role", "labels", "nodes") else "right")
@@ -160,9 +163,9 @@ def _shortage(plan: Plan, nodes: Sequence[Node], runs: int) -> str:
     role = plan.roles[index]
     labels = _pairs(role.labels)
     usable = [n for n in nodes if all(n.labels.get(k) == v for k, v in role.labels.items())]
-    has = [f"{n.name} {_size(n.cpus, n.gpus)}" for n in usable[:_NAMED]]
-    if len(usable) > _NAMED:
-        has.append(f"{len(usable) - _NAMED} more")
+    has = [f"{n.name} {_size(n.cpus, n.gpus)}" for n in usable[:_NODES_IN_ERROR]]
+    if len(usable) > _NODES_IN_ERROR:
+        has.append(f"{len(usable) - _NODES_IN_ERROR} more")
     before = [f"{r.name} {r.count} x {_size(r.cpus, r.gpus)}" for r in plan.roles[:index]]
     number = "workers" if role.name == "learner" else "count"
     kind = "gpus" if role.gpus else "cpus"

@@ -28,7 +28,11 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
 
 
 def read_yaml(path: str | Path, what: str) -> dict[str, Any]:
-    """The mapping that a YAML file holds; `what` completes "no such".
+    """Read the mapping in a YAML file.
+
+    Args:
+        path: the file.
+        what: names it in the error "no such ...".
 
     Raises:
         UserError: missing or malformed file.

@@ -11,9 +11,9 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def replacing(target: Path, directory: bool = False) -> Iterator[Path]:
-    """A temporary sibling of `target` that is renamed to `target` when the block ends well.
+    """Yield a temporary path beside `target`, which takes the place of `target` when the block ends without an error.
 
-    Temporaries that killed processes left behind are removed first, so there is one writer at a time (see `lock`).
+    What a killed process left behind is removed first. So there must be one writer at a time, see `RunFolder.lock`.
     """
     _remove_stale(target)
     temporary = target.parent / f".{target.name}.tmp-{os.getpid()}"
