@@ -12,6 +12,7 @@ NAMES = (
     "weight_sync",
     "overlap",
     "control_plane",
+    "actor_manager",
     "sft",
     "reward_model",
     "command",
