@@ -67,7 +67,8 @@ def connected(config: Config) -> Iterator[None]:
     A bare `ray.init()` could join a stranger's cluster on the same machine, so without an address it is `local`.
     Worker output stays in Ray's logs and dashboard; steps are shown by `jobs.follow`.
     """
-    os.environ.update(TRAIN_ENVIRONMENT)
+    for key, value in TRAIN_ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
     if ray.is_initialized():
         yield
         return

@@ -26,6 +26,7 @@ from ray.exceptions import GetTimeoutError, RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _set_torch_distributed_env_vars, _TorchBackend
+from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.execution.callback import ControllerCallback
 
 from actors.pools.remote import ActorFailure
@@ -67,7 +68,8 @@ class Workers:
         """Begin to start the workers, unless they are up; returns at once."""
         if self.local or self._thread is not None:
             return
-        os.environ.update(TRAIN_ENVIRONMENT)
+        for key, value in TRAIN_ENVIRONMENT.items():
+            os.environ.setdefault(key, value)
         here = ray.get_runtime_context().get_node_id()
         # On the driver's node: that one cannot vanish without the driver.
         self._tasks = (
@@ -135,13 +137,13 @@ class Workers:
         except RayError as error:
             raise ActorFailure(f"the actor that hands out training tasks is gone ({method}): {error}") from error
 
-    def _fit(self, trainer: TorchTrainer) -> None:
+    def _fit(self, trainer: _Trainer) -> None:
         try:
             trainer.fit()
         except BaseException as error:  # for the thread that waits for an outcome
             self._failure = error
 
-    def _trainer(self) -> TorchTrainer:
+    def _trainer(self) -> _Trainer:
         learner = self.learner
         filesystem, root = None, self.storage
         if is_uri(self.storage):
@@ -154,7 +156,7 @@ class Workers:
             resources["GPU"] = learner.gpus
         backend = "nccl" if learner.gpus else "gloo"
         private = ray.util.get_node_ip_address() == "127.0.0.1"
-        return TorchTrainer(
+        return _Trainer(
             _serve,
             train_loop_config={"tasks": [self._tasks], "learner": learner},
             torch_config=LoopbackTorchConfig(backend) if private else TorchConfig(backend),
@@ -172,6 +174,13 @@ class Workers:
                 callbacks=[_IntroduceController(self._tasks)],
             ),
         )
+
+
+class _Trainer(TorchTrainer):
+    """Ray Train without its actor for data sets, which the loops do not read by Ray Data; it takes seconds to start."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        return [each for each in super()._create_default_callbacks() if not isinstance(each, DatasetsCallback)]
 
 
 class _IntroduceController(ControllerCallback):
