@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from jobs.console import console
 from jobs.guard import guarded
 from rayrlhf.errors import UserError
 from rayrlhf.runs.stages import STAGES
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 app = typer.Typer(
     help="RLHF on Ray: supervised fine-tuning, a reward model from ranked answers, and PPO against it.",
     no_args_is_help=True,
-    rich_markup_mode="markdown",
+    rich_markup_mode=None,  # plain help: to draw boxes round it took a third of its time
     pretty_exceptions_enable=False,
 )
 
@@ -196,6 +195,7 @@ def status(run_folder: Folder, address: Address = None) -> None:
     """Show a run, under way or not: its stage, step, time to go, actors and last warnings."""
 
     def action() -> None:
+        from jobs.console import console
         from jobs.status import show_status
 
         show_status(run_folder, address, console)
@@ -230,6 +230,7 @@ def runs(
     """Print a table of the runs in a directory: how far each is, its last reward and KL, and whether it is running."""
 
     def action() -> None:
+        from jobs.console import console
         from jobs.status import show_runs
 
         show_runs(directory, console)

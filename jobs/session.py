@@ -117,6 +117,8 @@ class Session:
 
     def warm_up(self, generators: bool) -> None:
         """Begin to start the learner's workers, and the generators if asked to, while the driver prepares the data."""
+        if self.local:  # nothing happens beside anything else in one process, and mistakes are to show first
+            return
         self.workers.start()
         if generators:
             self.rollouts.start()
