@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import ray
 from ray._private import ray_constants
@@ -77,7 +78,7 @@ def connected(config: Config) -> Iterator[None]:
         if local:
             for key, value in LOCAL_ENVIRONMENT.items():
                 os.environ.setdefault(key, value)
-            _start_private(config.resources.dashboard)
+            start_private(include_dashboard=config.resources.dashboard, logging_level="warning")
         else:
             ray.init(log_to_driver=False)
         try:
@@ -86,15 +87,18 @@ def connected(config: Config) -> Iterator[None]:
             ray.shutdown()
 
 
-def _start_private(dashboard: bool) -> None:
+def start_private(**options: Any) -> None:
     """Start a cluster of this machine. Ray gives its first node 30 s, which a very busy machine may exceed.
+
+    Args:
+        options: further arguments of `ray.init`.
 
     Raises:
         ActorFailure: it did not start in several tries.
     """
     for attempt in range(1, _START_TRIES + 1):
         try:
-            ray.init(address="local", include_dashboard=dashboard, log_to_driver=False, logging_level="warning")
+            ray.init(address="local", log_to_driver=False, **options)
             return
         except Exception as error:  # Ray raises nothing more specific
             if "timed out during startup" not in str(error):

@@ -7,6 +7,7 @@ os.environ.update(
     RAY_AUTH_MODE="disabled",
     RAY_USAGE_STATS_ENABLED="0",
     RAY_worker_niceness="0",  # Ray's 15 starves its actors beside anything else that runs, and their tests time out
+    RAY_agent_register_timeout_ms="120000",  # a node ends itself when its agents are not up in 15 s
     VLLM_NO_USAGE_STATS="1",
 )
 
