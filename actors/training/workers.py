@@ -27,6 +27,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _set_torch_distributed_env_vars, _TorchBackend
 from ray.train.v2._internal.callbacks import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.callback import ControllerCallback
 
 from actors.pools.remote import ActorFailure
@@ -177,10 +178,15 @@ class Workers:
 
 
 class _Trainer(TorchTrainer):
-    """Ray Train without its actor for data sets, which the loops do not read by Ray Data; it takes seconds to start."""
+    """Ray Train without two actors that take seconds to start.
+
+    One serves data sets, which the loops do not read by Ray Data. The other removes the workers' placement group if
+    Ray Train's controller dies and its job lives on; here the run ends then, and Ray removes what its job has made.
+    """
 
     def _create_default_callbacks(self) -> list[Any]:
-        return [each for each in super()._create_default_callbacks() if not isinstance(each, DatasetsCallback)]
+        unused = (DatasetsCallback, PlacementGroupCleanerCallback)
+        return [each for each in super()._create_default_callbacks() if not isinstance(each, unused)]
 
 
 class _IntroduceController(ControllerCallback):
