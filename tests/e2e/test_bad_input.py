@@ -176,7 +176,6 @@ def test_stage_before_its_time(mistake: Mistake, tmp_path: Path) -> None:
     assert f"stage 'ppo' needs {tmp_path}/runs/bad/reward_model, which stage 'reward_model' writes" in line
 
 
-@pytest.mark.timeout(120)
 def test_cluster_that_is_too_small(mistake: Mistake) -> None:
     """Said before anything is scheduled, in place of waiting for ever."""
     resources = ["resources.generators.count=64", "resources.generators.cpus=1", "resources.dashboard=false"]
@@ -185,7 +184,6 @@ def test_cluster_that_is_too_small(mistake: Mistake) -> None:
     assert "lower resources.generators.count" in line
 
 
-@pytest.mark.timeout(120)
 @pytest.mark.parametrize("module", ["jobs.cli", "jobs.sft"])
 def test_the_commands_exit_with_2(start: Any, tmp_path: Path, module: str) -> None:
     arguments = ["sft"] if module == "jobs.cli" else ["--config"]

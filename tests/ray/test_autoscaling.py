@@ -27,7 +27,6 @@ from jobs.cluster import LOCAL_ENVIRONMENT, preflight
 from rayrlhf.config import Config
 from rayrlhf.config_file import load_config
 
-pytestmark = pytest.mark.timeout(300)
 ROOT = Path(__file__).parents[2]
 HEAD = "f" * 51 + "00000"
 """The id that the provider of fake nodes expects of the head."""
@@ -67,7 +66,7 @@ def autoscaler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with (directory / "log").open("w") as log:
         head = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 600
         while "Ray runtime started" not in (directory / "log").read_text():  # connecting before would end this process
             assert head.poll() is None and time.monotonic() < deadline, (directory / "log").read_text()[-2000:]
             time.sleep(0.5)
@@ -95,7 +94,7 @@ def test_nodes_come_for_a_run_and_leave_after_it(autoscaler: None) -> None:
     table = preflight(smaller())
     assert roles() == {"head": 1, "learner": 1, "generator": 2}
     assert table.row_count == 3
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 600
     while roles() != {"head": 1}:  # nothing was started on them: they are idle from now on
         assert time.monotonic() < deadline, f"nodes stayed: {roles()}"
         time.sleep(1)

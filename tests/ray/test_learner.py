@@ -32,8 +32,6 @@ from rayrlhf.rewards.labellers import ReferenceLabeller
 from rayrlhf.runs.metrics import read_metrics
 from rayrlhf.trajectory import Sampling, Trajectory
 
-pytestmark = pytest.mark.timeout(300)
-
 TINY = resolve_model("embedded:opt-tiny")
 MAX_PROMPT, MAX_RESPONSE = 96, 16
 STEPS = 3

@@ -130,7 +130,7 @@ def test_map_keeps_the_order_and_uses_every_member(make_pool: Callable[..., Pool
 
 def settle(pool: Pool, count: int) -> None:
     """Until so many are there."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     pool.apply_size()
     while len(pool) != count:
         assert time.monotonic() < deadline
@@ -270,7 +270,7 @@ def test_a_newcomer_that_cannot_be_brought_up_to_date_is_given_up(make_pool: Cal
     pool = make_pool(2, on_new=refuse)
     os.kill(pids(pool)[0], 9)
     assert [value for _, value in map_pieces(pool, "add", [1, 2, 3])] == [101, 102, 103]
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while pool.wanted == 2:
         assert time.monotonic() < deadline
         time.sleep(0.2)
@@ -307,7 +307,7 @@ def test_work_of_an_actor_that_answers_nothing_goes_to_another(make_pool: Callab
     after = pids(pool)
     assert len(set(before) & set(after)) == 1
     (hung,) = set(before) - set(after)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while Path(f"/proc/{hung}").exists():  # it would keep its resources
         assert time.monotonic() < deadline
         time.sleep(0.2)
@@ -393,7 +393,7 @@ def test_workers_at_work(make_pool: Callable[..., Pool], tmp_path: Path) -> None
         del worker.held[number]
 
     def work() -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 600
         while dispatcher.busy:
             assert time.monotonic() < deadline
             dispatcher.deliver(dispatcher.poll(1.0))
@@ -409,7 +409,7 @@ def test_workers_at_work(make_pool: Callable[..., Pool], tmp_path: Path) -> None
     assert heard[survivor][:50] == list(range(300, 350))
     assert sorted(heard[f"{pool.role}-0"] + heard[survivor]) == [107, *range(200, 250), *range(300, 350)]
 
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while not pool.admit_ready():
         assert time.monotonic() < deadline
         time.sleep(0.2)

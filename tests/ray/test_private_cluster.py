@@ -17,8 +17,6 @@ from rayrlhf.config import LearnerConfig
 from rayrlhf.config_file import parse_config
 from rayrlhf.models.ranks import Ranks
 
-pytestmark = pytest.mark.timeout(200)
-
 
 def listening() -> set[str]:
     """Addresses on which this process and its descendants take connections."""

@@ -190,13 +190,13 @@ def learner(ray_cluster: None) -> Iterator[Any]:
 
 
 def test_through_the_object_store_between_processes(learner: Any) -> None:
-    publication = ray.get(learner.publish.remote(5), timeout=120)
+    publication = ray.get(learner.publish.remote(5), timeout=600)
     assert all(isinstance(bucket, ray.ObjectRef) for bucket in publication.buckets)
     expected = _tensors()
     _assert_same(dict(load(publication)), expected)
 
     reader = ray.remote(_Reader).options(num_cpus=0).remote()
-    got = ray.get(reader.read.remote(publication), timeout=120)
+    got = ray.get(reader.read.remote(publication), timeout=600)
     assert list(got) == list(expected)
     for name, (dtype, values) in got.items():
         assert dtype == str(expected[name].dtype)

@@ -20,8 +20,6 @@ from rayrlhf.config_file import parse_config
 from rayrlhf.errors import UserError
 from rayrlhf.models.ranks import Ranks
 
-pytestmark = pytest.mark.timeout(240)
-
 
 def write_pid(arguments: tuple[Path, str]) -> None:
     directory, name = arguments

@@ -50,5 +50,7 @@ def test_text_of_an_interval() -> None:
 def test_it_is_loaded_at_once() -> None:
     """`rayrlhf status` and `rayrlhf runs` read the table."""
     code = "import sys; import rayrlhf.reports.measures; print(*sys.modules)"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60).stdout
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300
+    ).stdout
     assert not {"numpy", "scipy", "pyarrow", "matplotlib", "torch", "rich"} & set(loaded.split())

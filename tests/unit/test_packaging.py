@@ -34,7 +34,7 @@ def wheel_files(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
         (tree / stray).parent.mkdir(parents=True, exist_ok=True)
         (tree / stray).touch()
     build = "from setuptools import build_meta; print(build_meta.build_wheel('out'))"
-    result = subprocess.run([sys.executable, "-c", build], cwd=tree, capture_output=True, text=True, timeout=120)
+    result = subprocess.run([sys.executable, "-c", build], cwd=tree, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
     with zipfile.ZipFile(tree / "out" / result.stdout.split()[-1]) as wheel:
         return set(wheel.namelist())

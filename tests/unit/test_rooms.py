@@ -14,7 +14,7 @@ from jobs import rooms
 
 def start(env: Mapping[str, str], *flags: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-P", *flags, "-c", "import jobs"]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
 
 
 def test_our_own_actors_pass() -> None:

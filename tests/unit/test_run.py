@@ -81,7 +81,7 @@ def test_a_killed_writer_leaves_no_output_and_its_rest_is_swept(tmp_path: Path) 
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     run = open_or_create(config(), tmp_path)
-    assert subprocess.run([sys.executable, "-c", code, str(run.path)], timeout=60).returncode == -signal.SIGKILL
+    assert subprocess.run([sys.executable, "-c", code, str(run.path)], timeout=300).returncode == -signal.SIGKILL
     assert not run.done("sft")
     assert len(list(run.path.glob(".sft.tmp-*"))) == 1
     finish(run, "sft")
@@ -180,7 +180,7 @@ def test_lock_keeps_other_processes_out_and_ends_with_its_holder(tmp_path: Path)
     with pytest.raises(UserError, match=f"process {holder.pid} on .*another name"), run.lock():
         raise AssertionError("two holders")
     os.kill(holder.pid, signal.SIGKILL)
-    holder.communicate(timeout=60)
+    holder.communicate(timeout=300)
     with run.lock(), RunFolder(run.path).lock():
         assert (run.path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
     with run.lock():
@@ -206,10 +206,10 @@ def test_nested_lock_stays_held_until_the_outer_ends(tmp_path: Path) -> None:
     with run.lock():
         with run.lock():
             pass
-        other = subprocess.run([sys.executable, "-c", code, str(run.path)], capture_output=True, text=True, timeout=60)
+        other = subprocess.run([sys.executable, "-c", code, str(run.path)], capture_output=True, text=True, timeout=300)
     assert other.returncode != 0
     assert f"process {os.getpid()}" in other.stderr
-    other = subprocess.run([sys.executable, "-c", code, str(run.path)], capture_output=True, text=True, timeout=60)
+    other = subprocess.run([sys.executable, "-c", code, str(run.path)], capture_output=True, text=True, timeout=300)
     assert other.stdout == "took it\n"
 
 
