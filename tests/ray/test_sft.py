@@ -195,7 +195,8 @@ def test_weights_do_not_depend_on_the_micro_batch_size(tmp_path: Path, data: tup
 def test_a_killed_run_continues_and_ends_as_if_nothing_had_happened(
     tmp_path: Path, data: tuple[list[Row], list[DevPrompt]], lora: dict[str, Any] | None
 ) -> None:
-    settings: dict[str, Any] = {"epochs": 2, "evals_per_epoch": 2, "lora": lora}
+    settings: dict[str, Any] = {"epochs": 2, "evals_per_epoch": 2, "eval_prompts": 4, "lora": lora}
+    data = (data[0][:48], data[1])
     undisturbed = TransformersCoordinator(TINY)
     whole, _ = run_sft(make_config(tmp_path / "whole", **settings), data, Remote("c", undisturbed, local=True))
     config = make_config(tmp_path / "broken", **settings)
@@ -209,7 +210,7 @@ def test_a_killed_run_continues_and_ends_as_if_nothing_had_happened(
     late.loaded = 2
     _, metrics = run_sft(config, data, Remote("c", late, local=True))
     assert late.versions == [3, 4]
-    assert [m["step"] for m in metrics] == list(range(13))
+    assert [m["step"] for m in metrics] == list(range(7))
     assert torch.equal(weights(run_dir / "sft"), weights(whole / "sft"))
     if lora:
         assert changed(run_dir / "sft") == {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"}
@@ -271,7 +272,6 @@ def test_bad_data_is_one_line(tmp_path: Path, data: tuple[list[Row], list[DevPro
         run_sft(make_config(tmp_path), ([], data[1]))
 
 
-@pytest.mark.timeout(240)
 def test_two_ray_train_workers_end_with_the_weights_of_one(
     tmp_path: Path, data: tuple[list[Row], list[DevPrompt]], ray_cluster: None
 ) -> None:
