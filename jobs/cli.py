@@ -68,9 +68,9 @@ def _pipeline() -> StageFunction:
 
 
 def _stage(name: str) -> StageFunction:
-    from jobs.stage import stage_function
+    from jobs.pipeline import STAGE_FUNCTIONS
 
-    return stage_function(name)
+    return STAGE_FUNCTIONS[name]
 
 
 _add_stage(

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from jobs.collect import collect
 from jobs.console import console
+from jobs.evaluate import evaluate
+from jobs.ppo import ppo
+from jobs.reward_model import reward_model
 from jobs.session import Session
-from jobs.stage import main, stage_function
+from jobs.sft import sft
+from jobs.stage import StageFunction, main
 from rayrlhf.reports.page import write_report
 from rayrlhf.runs.stages import stages_of
+
+STAGE_FUNCTIONS: dict[str, StageFunction] = {
+    "sft": sft, "collect": collect, "reward_model": reward_model, "ppo": ppo, "evaluate": evaluate,
+}  # fmt: skip
+"""What runs each stage of `rayrlhf.runs.stages.STAGES`."""
 
 
 def pipeline(session: Session) -> None:
@@ -19,7 +29,7 @@ def pipeline(session: Session) -> None:
         console.print(f"run {config.name!r} is finished: {found} (another one: name=OTHER)")
         return
     for stage in stages_of(config):
-        stage_function(stage.name)(session)
+        STAGE_FUNCTIONS[stage.name](session)
     console.print(f"finished: {run.address}")
 
 

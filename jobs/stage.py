@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -73,12 +72,6 @@ def _check_needs(name: str, session: Session) -> None:
             raise UserError(
                 f"stage {name!r} needs {needed}, which stage {earlier.name!r} writes; run that first{instead}"
             )
-
-
-def stage_function(name: str) -> StageFunction:
-    """The function that runs the stage of that name: the function NAME of the module `jobs.NAME`."""
-    function: StageFunction = getattr(importlib.import_module(f"jobs.{name}"), name)
-    return function
 
 
 def run(config: Config, stages: Sequence[StageFunction], local: bool) -> None:

@@ -28,8 +28,8 @@ from actors.pools.remote import ActorFailure
 from jobs.cluster import connected, inside_job, preflight
 from jobs.console import console
 from jobs.guard import guarded
-from jobs.pipeline import pipeline
-from jobs.stage import run, stage_function
+from jobs.pipeline import STAGE_FUNCTIONS, pipeline
+from jobs.stage import run
 from rayrlhf.config import Config
 from rayrlhf.errors import one_line
 from rayrlhf.reports.measures import interval_text
@@ -74,7 +74,7 @@ def sweep(plan: Sweep) -> None:
                 f"shared: {', '.join(plan.shared) or 'nothing'}; results in {address}"
             )
             if base_run is not None:
-                run(base, [stage_function(stage) for stage in plan.shared], local=False)
+                run(base, [STAGE_FUNCTIONS[stage] for stage in plan.shared], local=False)
                 for trial in left:
                     share(base_run, runs[trial.name], plan.shared)
             with connected(base):

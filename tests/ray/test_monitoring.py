@@ -7,8 +7,10 @@ start.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,7 +26,7 @@ import yaml
 from ray._common.test_utils import fetch_prometheus_metrics
 
 from actors.pools.monitoring import CONTROL, ExportingWriter, Gauges
-from actors.pools.remote import Remote, namespace
+from actors.pools.remote import Remote, namespace, wait
 from actors.rollouts.coordinator import Coordinator
 from actors.rollouts.weight_sync import publish_directory
 from actors.training.ppo import PPOArguments, ppo_loop
@@ -45,11 +47,12 @@ from rayrlhf.runs.folder import open_or_create
 from rayrlhf.runs.metrics import read_metrics
 from rayrlhf.trajectory import GenerationRequest, Sampling
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("ray_cluster")]
+pytestmark = pytest.mark.usefixtures("cluster")
 
 MONITORING = Path(__file__).parents[2] / "monitoring"
 TINY = resolve_model("embedded:opt-tiny")
 RESPONSE = 16
+STARTED = time.time()
 Labels = Mapping[str, str]
 
 
@@ -72,8 +75,11 @@ class Loops:
 
 
 @pytest.fixture(scope="module")
-def ray_cluster() -> Iterator[None]:
-    """As the other tests have it, with a dashboard, and collecting metrics every half second."""
+def cluster() -> Iterator[None]:
+    """As the other tests have it, with a dashboard, and collecting metrics every two seconds.
+
+    Ray forgets a gauge that its process has not sent again within two such intervals.
+    """
     directory = tempfile.mkdtemp(prefix="ray", dir="/tmp")
     ray.init(
         address="local",
@@ -81,7 +87,7 @@ def ray_cluster() -> Iterator[None]:
         include_dashboard=True,
         _temp_dir=directory,
         log_to_driver=False,
-        _system_config={"metrics_report_interval_ms": 500},
+        _system_config={"metrics_report_interval_ms": 2000},
     )
     yield
     ray.shutdown()
@@ -97,13 +103,13 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
         "sft": {"batch_size": 2},
         "reward_model": {"prompts_per_batch": 2},
         "ppo": {"steps": 2, "prompts_per_step": 3, "samples_per_prompt": 2, "epochs": 1, "max_staleness": 1},
-        "resources": {"generators": {"kv_cache_mib": 64, "max_num_seqs": 32}, "call_timeout_s": 200},
+        "resources": {"generators": {"kv_cache_mib": 64, "max_num_seqs": 32}, "call_timeout_s": 600},
     }
     return parse_config(settings, "test")
 
 
 @pytest.fixture(scope="module")
-def coordinator(ray_cluster: None, config: Config, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Remote]:
+def coordinator(cluster: None, config: Config, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Remote]:
     tokenizer = load_tokenizer(TINY)
     reward_model = tmp_path_factory.mktemp("reward") / "model"
     save_model(load_reward_model(TINY, fresh_head_seed=0), tokenizer, reward_model)
@@ -122,26 +128,26 @@ def coordinator(ray_cluster: None, config: Config, tmp_path_factory: pytest.Temp
         concurrency_groups={CONTROL: 1},
     )
     gold = GoldMeasure(ReferenceLabeller(), as_prompts(records), tokenizer)
-    remote.call("start_scorers", str(reward_model), TINY, gold, timeout_s=200)
-    remote.call("start_generators", timeout_s=200)
+    remote.call("start_scorers", str(reward_model), TINY, gold, timeout_s=600)
+    remote.call("start_generators", timeout_s=600)
     prompts = [EncodedPrompt(record.id, tuple(own)) for record, own in zip(records, ids, strict=True)]
-    remote.call("set_prompts", prompts, Sampling(0.7, RESPONSE, tokenizer.eos_token_id), timeout_s=60)
+    remote.call("set_prompts", prompts, Sampling(0.7, RESPONSE, tokenizer.eos_token_id), timeout_s=600)
     arguments = PPOArguments(
         config, str(Path(config.runs_dir) / config.name), "ppo", 1, TINY, str(reward_model), remote
     )
     loops = Remote.spawn("loops", Loops, local=False, options={"num_cpus": 0})
-    loops.call("run", ppo_loop, arguments, timeout_s=200)
-    loops.call("set_and_forget", timeout_s=60)
+    loops.call("run", ppo_loop, arguments, timeout_s=600)
+    loops.call("set_and_forget", timeout_s=600)
     # The last weights of an asynchronous PPO need not reach a generator: nothing is sampled from them.
-    version = remote.call("next_version", timeout_s=60)
-    remote.call("load_weights", publish_directory(TINY, version, local=False), timeout_s=60)
+    version = remote.call("next_version", timeout_s=600)
+    remote.call("load_weights", publish_directory(TINY, version, local=False), timeout_s=600)
     yield remote
     remote.kill()
     loops.kill()
 
 
 @pytest.fixture(scope="module")
-def other_loops(ray_cluster: None, config: Config) -> Iterator[Remote]:
+def other_loops(cluster: None, config: Config) -> Iterator[Remote]:
     """SFT and reward model, each for a few steps."""
     rng = np.random.default_rng(0)
 
@@ -156,9 +162,9 @@ def other_loops(ray_cluster: None, config: Config) -> Iterator[Remote]:
         for i in range(6)
     ]
     loops = Remote.spawn("other-loops", Loops, local=False, options={"num_cpus": 0})
-    loops.call("run", sft_loop, SFTArguments(config, run_dir, "sft", 1, TINY, rows, dev, None), timeout_s=200)
+    loops.call("run", sft_loop, SFTArguments(config, run_dir, "sft", 1, TINY, rows, dev, None), timeout_s=600)
     ranking = RewardModelArguments(config, run_dir, "reward_model", 1, TINY, ranked, rows)
-    loops.call("run", reward_model_loop, ranking, timeout_s=200)
+    loops.call("run", reward_model_loop, ranking, timeout_s=600)
     yield loops
     loops.kill()
 
@@ -173,14 +179,34 @@ def scrape() -> dict[str, list[tuple[Labels, float]]]:
 @pytest.fixture(scope="module")
 def scraped(coordinator: Remote, other_loops: Remote, config: Config) -> dict[str, list[tuple[Labels, float]]]:
     """A scrape with the end of all three stages and a status of the coordinator since then."""
-    time.sleep(3)  # longer than an export by the coordinator and a collection by Ray
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        found = scrape()
-        if {"ray_rayrlhf_ppo_kl", "ray_rayrlhf_reward_model_reward_bias", "ray_rayrlhf_groups"} <= found.keys():
-            return found
+    run_dir = Path(config.runs_dir) / config.name
+    last = {stage: read_metrics(run_dir, stage)[-1]["step"] for stage in ("sft", "reward_model", "ppo")}
+    deadline = time.monotonic() + 600
+    while late := missing(found := scrape(), last):
+        assert time.monotonic() < deadline, (late, sorted(name for name in found if "rayrlhf" in name))
         time.sleep(0.2)
-    pytest.fail(f"not there within 30 s: {sorted(name for name in found if 'rayrlhf' in name)}")
+    return found
+
+
+def missing(found: Mapping[str, list[tuple[Labels, float]]], last: Mapping[str, int]) -> list[str]:
+    """What a scrape lacks of what was written last: by each stage, by the coordinator and by `Loops.set_and_forget`.
+
+    Each is looked at by the value that it writes last or that differs from those before.
+    """
+
+    def value_of(name: str, **labels: str) -> float:
+        own = [v for labelled, v in found.get(f"ray_rayrlhf_{name}", []) if labels.items() <= labelled.items()]
+        return own[0] if own else -1.0
+
+    groups = [v for labels, v in found.get("ray_rayrlhf_groups", []) if labels["run"] == "watched"]
+    there = {f"step of {stage}": value_of("step", run="watched", stage=stage) == step for stage, step in last.items()}
+    there |= {
+        "reward bias": "ray_rayrlhf_reward_model_reward_bias" in found,
+        "weight version": value_of("weight_version", run="watched", actor="generator-0") == 3,
+        "groups": bool(groups) and not any(groups),
+        "idle of the forgetful": value_of("idle", run="forgetful", actor="generator-1") == 0.25,
+    }
+    return [name for name, is_there in there.items() if not is_there]
 
 
 def value(scraped: Mapping[str, list[tuple[Labels, float]]], name: str, **labels: str) -> float:
@@ -202,7 +228,7 @@ def test_gauges_are_what_the_loop_wrote_last(scraped: Mapping[str, list[tuple[La
     assert value(scraped, "reward_model_reward_bias", run="watched") == pytest.approx(
         read_metrics(run_dir, "reward_model")[-1]["reward_model/reward_bias"]
     )
-    assert time.time() - 120 < value(scraped, "step_time_seconds", run="watched", stage="ppo") < time.time()
+    assert STARTED < value(scraped, "step_time_seconds", run="watched", stage="ppo") < time.time()
 
 
 def test_gauges_of_the_coordinator(scraped: Mapping[str, list[tuple[Labels, float]]]) -> None:
@@ -255,14 +281,19 @@ def test_every_metric_of_the_page_is_there(scraped: Mapping[str, list[tuple[Labe
 
 
 def test_status_of_a_run_from_the_command_line(coordinator: Remote, config: Config) -> None:
-    """While the coordinator is busy with a call that takes longer than the command may."""
+    """While the coordinator is busy: it waits for a generator that stands still."""
     run = open_or_create(config, Path(config.runs_dir))
-    request, never = GenerationRequest("long", (5, 6, 7)), 8191  # an id that is practically never sampled
-    busy = coordinator.submit("generate", [request] * 3000, Sampling(0.7, 96, never), 3)
+    (generator,) = coordinator.call("start_generators", timeout_s=600)
     address = str(ray.get_runtime_context().gcs_address)
     command = [sys.executable, "-m", "jobs.cli", "status", str(run.path), "--address", address]
-    result = subprocess.run(command, cwd=MONITORING.parent, capture_output=True, text=True, timeout=120)
-    assert not ray.wait([busy.ref], timeout=0)[0], "too late to see a busy coordinator"
+    os.kill(generator["pid"], signal.SIGSTOP)
+    try:
+        busy = coordinator.submit("generate", [GenerationRequest("one", (5, 6, 7))], Sampling(0.7, 8, 8191), 3)
+        result = subprocess.run(command, cwd=MONITORING.parent, capture_output=True, text=True, timeout=600)
+        assert not ray.wait([busy.ref], timeout=0)[0]
+    finally:
+        os.kill(generator["pid"], signal.SIGCONT)
+    wait([busy], 600)
     assert result.returncode == 0, result.stderr
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in result.stdout.splitlines()]
     shown = {row[0]: row[1:] for row in rows if row}

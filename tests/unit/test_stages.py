@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs.pipeline import STAGE_FUNCTIONS
 from rayrlhf.config import Config
 from rayrlhf.config_file import parse_config
 from rayrlhf.reports.measures import PANELS
@@ -25,6 +26,7 @@ def config(**sections: object) -> Config:
 def test_a_stage_is_a_function_of_its_name_with_a_section_of_its_name(name: str) -> None:
     function = getattr(importlib.import_module(f"jobs.{name}"), name)
     assert list(inspect.signature(function).parameters) == ["session"] and function.__doc__
+    assert STAGE_FUNCTIONS[name] is function
     assert name in Config.model_fields
     assert STAGES[name].name == name
 
