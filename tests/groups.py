@@ -20,6 +20,8 @@ from xdist.scheduler import LoadScopeScheduling
 
 WHOLE = ("e2e", "ray")
 """Directories that are one group each, longest first: what takes long starts first."""
+LONG_S = 20.0
+"""A setup or a test that takes longer has a line of its own as it ends."""
 SHOWN = 30
 """Tests of the table."""
 
@@ -48,6 +50,28 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """On a worker: the whole directories first."""
     if hasattr(config, "workerinput"):
         items.sort(key=lambda item: [*WHOLE, directory_of(item.nodeid)].index(directory_of(item.nodeid)))
+
+
+class Told:
+    """Says at once what failed, and which phases took long: the whole suite takes long, too."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Called in the process that prints, also for tests of the other processes."""
+        if report.failed or report.duration > LONG_S:
+            terminal = self._config.pluginmanager.getplugin("terminalreporter")
+            terminal.ensure_newline()
+            terminal.write_line(f"{report.duration:8.1f}  {report.nodeid} ({report.when}) {report.outcome}")
+            if report.failed:
+                terminal.write_line(report.longreprtext[-4000:])
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Not on a worker, which prints nothing."""
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Told(config))
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
