@@ -50,9 +50,11 @@ test-tools:
 	    apt-get -qq install -y openssh-client rsync util-linux >/dev/null; } || \
 	  { echo "make: the tests of 'ray up' need$$missing; install them (Debian and Ubuntu: apt install openssh-client rsync)" >&2; exit 1; }
 
-# Two processes: whole runs in one, tests with Ray in the other, the rest where there is time (tests/groups.py).
-test: lint test-tools ## lint, then all tests but the long ones
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+# Without Ray in two processes, a file in one of them; with Ray one after the other. Ray gives a node 30 s to start:
+# two clusters that start at once on two cores can take longer.
+test: lint ## lint, then all tests but the long ones
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit tests/oracles $(ARGS)
+	$(BIN)/python -m pytest tests/ray tests/e2e $(ARGS)
 
 test-long: $(STAMP) test-tools ## the tests that `make test` leaves out
 	$(BIN)/python -m pytest -m long $(ARGS)
@@ -64,15 +66,15 @@ lint: $(STAMP) ## ruff, mypy and the import linter
 	$(BIN)/lint-imports
 
 test-unit: $(STAMP) ## tests without Ray (fast)
-	$(BIN)/python -m pytest -n 2 tests/unit $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit $(ARGS)
 
 test-oracles: $(STAMP) ## our numbers against other people's code
-	$(BIN)/python -m pytest -n 2 tests/oracles $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/oracles $(ARGS)
 
 test-ray: $(STAMP) ## tests with Ray and vLLM
 	$(BIN)/python -m pytest tests/ray $(ARGS)
 
-test-e2e: $(STAMP) test-tools ## whole runs
+test-e2e: $(STAMP) ## whole runs
 	$(BIN)/python -m pytest tests/e2e $(ARGS)
 
 clean: ## remove .venv, caches and build output; runs/ stays

@@ -1,12 +1,4 @@
-"""Which tests share a process when pytest-xdist runs them, and one table of where the time went.
-
-Whole runs are one group and tests with Ray another: each has fixtures that all its tests share (a finished run, a
-cluster), and each keeps about one core busy. Of the rest every file is a group of its own. With `-n 2`:
-
-    worker 0   | e2e ............................... | unit/test_c | ...
-    worker 1   | ray ....................... | unit/test_a | unit/test_b | ...
-
-"""
+"""What pytest says of time: at once what failed or took long, and at the end one table of where the time went."""
 
 from __future__ import annotations
 
@@ -16,40 +8,11 @@ from pathlib import PurePosixPath
 from typing import Any
 
 import pytest
-from xdist.scheduler import LoadScopeScheduling
 
-WHOLE = ("e2e", "ray")
-"""Directories that are one group each, longest first: what takes long starts first."""
 LONG_S = 20.0
 """A setup or a test that takes longer has a line of its own as it ends."""
 SHOWN = 30
 """Tests of the table."""
-
-
-def directory_of(nodeid: str) -> str:
-    """The directory under tests/ that a test is in."""
-    return PurePosixPath(nodeid).parts[1]
-
-
-class Groups(LoadScopeScheduling):
-    """Hands groups to workers in the order in which they were collected."""
-
-    def _split_scope(self, nodeid: str) -> str:
-        directory = directory_of(nodeid)
-        return directory if directory in WHOLE else nodeid.split("::", 1)[0]
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
-    """Only with `-n`: without it pytest runs all in one process, in the order of `testpaths`."""
-    config.option.loadscopereorder = False  # by the number of tests, which says little about their time
-    return Groups(config, log)
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """On a worker: the whole directories first."""
-    if hasattr(config, "workerinput"):
-        items.sort(key=lambda item: [*WHOLE, directory_of(item.nodeid)].index(directory_of(item.nodeid)))
 
 
 class Told:
@@ -91,7 +54,7 @@ def table(seconds: dict[str, float]) -> Sequence[str]:
     """Lines: groups with their number of tests, then the slowest tests."""
     groups: dict[str, list[float]] = defaultdict(list)
     for nodeid, own in seconds.items():
-        groups[f"tests/{directory_of(nodeid)}"].append(own)
+        groups[f"tests/{PurePosixPath(nodeid).parts[1]}"].append(own)
     rows = [(sum(own), f"{name}, {len(own)} tests") for name, own in groups.items()]
     slowest = sorted(((own, nodeid) for nodeid, own in seconds.items()), reverse=True)[:SHOWN]
     return [f"{own:8.1f}  {name}" for own, name in [*sorted(rows, reverse=True), *slowest]]
