@@ -56,7 +56,8 @@ def cluster() -> Iterator[Cluster]:
 
 # In turn takes as long again, for what ray/test_coordinator shows with one generator that is killed at work.
 @pytest.mark.parametrize(
-    "staleness", [pytest.param(0, id="in turn", marks=pytest.mark.long), pytest.param(1, id="ahead")]
+    "staleness",
+    [pytest.param(0, id="in turn", marks=pytest.mark.long), pytest.param(1, id="ahead", marks=pytest.mark.long)],
 )
 def test_a_lost_node_costs_its_unfinished_prompts_a_second_try(
     cluster: Cluster, tmp_path: Path, staleness: int

@@ -63,6 +63,8 @@ def where(arguments: dict[str, Any]) -> None:
     (arguments["directory"] / f"rank{rank}").write_text(ray.get_runtime_context().get_node_id())
 
 
+# Two engines, a scorer and a worker group: minutes. unit/test_placement holds the plan itself.
+@pytest.mark.long
 def test_actors_are_where_their_labels_say(cluster: Cluster, tmp_path: Path) -> None:
     own = config(tmp_path)
     table = preflight(own)
