@@ -54,11 +54,9 @@ def cluster() -> Iterator[Cluster]:
     shutil.rmtree(directory, ignore_errors=True)
 
 
-# In turn takes as long again, for what ray/test_coordinator shows with one generator that is killed at work.
-@pytest.mark.parametrize(
-    "staleness",
-    [pytest.param(0, id="in turn", marks=pytest.mark.long), pytest.param(1, id="ahead", marks=pytest.mark.long)],
-)
+# Two engines each; ray/test_coordinator kills a generator in turn, and ray/test_asynchronous one ahead of the learner.
+@pytest.mark.long
+@pytest.mark.parametrize("staleness", [0, 1], ids=["in turn", "ahead"])
 def test_a_lost_node_costs_its_unfinished_prompts_a_second_try(
     cluster: Cluster, tmp_path: Path, staleness: int
 ) -> None:
