@@ -47,12 +47,6 @@ class Given(NamedTuple):
     number: int = 0
     task: tuple[Any, ...] = ()
     """One ObjectRef of (loop, arguments). In a tuple, so that Ray passes it on without fetching what it stands for."""
-    closed: bool = False
-    """There will be no more work."""
-
-    @property
-    def nothing_yet(self) -> bool:
-        return not self.task and not self.closed
 
 
 class Tasks:
@@ -72,16 +66,14 @@ class Tasks:
     async def give(self, number: int, task: tuple[Any, ...]) -> None:
         """The next task; numbers rise by one."""
         self._done.clear()
-        await self._change(Given(number, task))
+        async with self._changed:
+            self._current = Given(number, task)
+            self._changed.notify_all()
 
     async def outcome(self, number: int, wait_s: float) -> Outcome | None:
         """What became of the task; None if it is still under way after `wait_s`."""
         await self._wait(lambda: number in self._outcomes, wait_s)
         return self._outcomes.get(number)
-
-    async def close(self) -> None:
-        """Let the workers end."""
-        await self._change(Given(closed=True))
 
     async def controller(self) -> Any:
         """Ray Train's controller, once it is up."""
@@ -94,8 +86,8 @@ class Tasks:
 
     async def next(self, after: int, wait_s: float) -> Given:
         """The task that follows number `after`; nothing yet, if there is none within `wait_s`."""
-        await self._wait(lambda: self._current.closed or self._current.number > after, wait_s)
-        return self._current if self._current.closed or self._current.number > after else Given()
+        await self._wait(lambda: self._current.number > after, wait_s)
+        return self._current if self._current.number > after else Given()
 
     async def finish(self, number: int, rank: int, outcome: Outcome) -> None:
         """Say what became of a task on a rank. The task has ended once all ranks are done, or one met an error."""
@@ -112,11 +104,6 @@ class Tasks:
         """
         self._done.clear()
         return max(self._outcomes, default=0)
-
-    async def _change(self, current: Given) -> None:
-        async with self._changed:
-            self._current = current
-            self._changed.notify_all()
 
     async def _wait(self, happened: Any, wait_s: float) -> None:
         async with self._changed:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import sys
 import tempfile
 import threading
 import uuid
@@ -203,17 +204,18 @@ class _IntroduceController(ControllerCallback):
 
 
 def _serve(settings: dict[str, Any]) -> None:
-    """Do task after task. Whatever a loop raises that is not an outcome is Ray Train's to handle: it starts anew."""
+    """Do task after task, until `Workers.close` ends this process.
+
+    Whatever a loop raises that is not an outcome is Ray Train's to handle: it starts the workers anew.
+    """
     (tasks,), learner = settings["tasks"], settings["learner"]
     ranks = Ranks(learner.threads, gpu=learner.gpus > 0)
     # All ranks must begin with the same task: rank 0 asks.
     done = int(ranks.broadcast(ray.get(tasks.begin.remote(), timeout=_CALL_S) if ranks.first else 0))
     while True:
         given: Given = ray.get(tasks.next.remote(done, _IDLE_S), timeout=_IDLE_S + _CALL_S)
-        if given.closed:
-            return
-        if given.nothing_yet:
-            continue
+        if not given.task:
+            continue  # nothing yet
         loop, arguments = ray.get(given.task[0], timeout=_CALL_S)
         outcome = _run(loop, arguments)
         ray.get(tasks.finish.remote(given.number, ranks.rank, outcome), timeout=_CALL_S)
@@ -271,5 +273,6 @@ class _LoopbackBackend(_TorchBackend):
 
 
 def _join(backend: str, rank: int, world: int, meeting: str) -> None:
-    os.environ.update(GLOO_SOCKET_IFNAME="lo", NCCL_SOCKET_IFNAME="lo")
+    loopback = "lo0" if sys.platform == "darwin" else "lo"
+    os.environ.update(GLOO_SOCKET_IFNAME=loopback, NCCL_SOCKET_IFNAME=loopback)
     torch.distributed.init_process_group(backend, init_method=f"file://{meeting}", rank=rank, world_size=world)
