@@ -37,6 +37,8 @@ class Checkpoints:
         """
         self.run, self.directory, self.keep = run, run.checkpoints / name, keep
         self._damaged: set[int] = set()
+        self._found: int | None = None
+        """What `newest` has just found whole: `read` need not hash it again."""
 
     def numbers(self) -> list[int]:
         """The checkpoints that are there, whole or damaged, oldest first."""
@@ -57,6 +59,7 @@ class Checkpoints:
         for number in reversed(self.numbers()):
             fault = self._damage(number)
             if fault is None:
+                self._found = number
                 return number, faults
             self._damaged.add(number)
             faults.append(f"{self.address(number)} is damaged ({fault})")
@@ -73,7 +76,7 @@ class Checkpoints:
         Raises:
             UserError: it is damaged, on this node at least.
         """
-        if fault := self._damage(number):
+        if number != self._found and (fault := self._damage(number)):
             raise UserError(f"{self.address(number)} is damaged ({fault}); delete it and run the same command again")
         return self._path(number)
 
