@@ -25,13 +25,16 @@ help: ## this list
 
 setup: $(STAMP) ## create .venv and install everything (CPU build), once
 
+# Bytecode at once: uv leaves it to the first import, and where PYTHONDONTWRITEBYTECODE is set, as in many containers,
+# every process would compile vLLM, Ray and torch again, which doubles what it takes to start.
 $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" && $(PYTHON) -c "$(SUPPORTED)" || { \
 	  echo "make: rayrlhf needs Python 3.11, 3.12 or 3.13; install one, or name it: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@$(PYTHON) -c "import ensurepip, venv" 2>/dev/null || { \
 	  echo "make: $(PYTHON) has no venv module; install it (Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }
 	@$(BIN)/uv --version >/dev/null 2>&1 || { $(PYTHON) -m venv .venv && $(BIN)/python -m pip install --quiet -c constraints.txt uv; }
-	$(BIN)/uv pip install --python $(BIN)/python -c constraints.txt -e ".[cpu]" --group dev --group docs --group oracles
+	$(BIN)/uv pip install --python $(BIN)/python --compile-bytecode -c constraints.txt -e ".[cpu]" \
+	  --group dev --group docs --group oracles
 	@touch $@
 
 quickstart: $(STAMP) ## run the whole pipeline on the embedded data and model
@@ -50,11 +53,10 @@ test-tools:
 	    apt-get -qq install -y openssh-client rsync util-linux >/dev/null; } || \
 	  { echo "make: the tests of 'ray up' need$$missing; install them (Debian and Ubuntu: apt install openssh-client rsync)" >&2; exit 1; }
 
-# Without Ray in two processes, a file in one of them; with Ray one after the other. Ray gives a node 30 s to start:
-# two clusters that start at once on two cores can take longer.
+# In two processes, a file in one of them. The order of the second call is that of tests/e2e/conftest.py.
 test: lint ## lint, then all tests but the long ones
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit tests/oracles $(ARGS)
-	$(BIN)/python -m pytest tests/ray tests/e2e $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/ray tests/e2e $(ARGS)
 
 test-long: $(STAMP) test-tools ## the tests that `make test` leaves out
 	$(BIN)/python -m pytest -m long $(ARGS)
@@ -72,10 +74,10 @@ test-oracles: $(STAMP) ## our numbers against other people's code
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/oracles $(ARGS)
 
 test-ray: $(STAMP) ## tests with Ray and vLLM
-	$(BIN)/python -m pytest tests/ray $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/ray $(ARGS)
 
 test-e2e: $(STAMP) ## whole runs
-	$(BIN)/python -m pytest tests/e2e $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/e2e $(ARGS)
 
 clean: ## remove .venv, caches and build output; runs/ stays
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

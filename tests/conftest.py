@@ -9,6 +9,7 @@ os.environ.update(
     RAY_worker_niceness="0",  # Ray's 15 starves its actors beside anything else that runs, and their tests time out
     RAY_agent_register_timeout_ms="120000",  # a node ends itself when its agents are not up in 15 s
     VLLM_NO_USAGE_STATS="1",
+    VLLM_PLUGINS="",  # torchrl, which tests/oracles need, is one: every engine would import it, for 3 s of CPU time
 )
 
 from hypothesis import settings  # after the environment above, which it may import others with

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -12,10 +13,12 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytest
+import ray
+from filelock import FileLock
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = "configs/quickstart.yaml"
@@ -40,6 +43,8 @@ SHRUNKEN = [
 ]
 """The quick start with every stage cut to a few steps."""
 MARK = "RAYRLHF_TEST_COMMAND"
+HANGS_S = 1500
+"""A command that takes longer hangs: this is far beyond what a busy machine needs, and no test is about speed."""
 
 
 @dataclass(frozen=True)
@@ -75,33 +80,34 @@ class Command:
                 start_new_session=True,
             )
 
-    def wait(self, timeout_s: float) -> Outcome:
-        """The finished command; a failed test if it takes longer."""
+    def wait(self) -> Outcome:
+        """The finished command; a failed test if it hangs."""
         try:
-            code = self.process.wait(timeout_s)
+            code = self.process.wait(HANGS_S)
         except subprocess.TimeoutExpired:
-            pytest.fail(f"{self.arguments} took more than {timeout_s:.0f} s\n{self._texts()}")
+            pytest.fail(f"{self.arguments} took more than {HANGS_S} s\n{self._texts()}")
         return Outcome(code, self._out.read_text(), self._err.read_text(), time.monotonic() - self._started)
 
-    def wait_for_line(self, pattern: str, timeout_s: float) -> None:
+    def wait_for_line(self, pattern: str) -> None:
         """Returns once a line of standard output matches from its start."""
-        deadline = time.monotonic() + timeout_s
+        deadline = time.monotonic() + HANGS_S
         while not re.search(pattern, self._out.read_text(), re.MULTILINE):
             if self.process.poll() is not None or time.monotonic() > deadline:
                 pytest.fail(f"{self.arguments}: no line {pattern!r}\n{self._texts()}")
             time.sleep(0.05)
 
     def wait_until(self, condition: Callable[[], bool], what: str, running: bool = True) -> None:
-        """Returns once the condition holds; a failed test if the command ends first (unless not `running`).
-
-        The limit is there for a command that hangs, and far beyond what a busy machine needs.
-        """
-        deadline = time.monotonic() + 600
+        """Returns once the condition holds; a failed test if the command ends first (unless not `running`)."""
+        deadline = time.monotonic() + HANGS_S
         while not condition():
             ended = running and self.process.poll() is not None
             if ended or time.monotonic() > deadline:
                 pytest.fail(f"{self.arguments}: {'ended' if ended else 'waited'} before {what}\n{self._texts()}")
             time.sleep(0.5)
+
+    def says(self, text: str) -> bool:
+        """Whether it has printed this to standard output."""
+        return text in self._out.read_text()
 
     def processes(self) -> dict[int, str]:
         """Command lines of all living processes that descend from this command, by pid: their environment says so."""
@@ -150,6 +156,31 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
         command.end()
 
 
+@pytest.fixture(scope="session")
+def start_head(start: Start) -> Start:
+    """`start_head(option, ...)`: a head of two CPUs that is up.
+
+    Ray gives a node 30 s to start, which a busy machine may exceed: there are three tries.
+    """
+
+    def start_one(*options: str) -> Command:
+        head = start("ray", "start", "--head", "--block", "--num-cpus=2", "--disable-usage-stats", *options)
+        head.wait_until(
+            lambda: head.process.poll() is not None or head.says("Ray runtime started"), "the head is up", running=False
+        )
+        return head
+
+    def start_patiently(*options: str) -> Command:
+        for _ in range(2):
+            head = start_one(*options)
+            if head.process.poll() is None:
+                return head
+            head.end()
+        return start_one(*options)
+
+    return start_patiently
+
+
 @dataclass(frozen=True)
 class FinishedRun:
     path: Path
@@ -171,10 +202,20 @@ class FinishedRun:
 
 @pytest.fixture(scope="session")
 def finished(start: Start, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
-    """The shrunken quick start, run once. Tests only look at it; who wants to change it makes a copy."""
-    runs = tmp_path_factory.mktemp("runs")
+    """The shrunken quick start, run once, also for all processes of pytest-xdist.
+
+    Tests only look at it. A test that changes it makes a copy.
+    """
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent  # of all processes
+    runs, record = shared / "finished", shared / "finished.json"
     arguments = [QUICKSTART, f"runs_dir={runs}", "name=quick", *SHRUNKEN]
-    outcome = start("rayrlhf", "run", *arguments).wait(1500)
+    with FileLock(shared / "finished.lock"):
+        if not record.exists():
+            outcome = start("rayrlhf", "run", *arguments).wait()
+            record.write_text(json.dumps(asdict(outcome)))
+    outcome = Outcome(**json.loads(record.read_text()))
     assert outcome.code == 0, f"{outcome.out[-3000:]}\n{outcome.err[-3000:]}"
     return FinishedRun(runs / "quick", outcome, arguments)
 
@@ -185,8 +226,18 @@ def before_ppo(finished: FinishedRun, tmp_path: Path) -> Path:
     return finished.copy_before_ppo(tmp_path)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_ray() -> None:
+    """Commands start clusters of their own, and stages that run in this process are not to find one."""
+    ray.shutdown()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A whole run takes minutes, so one that hangs is given up late."""
+    """A test may wait for several commands, each of which says itself that it hangs.
+
+    One process begins with the run that the others wait for, see `finished`.
+    """
     for item in items:
         if item.path.parent == Path(__file__).parent:
-            item.add_marker(pytest.mark.timeout(1800))
+            item.add_marker(pytest.mark.timeout(3 * HANGS_S))
+    items.sort(key=lambda item: item.path.name != "test_golden.py")  # stable: all others stay in their order

@@ -187,9 +187,7 @@ def test_cluster_that_is_too_small(mistake: Mistake) -> None:
 @pytest.mark.parametrize("module", ["jobs.cli", "jobs.sft"])
 def test_the_commands_exit_with_2(start: Any, tmp_path: Path, module: str) -> None:
     arguments = ["sft"] if module == "jobs.cli" else ["--config"]
-    outcome = start("python", "-m", module, *arguments, str(QUICKSTART), f"runs_dir={tmp_path}", "sft.epoch=1").wait(
-        100
-    )
+    outcome = start("python", "-m", module, *arguments, str(QUICKSTART), f"runs_dir={tmp_path}", "sft.epoch=1").wait()
     assert outcome.code == 2
     assert outcome.err == f"error: {QUICKSTART}: unknown key 'sft.epoch'; did you mean 'epochs'?\n"
     assert outcome.out == "" and not any(tmp_path.iterdir())

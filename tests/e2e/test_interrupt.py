@@ -1,14 +1,15 @@
-"""PPO ahead of the learner, scaled, ended by SIGTERM, continued by the same command, and ended by Ctrl-C.
+"""PPO ahead of the learner, ended by SIGTERM, continued by the same command, and ended by Ctrl-C.
 
-    rayrlhf ppo         step 1, 2, ...  | scale 2: ... | scale 1: ... | SIGTERM: a checkpoint
-    the same command                                                  | the steps after it ... | Ctrl-C
+    rayrlhf ppo         step 1, 2, ... | SIGTERM: a checkpoint
+    the same command                   | the steps after it ... | Ctrl-C
 
-The run has more steps than anybody waits for, and each line of the timeline lasts until its effect has been seen. So
+The run has more steps than anybody waits for, and each part of the timeline lasts until its effect has been seen. So
 nothing has to happen in time.
 """
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import signal
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil  # type: ignore[import-untyped]
 import pytest
 
 from rayrlhf.runs.metrics import read_lines, read_metrics
@@ -24,13 +26,14 @@ STEPS = 10_000
 INTERRUPTED = "interrupted: finished stages and checkpoints are kept; the same command continues\n"
 
 
-class Ended(NamedTuple):
-    """The run after the first command."""
+class Run(NamedTuple):
+    """A run before PPO or in the middle of it, and the command that goes on with it."""
 
     run: Path
     arguments: list[str]
-    scale: dict[str, Any]
-    """What `rayrlhf scale` answered, by the number of generators; "before" is from before the run."""
+    """What follows `rayrlhf`."""
+    listening: frozenset[str] = frozenset()
+    """Addresses on which processes of the first command took connections."""
 
 
 def ppo_lines(run: Path) -> list[dict[str, Any]]:
@@ -45,37 +48,34 @@ def end(command: Any, number: signal.Signals) -> None:
         os.killpg(command.process.pid, number)  # to the whole group
     else:
         os.kill(command.process.pid, number)
-    outcome = command.wait(300)
+    outcome = command.wait()
     assert outcome.code == 130, outcome.err
     assert outcome.err == INTERRUPTED
     command.wait_until(lambda: command.processes() == {}, "its processes end", running=False)
 
 
-@pytest.fixture(scope="module")
-def ended(finished: Any, start: Any, tmp_path_factory: pytest.TempPathFactory) -> Ended:
-    run: Path = finished.copy_before_ppo(tmp_path_factory.mktemp("runs"))
+def ahead(finished: Any, runs_dir: Path) -> Run:
+    """The command that goes on with a copy of the finished run, as it was before PPO, ahead of the learner."""
+    run: Path = finished.copy_before_ppo(runs_dir)
     changes = [f"runs_dir={run.parent}", f"ppo.steps={STEPS}", f"ppo.checkpoint_every={STEPS}", "ppo.max_staleness=1"]
-    arguments = ["ppo", *finished.arguments, *changes, "resources.generators.cpus=0.25"]
+    return Run(run, ["ppo", *finished.arguments, *changes, "resources.generators.cpus=0.25"])
 
-    def scale(count: int) -> Any:
-        return start("rayrlhf", "scale", str(run), "--generators", str(count)).wait(200)
 
-    answers: dict[str, Any] = {"before": scale(2)}
-    command = start("rayrlhf", *arguments)
-    command.wait_until(
-        lambda: any(line["rollout/staleness/max"] == 1 for line in ppo_lines(run)), "generation is ahead of the learner"
-    )
-    for count in (2, 1):
-        answers[str(count)] = scale(count)
-        command.wait_until(
-            lambda wanted=count: ppo_lines(run)[-1]["rollout/generators"] == wanted, f"{count} generators make a batch"
-        )
-    answers["0"] = scale(0)
+def is_ahead(run: Path) -> bool:
+    return any(line["rollout/staleness/max"] == 1 for line in ppo_lines(run))
+
+
+@pytest.fixture(scope="module")
+def ended(finished: Any, start: Any, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    found = ahead(finished, tmp_path_factory.mktemp("runs"))
+    command = start("rayrlhf", *found.arguments)
+    command.wait_until(lambda: is_ahead(found.run), "generation is ahead of the learner")
+    sockets = [c for pid in command.processes() for c in psutil.Process(pid).net_connections(kind="tcp")]
     end(command, signal.SIGTERM)
-    return Ended(run, arguments, answers)
+    return found._replace(listening=frozenset(c.laddr.ip for c in sockets if c.status == psutil.CONN_LISTEN))
 
 
-def test_the_steps_of_a_run_that_is_ahead(ended: Ended) -> None:
+def test_the_steps_of_a_run_that_is_ahead(ended: Run) -> None:
     lines = read_metrics(ended.run, "ppo")
     assert [line["step"] for line in lines] == list(range(lines[0]["step"], lines[0]["step"] + len(lines)))
     assert lines[0]["rollout/staleness/max"] == 0 and abs(lines[0]["ppo/kl"]) < 1e-3
@@ -87,18 +87,16 @@ def test_the_steps_of_a_run_that_is_ahead(ended: Ended) -> None:
         assert {"idle/learner", "idle/scorer-0"} <= line.keys()
 
 
-def test_a_run_is_scaled_up_and_down(ended: Ended) -> None:
-    assert ended.scale["before"].code == 2 and "scale: nobody works on" in ended.scale["before"].err
-    for count in ("2", "1"):
-        assert ended.scale[count].code == 0, ended.scale[count].err
-        assert f"wanted from now on: {count} generators, 1 scorers" in ended.scale[count].out
-    assert ended.scale["0"].code == 2 and "at least one is needed" in ended.scale["0"].err
-    lines = ppo_lines(ended.run)
-    assert {line["rollout/generators"] for line in lines} == {1.0, 2.0}
-    assert all(line["rollout/replacements"] == 0 for line in lines)
+def test_all_its_processes_listen_on_the_loopback_address_only(ended: Run) -> None:
+    """Whoever reached the cluster, an engine or the learner's store could run code."""
+    assert ended.listening
+    assert all(
+        (ip.ipv4_mapped or ip).is_loopback if isinstance(ip, ipaddress.IPv6Address) else ip.is_loopback
+        for ip in map(ipaddress.ip_address, ended.listening)
+    ), ended.listening
 
 
-def test_an_interrupted_run_continues_from_its_checkpoint(ended: Ended, start: Any) -> None:
+def test_an_interrupted_run_continues_from_its_checkpoint(ended: Run, start: Any) -> None:
     run = ended.run
     assert not (run / "policy").exists()
     assert not [path for path in run.iterdir() if path.name.startswith(".policy")]
@@ -115,5 +113,32 @@ def test_an_interrupted_run_continues_from_its_checkpoint(ended: Ended, start: A
     # It learns with the weights that the steps before had ended with: the policy has moved away from the reference.
     assert lines[len(before)]["ppo/kl_k3"] > 10 * abs(lines[0]["ppo/kl_k3"])
     assert all(line["ppo/first_ratio_off_one"] < 1e-5 for line in lines[len(before) :])
-    shown = [int(number) for number in re.findall(rf"^ppo +(\d+)/{STEPS} ", command.wait(1).out, re.MULTILINE)]
+    shown = [int(number) for number in re.findall(rf"^ppo +(\d+)/{STEPS} ", command.wait().out, re.MULTILINE)]
     assert shown[0] == len(before) + 1
+
+
+# A start of PPO and of one more generator, for what ray/test_scaling and ray/test_monitoring show in parts.
+@pytest.mark.long
+def test_a_run_is_scaled_up_and_down(finished: Any, start: Any, tmp_path: Path) -> None:
+    run, arguments, _ = ahead(finished, tmp_path)
+
+    def scale(count: int) -> Any:
+        return start("rayrlhf", "scale", str(run), "--generators", str(count)).wait()
+
+    before = scale(2)
+    assert before.code == 2 and "scale: nobody works on" in before.err
+    command = start("rayrlhf", *arguments)
+    command.wait_until(lambda: is_ahead(run), "generation is ahead of the learner")
+    for count in (2, 1):
+        answer = scale(count)
+        assert answer.code == 0, answer.err
+        assert f"wanted from now on: {count} generators, 1 scorers" in answer.out
+        command.wait_until(
+            lambda wanted=count: ppo_lines(run)[-1]["rollout/generators"] == wanted, f"{count} generators make a batch"
+        )
+    refused = scale(0)
+    assert refused.code == 2 and "at least one is needed" in refused.err
+    end(command, signal.SIGTERM)
+    lines = ppo_lines(run)
+    assert {line["rollout/generators"] for line in lines} == {1.0, 2.0}
+    assert all(line["rollout/replacements"] == 0 for line in lines)

@@ -20,38 +20,49 @@ from tests.s3 import KEYS, S3, serving
 
 
 class Bucket(NamedTuple):
-    """A bucket with the run `quick` as it is before PPO."""
-
     s3: S3
+    run: RunFolder
+    """`quick`, of which the bucket has nothing yet."""
     arguments: list[str]
     """What follows `rayrlhf run` to go on with it."""
 
+    def upload(self, run: Path) -> None:
+        """Begin it with what a finished run has."""
+        shutil.copytree(run, self.run.path, dirs_exist_ok=True)
+        own = ("checkpoints", "tensorboard", ".lock")
+        self.run.upload(*(path for path in self.run.path.iterdir() if path.name not in own))
+
 
 @pytest.fixture
-def bucket(finished: Any, before_ppo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
+def bucket(finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
     for name, value in KEYS.items():
         monkeypatch.setenv(name, value)
     with serving() as s3:
         monkeypatch.setenv("RAYRLHF_CACHE", str(tmp_path / "seed"))
-        run = RunFolder(s3.uri("runs/quick"))
-        shutil.copytree(before_ppo, run.path, dirs_exist_ok=True)
-        run.upload(*(path for path in run.path.iterdir() if path.name not in ("checkpoints", "tensorboard", ".lock")))
         same = [word for word in finished.arguments if not word.startswith("runs_dir=")]
-        yield Bucket(s3, [*same, f"runs_dir={s3.uri('runs')}"])
+        yield Bucket(s3, RunFolder(s3.uri("runs/quick")), [*same, f"runs_dir={s3.uri('runs')}"])
 
 
-def start_head(start: Any, monkeypatch: pytest.MonkeyPatch, cache: Path) -> Any:
+def start_node(start_head: Any, monkeypatch: pytest.MonkeyPatch, cache: Path) -> Any:
     """A node with a cache of its own; `RAY_ADDRESS` is its address from now on."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = int(listener.getsockname()[1])
     monkeypatch.setenv("RAYRLHF_CACHE", str(cache))
     ports = [f"--port={port}", "--dashboard-agent-listen-port=0", "--include-dashboard=false"]
-    head = start("ray", "start", "--head", "--block", "--num-cpus=2", "--disable-usage-stats",
-                 "--node-ip-address=127.0.0.1", *ports)  # fmt: skip
-    head.wait_for_line(r".*Ray runtime started", 300)
+    head = start_head("--node-ip-address=127.0.0.1", *ports)
     monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
     return head
+
+
+def written(bucket: Bucket, directory: Path) -> Path:
+    """The run as it is in the bucket, in a directory."""
+    run = directory / "run"
+    for name, content in bucket.s3.objects("runs/quick/").items():
+        path = run / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return run
 
 
 def files(path: Path) -> set[str]:
@@ -60,13 +71,54 @@ def files(path: Path) -> set[str]:
     return {name for name in names if not name.startswith(("checkpoints/", "tensorboard/"))}
 
 
-def test_a_run_in_a_bucket(
-    bucket: Bucket, finished: Any, start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_stage_in_a_bucket(
+    bucket: Bucket,
+    finished: Any,
+    before_ppo: Path,
+    start: Any,
+    start_head: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    arguments = ["run", *bucket.arguments, "ppo.checkpoint_every=1"]
-    head = start_head(start, monkeypatch, tmp_path / "node")
+    """The reward model, which nodes train and the driver measures. Runs repeat, wherever their files are."""
+    shutil.rmtree(before_ppo / "reward_model")
+    bucket.upload(before_ppo)
+    start_node(start_head, monkeypatch, tmp_path / "node")
     monkeypatch.setenv("RAYRLHF_CACHE", str(tmp_path / "driver"))
-    outcome = start("rayrlhf", *arguments).wait(1000)
+    outcome = start("rayrlhf", "reward-model", *bucket.arguments).wait()
+    assert outcome.code == 0, outcome.err
+    assert "reward_model: done in" in outcome.out and "see s3://bucket/runs/quick/reward_model" in outcome.out
+    caches = {path.relative_to(tmp_path).parts[0] for path in tmp_path.glob("*/**/reward_model/model.safetensors")}
+    assert caches == {"node", "driver"}, "written on one, measured by the other"
+    run = written(bucket, tmp_path)
+    assert (run / "reward_model" / ".done").exists() and not (run / ".lock").exists()
+    assert list((run / "checkpoints").glob("reward_model-*/**/state.pt"))
+    here, there = (
+        [[line[name] for name in ("step", "reward_model/loss")] for line in read_metrics(path, "reward_model")[-2:]]
+        for path in (run, finished.path)
+    )
+    for ours, theirs in zip(here, there, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3)
+    accuracies = [json.loads((path / "reward_model.json").read_text())["accuracy"] for path in (run, finished.path)]
+    assert accuracies[0] == accuracies[1]
+
+
+# A start of PPO and evaluation, for what a stage and unit/test_store show of a bucket.
+@pytest.mark.long
+def test_a_run_in_a_bucket(
+    bucket: Bucket,
+    finished: Any,
+    before_ppo: Path,
+    start: Any,
+    start_head: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bucket.upload(before_ppo)
+    arguments = ["run", *bucket.arguments, "ppo.checkpoint_every=1"]
+    head = start_node(start_head, monkeypatch, tmp_path / "node")
+    monkeypatch.setenv("RAYRLHF_CACHE", str(tmp_path / "driver"))
+    outcome = start("rayrlhf", *arguments).wait()
     assert outcome.code == 0, outcome.err
     assert "sft: already done, see s3://bucket/runs/quick/sft" in outcome.out
     policies = {path.relative_to(tmp_path).parts[0] for path in tmp_path.glob("*/**/policy/model.safetensors")}
@@ -79,14 +131,10 @@ def test_a_run_in_a_bucket(
     monkeypatch.delenv("RAY_ADDRESS")
     head.end()
     monkeypatch.setenv("RAYRLHF_CACHE", str(tmp_path / "third"))
-    again = start("rayrlhf", *arguments).wait(300)
+    again = start("rayrlhf", *arguments).wait()
     assert again.code == 0 and "run 'quick' is finished: s3://bucket/runs/quick/evaluation.json" in again.out
 
-    run = tmp_path / "run"
-    for name, content in objects.items():
-        path = run / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
+    run = written(bucket, tmp_path)
     assert files(run) == files(finished.path)
     # Runs repeat to the digit, and where their files are makes no difference to them.
     here, there = (
@@ -105,16 +153,22 @@ def test_a_run_in_a_bucket(
 # Two more starts of PPO for a checkpoint that is read from a bucket; what a checkpoint holds is tested without one.
 @pytest.mark.long
 def test_an_interrupted_run_in_a_bucket_continues_on_a_machine_that_has_nothing_of_it(
-    bucket: Bucket, start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bucket: Bucket,
+    before_ppo: Path,
+    start: Any,
+    start_head: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    bucket.upload(before_ppo)
     steps = 10_000  # it is interrupted, not waited for
     arguments = ["ppo", *bucket.arguments, f"ppo.steps={steps}", "ppo.checkpoint_every=1"]
 
     def run_until(step: int) -> str:
         command = start("rayrlhf", *arguments)
-        command.wait_for_line(rf"ppo +{step}/{steps} ", 1000)
+        command.wait_for_line(rf"ppo +{step}/{steps} ")
         os.killpg(command.process.pid, signal.SIGINT)
-        outcome = command.wait(300)
+        outcome = command.wait()
         assert outcome.code == 130, outcome.err
         return str(outcome.out)
 
@@ -123,7 +177,7 @@ def test_an_interrupted_run_in_a_bucket_continues_on_a_machine_that_has_nothing_
     objects = bucket.s3.objects("runs/quick/")
     assert any(name.startswith("checkpoints/ppo-") and name.endswith(".pt") for name in objects)
     assert "policy/.done" not in objects
-    start_head(start, monkeypatch, tmp_path / "node")
+    start_node(start_head, monkeypatch, tmp_path / "node")
     monkeypatch.setenv("RAYRLHF_CACHE", str(tmp_path / "second"))
     said = run_until(6)
     assert not re.search(rf"^ppo +1/{steps} ", said, re.MULTILINE), "it starts at the checkpoint"

@@ -54,7 +54,7 @@ def swept(finished: Any, start: Any, tmp_path_factory: pytest.TempPathFactory) -
     found = Swept(folder, ["sweep", str(file), f"runs_dir={directory}", *changes, "ppo.steps=1"], None)
     found.bad.mkdir()
     (found.bad / "checkpoints").touch()  # PPO cannot put its checkpoints there
-    return replace(found, outcome=start("rayrlhf", *found.arguments).wait(1000))
+    return replace(found, outcome=start("rayrlhf", *found.arguments).wait())
 
 
 def check_trial(swept: Swept, trial: Path) -> None:
@@ -98,7 +98,7 @@ def test_a_sweep_shares_stages_and_ranks_what_did_not_fail(swept: Swept) -> None
 def test_the_same_command_tries_again_what_failed(swept: Swept, start: Any) -> None:
     done = (swept.good / "evaluation.json").stat().st_mtime_ns
     (swept.bad / "checkpoints").unlink()
-    second = start("rayrlhf", *swept.arguments).wait(1000)
+    second = start("rayrlhf", *swept.arguments).wait()
     assert second.code == 0, second.out + second.err
     assert f" {NAMES[0]}: started" not in second.out and f" {NAMES[1]}: started" in second.out
     assert (swept.good / "evaluation.json").stat().st_mtime_ns == done
@@ -112,7 +112,7 @@ def test_the_same_command_tries_again_what_failed(swept: Swept, start: Any) -> N
     assert policies[0] != policies[1]
 
     again = start("rayrlhf", *swept.arguments)
-    third = again.wait(300)
+    third = again.wait()
     assert third.code == 0
     assert "sweep 'search' is finished: all 2 trials were done before" in third.out
     assert "rayrlhf run configs/quickstart.yaml name=search-best " in third.out

@@ -33,7 +33,7 @@ HEAD = "f" * 51 + "00000"
 
 
 @pytest.fixture
-def autoscaler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def autoscaler(no_ray: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A head of cluster.yaml with an autoscaler; the test is connected to it."""
     # Ray asks once a process which autoscaler there is, and other tests have had clusters without.
     monkeypatch.setattr(ray.autoscaler.v2.utils, "cached_is_autoscaler_v2", None)

@@ -1,12 +1,18 @@
-"""The real coordinator as a Ray actor, with one vLLM generator and one scorer on the embedded model.
+"""The real coordinator as a Ray actor, with vLLM generators and scorers on the embedded model.
 
-The tests share it and follow one another: versions rise, and the last two kill the generator.
+The tests share it and follow one another, because to start a generator takes longer than any of them:
+
+    generators 0            batches, versions
+               0 1          scaled up; the samples stay the same
+                 1, 2 ...   0 is killed at work: 1 does the rest, 2 is on its way
+                    2       1 is killed before a weight load, which waits for 2
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,11 +32,12 @@ from rayrlhf.config_file import parse_config
 from rayrlhf.data.prompts import EncodedPrompt, prompts_of_step, requests_for
 from rayrlhf.data.sources import read_demonstrations
 from rayrlhf.data.tokens import encode_prompts
+from rayrlhf.errors import UserError
 from rayrlhf.models.loading import load_policy, load_reward_model, load_tokenizer, resolve_model
 from rayrlhf.models.saving import save_model
-from rayrlhf.trajectory import Sampling, Trajectory, derive_seed
+from rayrlhf.trajectory import GenerationRequest, Sampling, Trajectory, derive_seed
 
-pytestmark = [pytest.mark.timeout(400), pytest.mark.usefixtures("ray_cluster")]
+pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 TINY = resolve_model("embedded:opt-tiny")
 TEMPERATURE = 0.7
@@ -46,10 +53,11 @@ def config() -> Config:
         "data": {"max_prompt_tokens": MAX_PROMPT, "max_response_tokens": MAX_RESPONSE},
         "ppo": {"prompts_per_step": 6, "samples_per_prompt": 2, "temperature": TEMPERATURE},
         "resources": {
-            "generators": {"kv_cache_mib": 64, "max_num_seqs": 32},
-            "scorers": {"micro_batch_tokens": 600},
-            "start_timeout_s": 200,
-            "call_timeout_s": 200,
+            # Two of each have to fit the two CPUs of the cluster.
+            "generators": {"cpus": 0.5, "kv_cache_mib": 64, "max_num_seqs": 32},
+            "scorers": {"cpus": 0.5, "micro_batch_tokens": 600},
+            "start_timeout_s": 600,
+            "call_timeout_s": 600,
         },
     }
     return parse_config(settings, "test")
@@ -84,27 +92,23 @@ def coordinator(
     arguments = (config, TINY, MAX_PROMPT + MAX_RESPONSE, load_tokenizer(TINY).pad_token_id, False)
     remote = Remote.spawn("coordinator", Coordinator, *arguments, local=False, options={"num_cpus": 0})
     started = remote.submit("start_generators")
-    scorers = remote.call("start_scorers", str(reward_model), TINY, timeout_s=300)
+    scorers = remote.call("start_scorers", str(reward_model), TINY, timeout_s=600)
     assert [s["name"] for s in scorers] == ["scorer-0"]
-    assert len(wait([started], 300)[0]) == 1
-    remote.call("set_prompts", prompts, sampling, timeout_s=60)
-    version = remote.call("next_version", timeout_s=60)
-    assert version == remote.call("load_weights", publish_directory(TINY, version, local=False), timeout_s=60) == 1
+    assert len(wait([started], 600)[0]) == 1
+    remote.call("set_prompts", prompts, sampling, timeout_s=600)
+    version = remote.call("next_version", timeout_s=600)
+    assert version == remote.call("load_weights", publish_directory(TINY, version, local=False), timeout_s=600) == 1
     yield remote
     remote.kill()
 
 
 @pytest.fixture(scope="module")
 def first(coordinator: Remote) -> Batch:
-    return coordinator.call("next_batch", 0, 1, timeout_s=200)
+    return coordinator.call("next_batch", 0, 1, timeout_s=600)
 
 
 def generated_tokens(coordinator: Remote) -> int:
-    return int(coordinator.call("stats", timeout_s=60)[0]["tokens"])
-
-
-def generator_pid(coordinator: Remote) -> int:
-    return int(coordinator.call("start_generators", timeout_s=200)[0]["pid"])
+    return int(coordinator.call("stats", timeout_s=600)[0]["tokens"])
 
 
 def kill(pid: int) -> None:
@@ -113,6 +117,22 @@ def kill(pid: int) -> None:
 
 def running(call: Call) -> bool:
     return not ray.wait([call.ref], timeout=0)[0]
+
+
+def grow(coordinator: Remote, sampling: Sampling, version: int, scored: Sequence[Trajectory]) -> None:
+    """Two generators and two scorers from now on; returns when they have joined, between two pieces of work."""
+    assert coordinator.call("scale", 2, 2, timeout_s=600) == {"generator": 2, "scorer": 2}
+    deadline = time.monotonic() + 600
+    while coordinator.call("status", timeout_s=600).actors != {"generator": 2, "scorer": 2}:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+        coordinator.call("generate", [GenerationRequest("any", (5, 6, 7))], sampling, version, timeout_s=600)
+        coordinator.call("score", scored, TEMPERATURE, timeout_s=600)
+
+
+def length(trajectories: Sequence[Trajectory]) -> int:
+    """Sampled tokens."""
+    return sum(len(t.response_ids) for t in trajectories)
 
 
 def assert_same_samples(ours: Sequence[Trajectory], theirs: Sequence[Trajectory]) -> None:
@@ -143,7 +163,7 @@ def test_a_batch_holds_the_prompts_of_its_step(
 
 def test_asking_again_gives_the_same_batch(coordinator: Remote, first: Batch) -> None:
     before = generated_tokens(coordinator)
-    again = coordinator.call("next_batch", 0, 1, timeout_s=60)
+    again = coordinator.call("next_batch", 0, 1, timeout_s=600)
     assert_same_samples(again.trajectories, first.trajectories)
     assert again.metrics == first.metrics
     assert generated_tokens(coordinator) == before, "nothing is to be generated again"
@@ -166,7 +186,7 @@ def test_rewards_do_not_depend_on_the_batch(coordinator: Remote, first: Batch, r
     plain = AutoModelForSequenceClassification.from_pretrained(reward_model, dtype=torch.float32).eval()
     for t in first.trajectories:
         ((name, ours),) = t.rewards.items()
-        alone = coordinator.call("score", [t], TEMPERATURE, timeout_s=60)[0]
+        alone = coordinator.call("score", [t], TEMPERATURE, timeout_s=600)[0]
         assert alone.rewards[name] == pytest.approx(ours, abs=1e-5)
         with torch.no_grad():
             score = float(plain(torch.tensor(t.token_ids)[None]).logits[0, 0])
@@ -177,49 +197,78 @@ def test_rewards_do_not_depend_on_the_batch(coordinator: Remote, first: Batch, r
 def test_versions_that_no_generator_holds_are_refused(coordinator: Remote, first: Batch) -> None:
     for version in (0, 2):
         with pytest.raises(ActorFailure, match=f"generator-0 has version 1, wanted is {version}"):
-            coordinator.call("next_batch", 3, version, timeout_s=60)
+            coordinator.call("next_batch", 3, version, timeout_s=600)
     stale = publish_directory(TINY, 1, local=False)
     with pytest.raises(ActorFailure, match="generator-0 has version 1, refuses 1"):
-        coordinator.call("load_weights", stale, timeout_s=60)
-    assert coordinator.call("next_version", timeout_s=60) == 2
-    assert coordinator.call("next_version", 10, timeout_s=60) == 11  # a restored learner knows of later ones
+        coordinator.call("load_weights", stale, timeout_s=600)
+    assert coordinator.call("next_version", timeout_s=600) == 2
+    assert coordinator.call("next_version", 10, timeout_s=600) == 11  # a restored learner knows of later ones
+
+
+def test_the_samples_do_not_depend_on_who_makes_them(coordinator: Remote, first: Batch, sampling: Sampling) -> None:
+    """Scaled up, the coordinator gives the newcomers the weights, and the batch of a step is the same."""
+    version = coordinator.call("next_version", timeout_s=600)
+    coordinator.call("load_weights", publish_directory(TINY, version, local=False), timeout_s=600)
+    grow(coordinator, sampling, version, first.trajectories[:1])
+    before = coordinator.call("stats", timeout_s=600)
+    batch = coordinator.call("next_batch", 0, version, timeout_s=600)
+    assert batch.metrics["rollout/generators"] == 2
+    assert_same_samples(batch.trajectories, first.trajectories)
+    for ours, theirs in zip(batch.trajectories, first.trajectories, strict=True):
+        assert sum(ours.rewards.values()) == pytest.approx(sum(theirs.rewards.values()), abs=1e-5)
+    sampled = [
+        after["tokens"] - earlier["tokens"]
+        for earlier, after in zip(before, coordinator.call("stats", timeout_s=600), strict=True)
+    ]
+    assert sampled == [length(first.trajectories[:6]), length(first.trajectories[6:])]
+    with pytest.raises(UserError, match="scale: 0 generators; at least one is needed"):
+        coordinator.call("scale", 0, timeout_s=600)
 
 
 def test_a_generator_killed_at_work_is_replaced_and_the_rest_of_its_work_done_again(
-    coordinator: Remote, config: Config, prompts: list[EncodedPrompt], sampling: Sampling
+    coordinator: Remote, first: Batch, config: Config, prompts: list[EncodedPrompt], sampling: Sampling
 ) -> None:
-    publication = publish_directory(TINY, 12, local=False)
-    coordinator.call("load_weights", publication, timeout_s=60)
+    publication = publish_directory(TINY, 20, local=False)
+    coordinator.call("load_weights", publication, timeout_s=600)
     requests = requests_for(prompts, 12, 5, "killed")
-    undisturbed = coordinator.call("generate", requests, sampling, 12, timeout_s=200)
-    pid, before = generator_pid(coordinator), generated_tokens(coordinator)
-    generator = ray.get_actor("generator-0", namespace(config))
-    call = coordinator.submit("generate", requests, sampling, 12)
-    while (handed_over := ray.get(generator.stats.remote(), timeout=60)["tokens"] - before) == 0:
-        assert running(call)
-    assert running(call), "too late to kill anybody at work"
-    kill(pid)
-    assert_same_samples(wait([call], 300)[0], undisturbed)
-    assert generator_pid(coordinator) != pid
-    # A newcomer counts from 0.
-    assert 0 < generated_tokens(coordinator) <= sum(len(t.response_ids) for t in undisturbed) - handed_over
+    undisturbed = coordinator.call("generate", requests, sampling, 20, timeout_s=600)
+    own, others = undisturbed[: len(requests) // 2], undisturbed[len(requests) // 2 :]
+    for _ in range(5):  # a generator may be done before the kill reaches it: another try
+        grow(coordinator, sampling, 20, first.trajectories[:1])
+        victim, survivor = coordinator.call("start_generators", timeout_s=600)
+        actors = [ray.get_actor(place["name"], namespace(config)) for place in (victim, survivor)]
+        before = ray.get([actor.stats.remote() for actor in actors], timeout=600)
+        call = coordinator.submit("generate", requests, sampling, 20)
+        while not (handed_over := ray.get(actors[0].stats.remote(), timeout=600)["tokens"] - before[0]["tokens"]):
+            assert running(call)
+        kill(victim["pid"])
+        assert_same_samples(wait([call], 600)[0], undisturbed)
+        done_again = ray.get(actors[1].stats.remote(), timeout=600)["tokens"] - before[1]["tokens"] - length(others)
+        coordinator.call("generate", requests[:2], sampling, 20, timeout_s=600)  # finds it dead at the latest
+        assert victim["pid"] not in [place["pid"] for place in coordinator.call("start_generators", timeout_s=600)]
+        if done_again:
+            break
+    assert 0 < done_again <= length(own) - handed_over
+    assert coordinator.call("status", timeout_s=600).wanted["generator"] == 2
 
 
-def test_a_generator_killed_before_a_weight_load(coordinator: Remote, reward_model: Path) -> None:
-    """The replacement gets the weights of the load, once. A scorer dies, too; the next batch counts them both."""
-    scorer_pid = coordinator.call("start_scorers", str(reward_model), TINY, timeout_s=200)[0]["pid"]
+def test_generators_killed_before_a_weight_load(coordinator: Remote, reward_model: Path) -> None:
+    """The replacement gets the weights of the load, once. A scorer dies, too; the next batch counts them all."""
+    scorer, *_ = coordinator.call("start_scorers", str(reward_model), TINY, timeout_s=600)
     policy = load_policy(TINY)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.02)
-    publication = publish(policy.named_parameters(), 13, local=False)
-    coordinator.call("next_batch", 7, 12, timeout_s=200)  # reports what died before
-    kill(generator_pid(coordinator))
-    assert coordinator.call("load_weights", publication, timeout_s=300) == 13
-    kill(scorer_pid)
-    batch = coordinator.call("next_batch", 1, 13, timeout_s=300)
-    assert batch.metrics["rollout/replacements"] == 2
+    publication = publish(policy.named_parameters(), 21, local=False)
+    coordinator.call("next_batch", 7, 20, timeout_s=600)  # reports what died before
+    generators = coordinator.call("start_generators", timeout_s=600)
+    for place in generators:
+        kill(place["pid"])
+    assert coordinator.call("load_weights", publication, timeout_s=600) == 21
+    kill(scorer["pid"])
+    batch = coordinator.call("next_batch", 1, 21, timeout_s=600)
+    assert batch.metrics["rollout/replacements"] == len(generators) + 1
     assert all(t.rewards and t.ref_logprobs is not None for t in batch.trajectories)
     for t in batch.trajectories:
         with torch.no_grad():

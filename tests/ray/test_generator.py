@@ -414,6 +414,8 @@ def test_the_process_keeps_its_thread_count(tied: Generator, embedded: PreTraine
         torch.set_num_threads(before)
 
 
+# One more engine, for an actor that test_coordinator has as well.
+@pytest.mark.long
 def test_a_ray_actor_from_start_to_resync(ray_cluster: None, tmp_path: Path) -> None:
     initial = _tied_qwen2()
     initial.save_pretrained(tmp_path)
@@ -424,7 +426,7 @@ def test_a_ray_actor_from_start_to_resync(ray_cluster: None, tmp_path: Path) -> 
         "generator-7", Generator, "generator-7", model, settings, 128, 0, local=False, options=options
     )
     try:
-        ready = generator.call("ready", timeout_s=300)
+        ready = generator.call("ready", timeout_s=600)
         assert ready["version"] == -1
         assert ready["pid"] != os.getpid()
         assert ready["node"] == ray.get_runtime_context().get_node_id()

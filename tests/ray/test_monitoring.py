@@ -75,7 +75,7 @@ class Loops:
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
+def cluster(no_ray: None) -> Iterator[None]:
     """As the other tests have it, with a dashboard, and collecting metrics every two seconds.
 
     Ray forgets a gauge that its process has not sent again within two such intervals.
@@ -302,6 +302,26 @@ def test_status_of_a_run_from_the_command_line(coordinator: Remote, config: Conf
     assert shown["generator-0"][:2] == ["alive", "3"] and shown["generator-0"][3] == node["NodeID"][:8]
     assert shown["coordinator"][0] == shown["scorer-0"][0] == "alive"
     assert "weights published: 3" in result.stdout
+
+
+def test_a_run_is_scaled_from_the_command_line(coordinator: Remote, config: Config) -> None:
+    """Up to the coordinator; test_scaling shows what follows. No node has room for the second scorer."""
+    run = open_or_create(config, Path(config.runs_dir))
+    address = str(ray.get_runtime_context().gcs_address)
+
+    def scale(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "jobs.cli", "scale", str(run.path), *arguments]
+        return subprocess.run(command, cwd=MONITORING.parent, capture_output=True, text=True, timeout=600)
+
+    for count in (2, 1):
+        answer = scale("--scorers", str(count), "--address", address)
+        assert answer.returncode == 0, answer.stderr
+        assert answer.stdout == f"wanted from now on: 1 generators, {count} scorers\n"
+        assert coordinator.call("status", timeout_s=600).wanted == {"generator": 1, "scorer": count}
+    refused = scale("--generators", "0", "--address", address)
+    assert refused.returncode == 2 and "at least one is needed" in refused.stderr
+    nobody = scale("--generators", "2")
+    assert nobody.returncode == 2 and "scale: nobody works on" in nobody.stderr
 
 
 def test_provisioning_names_files_that_are_there() -> None:

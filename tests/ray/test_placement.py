@@ -29,7 +29,7 @@ LEARNER, GENERATOR = {"rayrlhf.io/role": "learner"}, {"rayrlhf.io/role": "genera
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
+def cluster(no_ray: None) -> Iterator[Cluster]:
     """A head without CPUs; learner nodes and one rollout node."""
     nodes = [{"num_cpus": 2, "labels": labels} for labels in (LEARNER, LEARNER, GENERATOR)]
     with cluster_of_nodes(0, *nodes) as cluster:

@@ -42,6 +42,15 @@ class Adder(SerializedCalls):
         self.done += 1
         return self.name, self.offset + number
 
+    def add_in_turn(self, number: int, directory: Path) -> tuple[str, int]:
+        """The answer to 0 comes after that to 3."""
+        deadline = time.monotonic() + 600
+        while number == 0 and not (directory / "3").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        (directory / str(number)).touch()
+        return self.add(number)
+
     def add_pair(self, pair: tuple[int, float]) -> tuple[str, int]:
         return self.add(*pair)
 
@@ -80,7 +89,7 @@ class Adder(SerializedCalls):
         raise ZeroDivisionError(f"at {number}")
 
     def ask(self, other: Remote, method: str) -> Any:
-        return other.call(method, 7, timeout_s=10)
+        return other.call(method, 7, timeout_s=120)
 
     def count(self) -> int:
         return self.done
@@ -97,7 +106,7 @@ def make_pool() -> Iterator[Callable[..., Pool]]:
         def spawn(name: str) -> Remote:
             return Remote.spawn(name, Adder, name, local=False, options={"num_cpus": 0})
 
-        settings = {"start_timeout_s": 60, "call_timeout_s": 60} | options
+        settings = {"start_timeout_s": 120, "call_timeout_s": 120} | options
         pools.append(Pool(role, count, spawn, **settings))
         pools[-1].wait_until_ready()
         pools[-1].broadcast("set_offset", 100)
@@ -116,15 +125,13 @@ def pids(pool: Pool) -> list[int]:
     return [member["pid"] for member in pool.wait_until_ready()]
 
 
-def test_map_keeps_the_order_and_uses_every_member(make_pool: Callable[..., Pool]) -> None:
+def test_map_keeps_the_order_and_uses_every_member(make_pool: Callable[..., Pool], tmp_path: Path) -> None:
     pool = make_pool(2)
-    # The first piece is slow: the other member does the rest meanwhile.
-    started = time.monotonic()
-    results = map_pieces(pool, "add_pair", [(0, 1.0), (1, 0.1), (2, 0.1), (3, 0.1)])
+    # The first piece ends last: the other member does the rest meanwhile.
+    results = map_pieces(pool, "add_in_turn", [0, 1, 2, 3], tmp_path)
     assert [value for _, value in results] == [100, 101, 102, 103]
     slow, *fast = [name for name, _ in results]
     assert set(fast) == {worker.name for worker in pool.workers} - {slow}
-    assert time.monotonic() - started < 5
     assert map_pieces(pool, "add", [], 0.0) == []
 
 
@@ -145,7 +152,7 @@ def test_work_of_a_killed_member_is_done_again_and_a_newcomer_joins(
 
     def bring_up_to_date(worker: Worker) -> None:
         newcomers.append(worker.name)
-        worker.remote.call("set_offset", 100, timeout_s=10)
+        worker.remote.call("set_offset", 100, timeout_s=120)
 
     pool = make_pool(2, on_new=bring_up_to_date)
     before = pids(pool)
@@ -164,7 +171,7 @@ def test_work_of_a_killed_member_is_done_again_and_a_newcomer_joins(
 
 
 def test_the_work_of_the_last_member_waits_for_a_newcomer(make_pool: Callable[..., Pool], tmp_path: Path) -> None:
-    pool = make_pool(1, on_new=lambda worker: worker.remote.call("set_offset", 100, timeout_s=10))
+    pool = make_pool(1, on_new=lambda worker: worker.remote.call("set_offset", 100, timeout_s=120))
     assert map_pieces(pool, "add_unless", [1, -2, 3], tmp_path)[1:] == [
         (f"{pool.role}-1", 102),
         (f"{pool.role}-1", 103),
@@ -172,14 +179,14 @@ def test_the_work_of_the_last_member_waits_for_a_newcomer(make_pool: Callable[..
 
 
 def test_a_member_that_died_between_calls(make_pool: Callable[..., Pool]) -> None:
-    pool = make_pool(2, on_new=lambda worker: worker.remote.call("set_offset", 100, timeout_s=10))
+    pool = make_pool(2, on_new=lambda worker: worker.remote.call("set_offset", 100, timeout_s=120))
     os.kill(pids(pool)[0], 9)
     assert [value for _, value in map_pieces(pool, "add", [1, 2, 3, 4], 0.01)] == [101, 102, 103, 104]
     assert pool.deaths == 1
 
 
 def test_who_dies_in_a_broadcast_is_left_out(make_pool: Callable[..., Pool], tmp_path: Path) -> None:
-    pool = make_pool(3, on_new=lambda worker: worker.remote.call("set_offset", 300, timeout_s=10))
+    pool = make_pool(3, on_new=lambda worker: worker.remote.call("set_offset", 300, timeout_s=120))
     assert pool.broadcast("set_offset_unless", 200, tmp_path / "died") == [200, 200]
     assert (tmp_path / "died").exists() and pool.deaths == 1
     settle(pool, 3)
@@ -198,25 +205,28 @@ def test_without_room_for_a_newcomer_the_others_go_on(tmp_path: Path, caplog: py
         cpus = 0 if name in (f"{role}-0", f"{role}-1") else 999
         return Remote.spawn(name, Adder, name, local=False, options={"num_cpus": cpus})
 
-    pool = Pool(role, 2, spawn, start_timeout_s=20, call_timeout_s=20)
+    pool = Pool(role, 2, spawn, start_timeout_s=120, call_timeout_s=120)
     pool.wait_until_ready()
     pool.newcomer_timeout_s = 1.0
     pool.broadcast("set_offset", 100)
     pieces = [1, -2, 3, 4]
     assert [value for _, value in map_pieces(pool, "add_unless", pieces, tmp_path)] == [101, 102, 103, 104]
     assert len(pool) == 1 and pool.wanted == 2 and not pool.steady
-    time.sleep(1.1)
-    for _ in range(3):
+    deadline = time.monotonic() + 600
+    while not pool.steady:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
         pool.apply_size()
+    pool.apply_size()  # it is said once
     said = [record.message for record in caplog.records]
     assert [f"{role}-2 is not up after 1 s" in line for line in said] == [False, True], said
     assert said[1].endswith(f"1 {role}s go on (wanted: 2), on their way: {role}-2")
     assert len(pool) == 1 and pool.steady
     assert [value for _, value in map_pieces(pool, "add", [5, 6])] == [105, 106]
 
-    pool.workers[0].remote.kill()
+    # A kill from here might come after the answer.
     with pytest.raises(ActorFailure, match=rf"{role}-3\.ready did not answer within 1 s.*resources.start_timeout_s"):
-        map_pieces(pool, "add", [7])
+        map_pieces(pool, "die", [7])
     pool.stop()
 
 
@@ -229,7 +239,7 @@ def test_deaths_beyond_the_limit_are_an_error(make_pool: Callable[..., Pool]) ->
 
 def test_all_may_die_at_once(make_pool: Callable[..., Pool]) -> None:
     """As they do with their nodes: that is not the work's fault."""
-    pool = make_pool(3, max_replacements=1, on_new=lambda worker: worker.remote.call("set_offset", 100, timeout_s=10))
+    pool = make_pool(3, max_replacements=1, on_new=lambda worker: worker.remote.call("set_offset", 100, timeout_s=120))
     for pid in pids(pool):
         os.kill(pid, 9)
     assert [value for _, value in map_pieces(pool, "add", [1, 2, 3])] == [101, 102, 103]
@@ -251,11 +261,10 @@ def test_newcomers_that_die_are_an_error_each_time_when_nobody_is_left() -> None
             name, Adder if name == f"{role}-0" else StillBorn, name, local=False, options={"num_cpus": 0}
         )
 
-    pool = Pool(role, 1, spawn, start_timeout_s=60, call_timeout_s=60, max_replacements=2)
+    pool = Pool(role, 1, spawn, start_timeout_s=120, call_timeout_s=120, max_replacements=2)
     pool.wait_until_ready()
-    pool.workers[0].remote.kill()
     with pytest.raises(ActorDied, match=rf"{role}-2 died during ready"):
-        map_pieces(pool, "add", [1])
+        map_pieces(pool, "die", [1])
     pool.reset_deaths()  # a learner that comes back
     with pytest.raises(ActorDied, match=rf"{role}-5 died during ready"):
         pool.apply_size()
@@ -289,7 +298,8 @@ def test_who_is_wanted_again_while_the_last_one_leaves_comes_back(make_pool: Cal
 
 
 def test_a_time_out_names_actor_and_method(make_pool: Callable[..., Pool]) -> None:
-    pool = make_pool(1, call_timeout_s=1)
+    pool = make_pool(1)
+    pool.call_timeout_s = 1
     # The first one is replaced; that the second one does not answer either is an error.
     with pytest.raises(ActorFailure, match=rf"{pool.role}-1\.add did not answer within 1 s.*resources.call_timeout_s"):
         map_pieces(pool, "add", [1], 5.0)
@@ -298,7 +308,7 @@ def test_a_time_out_names_actor_and_method(make_pool: Callable[..., Pool]) -> No
 
 
 def test_work_of_an_actor_that_answers_nothing_goes_to_another(make_pool: Callable[..., Pool], tmp_path: Path) -> None:
-    pool = make_pool(2, call_timeout_s=10, on_new=lambda worker: worker.remote.call("set_offset", 100, timeout_s=60))
+    pool = make_pool(2, call_timeout_s=10, on_new=lambda worker: worker.remote.call("set_offset", 100, timeout_s=120))
     before = pids(pool)
     results = map_pieces(pool, "add_unless_it_hangs", [1, -2, 3], tmp_path)
     assert [value for _, value in results] == [101, 102, 103]
@@ -341,9 +351,9 @@ def test_errors_of_a_called_actor_pass_through_the_caller(make_pool: Callable[..
     """As a generator's do through the coordinator: the user sees the line of the one that failed, and nothing else."""
     one, other = remotes(make_pool(2))
     with pytest.raises(UserError, match=r"^row 7 is bad; mend it$"):
-        one.call("ask", other, "refuse", timeout_s=20)
+        one.call("ask", other, "refuse", timeout_s=120)
     with pytest.raises(ActorFailure, match=rf"^{other.name} died during die: ") as failure:
-        one.call("ask", other, "die", timeout_s=20)
+        one.call("ask", other, "die", timeout_s=120)
     assert not isinstance(failure.value, ActorDied)  # the one that was called is alive
     assert "\n" not in str(failure.value)
 
@@ -358,13 +368,13 @@ def test_serialized_calls(make_pool: Callable[..., Pool]) -> None:
         one.submit_serialized("refuse", 3),
         one.submit_serialized("fail", 5),
     )
-    assert wait([plain, packed], 20) == [(one.name, 101), (one.name, 102)]
+    assert wait([plain, packed], 120) == [(one.name, 101), (one.name, 102)]
     assert [answer(call, call.future()) for call in (plain, packed)] == [(one.name, 101), (one.name, 102)]
     assert answer(large, large.future()) == b"x" * 10**6
     with pytest.raises(UserError, match=r"^row 3 is bad; mend it$"):
         answer(bad, bad.future())
     with pytest.raises(ActorFailure, match=rf"{one.name}\.fail raised (.|\n)*ZeroDivisionError: at 5"):
-        wait([failed], 20)
+        wait([failed], 120)
     died = one.submit_serialized("die", 0)
     with pytest.raises(ActorDied, match=rf"^{one.name} died during die: "):
         answer(died, died.future())
@@ -424,8 +434,9 @@ def test_busy_seconds_are_of_the_actor_that_worked(make_pool: Callable[..., Pool
     pool = make_pool(2)
     map_pieces(pool, "add_pair", [(1, 1.0), (2, 0.2)])
     assert list(pool.busy_s()) == [worker.name for worker in pool.workers]
-    short, long = sorted(pool.busy_s().values())
-    assert 1.0 <= long < 1.6 and 0.2 <= short < 0.8
+    # An upper limit would ask for a fast machine; unit/test_dispatch has a clock of its own.
+    long, short = pool.busy_s().values()
+    assert long >= 1.0 and short >= 0.2
 
 
 def test_local_objects_answer_alike() -> None:

@@ -32,6 +32,9 @@ def meet(directory: Path) -> None:
     (directory / f"rank-{ranks.rank}").touch()
 
 
+# A cluster and two workers for what e2e/test_interrupt shows of one worker.
+@pytest.mark.long
+@pytest.mark.usefixtures("no_ray")
 def test_a_private_cluster_and_its_learner_listen_on_the_loopback_address_only(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
