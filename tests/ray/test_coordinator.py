@@ -235,8 +235,9 @@ def test_a_generator_killed_at_work_is_replaced_and_the_rest_of_its_work_done_ag
     own, others = undisturbed[: len(requests) // 2], undisturbed[len(requests) // 2 :]
     for _ in range(5):  # a generator may be done before the kill reaches it: another try
         grow(coordinator, sampling, 20, first.trajectories[:1])
-        victim, survivor = coordinator.call("start_generators", timeout_s=600)
-        actors = [ray.get_actor(place["name"], namespace(config)) for place in (victim, survivor)]
+        victim, _ = coordinator.call("start_generators", timeout_s=600)
+        names = coordinator.call("status", timeout_s=600).versions  # in the same order
+        actors = [ray.get_actor(name, namespace(config)) for name in names]
         before = ray.get([actor.stats.remote() for actor in actors], timeout=600)
         call = coordinator.submit("generate", requests, sampling, 20)
         while not (handed_over := ray.get(actors[0].stats.remote(), timeout=600)["tokens"] - before[0]["tokens"]):
