@@ -78,6 +78,7 @@ class Command:
                 stdout=out,
                 stderr=err,
                 start_new_session=True,
+                preexec_fn=_hear_ctrl_c,
             )
 
     def wait(self) -> Outcome:
@@ -136,6 +137,11 @@ class Command:
 
     def _texts(self) -> str:
         return f"--- stdout\n{self._out.read_text()[-3000:]}\n--- stderr\n{self._err.read_text()[-3000:]}"
+
+
+def _hear_ctrl_c() -> None:
+    """A shell that starts these tests in the background has them ignore Ctrl-C, and commands inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 Start = Callable[..., Command]
