@@ -24,7 +24,7 @@ CASES: tuple[tuple[str, ...], ...] = (
     ("submit", "--help"),
     ("runs",),
     ("config", QUICKSTART),
-    ("ppo", QUICKSTART, "ppo.stepz=3"),
+    ("rl", QUICKSTART, "rl.stepz=3"),
     ("run", "nowhere.yaml"),
     ("sweep", "nowhere.yaml"),
 )

@@ -87,7 +87,7 @@ class ControlPlane:
 
         def groups(step: int) -> list[list[GenerationRequest]]:
             chosen = prompts_of_step(len(prompts), turn, step, self.per_step)
-            return [[r] for r in requests_for([prompts[i] for i in chosen], 1, turn, "ppo", step)]
+            return [[r] for r in requests_for([prompts[i] for i in chosen], 1, turn, "rl", step)]
 
         prompts = [
             EncodedPrompt(str(i), tuple(ids))

@@ -25,11 +25,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.harness import Child, Stopwatch, alternate, column, main
 from benchmarks.results import Comparison, Fact, Measurement, Result
 from benchmarks.workload import MODEL, RESPONSE, THREADS, Lengths, draw, lengths_text, write_reward_model
-from rayrlhf.algorithms.ppo import PPO
-from rayrlhf.config import OptimizerConfig, PPOConfig
+from rayrlhf.algorithms.registry import make_trainer
+from rayrlhf.config_rl import PPOConfig
 from rayrlhf.models.forward import Forward
 from rayrlhf.models.loading import checkpoint_gradients, load_policy, load_reward_model, load_tokenizer
 from rayrlhf.models.ranks import Ranks
+from rayrlhf.sections import OptimizerConfig
 from rayrlhf.trajectory import Trajectory
 
 SAMPLES = 64
@@ -63,11 +64,15 @@ class Learner:
         policy, value_model = (load(path, device=device) for load, path in
                                ((load_policy, MODEL), (load_reward_model, reward_model)))  # fmt: skip
         forward_of = partial(Forward, pad_token_id=pad, max_tokens=config.micro_batch_tokens, dtype=dtype)
-        self.ppo = PPO(forward_of(policy), forward_of(value_model), config, ranks, seed=0)
+        self.rl = make_trainer(
+            config, forward_of(policy), forward_of(value_model), ranks, max_response_tokens=RESPONSE, seed=0
+        )
         self.device, self.dtype = device, dtype
         self.clock = Stopwatch()
-        self.clock.around(self.ppo, "update", "update")
-        for optimizer in (self.ppo.policy_optimizer, self.ppo.value_optimizer):
+        self.clock.around(self.rl, "update", "update")
+        assert self.rl.critic
+        self.critic = self.rl.critic
+        for optimizer in (self.rl.policy_optimizer, self.critic.optimizer):
             for method in ("clip", "apply"):
                 self.clock.around(optimizer, method, "optimiser")
         self.batches: list[tuple[nn.Module, dict[str, Any]]] = []
@@ -85,7 +90,7 @@ class Learner:
         self.clock.take()
         self.batches.clear()
         started = time.perf_counter()
-        self.ppo.step(trajectories, 0)
+        self.rl.step(trajectories, 0)
         self._synchronize()
         step = time.perf_counter() - started
         seconds, batches = self.clock.take(), list(self.batches)
@@ -105,7 +110,7 @@ class Learner:
             checkpointed_mib = self.peak_mib(batches)
         useful = sum(t.length for t in trajectories)
         computed = sum(
-            kwargs["input_ids"].numel() for model, kwargs in batches if model is self.ppo.policy.model.base_model
+            kwargs["input_ids"].numel() for model, kwargs in batches if model is self.rl.policy.model.base_model
         )
         flops = count.get_total_flops()
         return {
@@ -118,7 +123,7 @@ class Learner:
 
     def bare(self, batches: Sequence[tuple[nn.Module, dict[str, Any]]]) -> None:
         """Forward and backward of every batch; gradients are left and dropped."""
-        policy, value_model = self.ppo.policy.model, self.ppo.value_model.model
+        policy, value_model = self.rl.policy.model, self.critic.forward.model
         positions = self.samples * RESPONSE * 2 // len(batches)  # the head is linear in them: the sum counts
         targets = torch.arange(positions, device=self.device)
         with torch.autocast(self.device, torch.bfloat16, enabled=self.dtype == "bfloat16"):
@@ -149,7 +154,7 @@ class Learner:
 
     @contextlib.contextmanager
     def _checkpointed(self) -> Iterator[None]:
-        models = self.ppo.policy.model, self.ppo.value_model.model
+        models = self.rl.policy.model, self.critic.forward.model
         for model in models:
             checkpoint_gradients(model)
         yield

@@ -18,8 +18,10 @@ from typing import Any
 from benchmarks.harness import ENVIRONMENT, Child, alternate, column, main
 from benchmarks.results import Comparison, Fact, Measurement, Result
 from benchmarks.workload import EQUAL, MODEL, prompts, write_reward_model
-from rayrlhf.config import Config, GeneratorConfig, OptimizerConfig, PPOConfig, ResourcesConfig
+from rayrlhf.config import Config, GeneratorConfig, ResourcesConfig
+from rayrlhf.config_rl import PPOConfig
 from rayrlhf.models.loading import load_policy, load_reward_model, load_tokenizer
+from rayrlhf.sections import OptimizerConfig
 from rayrlhf.trajectory import Sampling
 
 STEPS, PROMPTS, RESPONSE, EPOCHS = 6, 48, 96, 1
@@ -41,8 +43,8 @@ class Loop:
 
         from actors.pools.remote import Remote, wait
         from actors.rollouts.coordinator import Coordinator
-        from actors.training.ppo import GeneratorLink
-        from rayrlhf.algorithms.ppo import PPO
+        from actors.training.rl import GeneratorLink
+        from rayrlhf.algorithms.registry import make_trainer
         from rayrlhf.models.forward import Forward
         from rayrlhf.models.ranks import Ranks
 
@@ -56,7 +58,7 @@ class Loop:
         tokenizer = load_tokenizer(MODEL)
         config = Config(
             name="overlap",
-            ppo=PPOConfig(
+            rl=PPOConfig(
                 steps=steps, prompts_per_step=prompts_per_step, epochs=EPOCHS, max_staleness=max_staleness,
                 optimizer=OptimizerConfig(lr=1e-7),
             ),
@@ -71,14 +73,15 @@ class Loop:
             pin(actor["pid"], rollout_core)
         pin(os.getpid(), learner_core)
         # PAD is never sampled, so no response ends before its 48 tokens.
-        sampling = Sampling(config.ppo.temperature, RESPONSE, tokenizer.pad_token_id)
+        sampling = Sampling(config.rl.temperature, RESPONSE, tokenizer.pad_token_id)
         self.coordinator.call("set_prompts", prompts("equal"), sampling, timeout_s=TIMEOUT_S)
         self.policy = load_policy(MODEL)
-        tokens, pad = config.ppo.micro_batch_tokens, tokenizer.pad_token_id
+        tokens, pad = config.rl.micro_batch_tokens, tokenizer.pad_token_id
         forward_of = partial(Forward, pad_token_id=pad, max_tokens=tokens, dtype="float32")
-        self.ppo = PPO(
-            forward_of(self.policy), forward_of(load_reward_model(reward_model)), config.ppo, self.ranks, seed=0
-        )
+        self.rl = make_trainer(
+            config.rl, forward_of(self.policy), forward_of(load_reward_model(reward_model)), self.ranks,
+            max_response_tokens=RESPONSE, seed=0,
+        )  # fmt: skip
         self.link = GeneratorLink(self.coordinator, config, self.ranks, self.policy)
         self.version = 0
         self.run(0)
@@ -89,13 +92,13 @@ class Loop:
 
         self.link.begin(Cursor(0))
         seconds: dict[str, list[float]] = {"step": [], "wait": [], "learn": [], "sync": []}
-        for step in range(self.config.ppo.steps):
+        for step in range(self.config.rl.steps):
             started = time.perf_counter()
             self.version = self.link.send_weights(after=self.version)
             waiting = time.perf_counter()
             batch = self.link.next_batch(step, self.version)
             learning = time.perf_counter()
-            self.ppo.step(batch.trajectories, step)
+            self.rl.step(batch.trajectories, step)
             ended = time.perf_counter()
             for name, value in (
                 ("step", ended - started), ("sync", waiting - started), ("wait", learning - waiting),

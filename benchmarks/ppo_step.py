@@ -19,9 +19,11 @@ import torch
 from benchmarks.harness import Child, Stopwatch, alternate, column, main, median_phases
 from benchmarks.results import Comparison, Measurement, Result
 from benchmarks.workload import CONTEXT, MODEL, RESPONSE, THREADS, Lengths, draw, lengths_text, write_reward_model
-from rayrlhf.config import Config, GeneratorConfig, KLConfig, OptimizerConfig, PPOConfig, ResourcesConfig, ScorerConfig
+from rayrlhf.config import Config, GeneratorConfig, ResourcesConfig, ScorerConfig
+from rayrlhf.config_rl import KLConfig, PPOConfig
 from rayrlhf.data.prompts import EncodedPrompt
 from rayrlhf.models.loading import load_policy, load_reward_model, load_tokenizer
+from rayrlhf.sections import OptimizerConfig
 from rayrlhf.trajectory import Sampling
 
 SAMPLES, EPOCHS, TEMPERATURE, LEARNING_RATE = 64, 4, 0.7, 3e-6
@@ -60,7 +62,8 @@ class Ours:
         from actors.rollouts.publisher import Publisher
         from actors.rollouts.scorer import Scorer
         from rayrlhf.algorithms.optimizer import Optimizer
-        from rayrlhf.algorithms.ppo import PPO
+        from rayrlhf.algorithms.registry import make_trainer
+        from rayrlhf.algorithms.trainer import Trainer
         from rayrlhf.models.forward import Forward
         from rayrlhf.models.ranks import Ranks
 
@@ -70,7 +73,8 @@ class Ours:
         self.sampling = Sampling(TEMPERATURE, RESPONSE, tokenizer.pad_token_id)
         self.clock = Stopwatch()
         for owner, method, phase in (
-            (Coordinator, "generate", "generate"), (Scorer, "score", "score"), (PPO, "make_experience", "experience"),
+            (Coordinator, "generate", "generate"), (Scorer, "score", "score"),
+            (Trainer, "make_experience", "experience"),
             (Optimizer, "clip", "optimiser"), (Optimizer, "apply", "optimiser"),
         ):  # fmt: skip
             self.clock.around(owner, method, phase)
@@ -82,9 +86,11 @@ class Ours:
         self.coordinator.call("start_scorers", reward_model, MODEL, timeout_s=600)
         ranks = Ranks(THREADS)
         policy, value_model = load_policy(MODEL), load_reward_model(reward_model)
-        tokens, pad = config.ppo.micro_batch_tokens, tokenizer.pad_token_id
+        tokens, pad = config.rl.micro_batch_tokens, tokenizer.pad_token_id
         forward_of = partial(Forward, pad_token_id=pad, max_tokens=tokens, dtype="float32")
-        self.ppo = PPO(forward_of(policy), forward_of(value_model), config.ppo, ranks, seed=0)
+        self.rl = make_trainer(
+            config.rl, forward_of(policy), forward_of(value_model), ranks, max_response_tokens=RESPONSE, seed=0
+        )
         self.publisher = Publisher(policy, local=True)
         self._publish()
         self._step(warm_up_prompts(case))
@@ -98,7 +104,7 @@ class Ours:
         started = time.perf_counter()
         batch = self.coordinator.call("next_batch", self.steps, self.version, timeout_s=600)
         learning = time.perf_counter()
-        self.ppo.step(batch.trajectories, self.steps)
+        self.rl.step(batch.trajectories, self.steps)
         syncing = time.perf_counter()
         self._publish()
         ended = time.perf_counter()
@@ -204,14 +210,14 @@ class TRL:
 def settings(case: Case, epochs: int) -> Config:
     """Ours, in the words of a config file."""
     optimizer = OptimizerConfig(lr=LEARNING_RATE, betas=(0.9, 0.999), eps=1e-5, schedule="constant")
-    ppo = PPOConfig(
+    rl = PPOConfig(
         prompts_per_step=case.prompts, samples_per_prompt=case.samples_per_prompt, epochs=epochs, minibatches=1,
         temperature=TEMPERATURE, optimizer=optimizer, missing_eos_reward=None, kl=KLConfig(coefficient=0.05),
     )  # fmt: skip
     generators = GeneratorConfig(threads=THREADS, max_num_seqs=SAMPLES)
     return Config(
         name="benchmark",
-        ppo=ppo,
+        rl=rl,
         resources=ResourcesConfig(generators=generators, scorers=ScorerConfig(threads=THREADS)),
     )
 

@@ -19,11 +19,12 @@ from benchmarks.harness import Child, alternate, column, main
 from benchmarks.results import Comparison, Measurement, Result
 from benchmarks.sft import step_timer, training_arguments
 from benchmarks.workload import CAP, MODEL, RESPONSE, THREADS, demonstrations
-from rayrlhf.config import Config, LearnerConfig, OptimizerConfig, ResourcesConfig, RewardModelConfig
+from rayrlhf.config import Config, LearnerConfig, ResourcesConfig, RewardModelConfig
 from rayrlhf.data.comparisons import RankedAnswers
 from rayrlhf.data.rows import Row
 from rayrlhf.data.tokens import encode_prompts, encode_responses
 from rayrlhf.models.loading import load_reward_model, load_tokenizer
+from rayrlhf.sections import OptimizerConfig
 
 PROMPTS, LEARNING_RATE = 16, 1e-4
 MICRO_BATCH = 8

@@ -19,10 +19,11 @@ import numpy as np
 from benchmarks.harness import Child, alternate, column, main
 from benchmarks.results import Comparison, Measurement, Result
 from benchmarks.workload import CAP, MODEL, RESPONSE, THREADS, demonstrations
-from rayrlhf.config import Config, LearnerConfig, OptimizerConfig, ResourcesConfig, SFTConfig
+from rayrlhf.config import Config, LearnerConfig, ResourcesConfig, SFTConfig
 from rayrlhf.data.rows import Row
 from rayrlhf.data.tokens import encode_prompts, encode_responses
 from rayrlhf.models.loading import load_policy, load_tokenizer
+from rayrlhf.sections import OptimizerConfig
 
 BATCH, LEARNING_RATE = 32, 1e-4
 MICRO_BATCH = 8

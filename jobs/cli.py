@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from jobs.stage import StageFunction
 
 app = typer.Typer(
-    help="RLHF on Ray: supervised fine-tuning, a reward model from ranked answers, and PPO against it.",
+    help="RLHF on Ray: supervised fine-tuning, a reward model from ranked answers, and reinforcement learning.",
     no_args_is_help=True,
     rich_markup_mode=None,  # plain help: to draw boxes round it took a third of its time
     pretty_exceptions_enable=False,
@@ -29,7 +29,7 @@ app = typer.Typer(
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="The run's YAML file; examples are in configs/.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="key.sub=value", help="Changes to the config, for example ppo.steps=5."),
+    typer.Argument(metavar="key.sub=value", help="Changes to the config, for example rl.steps=5."),
 ]
 Local = Annotated[bool, typer.Option("--local", help="Run everything in this process, without Ray: for a debugger.")]
 Folder = Annotated[str, typer.Argument(metavar="RUN_FOLDER", help="runs/quickstart, or s3://bucket/runs/mine.")]
@@ -59,6 +59,16 @@ def _add_stage(command: str, text: str, load: Callable[[], StageFunction]) -> No
         _exit(action)
 
     app.command(command, help=text, short_help=text.split(". ")[0])(run_command)
+
+
+@app.command("ppo", hidden=True, context_settings={"ignore_unknown_options": True})
+def _old_name(words: Annotated[list[str] | None, typer.Argument()] = None) -> None:
+    """The stage's name in earlier versions."""
+
+    def action() -> None:
+        raise UserError("the stage ppo is rl now: rayrlhf rl CONFIG, whose section rl has algorithm: ppo by default")
+
+    _exit(action)
 
 
 def _pipeline() -> StageFunction:

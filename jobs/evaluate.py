@@ -18,6 +18,7 @@ from rayrlhf.reports.evaluation import Answers, samples_table, summarize, write_
 from rayrlhf.reports.page import write_report
 from rayrlhf.reports.progress import sample_panel
 from rayrlhf.reports.tables import evaluation_table
+from rayrlhf.rewards.functions import scores
 from rayrlhf.rewards.gold import gold_labeller
 from rayrlhf.rewards.labellers import Labeller
 from rayrlhf.trajectory import Trajectory
@@ -30,10 +31,11 @@ def evaluate(session: Session) -> None:
     records = evaluation_records(session)
     prompts = as_prompts(records)
     session.rollouts.wait_for_generators()
-    session.rollouts.start_scorers(run.reward_model, run.sft)
+    session.rollouts.start_scorers(prompts, gold=False)
     labeller = gold_labeller(config)
 
     sft = model_answers(session, "sft", run.sft, records, prompts, labeller)
+    best = best_answers(session, records, prompts, labeller) if config.evaluate.best_of else None
     policy = model_answers(session, "policy", run.policy, records, prompts, labeller, with_kl=True)
     reference = text_answers(session, "reference", records, [p.reference for p in prompts], prompts, None)
     title = text_answers(session, "title", records, [p.title for p in prompts], prompts, labeller)
@@ -44,13 +46,15 @@ def evaluate(session: Session) -> None:
         policy,
         reference,
         title if any(p.title for p in prompts) else None,
+        best,
         labeller="reference"
         if config.data.comparisons is None and config.collect.labeller.kind == "reference"
         else "people",
         metadata={
             "data": config.evaluate.prompts or f"{config.data.demonstrations.path}, {config.evaluate.split} split",
             "temperature": config.evaluate.temperature,
-            "kl_temperature": config.ppo.temperature,
+            "kl_temperature": config.rl.temperature,
+            **({"best_of": config.evaluate.best_of} if best else {}),
             "seed": config.seed,
             "max_prompt_tokens": config.data.max_prompt_tokens,
             "max_response_tokens": config.data.max_response_tokens,
@@ -58,7 +62,7 @@ def evaluate(session: Session) -> None:
         samples=config.evaluate.bootstrap_samples,
         seed=config.seed,
     )
-    table = samples_table(prompts, [reference, sft, policy])
+    table = samples_table(prompts, [reference, sft, *([best] if best else []), policy])
     if config.evaluate.prompts is None:
         write_samples(run.samples, table)
         write_evaluation(run.evaluation, result)
@@ -115,8 +119,8 @@ def model_answers(
     scored = session.rollouts.score(sampled, config.evaluate.temperature)
     kl = None
     if with_kl:
-        drawn = session.rollouts.generate(encoded, config.ppo.temperature, version, "evaluate-kl")
-        kl = [response_kl(t) for t in session.rollouts.score(drawn, config.ppo.temperature)]
+        drawn = session.rollouts.generate(encoded, config.rl.temperature, version, "evaluate-kl")
+        kl = [response_kl(t) for t in session.rollouts.score(drawn, config.rl.temperature)]
     texts = [decode_response(session.tokenizer, t.response_ids.tolist()) for t in scored]
     return Answers(
         name,
@@ -126,6 +130,30 @@ def model_answers(
         lengths=[len(t.response_ids) for t in scored],
         finished=[t.finish_reason == "eos" for t in scored],
         kl=kl,
+    )
+
+
+def best_answers(session: Session, records: list[Demonstration], prompts: list[Prompt], labeller: Labeller) -> Answers:
+    """For each prompt, the best of `evaluate.best_of` samples of the SFT model, which the generators hold.
+
+    They are drawn as those of the stage `rl` are, and chosen by what that stage maximises.
+    """
+    config, n = session.config, session.config.evaluate.best_of
+    assert n is not None
+    encoded, version = session.data.prompts(records), session.rollouts.load_weights(session.run.sft)
+    drawn = session.rollouts.generate(encoded, config.rl.temperature, version, "evaluate-best-of", samples=n)
+    scored = session.rollouts.score(drawn, config.rl.temperature)
+    by_prompt = scores(scored, config.rl.missing_eos_reward).reshape(-1, n)
+    chosen = [scored[i * n + int(place)] for i, place in enumerate(by_prompt.argmax(1))]
+    texts = [decode_response(session.tokenizer, t.response_ids.tolist()) for t in chosen]
+    return Answers(
+        "best_of",
+        texts,
+        rewards=[sum(t.rewards.values()) for t in chosen],
+        gold=gold_measures(labeller, prompts, texts),
+        lengths=[len(t.response_ids) for t in chosen],
+        finished=[t.finish_reason == "eos" for t in chosen],
+        kl=np.full(len(chosen), np.log(n) - (n - 1) / n),
     )
 
 

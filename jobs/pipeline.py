@@ -5,8 +5,8 @@ from __future__ import annotations
 from jobs.collect import collect
 from jobs.console import console
 from jobs.evaluate import evaluate
-from jobs.ppo import ppo
 from jobs.reward_model import reward_model
+from jobs.rl import rl
 from jobs.session import Session
 from jobs.sft import sft
 from jobs.stage import StageFunction, main
@@ -14,7 +14,7 @@ from rayrlhf.reports.page import write_report
 from rayrlhf.runs.stages import stages_of
 
 STAGE_FUNCTIONS: dict[str, StageFunction] = {
-    "sft": sft, "collect": collect, "reward_model": reward_model, "ppo": ppo, "evaluate": evaluate,
+    "sft": sft, "collect": collect, "reward_model": reward_model, "rl": rl, "evaluate": evaluate,
 }  # fmt: skip
 """What runs each stage of `rayrlhf.runs.stages.STAGES`."""
 

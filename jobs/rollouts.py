@@ -18,6 +18,7 @@ from rayrlhf.config import Config
 from rayrlhf.data.prompts import EncodedPrompt, requests_for
 from rayrlhf.data.records import Prompt
 from rayrlhf.rewards.gold import GoldMeasure, gold_labeller
+from rayrlhf.rewards.python import PythonRewards, read_functions
 from rayrlhf.runs.folder import RunFolder
 from rayrlhf.trajectory import Sampling, Trajectory
 
@@ -34,6 +35,8 @@ class RolloutClient:
     ) -> None:
         """`model` is the base model, a directory or a hub name, that generators start with."""
         self.config, self.run, self.model, self.tokenizer, self.local = config, run, model, tokenizer, local
+        self.functions = read_functions(config.rewards)
+        """The rewards by functions of the user's own."""
         self._coordinator: Remote | None = None
         self._starting: Call | None = None
 
@@ -96,10 +99,16 @@ class RolloutClient:
             done += self.call("generate", piece, self.sampling(temperature), version)
         return done
 
-    def start_scorers(self, reward_model: Path, reference: Path, measured: list[Prompt] | None = None) -> None:
-        """Scorers with these models; those of `measured` also have the gold measure of responses to these prompts."""
-        gold = GoldMeasure(gold_labeller(self.config), measured, self.tokenizer) if measured else None
-        self.call("start_scorers", self.run.address_of(reward_model), self.run.address_of(reference), gold)
+    def start_scorers(self, prompts: list[Prompt], *, gold: bool) -> None:
+        """Scorers of responses to these prompts, with the rewards of the config and the SFT model as the reference.
+
+        Args:
+            gold: they have the gold measure as well.
+        """
+        measure = GoldMeasure(gold_labeller(self.config), prompts, self.tokenizer) if gold else None
+        functions = PythonRewards(self.functions, prompts, self.tokenizer) if self.functions else None
+        reward_model = self.run.address_of(self.run.reward_model) if self.config.trains_reward_model else None
+        self.call("start_scorers", reward_model, self.run.address_of(self.run.sft), measure, functions)
 
     def score(self, trajectories: list[Trajectory], temperature: float) -> list[Trajectory]:
         """The trajectories with rewards and reference log-probs, in order."""

@@ -19,6 +19,7 @@ from jobs.cluster import connected, inside_job, preflight
 from jobs.console import console
 from jobs.follow import following
 from jobs.rollouts import RolloutClient
+from rayrlhf.algorithms.registry import make_algorithm, read_plugin
 from rayrlhf.config import Config
 from rayrlhf.config_file import dump_config
 from rayrlhf.data.run_data import RunData
@@ -50,6 +51,8 @@ class Session:
         self.rollouts = RolloutClient(config, run, self.model, self.tokenizer, local)
         self._connection = contextlib.ExitStack()
         self._started = False
+        self.plugin = read_plugin(config.rl)
+        """The file of an algorithm of the user's own."""
         self.placement: Table | None = None
         """Which actors go to which node; None before the start, and with `--local`."""
 
@@ -61,6 +64,7 @@ class Session:
         if self._started:
             return False
         self.data.read()
+        make_algorithm(self.config.rl, self.plugin)  # a mistake in the user's file
         if self.config.data.comparisons is None:
             check_labeller(self.config.collect.labeller)
         if not self.local:
@@ -76,7 +80,7 @@ class Session:
         if self.config.data.comparisons is not None:
             published = sum(not c.heldout for c in self.data.comparisons)
         return batch_table(
-            self.config, len(splits.sft), len(splits.ppo), published, len(self.data.evaluated), self.parameters
+            self.config, len(splits.sft), len(splits.rl), published, len(self.data.evaluated), self.parameters
         )
 
     def close(self) -> None:
@@ -94,7 +98,10 @@ class Session:
         settings = dump_config(self.config)
         relevant = {key: settings[key] for key in ("seed", "model", "data", *stages_to(stage))}
         for key in ("checkpoint_every", "keep_checkpoints"):
-            relevant.get("ppo", {}).pop(key, None)
+            relevant.get("rl", {}).pop(key, None)
+        if "rl" in relevant:
+            relevant["rewards"] = settings["rewards"]
+            relevant["plugins"] = [self.plugin] + [function.plugin for function in self.rollouts.functions]
         digest = hashlib.blake2b(json.dumps(relevant, sort_keys=True).encode(), digest_size=4).hexdigest()
         return f"{stage}-{digest}"
 
@@ -107,7 +114,7 @@ class Session:
 
     def loop_arguments(self, stage: str) -> dict[str, Any]:
         """What every training loop is told, see `actors.training.loop.LoopArguments`."""
-        keep = self.config.ppo.keep_checkpoints if stage == "ppo" else KEPT_CHECKPOINTS
+        keep = self.config.rl.keep_checkpoints if stage == "rl" else KEPT_CHECKPOINTS
         return {
             "config": self.config,
             "run_dir": self.run.address,

@@ -113,7 +113,7 @@ def runs_table(runs: Sequence[RunFolder], now: float) -> Table:
     table = Table()
     for heading in ("run", "state", "stages done", "at"):
         table.add_column(heading)
-    shown = [STEP_MEASURES[name] for name in ("ppo/reward/mean", "ppo/kl")]
+    shown = [STEP_MEASURES[name] for name in ("rl/reward/mean", "rl/kl")]
     for heading in (*(measure.words for measure in shown), "last written"):
         table.add_column(heading, justify="right")
     for run in runs:
@@ -122,13 +122,13 @@ def runs_table(runs: Sequence[RunFolder], now: float) -> Table:
         except UserError:
             table.add_row(run.name, "its config.yaml cannot be read", *"–––––")
             continue
-        current, ppo = overview.current, overview.stage("ppo").last or {}
+        current, rl = overview.current, overview.stage("rl").last or {}
         table.add_row(
             run.name,
             _state(overview),
             f"{sum(stage.done for stage in overview.stages)} of {len(overview.stages)}",
             f"{current.name} {_steps(current)}" if current and current.step else current.name if current else "–",
-            *("–" if ppo.get(m.name) is None else m.number(ppo[m.name]) for m in shown),
+            *("–" if rl.get(m.name) is None else m.number(rl[m.name]) for m in shown),
             "–" if overview.updated is None else f"{duration(now - overview.updated)} ago",
         )
     return table

@@ -7,17 +7,11 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[int, Field(ge=1)]
-
-
-class Section(BaseModel):
-    """Base of all sections. An unknown key is an error, and a value of another type is not converted."""
-
-    # No protected namespaces: pydantic would warn of field names that begin as its own methods do.
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
+from rayrlhf.config_rewards import ModelReward, Rewards
+from rayrlhf.config_rl import PPOConfig, RLSection
+from rayrlhf.sections import Fraction, OptimizerConfig, Positive, Section
 
 
 class LoRAConfig(Section):
@@ -76,21 +70,6 @@ class DataConfig(Section):
         return self
 
 
-class OptimizerConfig(Section):
-    """AdamW, its learning-rate schedule and gradient clipping."""
-
-    lr: Annotated[float, Field(gt=0)] = 3e-6
-    betas: tuple[float, float] = (0.9, 0.95)
-    """Decay of Adam's first and second moment."""
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    warmup_fraction: Fraction = 0.0
-    """Share of the stage's steps in which the learning rate rises linearly to `lr`."""
-    schedule: Literal["constant", "linear", "cosine"] = "linear"
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    """Limit of the norm of one model's whole gradient, summed over workers."""
-
-
 class SFTConfig(Section):
     """Stage `sft`: supervised fine-tuning on demonstrations."""
 
@@ -146,79 +125,11 @@ class RewardModelConfig(Section):
     """Use only so many of the comparisons."""
 
 
-class KLConfig(Section):
-    """The penalty for the distance from the SFT model (Ziegler et al. 2019)."""
-
-    coefficient: Annotated[float, Field(ge=0)] = 0.05
-    """beta of the per-token reward -beta * (logp - logp_ref), in reward per nat."""
-    adaptive: bool = False
-    """Steer the coefficient towards `target`."""
-    target: Annotated[float, Field(gt=0)] = 6.0
-    """Target of the adaptive controller, nats per response."""
-    horizon: Positive = 10_000
-    """Horizon of the adaptive controller, in samples."""
-
-
-class PPOConfig(Section):
-    """Stage `ppo`: train the SFT policy against the reward model."""
-
-    steps: Positive = 20
-    prompts_per_step: Positive = 64
-    samples_per_prompt: Positive = 1
-    """Responses drawn for each prompt."""
-    epochs: Positive = 4
-    """Passes over each step's samples."""
-    minibatches: Positive = 1
-    """Optimiser steps a pass."""
-    micro_batch_tokens: Positive = 4096
-    """As `sft.micro_batch_tokens`."""
-    temperature: Annotated[float, Field(ge=0.01)] = 0.7  # vLLM would raise a lower one to 0.01
-    optimizer: OptimizerConfig = OptimizerConfig(lr=3e-6, betas=(0.9, 0.999), eps=1e-5)
-    value_lr: Annotated[float, Field(gt=0)] | None = None
-    """Learning rate of the value model; the policy's when absent."""
-    clip_range: Annotated[float, Field(gt=0)] = 0.2
-    value_clip_range: Annotated[float, Field(gt=0)] = 0.2
-    value_coefficient: Annotated[float, Field(gt=0)] = 0.1
-    """Weight of the value loss."""
-    gamma: Fraction = 1.0
-    """Discount of later rewards."""
-    lam: Fraction = 0.95
-    """Lambda of generalised advantage estimation."""
-    whiten_advantages: bool = True
-    whiten_rewards: bool = False
-    reward_clip: Annotated[float, Field(gt=0)] | None = None
-    """Scores are clipped to [-reward_clip, reward_clip] before the KL penalty is added."""
-    max_approx_kl: Annotated[float, Field(gt=0)] | None = None
-    """A step's epochs end when a mini-batch's approx_kl to the sampling policy (nats a token) is above this."""
-    max_staleness: Annotated[int, Field(ge=0)] = 0
-    """How many versions the weights that sampled a token may be behind the weights that are trained on it.
-    0: generators and learner take turns. 1: generators sample the next batch while the learner trains on this one.
-    2 and more: a long response may also come with a later batch."""
-    max_importance_weight: Annotated[float, Field(ge=1)] = 2.0
-    """With `max_staleness` above 0, a token's policy loss is weighted by pi_old / pi_generator, at most by this."""
-    critic_warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """First steps in which only the value model is updated."""
-    missing_eos_reward: float | None = -1.0
-    """Score of a response without EOS in place of the reward model's; null keeps the model's score."""
-    kl: KLConfig = KLConfig()
-    checkpoint_every: Positive = 10
-    """Steps between two checkpoints."""
-    keep_checkpoints: Positive = 2
-    """So many checkpoints stay, the newest ones: if one is damaged, the one before it is taken."""
-
-    @model_validator(mode="after")
-    def _minibatches_fit(self) -> PPOConfig:
-        # More of them would leave a mini-batch without a sample.
-        if self.minibatches > self.prompts_per_step * self.samples_per_prompt:
-            raise ValueError("minibatches must not exceed prompts_per_step * samples_per_prompt")
-        return self
-
-
 Limit = Annotated[float, Field(ge=0)] | None
 
 
 class AlarmsConfig(Section):
-    """Limits of the warnings. A PPO step beyond a limit prints one line; null turns a warning off. Training goes on.
+    """Limits of the warnings. A RL step beyond a limit prints one line; null turns a warning off. Training goes on.
 
     "Start" is the run's first step, whose batch was sampled by the SFT model.
     """
@@ -255,6 +166,9 @@ class EvaluateConfig(Section):
     max_prompts: Positive | None = None
     temperature: Annotated[float, Field(ge=0.01)] = 0.01
     """Near-greedy; vLLM raises lower temperatures to 0.01."""
+    best_of: Annotated[int, Field(ge=2)] | None = None
+    """Also measure the best of so many answers of the SFT model, sampled at `rl.temperature` and chosen by the rewards:
+    what costs no training, and therefore the baseline of `rl`."""
     bootstrap_samples: Positive = 2000
     """Resamples of every bootstrap interval."""
 
@@ -269,7 +183,7 @@ Gpus = Annotated[float, Field(ge=0), AfterValidator(_shareable)]
 
 
 class ScaleConfig(Section):
-    """Let the number of generators follow the learner, between `min` and `max`. Needs `ppo.max_staleness` >= 1."""
+    """Let the number of generators follow the learner, between `min` and `max`. Needs `rl.max_staleness` >= 1."""
 
     min: Positive = 1
     max: Positive
@@ -288,7 +202,7 @@ class Placement(Section):
 
     cpus: Annotated[float, Field(ge=0)] = 1.0
     gpus: Gpus = 0.0
-    labels: dict[str, str] = {}
+    labels: dict[str, str] = Field(default={})
     """Only nodes with these Ray labels hold it, such as `rayrlhf.io/role: generator`."""
 
 
@@ -372,15 +286,23 @@ class Config(Section):
     sft: SFTConfig = SFTConfig()
     collect: CollectConfig = CollectConfig()
     reward_model: RewardModelConfig = RewardModelConfig()
-    ppo: PPOConfig = PPOConfig()
+    rewards: Rewards = (ModelReward(),)
+    """What `rl` maximises the weighted sum of. Without a reward of kind `model` no reward model is trained, and the
+    stages `collect` and `reward_model` are left out."""
+    rl: RLSection = PPOConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     alarms: AlarmsConfig = AlarmsConfig()
     resources: ResourcesConfig = ResourcesConfig()
 
+    @property
+    def trains_reward_model(self) -> bool:
+        """Whether one of the rewards is a reward model."""
+        return any(isinstance(reward, ModelReward) for reward in self.rewards)
+
     @model_validator(mode="after")
     def _scaling_needs_overlap(self) -> Config:
-        if self.resources.generators.scale and not self.ppo.max_staleness:
+        if self.resources.generators.scale and not self.rl.max_staleness:
             raise ValueError(
-                "resources.generators.scale needs ppo.max_staleness of 1 or more: in turn the learner always waits"
+                "resources.generators.scale needs rl.max_staleness of 1 or more: in turn the learner always waits"
             )
         return self

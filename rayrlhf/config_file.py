@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import difflib
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from rayrlhf.config import Config, Section
+from rayrlhf.config import Config
 from rayrlhf.errors import UserError
+from rayrlhf.sections import Section
 
 AnySection = TypeVar("AnySection", bound=Section)
 
+RENAMED = {"ppo": "rl"}
+"""Keys of earlier versions."""
+
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """Read a run's YAML file and apply overrides such as ``ppo.steps=3``.
+    """Read a run's YAML file and apply overrides such as ``rl.steps=3``.
 
     Raises:
         UserError: missing or malformed file, unknown key, wrong type, impossible value.
@@ -73,7 +79,7 @@ def parse_override(override: str) -> tuple[str, Any]:
     """The dotted key and the value of ``key.sub=value``."""
     key, separator, text = override.partition("=")
     if not separator or not key.strip():
-        raise UserError(f"override {override!r}: write key.sub=value, for example ppo.steps=3")
+        raise UserError(f"override {override!r}: write key.sub=value, for example rl.steps=3")
     try:
         return key.strip(), yaml.safe_load(text)
     except yaml.YAMLError:
@@ -102,7 +108,8 @@ def _numbers(tree: Any, section: type[BaseModel] | None) -> Any:
     for key, value in tree.items():
         field = section.model_fields.get(str(key))
         annotation = str(field.annotation) if field else ""
-        nested = _nested_section(field.annotation) if field else None
+        tag = value.get("algorithm") if isinstance(value, dict) else None
+        nested = _nested_section(field.annotation, tag) if field else None
         if nested is not None:
             value = _numbers(value, nested)
         elif "float" in annotation and isinstance(value, str) and "str" not in annotation:
@@ -121,25 +128,47 @@ def _as_float(value: Any) -> Any:
         return value
 
 
-def _nested_section(annotation: Any) -> type[BaseModel] | None:
-    for candidate in (annotation, *getattr(annotation, "__args__", ())):
-        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-            return candidate
-    return None
+def _nested_section(annotation: Any, algorithm: Any = None) -> type[BaseModel] | None:
+    """The section that a field holds; of several ones, as `rl` may hold, that of this algorithm, else the first."""
+    options = [getattr(each, "__origin__", each) for each in (annotation, *getattr(annotation, "__args__", ()))]
+    sections = [each for each in options if isinstance(each, type) and issubclass(each, BaseModel)]
+    named = [each for each in sections if algorithm and algorithm == _algorithm_of(each)]
+    return next(iter(named or sections), None)
+
+
+def _algorithm_of(section: type[BaseModel]) -> Any:
+    field = section.model_fields.get("algorithm")
+    return field.default if field else None
 
 
 def _explain(error: Any, root: type[BaseModel]) -> str:
-    key = ".".join(str(part) for part in error["loc"])
+    key, section = _key_of(error["loc"], root)
     if error["type"] == "extra_forbidden":
-        section: type[BaseModel] | None = root
-        for part in error["loc"][:-1]:
-            field = section.model_fields.get(str(part)) if section else None
-            section = _nested_section(field.annotation) if field else None
+        if key in RENAMED:
+            return f"key {key!r} is {RENAMED[key]!r} now"
         known = list(section.model_fields) if section else []
         close = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
         return f"unknown key {key!r}; {hint}"
     if error["type"] == "missing":
         return f"key {key!r} is missing"
+    if error["type"] == "union_tag_invalid":
+        expected = error["ctx"]["expected_tags"].replace("'", "")
+        return f"key '{key}.algorithm': {error['ctx']['tag']!r} is none of {expected}"
     message = error["msg"].removeprefix("Value error, ")
     return f"key {key!r}: {message[0].lower()}{message[1:]} (got {error['input']!r})" if key else message
+
+
+def _key_of(places: Sequence[Any], root: type[BaseModel]) -> tuple[str, type[BaseModel] | None]:
+    """The dotted key that a validation error is about, and the section that has or lacks its last part."""
+    parts: list[str] = []
+    inside: type[BaseModel] | None = root
+    section = inside
+    for place, following in itertools.zip_longest(places, places[1:]):
+        if parts and inside is not None and place == _algorithm_of(inside):
+            continue  # pydantic's name for the member of a union, which is no key
+        parts.append(str(place))
+        section = inside
+        field = section.model_fields.get(str(place)) if section else None
+        inside = _nested_section(field.annotation, following) if field else None
+    return ".".join(parts), section

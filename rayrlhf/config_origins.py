@@ -1,9 +1,9 @@
 """A whole config with the origin of every value: `rayrlhf config`.
 
-    >>> print(annotated("mine.yaml", ["ppo.steps=5"]))  # doctest: +SKIP
+    >>> print(annotated("mine.yaml", ["rl.steps=5"]))  # doctest: +SKIP
     name: mine  # mine.yaml:1
     seed: 0  # default
-    ppo:
+    rl:
       steps: 5  # command line
     ...
 

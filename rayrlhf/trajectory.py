@@ -53,7 +53,7 @@ class Trajectory:
     """[R] version of the weights that sampled each token."""
     finish_reason: FinishReason
     rewards: dict[str, float] = field(default_factory=dict)
-    """Scores of the whole response, by the name of the reward function; PPO adds them up."""
+    """Weighted scores of the whole response, by the name of the reward; the learner adds them up."""
     ref_logprobs: NDArray[np.float32] | None = None
     """[R] the reference policy's log-probs of the same tokens at the same temperature, nats; None before scoring."""
     gold: float | None = None
@@ -133,6 +133,7 @@ class SerializedTrajectory(NamedTuple):
     version_sum: int
     """Sum of all its tokens' versions, from which a batch's mean staleness follows."""
     gold: float | None
+    rewards: dict[str, float]
     data: bytes
     """The pickled trajectory."""
 
@@ -148,6 +149,7 @@ class SerializedTrajectory(NamedTuple):
             max(versions),
             sum(versions),
             t.gold,
+            t.rewards,
             pickle.dumps(t, protocol=5),
         )
 

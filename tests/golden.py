@@ -17,14 +17,14 @@ from rayrlhf.runs.metrics import read_metrics
 
 TEXTS = 4
 """Answers of each model that are compared."""
-_OTHER = ("time", "throughput/", "memory/", "idle/", "step", "stage", "note", "sample", "ppo/weight_version")
+_OTHER = ("time", "throughput/", "memory/", "idle/", "step", "stage", "note", "sample", "rl/weight_version")
 """Metrics of the machine, and counters whose start may change, by how their names begin."""
 
 
 def golden_numbers(run: Path) -> dict[str, Any]:
     """By stage the numbers of each of its steps, the means of the evaluation, and what the models answered."""
     stages: dict[str, list[dict[str, float]]] = {}
-    for stage in ("sft", "reward_model", "ppo"):
+    for stage in ("sft", "reward_model", "rl"):
         lines = [
             {name: value for name, value in line.items() if not name.startswith(_OTHER)}
             for line in read_metrics(run, stage)

@@ -61,7 +61,7 @@ class Gauges:
 
 
 class ExportingWriter(MetricsWriter):
-    """A metrics writer that also sets a gauge for each number: `ppo/kl` is `ray_rayrlhf_ppo_kl{run, stage}`."""
+    """A metrics writer that also sets a gauge for each number: `rl/kl` is `ray_rayrlhf_rl_kl{run, stage}`."""
 
     def __init__(self, run_dir: str | Path, run: str) -> None:
         super().__init__(run_dir)

@@ -49,7 +49,10 @@ class Batch:
         }
         gold = [t.gold for t in serialized if t.gold is not None]
         if gold:
-            metrics |= {"ppo/gold/mean": statistics.fmean(gold), "ppo/gold/std": statistics.pstdev(gold)}
+            metrics |= {"rl/gold/mean": statistics.fmean(gold), "rl/gold/std": statistics.pstdev(gold)}
+        names = serialized[0].rewards
+        if len(names) > 1:  # one alone is the score
+            metrics |= {f"rl/rewards/{name}": statistics.fmean(t.rewards[name] for t in serialized) for name in names}
         return cls(step, version, serialized, cursor, metrics)
 
 

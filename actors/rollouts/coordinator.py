@@ -6,7 +6,7 @@ which prompts it has had.
 
 Who calls what, in PPO:
 
-    jobs/ppo.py      start_generators, start_scorers, set_prompts                    request_stop
+    jobs/rl.py      start_generators, start_scorers, set_prompts                    request_stop
     learner          begin ─▶ { next_version ─▶ load_weights ─▶ next_batch ─▶ train, stop_requested } for every step
     command          status, scale
 """
@@ -29,8 +29,12 @@ from actors.rollouts.weight_sync import PublishedWeights
 from rayrlhf.config import Config
 from rayrlhf.data.prompts import EncodedPrompt, prompts_of_step, requests_for
 from rayrlhf.rewards.gold import GoldMeasure
+from rayrlhf.rewards.python import PythonRewards
 from rayrlhf.runs.scaling import wanted_generators
 from rayrlhf.trajectory import GenerationRequest, Sampling, Trajectory
+
+SEEDED_AS = "ppo"
+"""A part of the seed of every sample: another word would change what each run draws."""
 
 
 class Coordinator:
@@ -69,12 +73,18 @@ class Coordinator:
         """Start the generators unless they run; returns who and where they are."""
         return self.pools.start_generators()
 
-    def start_scorers(self, reward_model: str, reference: str, gold: GoldMeasure | None = None) -> list[dict[str, Any]]:
+    def start_scorers(
+        self,
+        reward_model: str | None,
+        reference: str,
+        gold: GoldMeasure | None = None,
+        functions: PythonRewards | None = None,
+    ) -> list[dict[str, Any]]:
         """Start scorers with these two models, in place of those with others; returns who and where they are.
 
-        With `gold` they also have the labeller's measure of what they score.
+        With `gold` they also have the labeller's measure of what they score, with `functions` rewards by Python.
         """
-        return self.pools.start_scorers(reward_model, reference, gold)
+        return self.pools.start_scorers(reward_model, reference, gold, functions)
 
     def scale(self, generators: int | None = None, scorers: int | None = None) -> dict[str, int]:
         """Want so many from now on: newcomers join when they are up, leavers finish their work first. None: as it is.
@@ -142,7 +152,7 @@ class Coordinator:
     def begin(self, cursor: Cursor) -> None:
         """A learner starts, anew or from a checkpoint that was written when `cursor` was left."""
         self.rollouts.stop()
-        self.rollouts = self._ahead(cursor) if self.config.ppo.max_staleness else self._in_turn(cursor)
+        self.rollouts = self._ahead(cursor) if self.config.rl.max_staleness else self._in_turn(cursor)
         self.batch = None
         self._reset_deaths()
         self.reported = self._counts()
@@ -150,14 +160,14 @@ class Coordinator:
     def next_batch(self, step: int, version: int) -> Batch:
         """The scored batch of `step` for a learner whose weights are `version`, which have been published.
 
-        With `ppo.max_staleness` 0 every token was sampled with these weights, by generators that wait for the learner
+        With `rl.max_staleness` 0 every token was sampled with these weights, by generators that wait for the learner
         otherwise; with k they go on meanwhile, and tokens are at most k versions old.
         Asking again for the same step and version (another rank, a retry) returns the same batch.
         """
         if self.batch is not None and (self.batch.step, self.batch.version) == (step, version):
             return self.batch
         batch = self.rollouts.next_batch(step, version)
-        if batch.cursor == Cursor(self.config.ppo.steps):  # that was the last one: the actors are free for other work
+        if batch.cursor == Cursor(self.config.rl.steps):  # that was the last one: the actors are free for other work
             self.rollouts.stop()
             self.rollouts = self._in_turn(batch.cursor)
         now, before = self._counts(), self.reported
@@ -176,7 +186,7 @@ class Coordinator:
 
     def _ahead(self, cursor: Cursor) -> Ahead:
         assert self.sampling is not None, "set_prompts comes before begin"
-        config, resources = self.config.ppo, self.config.resources
+        config, resources = self.config.rl, self.config.resources
         return Ahead(
             self.pools.generators,
             self.pools.scorers,
@@ -198,10 +208,10 @@ class Coordinator:
 
     def _groups(self, step: int) -> list[list[GenerationRequest]]:
         """The requests of a step, by prompt."""
-        config = self.config.ppo
+        config = self.config.rl
         chosen = prompts_of_step(len(self.prompts), self.config.seed, step, config.prompts_per_step)
         prompts = [self.prompts[i] for i in chosen]
-        requests = requests_for(prompts, config.samples_per_prompt, self.config.seed, "ppo", step)
+        requests = requests_for(prompts, config.samples_per_prompt, self.config.seed, SEEDED_AS, step)
         size = config.samples_per_prompt
         return [requests[i : i + size] for i in range(0, len(requests), size)]
 

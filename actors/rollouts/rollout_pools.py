@@ -13,6 +13,7 @@ from actors.rollouts.spawning import spawn_generator, spawn_scorer
 from rayrlhf.config import Config
 from rayrlhf.errors import UserError
 from rayrlhf.rewards.gold import GoldMeasure
+from rayrlhf.rewards.python import PythonRewards
 
 
 class RolloutPools:
@@ -40,7 +41,7 @@ class RolloutPools:
         self._on_new_generator = on_new_generator
         self._generators: Pool | None = None
         self._scorers: Pool | None = None
-        self._scored_by: tuple[str, str] | None = None
+        self._scored_by: tuple[str | None, str] | None = None
 
     @property
     def generators(self) -> Pool:
@@ -80,14 +81,19 @@ class RolloutPools:
             self._generators = self._pool("generator", count, spawn, self._on_new_generator)
         return self._generators.wait_until_ready()
 
-    def start_scorers(self, reward_model: str, reference: str, gold: GoldMeasure | None) -> list[dict[str, Any]]:
+    def start_scorers(
+        self, reward_model: str | None, reference: str, gold: GoldMeasure | None, functions: PythonRewards | None
+    ) -> list[dict[str, Any]]:
         """Start scorers with these two models, in place of those with others; returns what each one's `ready` says.
 
         Args:
-            gold: the labeller's measure of what they score. Scorers that have one are always started anew.
+            reward_model: None if no reward needs one.
+            gold: the labeller's measure of what they score.
+            functions: rewards by functions of the user's own. Scorers that have these or `gold`, which know the prompts
+                of a stage, are always started anew.
         """
         models = (reward_model, reference)
-        if self._scorers is not None and self._scored_by == models and gold is None:
+        if self._scorers is not None and self._scored_by == models and gold is None and functions is None:
             return self._scorers.broadcast("ready")
         if self._scorers is not None:
             self._scorers.stop()
@@ -99,6 +105,7 @@ class RolloutPools:
             reference=reference,
             pad_token_id=self.pad_token_id,
             gold=put(gold, self.local),
+            functions=put(functions, self.local),
             local=self.local,
         )
         self._scorers = self._pool("scorer", self.config.resources.scorers.count, spawn)

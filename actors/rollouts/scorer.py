@@ -1,4 +1,4 @@
-"""The scorer: an actor that holds the frozen models, the reward model and the reference policy."""
+"""The scorer: an actor that computes the rewards, and holds the frozen models: reward model and reference policy."""
 
 from __future__ import annotations
 
@@ -8,13 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 from actors.pools.remote import SerializedCalls, this_node
 from rayrlhf.config import ScorerConfig
+from rayrlhf.config_rewards import ModelReward, PythonReward
 from rayrlhf.data.rows import Row
 from rayrlhf.rewards.gold import GoldMeasure
+from rayrlhf.rewards.python import PythonRewards
 from rayrlhf.runs.storage import local_copy
 from rayrlhf.trajectory import SerializedTrajectory, Trajectory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from rayrlhf.rewards.functions import RewardFunction
 
 
 class Scorer(SerializedCalls):
@@ -23,15 +27,23 @@ class Scorer(SerializedCalls):
     def __init__(
         self,
         name: str,
-        reward_model: str,
+        reward_model: str | None,
         reference: str,
         settings: ScorerConfig,
         *,
+        rewards: Sequence[ModelReward | PythonReward] = (ModelReward(),),
+        functions: PythonRewards | None = None,
         gold: GoldMeasure | None = None,
         pad_token_id: int,
         dtype: str,
     ) -> None:
-        """Both models are directories by path or URI."""
+        """
+        Args:
+            reward_model: a directory by path or URI; None if no reward needs one.
+            reference: another directory.
+            rewards: of the config, for the weight of the reward model.
+            functions: the rewards by functions of the user's own, if there are any.
+        """
         # Here, because the coordinator imports this file for the class alone: transformers takes seconds.
         import torch
 
@@ -47,7 +59,14 @@ class Scorer(SerializedCalls):
             tokens = settings.micro_batch_tokens
             return Forward(model.requires_grad_(False), pad_token_id=pad_token_id, max_tokens=tokens, dtype=dtype)
 
-        self.reward = RewardModelFunction(forward(load_reward_model(local_copy(reward_model), device=self.device)))
+        self.rewards: list[RewardFunction] = []
+        for reward in rewards:
+            if isinstance(reward, ModelReward):
+                assert reward_model is not None, "of the stage `reward_model`"
+                model = forward(load_reward_model(local_copy(reward_model), device=self.device))
+                self.rewards.append(RewardModelFunction(model, reward.name, reward.weight))
+        if functions is not None:
+            self.rewards.append(functions)
         self.reference = forward(load_policy(local_copy(reference), device=self.device))
         self.gold = gold
 
@@ -67,7 +86,7 @@ class Scorer(SerializedCalls):
     def score(self, trajectories: Sequence[Trajectory], temperature: float) -> list[Trajectory]:
         """The trajectories with `rewards`, `ref_logprobs` and `gold` filled in, in order."""
         self.limit_threads()
-        rewards = self.reward(trajectories)  # another reward is added here: docs/extending.md, "A reward"
+        rewards = {name: scores for reward in self.rewards for name, scores in reward(trajectories).items()}
         for i, trajectory in enumerate(trajectories):
             trajectory.rewards = {name: values[i] for name, values in rewards.items()}
             trajectory.gold = self.gold(trajectory) if self.gold else None

@@ -29,9 +29,16 @@ def spawn_generator(name: str, config: Config, model: str, max_model_len: int, l
 
 
 def spawn_scorer(
-    name: str, config: Config, reward_model: str, reference: str, pad_token_id: int, gold: Any, local: bool
+    name: str,
+    config: Config,
+    reward_model: str | None,
+    reference: str,
+    pad_token_id: int,
+    gold: Any,
+    functions: Any,
+    local: bool,
 ) -> Remote:
-    """A scorer with these models. `gold` is a `GoldMeasure`, a Ray reference to one, or None."""
+    """A scorer with these models. `gold` and `functions` are what `Scorer` takes, Ray references to them, or None."""
     settings = config.resources.scorers
     return Remote.spawn(
         name,
@@ -42,6 +49,8 @@ def spawn_scorer(
         settings,
         local=local,
         options=_options(config, settings),
+        rewards=config.rewards,
+        functions=functions,
         gold=gold,
         pad_token_id=pad_token_id,
         dtype=config.model.dtype,

@@ -1,4 +1,4 @@
 """Learning from a batch: PPO, its losses and advantages, the reward model's loss, SFT's, optimiser and metrics.
 
-`ppo` is the order of a step; `advantages`, `losses` and `kl` are its equations, as pure functions.
+`rl` is the order of a step; `advantages`, `losses` and `kl` are its equations, as pure functions.
 """

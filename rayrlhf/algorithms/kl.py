@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rayrlhf.config import KLConfig
+from rayrlhf.config_rl import KLConfig
 
 
 class KLController:

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from rayrlhf.config import OptimizerConfig
 from rayrlhf.models.ranks import Ranks
+from rayrlhf.sections import OptimizerConfig
 
 
 class Optimizer:

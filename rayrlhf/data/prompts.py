@@ -1,4 +1,4 @@
-"""The prompts that a PPO step uses, and the samples that are drawn for them.
+"""The prompts that a RL step uses, and the samples that are drawn for them.
 
 Both are pure functions of (seed, step): a run that continues at step 17 asks for the same samples as one that never
 stopped, and a checkpoint needs no state of a data loader.

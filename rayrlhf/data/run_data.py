@@ -34,8 +34,8 @@ class RunData:
     @cached_property
     def train(self) -> Splits[Demonstration]:
         """The training records: the shares of SFT, of the reward model, and PPO's prompts."""
-        splits = split_train(self._demonstrations("train"), self.config.data)
-        check_disjoint(sft=splits.sft, reward_model=splits.reward_model, ppo=splits.ppo, dev=self.dev, test=self.test)
+        splits = split_train(self._demonstrations("train"), self.config.data, self.config.trains_reward_model)
+        check_disjoint(sft=splits.sft, reward_model=splits.reward_model, rl=splits.rl, dev=self.dev, test=self.test)
         return splits
 
     @property

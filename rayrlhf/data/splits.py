@@ -31,7 +31,7 @@ class Splits(Generic[R]):
 
     sft: list[R]
     reward_model: list[R]
-    ppo: list[R]
+    rl: list[R]
 
 
 def hash_fraction(record_id: str, salt: str) -> float:
@@ -40,8 +40,13 @@ def hash_fraction(record_id: str, salt: str) -> float:
     return (int.from_bytes(digest, "big") >> 11) / 2**53  # 53 bits: what a float holds exactly
 
 
-def split_train(records: Iterable[R], data: DataConfig) -> Splits[R]:
-    """Share the training records out to SFT, reward model and PPO prompts, as `data` says.
+def split_train(records: Iterable[R], data: DataConfig, reward_model: bool = True) -> Splits[R]:
+    """Share the training records out to SFT, reward model and RL prompts, as `data` says.
+
+    Args:
+        records: in any order.
+        data: the fractions.
+        reward_model: whether one is trained; otherwise its share goes to RL.
 
     Raises:
         UserError: an id appears twice.
@@ -52,11 +57,11 @@ def split_train(records: Iterable[R], data: DataConfig) -> Splits[R]:
         place = hash_fraction(record.id, "train")
         if place < data.sft_fraction:
             splits.sft.append(record)
-        elif place < data.sft_fraction + data.reward_model_fraction:
+        elif reward_model and place < data.sft_fraction + data.reward_model_fraction:
             splits.reward_model.append(record)
         else:
-            splits.ppo.append(record)
-    check_disjoint(sft=splits.sft, reward_model=splits.reward_model, ppo=splits.ppo)
+            splits.rl.append(record)
+    check_disjoint(sft=splits.sft, reward_model=splits.reward_model, rl=splits.rl)
     return splits
 
 

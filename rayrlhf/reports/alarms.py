@@ -12,7 +12,7 @@ class Alarm(NamedTuple):
     """A limit of `AlarmsConfig`, the metric that it bounds, and the warning.
 
     `beyond(value, start, limit)` says whether to warn. It gets the metric's value in this step, all metrics of the
-    first PPO step (whose batch the SFT model sampled) and the limit.
+    first RL step (whose batch the SFT model sampled) and the limit.
     """
 
     limit: str
@@ -40,14 +40,14 @@ def _below_share_of(metric: str) -> Callable[[float, Mapping[str, Any], float], 
 
 
 def _fell(value: float, start: Mapping[str, Any], limit: float) -> bool:
-    mean, deviation = start.get("ppo/score/mean"), start.get("ppo/score/std")
+    mean, deviation = start.get("rl/score/mean"), start.get("rl/score/std")
     return mean is not None and deviation is not None and value < mean - limit * deviation
 
 
 ALARMS = (
     Alarm(
         "max_logprob_gap",
-        "ppo/logprob_gap/mean",
+        "rl/logprob_gap/mean",
         _above,
         "generator and learner differ by {value:.3g} nats a token on the tokens that were sampled; usually stale "
         "weights, or another dtype or temperature on one side",
@@ -55,65 +55,65 @@ ALARMS = (
     ),
     Alarm(
         "max_first_ratio_off_one",
-        "ppo/first_ratio_off_one",
+        "rl/first_ratio_off_one",
         _above,
         "the first mini-batch's ratios are off 1 by {value:.3g}; old and new log-probs are computed differently "
         "(dropout, precision): no figure of this run can be trusted until that is found",
     ),
     Alarm(
         "max_kl",
-        "ppo/kl",
+        "rl/kl",
         _above,
         "the policy is {value:.1f} nats a response from the reference (limit {limit:g}); usually it exploits the "
-        "reward model: read samples, raise ppo.kl.coefficient or take fewer steps",
+        "reward model: read samples, raise rl.kl.coefficient or take fewer steps",
     ),
     Alarm(
         "max_negative_kl",
-        "ppo/kl",
+        "rl/kl",
         lambda value, start, limit: value < -limit,
         "the KL to the reference is {value:.2f} nats, and a KL is never negative; usually policy and reference are "
         "read at different temperatures or in different precision",
     ),
     Alarm(
         "max_score_drop",
-        "ppo/score/mean",
+        "rl/score/mean",
         _fell,
         "the mean score fell to {value:.3f} from {start:.3f} at the start; usually the learning rate is too high",
     ),
     Alarm(
         "min_score_spread",
-        "ppo/score/std",
-        _below_share_of("ppo/score/std"),
+        "rl/score/std",
+        _below_share_of("rl/score/std"),
         "the scores hardly differ any more (standard deviation {value:.3g}, {start:.3g} at the start); usually all "
         "answers have become the same text",
     ),
     Alarm(
         "min_length",
-        "ppo/length/mean",
-        _below_share_of("ppo/length/mean"),
+        "rl/length/mean",
+        _below_share_of("rl/length/mean"),
         "responses shrank to {value:.1f} tokens from {start:.1f} at the start; usually the reward model prefers "
         "short answers, or ending early escapes the KL penalty",
     ),
     Alarm(
         "min_eos_rate",
-        "ppo/eos_rate",
+        "rl/eos_rate",
         _below,
         "only {value:.0%} of the responses end with EOS; usually data.max_response_tokens is too small, or "
-        "ppo.missing_eos_reward too mild for answers that ramble",
+        "rl.missing_eos_reward too mild for answers that ramble",
     ),
     Alarm(
         "min_entropy",
-        "ppo/entropy",
-        _below_share_of("ppo/entropy"),
+        "rl/entropy",
+        _below_share_of("rl/entropy"),
         "the policy's entropy fell to {value:.3f} nats a token from {start:.3f}; usually it has collapsed onto a few "
-        "answers: raise ppo.kl.coefficient or lower the learning rate",
+        "answers: raise rl.kl.coefficient or lower the learning rate",
     ),
     Alarm(
         "max_clip_fraction",
-        "ppo/clip_fraction",
+        "rl/clip_fraction",
         _above,
-        "{value:.0%} of the tokens were clipped; usually the learning rate is too high, or ppo.epochs too many "
-        "(ppo.max_approx_kl ends them early)",
+        "{value:.0%} of the tokens were clipped; usually the learning rate is too high, or rl.epochs too many "
+        "(rl.max_approx_kl ends them early)",
     ),
 )
 

@@ -96,8 +96,8 @@ def _read(folder: RunFolder, label: str) -> Run:
             f"{folder.address} cannot be read ({type(error).__name__}); delete evaluation.json and evaluate it again"
         ) from None
     metrics = read_metrics(folder.address)
-    if not any(line["stage"] == "ppo" for line in metrics):
-        raise UserError(f"{folder.address} has no PPO steps in {folder.metrics.name}; it is not a whole run folder")
+    if not any(line["stage"] == "rl" for line in metrics):
+        raise UserError(f"{folder.address} has no RL steps in {folder.metrics.name}; it is not a whole run folder")
     return Run(label, config, evaluation, samples, metrics)
 
 
@@ -197,10 +197,10 @@ def stage_rows(runs: Sequence[Run]) -> list[list[str]]:
 
 
 def phase_rows(runs: Sequence[Run]) -> list[list[str]]:
-    """Median seconds of each phase of a PPO step."""
-    rows = [["phase of a PPO step", "seconds, median"]]
+    """Median seconds of each phase of a RL step."""
+    rows = [["phase of a RL step", "seconds, median"]]
     for phase in (*PHASES, "step"):
-        seconds = [_median(run.stage("ppo"), f"time/{phase}") for run in runs]
+        seconds = [_median(run.stage("rl"), f"time/{phase}") for run in runs]
         rows.append([phase, _spread([value for value in seconds if value is not None], ".2f")])
     return rows
 
@@ -237,7 +237,7 @@ def write(runs: Sequence[Run], output: Path) -> tuple[Path, Path]:
     }
     text, image = output / "compare.md", output / "curves.png"
     with replacing(image) as temporary:
-        compare_figure([run.stage("ppo") for run in runs], rouge).savefig(temporary, format="png", dpi=150)
+        compare_figure([run.stage("rl") for run in runs], rouge).savefig(temporary, format="png", dpi=150)
     with replacing(text) as temporary:
         temporary.write_text(f"{markdown(runs)}\n![curves](curves.png)\n", encoding="utf-8")
     return text, image

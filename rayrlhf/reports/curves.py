@@ -20,19 +20,19 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Lines = Sequence[Mapping[str, Any]]
-"""Lines of stage `ppo` of one run's metrics.jsonl, as `read_metrics` gives them."""
+"""Lines of stage `rl` of one run's metrics.jsonl, as `read_metrics` gives them."""
 
 SMOOTHING = 5
 """Steps of the moving average; fewer for runs under 30 steps."""
 # Okabe and Ito's palette, which the colour-blind tell apart.
 PROXY, GOLD, OTHER = "#0072b2", "#d55e00", "#4d4d4d"
-_SOURCE_COLOURS = {"title": "#b3b3b3", "sft": "#56b4e9", "policy": PROXY}
+_SOURCE_COLOURS = {"title": "#b3b3b3", "sft": "#56b4e9", "best_of": "#cc79a7", "policy": PROXY}
 _ROUGE = {name: words for name, words in MEASURES.items() if name.startswith("rouge")}
 _MUTED = "#677083"
 
 
-CURVES = tuple(panel for panel in PANELS["ppo"] if panel.compared)
-_KL = "ppo/kl"
+CURVES = tuple(panel for panel in PANELS["rl"] if panel.compared)
+_KL = "rl/kl"
 _OPTIMISED = CURVES[:2]
 """Proxy and gold: PPO raises the one, and people want the other."""
 
@@ -67,12 +67,12 @@ def moving_average(n: int) -> Array:
 
 
 def compare_figure(runs: Sequence[Lines], rouge: Mapping[str, Mapping[str, Interval]]) -> Figure:
-    """Curves of one or more runs over PPO steps, proxy and gold against KL, and the ROUGE of the evaluation.
+    """Curves of one or more runs over RL steps, proxy and gold against KL, and the ROUGE of the evaluation.
 
     A panel is left out where no run has its metric.
 
     Args:
-        runs: each run's lines of stage `ppo`.
+        runs: each run's lines of stage `rl`.
         rouge: by source (`title`, `sft`, `policy`), then by measure (`rouge1`, ...).
     """
     # Not pyplot: it keeps figures alive and picks a back end for the whole process.
@@ -183,7 +183,7 @@ def _draw_over_steps(axes: Axes, panel: Panel, curves: Sequence[Curve]) -> None:
         for c in curves:
             axes.plot(c.steps, c.values, **_one_run(_colour(panel)))
     _draw_mean(axes, steps, [_at(c, steps) for c in curves], panel)
-    style(axes, panel.title, panel.unit, f"PPO step{_average_words(len(steps))}")
+    style(axes, panel.title, panel.unit, f"RL step{_average_words(len(steps))}")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
 
 
@@ -246,7 +246,7 @@ def _smoothed(known: Lines, panel: Panel) -> Curve:
 
 def _squared_error(line: Mapping[str, Any], panel: Panel) -> float:
     """Squared standard error of a step's mean; NaN where the metrics do not tell."""
-    n, measure = line.get("ppo/responses"), panel.measures[0]
+    n, measure = line.get("rl/responses"), panel.measures[0]
     if not n:
         return np.nan
     if panel.unit == "share":  # of responses that have something or do not: the mean says how they spread

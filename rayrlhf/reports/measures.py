@@ -2,7 +2,7 @@
 
 A measure that is not in this table is written to metrics.jsonl and shown nowhere. To show a new one, add a row:
 
-    Panel("Entropy", "nats per token", (Measure("ppo/entropy", "entropy", ".3f"),))
+    Panel("Entropy", "nats per token", (Measure("rl/entropy", "entropy", ".3f"),))
 
 This file imports nothing outside the standard library: `rayrlhf status` and `rayrlhf runs` read it and are to answer at
 once. What draws or reads Parquet is in the files beside it.
@@ -11,7 +11,7 @@ once. What draws or reads Parquet is in the files beside it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 
@@ -39,7 +39,7 @@ class Measure:
 
     def text(self, value: float | None) -> str:
         """
-        >>> Measure("ppo/kl", "KL", ".3f nats").text(1.5)
+        >>> Measure("rl/kl", "KL", ".3f nats").text(1.5)
         '1.500 nats'
         """
         unit = self.form.partition(" ")[2]
@@ -60,7 +60,7 @@ class Panel:
 
 
 PHASES = ("generate", "score", "learn", "sync")
-"""The parts of a PPO step; `time/PHASE` is in seconds."""
+"""The parts of a RL step; `time/PHASE` is in seconds."""
 PHASE_S = Measure("time/PHASE", "phase", ".1f")
 STEP_S = Measure("time/step", "step", ".1f s")
 TOKENS_PER_S = Measure("throughput/tokens_per_s", "tokens", ",.0f tok/s")
@@ -86,38 +86,38 @@ PANELS: dict[str, tuple[Panel, ...]] = {
         )),
         Panel("Margin, chosen − rejected", "score", (Measure("reward_model/margin", "margin", in_line=True),)),
     ),
-    "ppo": (
+    "rl": (
         Panel("Proxy: reward model's score", "score", (
-            Measure("ppo/score/mean", "score", in_line=True, spread="ppo/score/std", legend="reward model"),
-            Measure("ppo/reward/mean", "reward", in_line=True, legend="with KL penalty"),
+            Measure("rl/score/mean", "score", in_line=True, spread="rl/score/std", legend="reward model"),
+            Measure("rl/reward/mean", "reward", in_line=True, legend="with KL penalty"),
         ), compared=True),
         Panel("Gold: labeller's own measure", "gold", (
-            Measure("ppo/gold/mean", "gold", in_line=True, spread="ppo/gold/std"),
+            Measure("rl/gold/mean", "gold", in_line=True, spread="rl/gold/std"),
         ), compared=True),
         Panel("KL to the reference policy", "nats per response", (
-            Measure("ppo/kl", "KL", ".3f nats", in_line=True, spread="ppo/kl_std"),
+            Measure("rl/kl", "KL", ".3f nats", in_line=True, spread="rl/kl_std"),
         ), compared=True),
         Panel("Response length", "tokens", (
-            Measure("ppo/length/mean", "length", ".1f", in_line=True, spread="ppo/length/std"),
+            Measure("rl/length/mean", "length", ".1f", in_line=True, spread="rl/length/std"),
         ), compared=True),
         Panel("Responses that end by themselves", "share", (
-            Measure("ppo/eos_rate", "EOS", ".0%", in_line=True),
+            Measure("rl/eos_rate", "EOS", ".0%", in_line=True),
         ), compared=True),
-        Panel("Entropy", "nats per token", (Measure("ppo/entropy", "entropy"),), compared=True),
-        Panel("Policy loss", "", (Measure("ppo/policy_loss", "policy loss", ".4f", in_line=True),)),
-        Panel("Value loss", "", (Measure("ppo/value_loss", "value loss", ".4f", in_line=True),)),
-        Panel("Explained variance of returns", "share", (Measure("ppo/explained_variance", "value model"),)),
-        Panel("Clipped tokens", "share", (Measure("ppo/clip_fraction", "clip fraction"),)),
-        Panel("Approximate KL of an update", "nats per token", (Measure("ppo/approx_kl", "new to old policy"),)),
+        Panel("Entropy", "nats per token", (Measure("rl/entropy", "entropy"),), compared=True),
+        Panel("Policy loss", "", (Measure("rl/policy_loss", "policy loss", ".4f", in_line=True),)),
+        Panel("Value loss", "", (Measure("rl/value_loss", "value loss", ".4f", in_line=True),)),
+        Panel("Explained variance of returns", "share", (Measure("rl/explained_variance", "value model"),)),
+        Panel("Clipped tokens", "share", (Measure("rl/clip_fraction", "clip fraction"),)),
+        Panel("Approximate KL of an update", "nats per token", (Measure("rl/approx_kl", "new to old policy"),)),
         Panel("Log-prob gap, generator to learner", "nats", (
-            Measure("ppo/logprob_gap/mean", "log-prob gap", ".1e", in_line=True, legend="mean"),
-            Measure("ppo/logprob_gap/max", "largest log-prob gap", ".1e", legend="max"),
+            Measure("rl/logprob_gap/mean", "log-prob gap", ".1e", in_line=True, legend="mean"),
+            Measure("rl/logprob_gap/max", "largest log-prob gap", ".1e", legend="max"),
         )),
         Panel("Gradient norm before clipping", "", (
-            Measure("ppo/grad_norm", "policy"),
-            Measure("ppo/value_grad_norm", "value"),
+            Measure("rl/grad_norm", "policy"),
+            Measure("rl/value_grad_norm", "value"),
         )),
-        Panel("Coefficient of the KL penalty", "reward per nat", (Measure("ppo/kl_coefficient", "beta"),)),
+        Panel("Coefficient of the KL penalty", "reward per nat", (Measure("rl/kl_coefficient", "beta"),)),
         Panel("Seconds by phase", "s", tuple(
             replace(PHASE_S, name=f"time/{phase}", words=phase) for phase in PHASES
         ), stacked=True),
@@ -125,6 +125,20 @@ PANELS: dict[str, tuple[Panel, ...]] = {
     ),
 }  # fmt: skip
 """By stage, in the order in which they are read: what its steps measure."""
+
+
+def panels_of(stage: str, names: Iterable[str]) -> tuple[Panel, ...]:
+    """The panels of a stage; where there are several rewards, whose names the config gives, also one of these.
+
+    Args:
+        stage: a key of `PANELS`.
+        names: of the metrics that were written.
+    """
+    own = sorted(name for name in names if name.startswith(f"{stage}/rewards/"))
+    rewards = tuple(Measure(name, name.rpartition("/")[2]) for name in own)
+    first, *others = PANELS[stage]
+    return (first, *([Panel("Each reward, weight included", "score", rewards)] if rewards else []), *others)
+
 
 STEP_MEASURES = {measure.name: measure for stage in PANELS.values() for panel in stage for measure in panel.measures}
 
@@ -177,11 +191,13 @@ SOURCES = {
     "reference": Source("reference", "reference"),
     "title": Source("title", "post's title"),
     "sft": Source("SFT", "SFT"),
-    "policy": Source("policy", "policy (PPO)"),
+    "best_of": Source("best of n", "SFT, best of n"),
+    "policy": Source("policy", "policy (RL)"),
 }
 """The sources of answers in evaluation.json, the most trained last."""
 DIFFERENCES = {
     "policy_minus_sft": "policy − SFT, paired",
+    "policy_minus_best_of": "policy − best of n, paired",
     "policy_minus_sft_at_equal_length": "the same at equal length",
 }
 

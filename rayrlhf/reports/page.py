@@ -18,7 +18,7 @@ from rayrlhf.files import replacing
 from rayrlhf.reports.alarms import alarms
 from rayrlhf.reports.curves import over_kl_figure, style
 from rayrlhf.reports.intervals import p_text
-from rayrlhf.reports.measures import DIFFERENCES, EVALUATED, PANELS, SCORERS, SOURCES, Panel, decimals
+from rayrlhf.reports.measures import DIFFERENCES, EVALUATED, SCORERS, SOURCES, Panel, decimals, panels_of
 from rayrlhf.runs.folder import RunFolder
 from rayrlhf.runs.metrics import read_metrics
 from rayrlhf.runs.stages import STAGES
@@ -59,9 +59,9 @@ def write_report(run: RunFolder) -> Path:
     parts = [f"<h1>{escape(run.name)}</h1>", f'<p class="sub">done: {", ".join(done) or "nothing yet"}</p>']
     if run.evaluation.exists():
         parts.append(_evaluation(json.loads(run.evaluation.read_text(encoding="utf-8"))))
-    ppo = [line for line in metrics if line["stage"] == "ppo"]
-    if ppo and run.config.exists():
-        parts.append(_warnings(ppo, load_config(run.config)))
+    rl = [line for line in metrics if line["stage"] == "rl"]
+    if rl and run.config.exists():
+        parts.append(_warnings(rl, load_config(run.config)))
     for stage in reversed([stage.name for stage in STAGES.values() if stage.trains]):
         lines = [line for line in metrics if line["stage"] == stage]
         figure = stage_figure(stage, lines)
@@ -69,7 +69,7 @@ def write_report(run: RunFolder) -> Path:
             title = STAGES[stage].title
             words = f"{title}: curves over {len(lines)} steps"
             parts.append(f'<h2>{title}</h2><img alt="{words}" src="{_inline(figure)}">')
-        over_kl = over_kl_figure(lines) if stage == "ppo" else None
+        over_kl = over_kl_figure(lines) if stage == "rl" else None
         if over_kl is not None:
             parts.append(f'<img alt="gains of proxy and gold against KL" src="{_inline(over_kl)}">')
         if stage == "reward_model" and run.reward_accuracy.exists():
@@ -92,7 +92,7 @@ def stage_figure(stage: str, lines: Sequence[Mapping[str, Any]]) -> Figure | Non
     from matplotlib.figure import Figure
 
     names = {name for line in lines for name, value in line.items() if value is not None}
-    panels = [panel for panel in PANELS[stage] if names & {measure.name for measure in panel.measures}]
+    panels = [panel for panel in panels_of(stage, names) if names & {measure.name for measure in panel.measures}]
     if not panels:
         return None
     columns = min(3, len(panels))
@@ -189,7 +189,7 @@ def _cell(value: Mapping[str, float] | None, digits: int) -> str:
 def _warnings(lines: Sequence[Mapping[str, Any]], config: Config) -> str:
     found = [(line["step"], warning) for line in lines for warning in alarms(line, config, lines[0])]
     if not found:
-        return "<h2>Warnings</h2><p class='sub'>none of the PPO steps passed a limit of the config's alarms</p>"
+        return "<h2>Warnings</h2><p class='sub'>none of the RL steps passed a limit of the config's alarms</p>"
     shown = "".join(f"<li>step {step}: {escape(warning)}</li>" for step, warning in found[:MAX_WARNINGS])
     more = f"<p class='sub'>and {len(found) - MAX_WARNINGS} more</p>" if len(found) > MAX_WARNINGS else ""
     return f"<h2>Warnings</h2><ul>{shown}</ul>{more}"

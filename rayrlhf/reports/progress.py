@@ -15,6 +15,7 @@ from rich.text import Text
 
 from rayrlhf.config import Config
 from rayrlhf.reports.measures import PHASE_S, PHASES, STEP_S, TOKENS_PER_S, measures_in_line
+from rayrlhf.runs.stages import STAGES
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def stage_loads(config: Config, n_sft: int, n_prompts: int, n_comparisons: int |
     Args:
         config: the run's config.
         n_sft: demonstrations in the SFT split.
-        n_prompts: prompts in the PPO split.
+        n_prompts: prompts in the RL split.
         n_comparisons: ranked prompts for the reward model; None if the `collect` stage makes them.
         n_test: prompts in the split that is evaluated.
     """
@@ -49,7 +50,7 @@ def stage_loads(config: Config, n_sft: int, n_prompts: int, n_comparisons: int |
     def micro(rows: int, micro_batch_tokens: int) -> int:
         return math.ceil(math.ceil(rows / workers) / max(1, micro_batch_tokens // longest))
 
-    sft, rm, ppo, collect = config.sft, config.reward_model, config.ppo, config.collect
+    sft, rm, rl, collect = config.sft, config.reward_model, config.rl, config.collect
     loads = []
 
     records = min(n_sft, sft.max_demonstrations or n_sft)
@@ -71,15 +72,15 @@ def stage_loads(config: Config, n_sft: int, n_prompts: int, n_comparisons: int |
     passes = micro(rows, rm.micro_batch_tokens)
     loads.append(StageLoad("reward_model", records, prompts, rows, steps, passes, rows * longest))
 
-    rows = ppo.prompts_per_step * ppo.samples_per_prompt
-    passes = micro(math.ceil(rows / ppo.minibatches), ppo.micro_batch_tokens)
-    steps = ppo.steps * ppo.epochs * ppo.minibatches
-    loads.append(StageLoad("ppo", n_prompts, ppo.prompts_per_step, rows, steps, passes, rows * longest))
+    rows = rl.prompts_per_step * rl.samples_per_prompt
+    passes = micro(math.ceil(rows / rl.minibatches), rl.micro_batch_tokens)
+    steps = rl.steps * rl.epochs * rl.minibatches
+    loads.append(StageLoad("rl", n_prompts, rl.prompts_per_step, rows, steps, passes, rows * longest))
 
     records = min(n_test, config.evaluate.max_prompts or n_test)
     rows = 2 * records  # the SFT model's answers and the policy's
     loads.append(StageLoad("evaluate", records, records, rows, None, None, rows * longest))
-    return loads
+    return [load for load in loads if STAGES[load.stage].part_of(config)]
 
 
 def batch_table(
@@ -95,11 +96,11 @@ def batch_table(
     `parameters`, the numbers of the policy's frozen and trained parameters, adds the GiB that the learner's weights,
     gradients and Adam moments take.
     """
-    ppo = config.ppo
+    rl = config.rl
     notes = [
-        f"PPO: {ppo.steps} steps × {ppo.epochs} epochs × {ppo.minibatches} mini-batches; "
-        f"each step draws {ppo.prompts_per_step} prompts × {ppo.samples_per_prompt} samples, "
-        f"{ppo.steps * ppo.prompts_per_step * ppo.samples_per_prompt:,} samples in all.",
+        f"rl ({rl.algorithm}): {rl.steps} steps × {rl.epochs} epochs × {rl.minibatches} mini-batches; "
+        f"each step draws {rl.prompts_per_step} prompts × {rl.samples_per_prompt} samples, "
+        f"{rl.steps * rl.prompts_per_step * rl.samples_per_prompt:,} samples in all.",
         f"Micro-batches: for one optimiser step, per learner worker (of {config.resources.learner.workers}), "
         "if every text has full length. "
         f"Tokens: at most ({config.data.max_prompt_tokens} prompt + {config.data.max_response_tokens} response).",
@@ -108,9 +109,9 @@ def batch_table(
         frozen, trained = parameters
         if frozen:
             notes.append(f"LoRA: of the policy {trained:,} parameters are trained and {frozen:,} are frozen.")
-        # A float32 weight is 4 bytes, a trained one with its gradient and two Adam moments 16; policy and value model.
-        size = 2 * (4 * frozen + 16 * trained) / 2**30
-        notes.append(f"PPO learner: about {size:.2f} GiB a worker, without activations.")
+        # A float32 weight is 4 bytes, a trained one with its gradient and two Adam moments 16; for each model.
+        size = (2 if rl.critic else 1) * (4 * frozen + 16 * trained) / 2**30
+        notes.append(f"rl learner: about {size:.2f} GiB a worker, without activations.")
     table = Table(title=f"run {config.name}", caption="\n".join(notes), caption_justify="left", title_justify="left")
     table.add_column("stage")
     for heading in (

@@ -1,7 +1,7 @@
 """Reward functions, which give trajectories named scores, and the sum of those scores that an algorithm learns from.
 
-Code of one's own, or a remote service, can take the place of the reward model: it implements `RewardFunction`. The
-scorer calls it (`actors.rollouts.scorer`); docs/extending.md has the steps.
+`rewards` of the config says which there are: a reward model, functions of one's own (`rayrlhf.rewards.python`), or
+both. The scorer calls them (`actors.rollouts.scorer`).
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ class RewardFunction(Protocol):
     """
 
     def __call__(self, trajectories: Sequence[Trajectory]) -> dict[str, list[float]]:
-        """One or more scores by name, each a list with one score for each trajectory, in order."""
+        """One or more weighted scores by name, each a list with one score for each trajectory, in order."""
         ...
 
 
 class RewardModelFunction:
     """A trained reward model, read at the last token of prompt + response."""
 
-    def __init__(self, forward: Forward, name: str = "reward_model") -> None:
-        self.forward, self.name = forward, name
+    def __init__(self, forward: Forward, name: str = "reward_model", weight: float = 1.0) -> None:
+        self.forward, self.name, self.weight = forward, name, weight
 
     def __call__(self, trajectories: Sequence[Trajectory]) -> dict[str, list[float]]:
         rows = [Row.completion(t.prompt_ids, t.response_ids) for t in trajectories]
-        return {self.name: self.forward.row_scores(rows)}
+        return {self.name: [self.weight * score for score in self.forward.row_scores(rows)]}
 
 
 def scores(trajectories: Sequence[Trajectory], missing_eos_reward: float | None) -> Tensor:

@@ -1,6 +1,6 @@
 """The checkpoints of one training: directories that are whole, or are known to be damaged.
 
-    checkpoints/ppo-1a2b3c4d/checkpoint_000007/state.pt
+    checkpoints/rl-1a2b3c4d/checkpoint_000007/state.pt
                                                manifest.json     written last: the size and hash of every other file
 
 A checkpoint appears by one rename, after its files and its manifest have reached the disk. Whoever reads one compares

@@ -2,7 +2,7 @@
 
 A line has the stage, the number of its finished steps, Unix time in seconds, and values under slash-separated names:
 
-    {"stage": "ppo", "step": 3, "time": 1700000000.0, "ppo/kl": 0.5}
+    {"stage": "rl", "step": 3, "time": 1700000000.0, "rl/kl": 0.5}
 
 Beside numbers there can be text, under `"sample"` and `"note"`. JSON has neither NaN nor infinity: a value that is not
 finite is written as null and named in `"non_finite"`.

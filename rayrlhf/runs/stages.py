@@ -8,7 +8,7 @@ steps: the line that describes the first step has step 1; a line of step 0 was m
     >>> STAGES["reward_model"].command
     'reward-model'
     >>> [stage.name for stage in STAGES.values() if stage.trains]
-    ['sft', 'reward_model', 'ppo']
+    ['sft', 'reward_model', 'rl']
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ class Stage:
     """Whether it has steps, and metrics of each."""
     left_out_with: str | None = None
     """Dotted config key: a run that sets it does without this stage."""
+    for_reward_model: bool = False
+    """Whether a run without a reward model does without this stage."""
 
     @property
     def command(self) -> str:
@@ -46,6 +48,8 @@ class Stage:
 
     def part_of(self, config: Config) -> bool:
         """Whether a run with this config has the stage."""
+        if self.for_reward_model and not config.trains_reward_model:
+            return False
         value: object = config
         for key in self.left_out_with.split(".") if self.left_out_with else ():
             value = getattr(value, key)
@@ -71,6 +75,7 @@ STAGES = {
             output_is_directory=False,
             needs=("sft",),
             left_out_with="data.comparisons",
+            for_reward_model=True,
         ),
         Stage(
             "reward_model",
@@ -80,11 +85,12 @@ STAGES = {
             output_is_directory=True,
             needs=("sft", "collect"),
             trains=True,
+            for_reward_model=True,
         ),
         Stage(
-            "ppo",
-            "PPO",
-            "Optimise the SFT policy with PPO against the reward model. Continues from its last checkpoint.",
+            "rl",
+            "RL",
+            "Optimise the SFT policy against the reward model by rl.algorithm. Continues from its last checkpoint.",
             output="policy",
             output_is_directory=True,
             needs=("sft", "reward_model"),
@@ -96,7 +102,7 @@ STAGES = {
             "Compare SFT model and policy on the test split. Writes evaluation.json, samples.parquet and report.html.",
             output="evaluation.json",
             output_is_directory=False,
-            needs=("sft", "reward_model", "ppo"),
+            needs=("sft", "reward_model", "rl"),
         ),
     )
 }
@@ -106,7 +112,7 @@ STAGES = {
 def stages_of(config: Config) -> list[Stage]:
     """The stages that a run with this config has, in order.
 
-    Without `data.comparisons` these are all; with them nothing is collected.
+    These are all, unless there are `data.comparisons`, which are not collected, or no reward model among `rewards`.
     """
     return [stage for stage in STAGES.values() if stage.part_of(config)]
 
@@ -120,8 +126,9 @@ def stages_to(last: str) -> tuple[str, ...]:
 def stages_from(key: str) -> tuple[str, ...]:
     """The stages that the value of a dotted config key goes into: its own and those after it, or all.
 
-    >>> stages_from("ppo.steps")
-    ('ppo', 'evaluate')
+    >>> stages_from("rl.steps")
+    ('rl', 'evaluate')
     """
     names, section = tuple(STAGES), key.split(".")[0]
+    section = "rl" if section == "rewards" else section  # which that stage maximises
     return names[names.index(section) if section in STAGES else 0 :]

@@ -20,13 +20,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from rayrlhf.config import Config, Positive, Section
+from rayrlhf.config import Config
 from rayrlhf.config_file import dump_config, parse_config, parse_override, parse_section, read_yaml, set_key
 from rayrlhf.errors import UserError
 from rayrlhf.files import replacing
 from rayrlhf.reports.measures import MEASURES
 from rayrlhf.runs.folder import RunFolder
 from rayrlhf.runs.stages import stages_from, stages_of
+from rayrlhf.sections import Positive, Section
 
 Scalar = str | int | float | bool | None
 Value = Scalar | list[Scalar]
@@ -192,8 +193,8 @@ def trial_name(values: Mapping[str, Value]) -> str:
 def short_names(keys: Iterable[str]) -> dict[str, str]:
     """The fewest last parts of each dotted key that tell it from the others.
 
-    >>> short_names(["sft.optimizer.lr", "ppo.optimizer.lr", "ppo.lam"])
-    {'sft.optimizer.lr': 'sft.optimizer.lr', 'ppo.optimizer.lr': 'ppo.optimizer.lr', 'ppo.lam': 'lam'}
+    >>> short_names(["sft.optimizer.lr", "rl.optimizer.lr", "rl.lam"])
+    {'sft.optimizer.lr': 'sft.optimizer.lr', 'rl.optimizer.lr': 'rl.optimizer.lr', 'rl.lam': 'lam'}
     """
     parts = {key: key.split(".") for key in keys}
 

@@ -33,10 +33,10 @@ SHRUNKEN = [
     "collect.heldout_fraction=0.15",
     "reward_model.epochs=1",
     "reward_model.prompts_per_batch=16",
-    "ppo.steps=3",
-    "ppo.prompts_per_step=8",
-    "ppo.samples_per_prompt=2",
-    "ppo.epochs=2",
+    "rl.steps=3",
+    "rl.prompts_per_step=8",
+    "rl.samples_per_prompt=2",
+    "rl.epochs=2",
     "evaluate.max_prompts=16",
     "resources.dashboard=false",
     "resources.learner.threads=1",
@@ -194,7 +194,7 @@ class FinishedRun:
     arguments: list[str]
     """What follows `rayrlhf run`."""
 
-    def copy_before_ppo(self, runs_dir: Path) -> Path:
+    def copy_before_rl(self, runs_dir: Path) -> Path:
         """A copy of the run in `runs_dir`, as it was when PPO began."""
         run = runs_dir / self.path.name
         shutil.copytree(self.path, run)
@@ -202,7 +202,7 @@ class FinishedRun:
         for name in ("evaluation.json", "samples.parquet", "report.html"):
             (run / name).unlink()
         metrics = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
-        (run / "metrics.jsonl").write_text("".join(line for line in metrics if '"stage": "ppo"' not in line))
+        (run / "metrics.jsonl").write_text("".join(line for line in metrics if '"stage": "rl"' not in line))
         return run
 
 
@@ -227,9 +227,9 @@ def finished(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Finished
 
 
 @pytest.fixture
-def before_ppo(finished: FinishedRun, tmp_path: Path) -> Path:
+def before_rl(finished: FinishedRun, tmp_path: Path) -> Path:
     """A copy of the finished run as it was when PPO began."""
-    return finished.copy_before_ppo(tmp_path)
+    return finished.copy_before_rl(tmp_path)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -13,8 +13,8 @@ from transformers import AutoTokenizer
 
 from jobs.guard import guarded
 from jobs.pipeline import pipeline
-from jobs.ppo import ppo
 from jobs.reward_model import reward_model
+from jobs.rl import rl
 from jobs.stage import StageFunction, run
 from rayrlhf.config_file import load_config
 from rayrlhf.models.loading import load_reward_model, load_tokenizer, resolve_model
@@ -65,13 +65,13 @@ def copy_of_tiny(directory: Path) -> Path:
 
 
 def test_unknown_key(mistake: Mistake, tmp_path: Path) -> None:
-    assert "unknown key 'ppo.step'; did you mean 'steps'?" in mistake("ppo.step=3")
+    assert "unknown key 'rl.step'; did you mean 'steps'?" in mistake("rl.step=3")
     assert not (tmp_path / "runs").exists()
 
 
 def test_wrong_type(mistake: Mistake, tmp_path: Path) -> None:
-    line = mistake("ppo.steps=many")
-    assert "'ppo.steps'" in line and "integer" in line and "'many'" in line
+    line = mistake("rl.steps=many")
+    assert "'rl.steps'" in line and "integer" in line and "'many'" in line
     assert "'resources.generators.cpus'" in mistake("resources.generators.cpus=-1")
     assert "'sft'" in mistake("sft=3")
     assert not (tmp_path / "runs").exists()
@@ -154,7 +154,7 @@ def test_reward_model_with_another_vocabulary(mistake: Mistake, tmp_path: Path) 
     other = AutoTokenizer.from_pretrained(policy)
     other.add_tokens(["zebra-crossing"])
     other.save_pretrained(folder / "reward_model")
-    line = mistake(stages=[ppo], done=["sft", "reward_model"])
+    line = mistake(stages=[rl], done=["sft", "reward_model"])
     assert "different tokenizers" in line and "zebra-crossing" in line and str(folder / "reward_model") in line
 
 
@@ -164,7 +164,7 @@ def test_reward_model_with_another_vocabulary(mistake: Mistake, tmp_path: Path) 
 def test_run_folder_of_another_config(mistake: Mistake, tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "bad"
     copy_of_tiny(folder / "sft")
-    mistake("seed=0", stages=[ppo], done=["sft"])  # needs a reward model; stores the config
+    mistake("seed=0", stages=[rl], done=["sft"])  # needs a reward model; stores the config
     line = mistake("seed=1", done=["sft"])
     assert f"{folder / 'config.yaml'}: seed was 0 and is now 1, but stage 'sft' is already done" in line
     assert "choose another name" in line
@@ -172,8 +172,8 @@ def test_run_folder_of_another_config(mistake: Mistake, tmp_path: Path) -> None:
 
 def test_stage_before_its_time(mistake: Mistake, tmp_path: Path) -> None:
     copy_of_tiny(tmp_path / "runs" / "bad" / "sft")
-    line = mistake(stages=[ppo], done=["sft"])
-    assert f"stage 'ppo' needs {tmp_path}/runs/bad/reward_model, which stage 'reward_model' writes" in line
+    line = mistake(stages=[rl], done=["sft"])
+    assert f"stage 'rl' needs {tmp_path}/runs/bad/reward_model, which stage 'reward_model' writes" in line
 
 
 def test_cluster_that_is_too_small(mistake: Mistake) -> None:

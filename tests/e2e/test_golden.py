@@ -33,7 +33,7 @@ def close(value: Any) -> Any:
     return pytest.approx(value, rel=1e-3, abs=1e-4)
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward_model", "ppo"])
+@pytest.mark.parametrize("stage", ["sft", "reward_model", "rl"])
 def test_metrics_of_every_step(recorded: dict[str, Any], computed: dict[str, Any], stage: str) -> None:
     before, now = recorded["stages"][stage], computed["stages"][stage]
     assert len(now) == len(before)

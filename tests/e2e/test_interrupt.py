@@ -1,6 +1,6 @@
 """PPO ahead of the learner, ended by SIGTERM, continued by the same command, and ended by Ctrl-C.
 
-    rayrlhf ppo         step 1, 2, ... | SIGTERM: a checkpoint
+    rayrlhf rl         step 1, 2, ... | SIGTERM: a checkpoint
     the same command                   | the steps after it ... | Ctrl-C
 
 The run has more steps than anybody waits for, and each part of the timeline lasts until its effect has been seen. So
@@ -36,10 +36,10 @@ class Run(NamedTuple):
     """Addresses on which processes of the first command took connections."""
 
 
-def ppo_lines(run: Path) -> list[dict[str, Any]]:
+def rl_lines(run: Path) -> list[dict[str, Any]]:
     """What PPO has written so far, line by line."""
     lines = [json.loads(line) for line in read_lines(run).splitlines()]
-    return [line for line in lines if line["stage"] == "ppo"]
+    return [line for line in lines if line["stage"] == "rl"]
 
 
 def end(command: Any, number: signal.Signals) -> None:
@@ -56,13 +56,13 @@ def end(command: Any, number: signal.Signals) -> None:
 
 def ahead(finished: Any, runs_dir: Path) -> Run:
     """The command that goes on with a copy of the finished run, as it was before PPO, ahead of the learner."""
-    run: Path = finished.copy_before_ppo(runs_dir)
-    changes = [f"runs_dir={run.parent}", f"ppo.steps={STEPS}", f"ppo.checkpoint_every={STEPS}", "ppo.max_staleness=1"]
-    return Run(run, ["ppo", *finished.arguments, *changes, "resources.generators.cpus=0.25"])
+    run: Path = finished.copy_before_rl(runs_dir)
+    changes = [f"runs_dir={run.parent}", f"rl.steps={STEPS}", f"rl.checkpoint_every={STEPS}", "rl.max_staleness=1"]
+    return Run(run, ["rl", *finished.arguments, *changes, "resources.generators.cpus=0.25"])
 
 
 def is_ahead(run: Path) -> bool:
-    return any(line["rollout/staleness/max"] == 1 for line in ppo_lines(run))
+    return any(line["rollout/staleness/max"] == 1 for line in rl_lines(run))
 
 
 @pytest.fixture(scope="module")
@@ -76,13 +76,13 @@ def ended(finished: Any, start: Any, tmp_path_factory: pytest.TempPathFactory) -
 
 
 def test_the_steps_of_a_run_that_is_ahead(ended: Run) -> None:
-    lines = read_metrics(ended.run, "ppo")
+    lines = read_metrics(ended.run, "rl")
     assert [line["step"] for line in lines] == list(range(lines[0]["step"], lines[0]["step"] + len(lines)))
-    assert lines[0]["rollout/staleness/max"] == 0 and abs(lines[0]["ppo/kl"]) < 1e-3
+    assert lines[0]["rollout/staleness/max"] == 0 and abs(lines[0]["rl/kl"]) < 1e-3
     assert {line["rollout/staleness/max"] for line in lines} <= {0, 1}
     for line in lines:
-        assert line["ppo/first_ratio_off_one"] < 1e-5
-        assert 0.5 < line["ppo/importance_weight/mean"] < 1.5
+        assert line["rl/first_ratio_off_one"] < 1e-5
+        assert 0.5 < line["rl/importance_weight/mean"] < 1.5
         assert line["time/step"] == pytest.approx(line["time/sync"] + line["time/wait"] + line["time/learn"])
         assert {"idle/learner", "idle/scorer-0"} <= line.keys()
 
@@ -100,20 +100,20 @@ def test_an_interrupted_run_continues_from_its_checkpoint(ended: Run, start: Any
     run = ended.run
     assert not (run / "policy").exists()
     assert not [path for path in run.iterdir() if path.name.startswith(".policy")]
-    before = ppo_lines(run)
+    before = rl_lines(run)
     command = start("rayrlhf", *ended.arguments)
-    command.wait_until(lambda: len(ppo_lines(run)) >= len(before) + 3, "three steps more")
+    command.wait_until(lambda: len(rl_lines(run)) >= len(before) + 3, "three steps more")
     end(command, signal.SIGINT)
-    lines = ppo_lines(run)
+    lines = rl_lines(run)
     assert lines[: len(before)] == before
     # SIGTERM asked for a checkpoint, which was written after the last line: no step is lost, none is done again.
     assert [line["step"] for line in lines] == list(range(lines[0]["step"], lines[0]["step"] + len(lines)))
-    versions = [line["ppo/weight_version"] for line in lines]
+    versions = [line["rl/weight_version"] for line in lines]
     assert versions == sorted(set(versions)), versions
     # It learns with the weights that the steps before had ended with: the policy has moved away from the reference.
-    assert lines[len(before)]["ppo/kl_k3"] > 10 * abs(lines[0]["ppo/kl_k3"])
-    assert all(line["ppo/first_ratio_off_one"] < 1e-5 for line in lines[len(before) :])
-    shown = [int(number) for number in re.findall(rf"^ppo +(\d+)/{STEPS} ", command.wait().out, re.MULTILINE)]
+    assert lines[len(before)]["rl/kl_k3"] > 10 * abs(lines[0]["rl/kl_k3"])
+    assert all(line["rl/first_ratio_off_one"] < 1e-5 for line in lines[len(before) :])
+    shown = [int(number) for number in re.findall(rf"^rl +(\d+)/{STEPS} ", command.wait().out, re.MULTILINE)]
     assert shown[0] == len(before) + 1
 
 
@@ -134,11 +134,11 @@ def test_a_run_is_scaled_up_and_down(finished: Any, start: Any, tmp_path: Path) 
         assert answer.code == 0, answer.err
         assert f"wanted from now on: {count} generators, 1 scorers" in answer.out
         command.wait_until(
-            lambda wanted=count: ppo_lines(run)[-1]["rollout/generators"] == wanted, f"{count} generators make a batch"
+            lambda wanted=count: rl_lines(run)[-1]["rollout/generators"] == wanted, f"{count} generators make a batch"
         )
     refused = scale(0)
     assert refused.code == 2 and "at least one is needed" in refused.err
     end(command, signal.SIGTERM)
-    lines = ppo_lines(run)
+    lines = rl_lines(run)
     assert {line["rollout/generators"] for line in lines} == {1.0, 2.0}
     assert all(line["rollout/replacements"] == 0 for line in lines)

@@ -81,26 +81,26 @@ def test_a_job_refuses_a_relative_run_folder(cluster: Cluster, start: Any) -> No
 # Two more starts of PPO for what e2e/test_interrupt shows of SIGTERM, which is what `ray job stop` sends.
 @pytest.mark.long
 def test_a_stopped_job_leaves_a_checkpoint_and_goes_on(
-    cluster: Cluster, finished: Any, before_ppo: Path, start: Any
+    cluster: Cluster, finished: Any, before_rl: Path, start: Any
 ) -> None:
     steps = 40
-    changes = [f"runs_dir={before_ppo.parent}", f"ppo.steps={steps}", "ppo.checkpoint_every=100"]
-    arguments = ["submit", "ppo", *finished.arguments, *changes, "--address", cluster.address]
+    changes = [f"runs_dir={before_rl.parent}", f"rl.steps={steps}", "rl.checkpoint_every=100"]
+    arguments = ["submit", "rl", *finished.arguments, *changes, "--address", cluster.address]
     followed = start("rayrlhf", *arguments)
-    followed.wait_for_line(rf"ppo +2/{steps} ")
+    followed.wait_for_line(rf"rl +2/{steps} ")
     client = JobSubmissionClient(cluster.address)
-    (job,) = (job for job in client.list_jobs() if (job.metadata or {}).get("stage") == "ppo")
+    (job,) = (job for job in client.list_jobs() if (job.metadata or {}).get("stage") == "rl")
     assert job.metadata and job.metadata["run"] == "quick" and job.metadata["git_revision"] != "unknown"
     assert job.submission_id and client.stop_job(job.submission_id)
     outcome = followed.wait()
     assert outcome.code == 1 and f"job {job.submission_id} stopped" in outcome.err
     assert "stopping: PPO writes a checkpoint when its step ends" in outcome.out
-    done = len(read_metrics(before_ppo, "ppo"))
-    assert 2 <= done < steps and not (before_ppo / "policy").exists()
-    assert list((before_ppo / "checkpoints").glob("ppo-*/checkpoint_*")), "nobody asked for one but the stop"
+    done = len(read_metrics(before_rl, "rl"))
+    assert 2 <= done < steps and not (before_rl / "policy").exists()
+    assert list((before_rl / "checkpoints").glob("rl-*/checkpoint_*")), "nobody asked for one but the stop"
 
     second = start("rayrlhf", *arguments).wait()
     assert second.code == 0, second.out[-2000:] + second.err
-    printed = [int(number) for number in re.findall(rf"^ppo +(\d+)/{steps} ", second.out, re.MULTILINE)]
+    printed = [int(number) for number in re.findall(rf"^rl +(\d+)/{steps} ", second.out, re.MULTILINE)]
     assert printed == list(range(done + 1, steps + 1)), "from the checkpoint on"
-    assert [line["step"] for line in read_metrics(before_ppo, "ppo")] == list(range(1, steps + 1))
+    assert [line["step"] for line in read_metrics(before_rl, "rl")] == list(range(1, steps + 1))

@@ -15,26 +15,35 @@ from rayrlhf.config_file import load_config
 from rayrlhf.runs.metrics import read_metrics
 
 
-def test_ppo_in_one_process(finished: Any, before_ppo: Path, start: Any) -> None:
-    arguments = [*finished.arguments, f"runs_dir={before_ppo.parent}", "ppo.steps=2"]
-    command = start("python", "-m", "jobs.ppo", "--local", "--config", *arguments)
-    command.wait_for_line(r"ppo 1/2 ")
+def test_grpo_in_one_process(finished: Any, before_rl: Path, start: Any) -> None:
+    """Another algorithm than the run on Ray had, without a value model, and with one reward more."""
+    file = before_rl.parent / "brevity.py"
+    file.write_text("def brevity(token_ids):\n    return [-len(ids) / 10 for ids in token_ids]\n")
+    brevity = f"{{kind: python, name: brevity, path: '{file}:brevity', weight: 0.5}}"
+    changes = ["rl.steps=2", "rl.algorithm=grpo", f"rewards=[{{kind: model}}, {brevity}]"]
+    arguments = [*finished.arguments, f"runs_dir={before_rl.parent}", *changes]
+    command = start("python", "-m", "jobs.rl", "--local", "--config", *arguments)
+    command.wait_for_line(r"rl 1/2 ")
     # Python may start a helper of its own that watches semaphores; none of the roles is in it.
     ours = [pid for pid, line in command.processes().items() if "multiprocessing.resource_tracker" not in line]
     assert ours == [command.process.pid]
     outcome = command.wait()
     assert outcome.code == 0, outcome.err
     assert not any(command.ray_directory.iterdir()), "Ray was started"
-    assert "ppo: done in" in outcome.out
-    lines = read_metrics(before_ppo, "ppo")
+    assert "rl: done in" in outcome.out
+    lines = read_metrics(before_rl, "rl")
     assert [line["step"] for line in lines] == [1, 2]
-    assert abs(lines[0]["ppo/kl"]) < 1e-3
-    assert all(line["ppo/logprob_gap/mean"] < 1e-3 for line in lines)
-    assert (before_ppo / "policy" / "model.safetensors").is_file()
+    assert abs(lines[0]["rl/kl"]) < 1e-3
+    assert all(line["rl/logprob_gap/mean"] < 1e-3 for line in lines)
+    assert (before_rl / "policy" / "model.safetensors").is_file()
+    assert not any("value" in name for line in lines for name in line)
     # The same prompts with the same seeds as in the run on Ray: the first batch is the same.
-    on_ray = read_metrics(finished.path, "ppo")[0]
-    for name in ("ppo/length/mean", "ppo/eos_rate", "ppo/score/mean"):
+    on_ray = read_metrics(finished.path, "rl")[0]
+    for name in ("rl/length/mean", "rl/eos_rate"):
         assert lines[0][name] == pytest.approx(on_ray[name], abs=1e-4)
+    for line in lines:
+        assert line["rl/rewards/brevity"] == pytest.approx(-0.05 * line["rl/length/mean"], rel=1e-5)
+        assert line["rl/rewards/reward_model"] != 0.0
 
 
 def test_reward_model_from_published_comparisons_without_a_split_of_its_own(

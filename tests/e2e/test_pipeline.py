@@ -41,7 +41,7 @@ def test_the_run_folder_holds_what_the_design_says(finished: Any) -> None:
     assert [p.name for p in finished.path.iterdir() if p.name.startswith(".")] == [".lock"]  # no temporaries
     stored = yaml.safe_load((finished.path / "config.yaml").read_text())
     assert (
-        stored["ppo"]["steps"] == 3 and stored["model"]["path"] == "embedded:opt-tiny"
+        stored["rl"]["steps"] == 3 and stored["model"]["path"] == "embedded:opt-tiny"
     )  # an override and a key of the file
     assert "<html" in (finished.path / "report.html").read_text().lower()
 
@@ -51,7 +51,7 @@ def test_what_the_terminal_shows(finished: Any) -> None:
     for stage, total, shown in (
         ("sft", 3, ("loss", "s", "tok/s")),
         ("reward_model", 2, ("loss", "accuracy", "margin")),
-        ("ppo", 3, ("score", "reward", "KL", "nats", "length", "EOS", "log-prob gap", "(generate", "learn", "tok/s")),
+        ("rl", 3, ("score", "reward", "KL", "nats", "length", "EOS", "log-prob gap", "(generate", "learn", "tok/s")),
     ):
         for step in range(1, total + 1):
             own = [line for line in lines if line.startswith(f"{stage} {step}/{total} ")]
@@ -64,24 +64,24 @@ def test_what_the_terminal_shows(finished: Any) -> None:
 
 
 def test_metrics_are_complete_and_say_that_ppo_starts_on_policy(metrics: list[dict[str, Any]]) -> None:
-    assert {line["stage"] for line in metrics} == {"sft", "reward_model", "ppo", "run"}
+    assert {line["stage"] for line in metrics} == {"sft", "reward_model", "rl", "run"}
     assert all(line["time"] > 1.7e9 and not line.get("non_finite") for line in metrics)
     assert all(a["time"] <= b["time"] for a, b in itertools.pairwise(metrics))
-    ppo = [line for line in metrics if line["stage"] == "ppo"]
-    assert [line["step"] for line in ppo] == [1, 2, 3]
-    versions = [line["ppo/weight_version"] for line in ppo]
+    rl = [line for line in metrics if line["stage"] == "rl"]
+    assert [line["step"] for line in rl] == [1, 2, 3]
+    versions = [line["rl/weight_version"] for line in rl]
     assert all(a < b for a, b in itertools.pairwise(versions))
-    assert abs(ppo[0]["ppo/kl"]) < 1e-3
-    assert all(line["ppo/first_ratio_off_one"] < 1e-4 for line in ppo)
+    assert abs(rl[0]["rl/kl"]) < 1e-3
+    assert all(line["rl/first_ratio_off_one"] < 1e-4 for line in rl)
     # After updates that the last line sees, stale weights would show here.
-    assert all(line["ppo/logprob_gap/mean"] < 1e-3 for line in ppo)
-    assert ppo[-1]["ppo/kl_k3"] > 1e-3
-    assert all(0 < line["ppo/length/mean"] <= 40 and 0 <= line["ppo/eos_rate"] <= 1 for line in ppo)
-    assert all(0 < line["ppo/gold/mean"] < 1 and line["ppo/gold/std"] > 0 for line in ppo), "the labeller watches"
-    for line in ppo:
-        penalty = line["ppo/kl_coefficient"] * line["ppo/kl"]
-        assert line["ppo/reward/mean"] == pytest.approx(line["ppo/score/mean"] - penalty, abs=1e-6)
-    assert all(line["rollout/replacements"] == 0 for line in ppo)
+    assert all(line["rl/logprob_gap/mean"] < 1e-3 for line in rl)
+    assert rl[-1]["rl/kl_k3"] > 1e-3
+    assert all(0 < line["rl/length/mean"] <= 40 and 0 <= line["rl/eos_rate"] <= 1 for line in rl)
+    assert all(0 < line["rl/gold/mean"] < 1 and line["rl/gold/std"] > 0 for line in rl), "the labeller watches"
+    for line in rl:
+        penalty = line["rl/kl_coefficient"] * line["rl/kl"]
+        assert line["rl/reward/mean"] == pytest.approx(line["rl/score/mean"] - penalty, abs=1e-6)
+    assert all(line["rollout/replacements"] == 0 for line in rl)
 
 
 def test_evaluation_has_exactly_the_documented_keys(evaluation: dict[str, Any]) -> None:

@@ -74,15 +74,15 @@ def files(path: Path) -> set[str]:
 def test_a_stage_in_a_bucket(
     bucket: Bucket,
     finished: Any,
-    before_ppo: Path,
+    before_rl: Path,
     start: Any,
     start_head: Any,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The reward model: a node trains it, the driver shows what it is worth. Runs repeat, wherever their files are."""
-    shutil.rmtree(before_ppo / "reward_model")
-    bucket.upload(before_ppo)
+    shutil.rmtree(before_rl / "reward_model")
+    bucket.upload(before_rl)
     start_node(start_head, monkeypatch, tmp_path / "node")
     monkeypatch.setenv("RAYRLHF_CACHE", str(tmp_path / "driver"))
     outcome = start("rayrlhf", "reward-model", *bucket.arguments).wait()
@@ -108,14 +108,14 @@ def test_a_stage_in_a_bucket(
 def test_a_run_in_a_bucket(
     bucket: Bucket,
     finished: Any,
-    before_ppo: Path,
+    before_rl: Path,
     start: Any,
     start_head: Any,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    bucket.upload(before_ppo)
-    arguments = ["run", *bucket.arguments, "ppo.checkpoint_every=1"]
+    bucket.upload(before_rl)
+    arguments = ["run", *bucket.arguments, "rl.checkpoint_every=1"]
     head = start_node(start_head, monkeypatch, tmp_path / "node")
     monkeypatch.setenv("RAYRLHF_CACHE", str(tmp_path / "driver"))
     outcome = start("rayrlhf", *arguments).wait()
@@ -125,7 +125,7 @@ def test_a_run_in_a_bucket(
     assert policies == {"node", "driver"}, "written on one, evaluated by the other"
     objects = bucket.s3.objects("runs/quick/")
     assert "sft/.done" in objects and "reward_model/.done" in objects and "policy/.done" in objects
-    assert any(name.startswith("checkpoints/ppo-") for name in objects)
+    assert any(name.startswith("checkpoints/rl-") for name in objects)
     assert ".lock" not in objects
 
     monkeypatch.delenv("RAY_ADDRESS")
@@ -138,7 +138,7 @@ def test_a_run_in_a_bucket(
     assert files(run) == files(finished.path)
     # Runs repeat to the digit, and where their files are makes no difference to them.
     here, there = (
-        [[line[name] for name in ("step", "ppo/reward/mean", "ppo/policy_loss")] for line in read_metrics(path, "ppo")]
+        [[line[name] for name in ("step", "rl/reward/mean", "rl/policy_loss")] for line in read_metrics(path, "rl")]
         for path in (run, finished.path)
     )
     assert len(here) == len(there) == 3
@@ -154,19 +154,19 @@ def test_a_run_in_a_bucket(
 @pytest.mark.long
 def test_an_interrupted_run_in_a_bucket_continues_on_a_machine_that_has_nothing_of_it(
     bucket: Bucket,
-    before_ppo: Path,
+    before_rl: Path,
     start: Any,
     start_head: Any,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    bucket.upload(before_ppo)
+    bucket.upload(before_rl)
     steps = 10_000  # it is interrupted, not waited for
-    arguments = ["ppo", *bucket.arguments, f"ppo.steps={steps}", "ppo.checkpoint_every=1"]
+    arguments = ["rl", *bucket.arguments, f"rl.steps={steps}", "rl.checkpoint_every=1"]
 
     def run_until(step: int) -> str:
         command = start("rayrlhf", *arguments)
-        command.wait_for_line(rf"ppo +{step}/{steps} ")
+        command.wait_for_line(rf"rl +{step}/{steps} ")
         os.killpg(command.process.pid, signal.SIGINT)
         outcome = command.wait()
         assert outcome.code == 130, outcome.err
@@ -175,11 +175,11 @@ def test_an_interrupted_run_in_a_bucket_continues_on_a_machine_that_has_nothing_
     monkeypatch.setenv("RAYRLHF_CACHE", str(tmp_path / "first"))
     run_until(3)
     objects = bucket.s3.objects("runs/quick/")
-    assert any(name.startswith("checkpoints/ppo-") and name.endswith(".pt") for name in objects)
+    assert any(name.startswith("checkpoints/rl-") and name.endswith(".pt") for name in objects)
     assert "policy/.done" not in objects
     start_node(start_head, monkeypatch, tmp_path / "node")
     monkeypatch.setenv("RAYRLHF_CACHE", str(tmp_path / "second"))
     said = run_until(6)
-    assert not re.search(rf"^ppo +1/{steps} ", said, re.MULTILINE), "it starts at the checkpoint"
-    lines = read_metrics(bucket.s3.uri("runs/quick"), "ppo")
+    assert not re.search(rf"^rl +1/{steps} ", said, re.MULTILINE), "it starts at the checkpoint"
+    lines = read_metrics(bucket.s3.uri("runs/quick"), "rl")
     assert [line["step"] for line in lines] == list(range(lines[0]["step"], lines[0]["step"] + len(lines)))

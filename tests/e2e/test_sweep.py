@@ -13,6 +13,9 @@ import yaml
 
 from rayrlhf.runs.metrics import read_metrics
 
+# A reward model, PPO and an evaluation; ray/test_sweep and unit/test_sweep hold what is shared, ranked and done again.
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[2]
 STAGES = ("sft", "collect", "reward_model")
 NAMES = ["lr-0.0001", "lr-0.0003"]
@@ -43,15 +46,15 @@ class Swept:
 def swept(finished: Any, start: Any, tmp_path_factory: pytest.TempPathFactory) -> Swept:
     directory = tmp_path_factory.mktemp("sweep")
     file = directory / "sweep.yaml"
-    search = {"ppo.optimizer.lr": {"grid": [1e-4, 3e-4]}}
+    search = {"rl.optimizer.lr": {"grid": [1e-4, 3e-4]}}
     file.write_text(yaml.safe_dump({"config": str(ROOT / finished.arguments[0]), "name": "search", "search": search}))
     folder = directory / "search"
     folder.mkdir()
     # SFT and comparisons are there: the sweep trains the reward model.
-    finished.copy_before_ppo(folder).rename(folder / "base")
+    finished.copy_before_rl(folder).rename(folder / "base")
     shutil.rmtree(folder / "base" / "reward_model")
     changes = [word for word in finished.arguments[1:] if not word.startswith(("name=", "runs_dir="))]
-    found = Swept(folder, ["sweep", str(file), f"runs_dir={directory}", *changes, "ppo.steps=1"], None)
+    found = Swept(folder, ["sweep", str(file), f"runs_dir={directory}", *changes, "rl.steps=1"], None)
     found.bad.mkdir()
     (found.bad / "checkpoints").touch()  # PPO cannot put its checkpoints there
     return replace(found, outcome=start("rayrlhf", *found.arguments).wait())
@@ -62,9 +65,9 @@ def check_trial(swept: Swept, trial: Path) -> None:
     for output in ("sft/model.safetensors", "comparisons.parquet", "reward_model/model.safetensors"):
         assert (trial / output).samefile(swept.folder / "base" / output)
     log = (trial / "log.txt").read_text()
-    assert all(f"{stage}: already done" in log for stage in STAGES) and "ppo 1/1 " in log
+    assert all(f"{stage}: already done" in log for stage in STAGES) and "rl 1/1 " in log
     times = {name for line in read_metrics(trial, "run") for name in line if name.startswith("time/")}
-    assert times >= {f"time/{stage}" for stage in (*STAGES, "ppo", "evaluate")}
+    assert times >= {f"time/{stage}" for stage in (*STAGES, "rl", "evaluate")}
     assert "Reward model" in (trial / "report.html").read_text()
     evaluation = json.loads((trial / "evaluation.json").read_text())
     assert evaluation["metadata"]["data"] == "embedded:tldr, dev split"
@@ -93,8 +96,6 @@ def test_a_sweep_shares_stages_and_ranks_what_did_not_fail(swept: Swept) -> None
     check_trial(swept, swept.good)
 
 
-# A second start of PPO and evaluation; ray/test_sweep and unit/test_sweep hold what is done again and what is not.
-@pytest.mark.long
 def test_the_same_command_tries_again_what_failed(swept: Swept, start: Any) -> None:
     done = (swept.good / "evaluation.json").stat().st_mtime_ns
     (swept.bad / "checkpoints").unlink()
@@ -106,7 +107,7 @@ def test_the_same_command_tries_again_what_failed(swept: Swept, start: Any) -> N
     configs = [yaml.safe_load((trial / "config.yaml").read_text()) for trial in (swept.good, swept.bad)]
     for config, name, lr in zip(configs, NAMES, (1e-4, 3e-4), strict=True):
         assert config.pop("name") == name
-        assert config["ppo"]["optimizer"].pop("lr") == lr
+        assert config["rl"]["optimizer"].pop("lr") == lr
     assert configs[0] == configs[1]  # nothing but what was swept
     policies = [(trial / "policy" / "model.safetensors").read_bytes() for trial in (swept.good, swept.bad)]
     assert policies[0] != policies[1]

@@ -1,4 +1,4 @@
-"""A whole PPO update against TRL 1.12: one batch of fixed samples through `PPOTrainer.train` and through `PPO.step`.
+"""A whole PPO update against TRL 1.12: one batch of fixed samples through `PPOTrainer.train` and through ours.
 
 All of TRL's own code runs (reward model, values, KL rewards, GAE, whitening, losses, optimiser); only its sampling is
 replaced, by a table from prompt to response. Both sides start from the same random weights; reference policy, value
@@ -36,14 +36,15 @@ from trl.experimental.ppo import PPOConfig as TRLConfig
 from trl.experimental.ppo import PPOTrainer, ppo_trainer
 
 from rayrlhf.algorithms.advantages import generalized_advantages, kl_penalised_rewards, whiten
-from rayrlhf.algorithms.ppo import PPO
-from rayrlhf.config import OptimizerConfig, PPOConfig
+from rayrlhf.algorithms.registry import make_trainer
+from rayrlhf.config_rl import PPOConfig
 from rayrlhf.data.rows import Row
 from rayrlhf.models.batching import TokenBatch, collate
 from rayrlhf.models.forward import Forward
 from rayrlhf.models.loading import load_tokenizer, resolve_model
 from rayrlhf.models.logprobs import sequence_scores, token_logprobs, token_values
 from rayrlhf.models.ranks import Ranks
+from rayrlhf.sections import OptimizerConfig
 from rayrlhf.trajectory import Trajectory
 from tests.tiny import EOS, PAD, TEMPERATURE, VOCABULARY, difference, flat, gradient, recorded_gradients, tiny_models
 
@@ -192,7 +193,7 @@ def trajectories(given: Problem) -> list[Trajectory]:
 
 
 def our_update(given: Problem, batch: list[Trajectory] | None = None, **changes: Any) -> Outcome:
-    """`PPO.step` on the same samples."""
+    """`Trainer.step` on the same samples."""
     optimizer = OptimizerConfig(lr=1e-3, betas=(0.9, 0.999), eps=1e-5, max_grad_norm=1e9, schedule="constant")
     settings: dict[str, Any] = {
         "prompts_per_step": len(given.prompts),
@@ -204,9 +205,11 @@ def our_update(given: Problem, batch: list[Trajectory] | None = None, **changes:
     policy, value_model = copy.deepcopy((given.policy, given.value_model))
     start = flat(policy.parameters()), flat(value_model.parameters())
     forward_of = partial(Forward, pad_token_id=PAD, max_tokens=config.micro_batch_tokens, dtype="float32")
-    ppo = PPO(forward_of(policy), forward_of(value_model), config, Ranks(threads=1), seed=0)
-    policy_gradients, value_gradients = recorded_gradients(ppo)
-    ppo.step(batch or trajectories(given), 0)
+    rl = make_trainer(
+        config, forward_of(policy), forward_of(value_model), Ranks(threads=1), max_response_tokens=64, seed=0
+    )
+    policy_gradients, value_gradients = recorded_gradients(rl)
+    rl.step(batch or trajectories(given), 0)
     policy_change, value_change = (flat(m.parameters()) - w for m, w in zip((policy, value_model), start, strict=True))
     return Outcome(policy_change, value_change, policy_gradients, value_gradients)
 

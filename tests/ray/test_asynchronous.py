@@ -46,7 +46,7 @@ def coordinator(ray_cluster: None, reward_model: Path) -> Iterator[Remote]:
         "name": "ahead",
         "seed": 3,
         "data": {"max_prompt_tokens": 60, "max_response_tokens": RESPONSE},
-        "ppo": {
+        "rl": {
             "steps": STEPS,
             "prompts_per_step": PROMPTS,
             "samples_per_prompt": SAMPLES,

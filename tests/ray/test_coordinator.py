@@ -51,7 +51,7 @@ def config() -> Config:
         "name": "coordinator",
         "seed": 5,
         "data": {"max_prompt_tokens": MAX_PROMPT, "max_response_tokens": MAX_RESPONSE},
-        "ppo": {"prompts_per_step": 6, "samples_per_prompt": 2, "temperature": TEMPERATURE},
+        "rl": {"prompts_per_step": 6, "samples_per_prompt": 2, "temperature": TEMPERATURE},
         "resources": {
             # Two of each have to fit the two CPUs of the cluster.
             "generators": {"cpus": 0.5, "kv_cache_mib": 64, "max_num_seqs": 32},

@@ -19,7 +19,7 @@ from actors.rollouts.batch import Batch
 from actors.rollouts.coordinator import Coordinator
 from actors.rollouts.publisher import AdapterPublication
 from actors.rollouts.weight_sync import PublishedWeights
-from actors.training.ppo import PPOArguments, ppo_loop
+from actors.training.rl import RLArguments, rl_loop
 from rayrlhf.config import Config
 from rayrlhf.config_file import parse_config
 from rayrlhf.data.prompts import EncodedPrompt
@@ -46,7 +46,7 @@ def make_config(
         "seed": 5,
         "model": {"lora": lora},
         "data": {"max_prompt_tokens": MAX_PROMPT, "max_response_tokens": MAX_RESPONSE},
-        "ppo": {
+        "rl": {
             "steps": STEPS,
             "prompts_per_step": 8,
             "samples_per_prompt": 2,
@@ -114,8 +114,8 @@ def train(
     config = coordinator.config = make_config(runs_dir, **settings)
     run_dir = runs_dir / "run"
     coordinator_here = Remote("coordinator", coordinator, local=True)
-    ppo_loop(PPOArguments(config, str(run_dir), "ppo", 1, TINY, str(reward_model), coordinator_here))
-    return run_dir, read_metrics(run_dir, "ppo")
+    rl_loop(RLArguments(config, str(run_dir), "rl", 1, TINY, str(reward_model), coordinator_here))
+    return run_dir, read_metrics(run_dir, "rl")
 
 
 def interrupted(step: int, runs_dir: Path, coordinator: Watched, reward_model: Path, **settings: Any) -> None:
@@ -151,12 +151,12 @@ def test_the_generator_follows_the_learner(undisturbed: tuple[Path, list[dict[st
     """The learning rate is so high that samples of stale weights would be off by whole hundredths of a nat."""
     _, metrics, batches = undisturbed
     assert [line["step"] for line in metrics] == list(range(1, STEPS + 1))
-    assert abs(metrics[0]["ppo/kl"]) < 1e-3
+    assert abs(metrics[0]["rl/kl"]) < 1e-3
     assert all(line["memory/learner_peak_mib"] > 100 for line in metrics)
     for line, batch in zip(metrics, batches, strict=True):
-        assert line["ppo/logprob_gap/max"] < 1e-4
-        assert line["ppo/first_ratio_off_one"] < 1e-5
-        assert batch.version == line["ppo/weight_version"]
+        assert line["rl/logprob_gap/max"] < 1e-4
+        assert line["rl/first_ratio_off_one"] < 1e-5
+        assert batch.version == line["rl/weight_version"]
     for batch in batches[1:]:
         moved = [np.abs(log_ratio(t)) for t in batch.trajectories]
         assert np.concatenate(moved).mean() > 1e-2, "the policy must have moved, or this test shows nothing"
@@ -168,12 +168,12 @@ def test_the_metrics_are_those_of_the_batch(undisturbed: tuple[Path, list[dict[s
     _, metrics, batches = undisturbed
     for line, batch in zip(metrics, batches, strict=True):
         own = batch.trajectories
-        assert line["ppo/length/mean"] == pytest.approx(np.mean([len(t.response_ids) for t in own]))
+        assert line["rl/length/mean"] == pytest.approx(np.mean([len(t.response_ids) for t in own]))
         kl = np.mean([log_ratio(t).sum() for t in own])
-        assert line["ppo/kl"] == pytest.approx(kl, abs=1e-3)
+        assert line["rl/kl"] == pytest.approx(kl, abs=1e-3)
         score = np.mean([sum(t.rewards.values()) if t.finish_reason == "eos" else -1.0 for t in own])
-        assert line["ppo/score/mean"] == pytest.approx(score, abs=1e-5)
-        assert line["ppo/reward/mean"] == pytest.approx(score - 0.05 * kl, abs=1e-3)
+        assert line["rl/score/mean"] == pytest.approx(score, abs=1e-5)
+        assert line["rl/reward/mean"] == pytest.approx(score - 0.05 * kl, abs=1e-3)
 
 
 def test_the_gold_measure_is_rouge_of_the_sampled_texts(
@@ -190,8 +190,8 @@ def test_the_gold_measure_is_rouge_of_the_sampled_texts(
             text = tokenizer.decode(t.response_ids, skip_special_tokens=True)
             gold.append(scorer.score(references[t.prompt_id], text)["rougeL"].fmeasure)
         assert len(set(gold)) > 1
-        assert line["ppo/gold/mean"] == pytest.approx(np.mean(gold), abs=1e-9)
-        assert line["ppo/gold/std"] == pytest.approx(np.std(gold), abs=1e-9)
+        assert line["rl/gold/mean"] == pytest.approx(np.mean(gold), abs=1e-9)
+        assert line["rl/gold/std"] == pytest.approx(np.std(gold), abs=1e-9)
 
 
 def test_an_interrupted_loop_ends_with_the_weights_of_an_undisturbed_one(
@@ -204,7 +204,7 @@ def test_an_interrupted_loop_ends_with_the_weights_of_an_undisturbed_one(
     interrupted(2, tmp_path, coordinator, reward_model)
     run_dir = tmp_path / "run"
     assert not (run_dir / "policy").exists()
-    assert len(list((run_dir / "checkpoints" / "ppo").iterdir())) == 1  # as many as are to be kept
+    assert len(list((run_dir / "checkpoints" / "rl").iterdir())) == 1  # as many as are to be kept
     _, continued = train(tmp_path, coordinator, reward_model)
 
     assert [batch.step for batch in coordinator.seen] == [0, 1, 2]  # none trained twice
@@ -214,7 +214,7 @@ def test_an_interrupted_loop_ends_with_the_weights_of_an_undisturbed_one(
         for one, other in zip(ours.trajectories, theirs.trajectories, strict=True):
             np.testing.assert_array_equal(one.response_ids, other.response_ids)
     for line, expected in zip(continued, metrics, strict=True):
-        for name in ("ppo/kl", "ppo/score/mean", "ppo/policy_loss", "ppo/value_loss", "ppo/grad_norm", "ppo/lr"):
+        for name in ("rl/kl", "rl/score/mean", "rl/policy_loss", "rl/value_loss", "rl/grad_norm", "rl/lr"):
             assert line[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-6), name
     end, expected_end, start = (weights(path) for path in (run_dir / "policy", whole / "policy", Path(TINY)))
     assert (end - expected_end).norm() < 1e-4 * (expected_end - start).norm()
@@ -242,9 +242,9 @@ def test_an_interrupted_loop_that_runs_ahead_trains_each_prompt_once(
     for line, ages in zip(metrics, stale, strict=True):
         assert line["rollout/staleness/max"] == ages.max() <= 2
         assert line["rollout/staleness/mean"] == pytest.approx(ages.mean())
-        assert line["ppo/first_ratio_off_one"] < 1e-5
-        assert (line["ppo/logprob_gap/max"] > 1e-3) == (ages.max() > 0)
-        assert (abs(line["ppo/importance_weight/mean"] - 1.0) > 1e-4) == (ages.max() > 0)
+        assert line["rl/first_ratio_off_one"] < 1e-5
+        assert (line["rl/logprob_gap/max"] > 1e-3) == (ages.max() > 0)
+        assert (abs(line["rl/importance_weight/mean"] - 1.0) > 1e-4) == (ages.max() > 0)
 
 
 def test_with_lora_only_adapters_travel_and_training_resumes_exactly(
@@ -256,8 +256,8 @@ def test_with_lora_only_adapters_travel_and_training_resumes_exactly(
     coordinator.published.clear()
     whole, metrics = train(tmp_path / "whole", coordinator, reward_model, lora=lora, lr=1e-2)
     batches = list(coordinator.seen)
-    assert abs(metrics[0]["ppo/kl"]) < 1e-3
-    assert all(line["ppo/logprob_gap/max"] < 1e-4 for line in metrics)
+    assert abs(metrics[0]["rl/kl"]) < 1e-3
+    assert all(line["rl/logprob_gap/max"] < 1e-4 for line in metrics)
     for batch in batches[1:]:
         moved = [np.abs(log_ratio(t)) for t in batch.trajectories]
         assert np.concatenate(moved).mean() > 1e-2, "the policy must have moved, or this test shows nothing"
@@ -278,7 +278,7 @@ def test_with_lora_only_adapters_travel_and_training_resumes_exactly(
     run_dir, continued = train(tmp_path / "broken", coordinator, reward_model, lora=lora, lr=1e-2)
     assert [batch.step for batch in coordinator.seen] == list(range(STEPS))
     for line, expected in zip(continued, metrics, strict=True):
-        for key in ("ppo/kl", "ppo/policy_loss", "ppo/value_loss", "ppo/grad_norm"):
+        for key in ("rl/kl", "rl/policy_loss", "rl/value_loss", "rl/grad_norm"):
             assert line[key] == pytest.approx(expected[key], rel=1e-3, abs=1e-6), key
     ended, expected_end, began = (weights(path) for path in (run_dir / "policy", whole / "policy", Path(TINY)))
     assert (ended - expected_end).norm() < 1e-4 * (expected_end - began).norm()
@@ -297,7 +297,7 @@ def test_a_model_that_its_last_update_broke_is_not_kept(
     coordinator: Watched, reward_model: Path, tmp_path: Path
 ) -> None:
     """A step of one update, whose gradient is finite and whose learning rate is beyond float32."""
-    with pytest.raises(FloatingPointError, match="ppo: the policy has weights that are not finite") as raised:
+    with pytest.raises(FloatingPointError, match="rl: the policy has weights that are not finite") as raised:
         train(tmp_path, coordinator, reward_model, lr=1e39, updates=1)
-    assert not list((tmp_path / "run" / "checkpoints" / "ppo").glob("*"))
+    assert not list((tmp_path / "run" / "checkpoints" / "rl").glob("*"))
     assert "there was no checkpoint yet" in str(raised.value)

@@ -29,8 +29,8 @@ from actors.pools.monitoring import CONTROL, ExportingWriter, Gauges
 from actors.pools.remote import Remote, namespace, wait
 from actors.rollouts.coordinator import Coordinator
 from actors.rollouts.weight_sync import publish_directory
-from actors.training.ppo import PPOArguments, ppo_loop
 from actors.training.reward_model import RewardModelArguments, reward_model_loop
+from actors.training.rl import RLArguments, rl_loop
 from actors.training.sft import DevPrompt, SFTArguments, sft_loop
 from rayrlhf.config import Config
 from rayrlhf.config_file import parse_config
@@ -69,8 +69,8 @@ class Loops:
         gauges.set("weight_version", 4, actor="generator-1")
         with tempfile.TemporaryDirectory() as directory:
             writer = ExportingWriter(directory, "forgetful")
-            writer.write("ppo", 0, {"idle/generator-0": 0.5, "idle/scorer-0": 0.75})
-            writer.write("ppo", 1, {"idle/generator-1": 0.25, "idle/scorer-0": 0.5})
+            writer.write("rl", 0, {"idle/generator-0": 0.5, "idle/scorer-0": 0.75})
+            writer.write("rl", 1, {"idle/generator-1": 0.25, "idle/scorer-0": 0.5})
             writer.close()
 
 
@@ -102,7 +102,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
         "data": {"max_prompt_tokens": 96, "max_response_tokens": RESPONSE},
         "sft": {"batch_size": 2},
         "reward_model": {"prompts_per_batch": 2},
-        "ppo": {"steps": 2, "prompts_per_step": 3, "samples_per_prompt": 2, "epochs": 1, "max_staleness": 1},
+        "rl": {"steps": 2, "prompts_per_step": 3, "samples_per_prompt": 2, "epochs": 1, "max_staleness": 1},
         "resources": {"generators": {"kv_cache_mib": 64, "max_num_seqs": 32}, "call_timeout_s": 600},
     }
     return parse_config(settings, "test")
@@ -132,11 +132,9 @@ def coordinator(cluster: None, config: Config, tmp_path_factory: pytest.TempPath
     remote.call("start_generators", timeout_s=600)
     prompts = [EncodedPrompt(record.id, tuple(own)) for record, own in zip(records, ids, strict=True)]
     remote.call("set_prompts", prompts, Sampling(0.7, RESPONSE, tokenizer.eos_token_id), timeout_s=600)
-    arguments = PPOArguments(
-        config, str(Path(config.runs_dir) / config.name), "ppo", 1, TINY, str(reward_model), remote
-    )
+    arguments = RLArguments(config, str(Path(config.runs_dir) / config.name), "rl", 1, TINY, str(reward_model), remote)
     loops = Remote.spawn("loops", Loops, local=False, options={"num_cpus": 0})
-    loops.call("run", ppo_loop, arguments, timeout_s=600)
+    loops.call("run", rl_loop, arguments, timeout_s=600)
     loops.call("set_and_forget", timeout_s=600)
     # The last weights of an asynchronous PPO need not reach a generator: nothing is sampled from them.
     version = remote.call("next_version", timeout_s=600)
@@ -180,7 +178,7 @@ def scrape() -> dict[str, list[tuple[Labels, float]]]:
 def scraped(coordinator: Remote, other_loops: Remote, config: Config) -> dict[str, list[tuple[Labels, float]]]:
     """A scrape with the end of all three stages and a status of the coordinator since then."""
     run_dir = Path(config.runs_dir) / config.name
-    last = {stage: read_metrics(run_dir, stage)[-1]["step"] for stage in ("sft", "reward_model", "ppo")}
+    last = {stage: read_metrics(run_dir, stage)[-1]["step"] for stage in ("sft", "reward_model", "rl")}
     deadline = time.monotonic() + 600
     while late := missing(found := scrape(), last):
         assert time.monotonic() < deadline, (late, sorted(name for name in found if "rayrlhf" in name))
@@ -217,18 +215,18 @@ def value(scraped: Mapping[str, list[tuple[Labels, float]]], name: str, **labels
 
 def test_gauges_are_what_the_loop_wrote_last(scraped: Mapping[str, list[tuple[Labels, float]]], config: Config) -> None:
     run_dir = Path(config.runs_dir) / config.name
-    last = read_metrics(run_dir, "ppo")[-1]
+    last = read_metrics(run_dir, "rl")[-1]
     assert last["step"] == 2
-    for name in ("ppo/kl", "ppo/reward/mean", "ppo/gold/mean", "time/sync", "throughput/tokens_per_s"):
-        ours = value(scraped, name.replace("/", "_"), run="watched", stage="ppo")
+    for name in ("rl/kl", "rl/reward/mean", "rl/gold/mean", "time/sync", "throughput/tokens_per_s"):
+        ours = value(scraped, name.replace("/", "_"), run="watched", stage="rl")
         assert ours == pytest.approx(last[name], rel=1e-6), name
     for actor in ("learner", "generator-0", "scorer-0"):
-        assert value(scraped, "idle", run="watched", stage="ppo", actor=actor) == pytest.approx(last[f"idle/{actor}"])
+        assert value(scraped, "idle", run="watched", stage="rl", actor=actor) == pytest.approx(last[f"idle/{actor}"])
     assert value(scraped, "step", run="watched", stage="sft") == 3 == read_metrics(run_dir, "sft")[-1]["step"]
     assert value(scraped, "reward_model_reward_bias", run="watched") == pytest.approx(
         read_metrics(run_dir, "reward_model")[-1]["reward_model/reward_bias"]
     )
-    assert STARTED < value(scraped, "step_time_seconds", run="watched", stage="ppo") < time.time()
+    assert STARTED < value(scraped, "step_time_seconds", run="watched", stage="rl") < time.time()
 
 
 def test_gauges_of_the_coordinator(scraped: Mapping[str, list[tuple[Labels, float]]]) -> None:
@@ -298,7 +296,7 @@ def test_status_of_a_run_from_the_command_line(coordinator: Remote, config: Conf
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in result.stdout.splitlines()]
     shown = {row[0]: row[1:] for row in rows if row}
     (node,) = ray.nodes()
-    assert shown["ppo"][:2] == ["done", "2/2"]
+    assert shown["rl"][:2] == ["done", "2/2"]
     assert shown["generator-0"][:2] == ["alive", "3"] and shown["generator-0"][3] == node["NodeID"][:8]
     assert shown["coordinator"][0] == shown["scorer-0"][0] == "alive"
     assert "weights published: 3" in result.stdout

@@ -64,7 +64,7 @@ def test_a_lost_node_costs_its_unfinished_prompts_a_second_try(
         "name": f"spot{staleness}",
         "seed": 5,
         "data": {"max_prompt_tokens": 60, "max_response_tokens": RESPONSE},
-        "ppo": {"prompts_per_step": 12, "samples_per_prompt": 2, "steps": STEPS, "max_staleness": staleness},
+        "rl": {"prompts_per_step": 12, "samples_per_prompt": 2, "steps": STEPS, "max_staleness": staleness},
         "resources": {
             "generators": {"count": 2, "cpus": 1, "labels": GENERATOR, "kv_cache_mib": 64, "max_num_seqs": 2},
             "scorers": {"cpus": 1},

@@ -33,7 +33,7 @@ def coordinator(ray_cluster: None, tmp_path_factory: Any) -> Iterator[Remote]:
         "name": "scaled",
         "seed": 5,
         "data": {"max_prompt_tokens": 60, "max_response_tokens": 24},
-        "ppo": {"prompts_per_step": 6, "samples_per_prompt": 2, "steps": 9, "max_staleness": 1},
+        "rl": {"prompts_per_step": 6, "samples_per_prompt": 2, "steps": 9, "max_staleness": 1},
         "resources": {
             # Two of each have to fit the two CPUs of the cluster.
             "generators": {"cpus": 0.5, "kv_cache_mib": 64, "max_num_seqs": 8},

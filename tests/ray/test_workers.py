@@ -47,7 +47,7 @@ def die_once(directory: Path) -> None:
 
 def diverging_loop(arguments: LoopArguments) -> None:
     """A weight that grows until its square overflows float32; a checkpoint a step, attempts counted in a file."""
-    with Loop("ppo", arguments) as loop:
+    with Loop("rl", arguments) as loop:
         with (Path(arguments.run_dir) / f"attempts-{loop.ranks.rank}").open("a") as file:
             file.write("x")
         weight = torch.tensor(1.0)
@@ -90,8 +90,8 @@ def test_not_finite_stops_at_once_and_names_the_last_checkpoint(workers: Workers
     run_dir.mkdir()
     workers.train(write_pid, (tmp_path, "before"))
     with pytest.raises(FloatingPointError) as raised:
-        workers.train(diverging_loop, LoopArguments(config(tmp_path), str(run_dir), "ppo", 2))
-    kept = run_dir / "checkpoints" / "ppo" / "checkpoint_000000"
+        workers.train(diverging_loop, LoopArguments(config(tmp_path), str(run_dir), "rl", 2))
+    kept = run_dir / "checkpoints" / "rl" / "checkpoint_000000"
     assert str(raised.value) == f"the gradient norm is inf; the last good checkpoint is {kept}"
     assert torch.load(kept / "state.pt", weights_only=True) == {"weight": pytest.approx(1e10), "step": 1}
     assert [(run_dir / f"attempts-{rank}").read_text() for rank in range(2)] == ["x", "x"]
@@ -118,10 +118,10 @@ def test_a_task_whose_worker_dies_is_done_again_by_new_ones(workers: Workers, tm
 
 def test_in_this_process_without_a_checkpoint_it_says_so(tmp_path: Path) -> None:
     def loop(arguments: LoopArguments) -> None:
-        with Loop("ppo", arguments):
+        with Loop("rl", arguments):
             raise FloatingPointError("a score of the batch is not finite")
 
     with pytest.raises(FloatingPointError, match="is not finite; there was no checkpoint yet"):
         Workers(config(tmp_path).resources.learner, "", "", local=True).train(
-            loop, LoopArguments(config(tmp_path), str(tmp_path / "run"), "ppo", 2)
+            loop, LoopArguments(config(tmp_path), str(tmp_path / "run"), "rl", 2)
         )

@@ -11,11 +11,11 @@ from rayrlhf.config_file import parse_config
 from rayrlhf.reports.alarms import ALARMS, alarms
 
 START: dict[str, Any] = {
-    "ppo/score/mean": 0.5,
-    "ppo/score/std": 0.4,
-    "ppo/length/mean": 20.0,
-    "ppo/entropy": 3.0,
-    "ppo/kl": 0.0,
+    "rl/score/mean": 0.5,
+    "rl/score/std": 0.4,
+    "rl/length/mean": 20.0,
+    "rl/entropy": 3.0,
+    "rl/kl": 0.0,
 }
 
 
@@ -28,8 +28,8 @@ def with_limits(**limits: float | None) -> Config:
     [
         {},
         {"sft/loss": 3.0},
-        {"ppo/logprob_gap/mean": None},  # not finite: that is another warning
-        {"ppo/logprob_gap/mean": 1.0, "rollout/staleness/max": 1.0},  # of another policy
+        {"rl/logprob_gap/mean": None},  # not finite: that is another warning
+        {"rl/logprob_gap/mean": 1.0, "rollout/staleness/max": 1.0},  # of another policy
         {"non_finite": {}, "rollout/replacements": 0.0},
         START,
     ],
@@ -41,16 +41,16 @@ def test_nothing_to_warn_of(metrics: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("limit", "value", "metric", "healthy", "beyond", "said"),
     [
-        ("max_logprob_gap", 0.05, "ppo/logprob_gap/mean", 0.05, 0.0512, "0.0512 nats a token"),
-        ("max_first_ratio_off_one", 0.01, "ppo/first_ratio_off_one", 0.01, 0.011, "off 1 by 0.011"),
-        ("max_kl", 10.0, "ppo/kl", 10.0, 10.1, "10.1 nats a response"),
-        ("max_negative_kl", 1.0, "ppo/kl", -1.0, -1.01, "-1.01 nats"),
-        ("max_score_drop", 1.0, "ppo/score/mean", 0.11, 0.09, "to 0.090 from 0.500"),  # 0.5 - 1.0 x 0.4
-        ("min_score_spread", 0.1, "ppo/score/std", 0.041, 0.039, "0.039, 0.4 at the start"),
-        ("min_length", 0.5, "ppo/length/mean", 10.0, 9.9, "9.9 tokens from 20.0"),
-        ("min_eos_rate", 0.5, "ppo/eos_rate", 0.5, 0.48, "only 48% of"),
-        ("min_entropy", 0.2, "ppo/entropy", 0.61, 0.59, "0.590 nats a token from 3.000"),
-        ("max_clip_fraction", 0.5, "ppo/clip_fraction", 0.5, 0.55, "55% of the tokens"),
+        ("max_logprob_gap", 0.05, "rl/logprob_gap/mean", 0.05, 0.0512, "0.0512 nats a token"),
+        ("max_first_ratio_off_one", 0.01, "rl/first_ratio_off_one", 0.01, 0.011, "off 1 by 0.011"),
+        ("max_kl", 10.0, "rl/kl", 10.0, 10.1, "10.1 nats a response"),
+        ("max_negative_kl", 1.0, "rl/kl", -1.0, -1.01, "-1.01 nats"),
+        ("max_score_drop", 1.0, "rl/score/mean", 0.11, 0.09, "to 0.090 from 0.500"),  # 0.5 - 1.0 x 0.4
+        ("min_score_spread", 0.1, "rl/score/std", 0.041, 0.039, "0.039, 0.4 at the start"),
+        ("min_length", 0.5, "rl/length/mean", 10.0, 9.9, "9.9 tokens from 20.0"),
+        ("min_eos_rate", 0.5, "rl/eos_rate", 0.5, 0.48, "only 48% of"),
+        ("min_entropy", 0.2, "rl/entropy", 0.61, 0.59, "0.590 nats a token from 3.000"),
+        ("max_clip_fraction", 0.5, "rl/clip_fraction", 0.5, 0.55, "55% of the tokens"),
     ],
 )
 def test_each_limit(limit: str, value: float, metric: str, healthy: float, beyond: float, said: str) -> None:
@@ -67,14 +67,14 @@ def test_every_limit_of_the_config_is_watched() -> None:
 
 
 def test_a_run_without_its_first_step_is_not_compared_with_it() -> None:
-    metrics = {"ppo/score/mean": -9.0, "ppo/score/std": 0.0, "ppo/length/mean": 1.0, "ppo/entropy": 0.0}
+    metrics = {"rl/score/mean": -9.0, "rl/score/std": 0.0, "rl/length/mean": 1.0, "rl/entropy": 0.0}
     assert alarms(metrics, with_limits(), {}) == []
 
 
 def test_numbers_that_are_not_finite_are_named() -> None:
-    metrics = {"ppo/kl": None, "ppo/value_loss": None, "non_finite": {"ppo/kl": "nan", "ppo/value_loss": "inf"}}
+    metrics = {"rl/kl": None, "rl/value_loss": None, "non_finite": {"rl/kl": "nan", "rl/value_loss": "inf"}}
     (line,) = alarms(metrics, with_limits(), START)
-    assert "ppo/kl, ppo/value_loss" in line and "learning rate" in line
+    assert "rl/kl, rl/value_loss" in line and "learning rate" in line
 
 
 def test_replaced_actors_are_counted() -> None:
@@ -83,6 +83,6 @@ def test_replaced_actors_are_counted() -> None:
 
 
 def test_several_at_once_are_several_lines() -> None:
-    metrics = {"ppo/logprob_gap/mean": 1.0, "rollout/replacements": 1.0, "non_finite": {"ppo/kl": "nan"}}
+    metrics = {"rl/logprob_gap/mean": 1.0, "rollout/replacements": 1.0, "non_finite": {"rl/kl": "nan"}}
     lines = alarms(metrics, with_limits(), START)
     assert len(lines) == 3 and not any("\n" in line for line in lines)

@@ -25,7 +25,7 @@ def filled(text: str) -> Callable[[Path], None]:
 
 
 def checkpoints(path: Path | str, keep: int = 2) -> Checkpoints:
-    return Checkpoints(RunFolder(path), "ppo-1a2b", keep)
+    return Checkpoints(RunFolder(path), "rl-1a2b", keep)
 
 
 def flip(path: Path, bit: int) -> None:
@@ -91,7 +91,7 @@ def test_all_damaged_is_an_error_that_loses_nothing(tmp_path: Path) -> None:
         (own.read(own.numbers()[-1]) / "state.pt").unlink()
     with pytest.raises(UserError, match=r"no checkpoint is whole: .*000001 is damaged.*000000 is damaged") as raised:
         checkpoints(tmp_path).newest()
-    assert f"delete {tmp_path}/checkpoints/ppo-1a2b to start the stage anew" in str(raised.value)
+    assert f"delete {tmp_path}/checkpoints/rl-1a2b to start the stage anew" in str(raised.value)
     assert own.numbers() == [0, 1]
 
 
@@ -105,7 +105,7 @@ def test_a_writer_that_fails_leaves_nothing(tmp_path: Path) -> None:
 
     with pytest.raises(OSError):
         own.save(fail)
-    assert [path.name for path in (tmp_path / "checkpoints" / "ppo-1a2b").iterdir()] == ["checkpoint_000000"]
+    assert [path.name for path in (tmp_path / "checkpoints" / "rl-1a2b").iterdir()] == ["checkpoint_000000"]
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +130,6 @@ def test_in_a_store(server: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     shutil.rmtree(tmp_path / "one")
     assert own.newest() == (2, []) and (own.read(2) / "state.pt").read_text() == "c" * 100
-    assert {name.split("/")[0] for name in server.objects("runs/kept/checkpoints/ppo-1a2b/")} == {
+    assert {name.split("/")[0] for name in server.objects("runs/kept/checkpoints/rl-1a2b/")} == {
         "checkpoint_000001", "checkpoint_000002"
     }  # fmt: skip

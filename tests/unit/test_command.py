@@ -64,7 +64,7 @@ def check(calls: dict[tuple[str, ...], tuple[int, str]], directory: Path) -> Non
 def test_help_of_every_command(tmp_path: Path) -> None:
     group = typer.main.get_command(app)
     assert set(COMMANDS) <= set(group.commands)  # type: ignore[attr-defined]
-    names = sorted(group.commands)  # type: ignore[attr-defined]
+    names = sorted(name for name, each in group.commands.items() if not each.hidden)  # type: ignore[attr-defined]
     check({("--help",): (0, "Usage: rayrlhf"), **{(n, "--help"): (0, f"Usage: rayrlhf {n}") for n in names}}, tmp_path)
     for _, out, err, slow in run([[]], tmp_path):
         assert all(name in out + err for name in names) and not slow
@@ -73,6 +73,8 @@ def test_help_of_every_command(tmp_path: Path) -> None:
 def test_the_document_has_every_command_and_option() -> None:
     text = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
     for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+        if command.hidden:
+            continue
         assert f"`rayrlhf {name} " in text, name
         for option in command.params:
             if option.param_type_name == "option":
@@ -82,16 +84,17 @@ def test_the_document_has_every_command_and_option() -> None:
 def test_a_mistake_in_the_config_is_one_line_of_every_stage(tmp_path: Path) -> None:
     calls: dict[tuple[str, ...], tuple[int, str]] = {}
     for file, override, words in (
-        ("nowhere.yaml", "ppo.steps=3", "nowhere.yaml: no such config file"),
-        (QUICKSTART, "ppo.stepz=3", "unknown key 'ppo.stepz'; did you mean 'steps'?"),
-        (QUICKSTART, "ppo.steps=many", "key 'ppo.steps': input should be a valid integer"),
-        (QUICKSTART, "ppo.steps", "write key.sub=value"),
+        ("nowhere.yaml", "rl.steps=3", "nowhere.yaml: no such config file"),
+        (QUICKSTART, "rl.stepz=3", "unknown key 'rl.stepz'; did you mean 'steps'?"),
+        (QUICKSTART, "rl.steps=many", "key 'rl.steps': input should be a valid integer"),
+        (QUICKSTART, "rl.steps", "write key.sub=value"),
     ):
         for command in [*STAGE_COMMANDS, "config"]:
             calls[command, file, override] = (2, words)
-        calls["submit", "ppo", file, override, "--working-dir", "/"] = (2, words)
+        calls["submit", "rl", file, override, "--working-dir", "/"] = (2, words)
+    calls["ppo", QUICKSTART, "ppo.steps=3", "--local"] = (2, "the stage ppo is rl now")
     calls["sweep", "nowhere.yaml"] = (2, "nowhere.yaml: no such sweep file")
-    calls["sweep", str(ROOT / "configs/sweeps/quickstart_ppo.yaml"), "ppo.stepz=3"] = (2, "unknown key 'ppo.stepz'")
+    calls["sweep", str(ROOT / "configs/sweeps/quickstart_ppo.yaml"), "rl.stepz=3"] = (2, "unknown key 'rl.stepz'")
     check(calls, tmp_path)
 
 
@@ -100,7 +103,7 @@ def test_a_starter_and_its_whole_config(tmp_path: Path) -> None:
         {
             ("init", "mine"): (0, "written: mine/config.yaml mine/README.md"),
             ("init", "."): (0, "written: config.yaml README.md"),
-            ("config", "mine/config.yaml", "ppo.steps=5"): (0, "  steps: 5  # command line\n"),
+            ("config", "mine/config.yaml", "rl.steps=5"): (0, "  steps: 5  # command line\n"),
             ("init", "mine/"): (2, "mine/config.yaml: exists already"),
         },
         tmp_path,
@@ -116,20 +119,20 @@ def test_the_shell_completes_commands_and_options(tmp_path: Path) -> None:
         ).stdout  # fmt: skip
 
     assert completed("rayrlhf re").split() == ["reward-model"]
-    assert "--local" in completed("rayrlhf ppo --")
+    assert "--local" in completed("rayrlhf rl --")
 
 
 def test_a_look_at_runs(tmp_path: Path) -> None:
     run_folder = tmp_path / "runs" / "one"
     run_folder.mkdir(parents=True)
     (run_folder / "config.yaml").write_text("name: one\n")
-    lines = [{"stage": "ppo", "step": step, "time": 1e9 + step, "ppo/kl": 50.0 * step} for step in (1, 2)]
+    lines = [{"stage": "rl", "step": step, "time": 1e9 + step, "rl/kl": 50.0 * step} for step in (1, 2)]
     (run_folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     check(
         {
             ("runs",): (0, "not running"),
             ("runs", "nowhere"): (2, "nowhere: no such directory"),
-            ("status", "runs/one"): (0, "ppo step 2: the policy is 100.0 nats"),
+            ("status", "runs/one"): (0, "rl step 2: the policy is 100.0 nats"),
             ("status", "runs/two"): (2, "two: no run folder"),
             ("scale", "runs/one"): (2, "say how many"),
             ("scale", "runs/one", "--generators", "2"): (2, "nobody works on runs/one"),

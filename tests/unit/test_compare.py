@@ -35,19 +35,19 @@ Z = 1.959964
 def step_line(step: int, seed: int) -> dict[str, Any]:
     """Proxy and KL rise by steps of fixed size, gold rises and falls; seeds are shifted against each other."""
     return {
-        "stage": "ppo",
+        "stage": "rl",
         "step": step,
-        "ppo/score/mean": 0.1 * step + seed,
-        "ppo/score/std": 2.0,
-        "ppo/gold/mean": 0.2 + 0.01 * step * (8 - step),
-        "ppo/gold/std": 0.5,
-        "ppo/kl": 0.25 * step**2,
-        "ppo/kl_std": 1.0,
-        "ppo/length/mean": 20.0 + seed,
-        "ppo/length/std": 4.0,
-        "ppo/eos_rate": 0.9,
-        "ppo/entropy": 3.0 - 0.1 * step,
-        "ppo/responses": 64,
+        "rl/score/mean": 0.1 * step + seed,
+        "rl/score/std": 2.0,
+        "rl/gold/mean": 0.2 + 0.01 * step * (8 - step),
+        "rl/gold/std": 0.5,
+        "rl/kl": 0.25 * step**2,
+        "rl/kl_std": 1.0,
+        "rl/length/mean": 20.0 + seed,
+        "rl/length/std": 4.0,
+        "rl/eos_rate": 0.9,
+        "rl/entropy": 3.0 - 0.1 * step,
+        "rl/responses": 64,
         "time/generate": 1.0 + seed,
         "time/score": 0.5,
         "time/learn": 2.0,
@@ -64,7 +64,7 @@ def interval(mean: float) -> dict[str, float]:
 def make_run(folder: Path, seed: int, steps: int = 9, **config: Any) -> Path:
     """A finished run as the pipeline leaves it, as far as `compare` reads it."""
     folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump({"name": folder.name, "seed": seed, "ppo": config}))
+    (folder / "config.yaml").write_text(yaml.safe_dump({"name": folder.name, "seed": seed, "rl": config}))
     rng = np.random.default_rng(seed)
     columns: dict[str, Any] = {"id": [f"p{i}" for i in range(N)]}
     for measure, scale in (("reward", 1.0), ("gold", 0.1), ("length", 5.0)):
@@ -81,7 +81,7 @@ def make_run(folder: Path, seed: int, steps: int = 9, **config: Any) -> Path:
     }
     (folder / "evaluation.json").write_text(json.dumps(evaluation))
     lines: list[dict[str, Any]] = [step_line(step, seed) for step in range(steps)]
-    lines.append({"stage": "run", "step": 3, "time/ppo": 30.0 + 10 * seed})
+    lines.append({"stage": "run", "step": 3, "time/rl": 30.0 + 10 * seed})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
@@ -147,12 +147,12 @@ def test_differences_of_each_run_and_pooled(folders: list[Path]) -> None:
 def test_time_tables(folders: list[Path]) -> None:
     text = markdown(read_runs(folders))
     stages = rows(text, "## Time")
-    assert stages["ppo"] == ["40 (30 to 50)", "2,000 (1,000 to 3,000)"]
+    assert stages["rl"] == ["40 (30 to 50)", "2,000 (1,000 to 3,000)"]
     assert stages["sft"] == ["–", "–"]
-    phases = rows(text, "| phase of a PPO step")
+    phases = rows(text, "| phase of a RL step")
     assert phases["generate"] == ["2.00 (1.00 to 3.00)"]
     assert phases["learn"] == ["2.00 (2.00 to 2.00)"]
-    assert rows(markdown(read_runs(folders[:1])), "| phase of a PPO step")["step"] == ["4.00"]
+    assert rows(markdown(read_runs(folders[:1])), "| phase of a RL step")["step"] == ["4.00"]
 
 
 def test_one_run_has_its_intervals_over_prompts(folders: list[Path]) -> None:
@@ -166,7 +166,7 @@ def test_configs_that_differ_are_named(folders: list[Path], tmp_path: Path) -> N
     assert "Not only the seed differs" not in markdown(read_runs(folders))
     other = make_run(tmp_path / "other", 5, steps=4, kl={"coefficient": 0.1}, lr=1)
     text = markdown(read_runs([folders[0], other]))
-    assert "**Not only the seed differs**: ppo.kl.coefficient (not set, 0.1), ppo.lr (not set, 1)." in text
+    assert "**Not only the seed differs**: rl.kl.coefficient (not set, 0.1), rl.lr (not set, 1)." in text
 
 
 def test_runs_of_before_lengths_and_p_values(folders: list[Path]) -> None:
@@ -245,7 +245,7 @@ def test_proxy_and_gold_part_over_kl() -> None:
 
 
 def test_what_older_runs_lack_is_left_out() -> None:
-    new = ("ppo/gold/mean", "ppo/gold/std", "ppo/kl_std", "ppo/length/std", "ppo/responses")
+    new = ("rl/gold/mean", "rl/gold/std", "rl/kl_std", "rl/length/std", "rl/responses")
     lines = [{k: v for k, v in step_line(step, 0).items() if k not in new} for step in range(9)]
     figure = compare_figure([lines], {})
     titles = {axes.get_title(loc="left") for axes in figure.axes}
@@ -292,7 +292,7 @@ def broken(folder: Path, kind: str) -> None:
         ("torn", "seed1 cannot be read"),
         ("foreign", "seed1 cannot be read"),
         ("no samples", "seed1 cannot be read"),
-        ("no steps", "seed1 has no PPO steps in metrics.jsonl"),
+        ("no steps", "seed1 has no RL steps in metrics.jsonl"),
         ("other prompts", "seed1 was evaluated on other prompts than .*seed0 .7 and 12, 7 of them the same"),
     ],
 )

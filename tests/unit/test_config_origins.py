@@ -13,7 +13,7 @@ from rayrlhf.errors import UserError
 ROOT = Path(__file__).parents[2]
 MINE = """\
 name: mine
-ppo:
+rl:
   steps: 3
   optimizer: {lr: 2.0e-4, betas: [0.9, 0.999]}
 resources:
@@ -30,7 +30,7 @@ def origin(text: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_the_output_is_the_same_config_as_the_input(tmp_path: Path, config: Path) -> None:
-    overrides = ["seed=7", "ppo.kl={coefficient: 0.1}", "resources.scorers.labels={rayrlhf.io/role: generator}"]
+    overrides = ["seed=7", "rl.kl={coefficient: 0.1}", "resources.scorers.labels={rayrlhf.io/role: generator}"]
     (tmp_path / "all.yaml").write_text(annotated(config, overrides))
     assert load_config(tmp_path / "all.yaml") == load_config(config, overrides)
     again = origin(annotated(tmp_path / "all.yaml", []))
@@ -40,7 +40,7 @@ def test_the_output_is_the_same_config_as_the_input(tmp_path: Path, config: Path
 def test_each_value_says_where_it_is_from(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(MINE)
-    found = origin(annotated(file, ["ppo.steps=5", "sft.epochs=2"]))
+    found = origin(annotated(file, ["rl.steps=5", "sft.epochs=2"]))
     assert found["name: mine"] == f"{file}:1"
     assert found["seed: 0"] == "default"
     assert found["steps: 5"] == "command line", "the later one"
@@ -51,26 +51,26 @@ def test_each_value_says_where_it_is_from(tmp_path: Path) -> None:
 
 def test_an_override_of_a_section_replaces_it_whole(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
-    file.write_text("name: mine\nppo:\n  kl: {coefficient: 0.2, target: 5.0}\n")
-    found = origins(file, ["ppo.kl={coefficient: 0.1}"])
-    assert found["ppo", "kl", "coefficient"] == "command line"
-    assert ("ppo", "kl", "target") not in found
-    assert "target: 6.0  # default" in annotated(file, ["ppo.kl={coefficient: 0.1}"])
+    file.write_text("name: mine\nrl:\n  kl: {coefficient: 0.2, target: 5.0}\n")
+    found = origins(file, ["rl.kl={coefficient: 0.1}"])
+    assert found["rl", "kl", "coefficient"] == "command line"
+    assert ("rl", "kl", "target") not in found
+    assert "target: 6.0  # default" in annotated(file, ["rl.kl={coefficient: 0.1}"])
 
 
 def test_keys_of_a_yaml_merge_have_the_line_where_they_stand(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(
         "name: mine\nsft:\n  optimizer: &base\n    lr: 1.0e-4\n    eps: 1.0e-6\n"
-        "ppo:\n  optimizer:\n    <<: *base\n    lr: 2.0e-4\n"
+        "rl:\n  optimizer:\n    <<: *base\n    lr: 2.0e-4\n"
     )
     found = origins(file, [])
-    assert found["ppo", "optimizer", "eps"] == f"{file}:5"
-    assert found["ppo", "optimizer", "lr"] == f"{file}:9"
+    assert found["rl", "optimizer", "eps"] == f"{file}:5"
+    assert found["rl", "optimizer", "lr"] == f"{file}:9"
 
 
 def test_mistakes_are_those_of_every_command(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such config file"):
         annotated(tmp_path / "nowhere.yaml", [])
-    with pytest.raises(UserError, match="unknown key 'ppo.stepz'"):
-        annotated(ROOT / "configs" / "quickstart.yaml", ["ppo.stepz=1"])
+    with pytest.raises(UserError, match="unknown key 'rl.stepz'"):
+        annotated(ROOT / "configs" / "quickstart.yaml", ["rl.stepz=1"])

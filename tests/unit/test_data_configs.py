@@ -8,6 +8,7 @@ import pytest
 from transformers import AutoConfig
 
 from rayrlhf.config_file import load_config
+from rayrlhf.config_rl import PPOConfig
 from rayrlhf.data.formats import FORMATS
 from rayrlhf.data.tokens import check_context
 from rayrlhf.rewards.labellers import LABELLERS
@@ -35,8 +36,9 @@ def test_config_is_valid_and_names_what_exists(path: Path) -> None:
     assert FORMATS[sources[0].format].demonstration
     assert all(FORMATS[source.format].comparison for source in sources[1:])
     assert config.collect.labeller.kind in LABELLERS
-    # Without comparisons of its own, the reward model needs a share of the posts.
-    assert config.data.comparisons is not None or config.data.reward_model_fraction > 0
+    # Without comparisons of its own, a reward model needs a share of the posts.
+    given = config.data.comparisons is not None or not config.trains_reward_model
+    assert given or config.data.reward_model_fraction > 0
     check_context(config.data.max_prompt_tokens, config.data.max_response_tokens, CONTEXT[config.model.path])
 
 
@@ -50,14 +52,15 @@ def test_quickstart_needs_nothing_but_two_cores() -> None:
 def test_tldr_has_the_published_settings() -> None:
     """Huang et al. 2024, The N+ Implementation Details of RLHF with PPO."""
     config = load_config(ROOT / "configs/tldr_opt_125m.yaml")
-    ppo = config.ppo
-    assert {config.sft.optimizer, config.reward_model.optimizer, ppo.optimizer} == {ppo.optimizer}
-    assert (ppo.optimizer.lr, ppo.optimizer.eps, ppo.optimizer.weight_decay) == (3e-6, 1e-5, 0.0)
-    assert (ppo.optimizer.schedule, ppo.optimizer.max_grad_norm) == ("linear", 1.0)
+    rl = config.rl
+    assert isinstance(rl, PPOConfig)
+    assert {config.sft.optimizer, config.reward_model.optimizer, rl.optimizer} == {rl.optimizer}
+    assert (rl.optimizer.lr, rl.optimizer.eps, rl.optimizer.weight_decay) == (3e-6, 1e-5, 0.0)
+    assert (rl.optimizer.schedule, rl.optimizer.max_grad_norm) == ("linear", 1.0)
     assert (config.sft.batch_size, config.reward_model.prompts_per_batch, config.reward_model.epochs) == (128, 64, 1)
-    assert ppo.prompts_per_step * ppo.samples_per_prompt == 512 and ppo.steps * 512 == pytest.approx(1e6, rel=1e-3)
-    assert (ppo.epochs, ppo.minibatches, ppo.temperature) == (4, 1, 0.7)
-    assert (ppo.clip_range, ppo.value_clip_range, ppo.value_coefficient) == (0.2, 0.2, 0.1)
-    assert (ppo.gamma, ppo.lam, ppo.missing_eos_reward) == (1.0, 0.95, -1.0)
-    assert (ppo.kl.coefficient, ppo.kl.adaptive) == (0.05, False)
+    assert rl.prompts_per_step * rl.samples_per_prompt == 512 and rl.steps * 512 == pytest.approx(1e6, rel=1e-3)
+    assert (rl.epochs, rl.minibatches, rl.temperature) == (4, 1, 0.7)
+    assert (rl.clip_range, rl.value_clip_range, rl.value_coefficient) == (0.2, 0.2, 0.1)
+    assert (rl.gamma, rl.lam, rl.missing_eos_reward) == (1.0, 0.95, -1.0)
+    assert (rl.kl.coefficient, rl.kl.adaptive) == (0.05, False)
     assert (config.data.max_prompt_tokens, config.data.max_response_tokens) == (512, 53)

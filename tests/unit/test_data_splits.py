@@ -23,7 +23,7 @@ DATA = DataConfig(sft_fraction=0.5, reward_model_fraction=0.2, dev_fraction=0.25
 def test_shares_are_those_of_the_config() -> None:
     splits = split_train(RECORDS, DATA)
     # Binomial with n = 4000: five standard deviations are at most 158 records.
-    for split, share in ((splits.sft, 0.5), (splits.reward_model, 0.2), (splits.ppo, 0.3)):
+    for split, share in ((splits.sft, 0.5), (splits.reward_model, 0.2), (splits.rl, 0.3)):
         assert abs(len(split) - share * 4000) < 160
     dev, test = split_valid(RECORDS, DATA)
     assert abs(len(dev) - 1000) < 140 and len(dev) + len(test) == 4000
@@ -38,7 +38,7 @@ def test_place_depends_neither_on_order_nor_on_other_records(rng: random.Random)
     some = rng.sample(RECORDS, 50)
     whole, part = split_train(RECORDS, DATA), split_train(some, DATA)
     assert {r.id for r in part.sft} == {r.id for r in some} & {r.id for r in whole.sft}
-    assert {r.id for r in part.ppo} == {r.id for r in some} & {r.id for r in whole.ppo}
+    assert {r.id for r in part.rl} == {r.id for r in some} & {r.id for r in whole.rl}
 
 
 def test_place_is_the_same_in_every_process() -> None:

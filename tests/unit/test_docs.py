@@ -75,7 +75,8 @@ def test_lines_are_short_and_hold_one_sentence(document: Path) -> None:
     for number, kind, line in lines(document):
         if kind in ("prose", "code") and len(line) > LONGEST:
             long.append(number)
-        if kind == "prose" and SECOND_SENTENCE.search(re.sub(r"^(#+ )?(\d+\. )?", "", line.lstrip("> -"))):
+        words = re.sub(r"^(#+ )?(\d+\. )?", "", line.lstrip("> -")).replace("Dr. GRPO", "GRPO")
+        if kind == "prose" and SECOND_SENTENCE.search(words):
             double.append(number)
     assert not long, f"{document.name}: lines over {LONGEST} characters: {long}"
     assert not double, f"{document.name}: lines with more than one sentence: {double}"
@@ -131,7 +132,7 @@ def test_the_page_is_read() -> None:
 
 @pytest.mark.parametrize("code", sorted(set(CODE)))
 def test_functions_exist(code: str) -> None:
-    """`rayrlhf/algorithms/losses.py: policy_loss, value_loss`."""
+    """`rayrlhf/algorithms/losses.py: clipped_surrogate, value_loss`."""
     path, _, wanted = code.partition(": ")
     assert (ROOT / path).is_file()
     if wanted:
@@ -152,10 +153,15 @@ def test_tests_exist() -> None:
 
 @pytest.mark.parametrize("key", sorted(set(KEYS)))
 def test_config_keys_exist(key: str) -> None:
-    section: type[BaseModel] = Config
+    sections: list[type[BaseModel]] = [Config]
     *parents, last = key.split(":")[0].split(".")
     for parent in parents:
-        annotation = section.model_fields[parent].annotation
-        assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
-        section = annotation
-    assert last in section.model_fields
+        annotations = {
+            section.model_fields[parent].annotation for section in sections if parent in section.model_fields
+        }
+        # `rl` is one of several sections, each in an Annotated with its name.
+        options = [o for annotation in annotations for o in (annotation, *getattr(annotation, "__args__", ()))]
+        options = [getattr(option, "__origin__", option) for option in options]
+        sections = [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
+        assert sections, parent
+    assert any(last in section.model_fields for section in sections)

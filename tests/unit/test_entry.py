@@ -101,15 +101,15 @@ def test_a_stage_may_run_again_for_something_else(config: Config) -> None:
 
 
 def test_a_stage_waits_for_those_before_it(config: Config) -> None:
-    @stage("ppo")
-    def ppo(session: Session) -> None:
+    @stage("rl")
+    def rl(session: Session) -> None:
         pytest.fail("must not run")
 
-    with pytest.raises(UserError, match=r"stage 'ppo' needs .*/one/sft, which stage 'sft' writes; run that first"):
-        run(config, [ppo], local=True)
+    with pytest.raises(UserError, match=r"stage 'rl' needs .*/one/sft, which stage 'sft' writes; run that first"):
+        run(config, [rl], local=True)
     (Path(config.runs_dir) / "one" / "sft").mkdir()
     with pytest.raises(UserError, match=r"needs .*/one/reward_model, which stage 'reward_model' writes"):
-        run(config, [ppo], local=True)
+        run(config, [rl], local=True)
 
 
 def test_what_may_be_given_instead_of_a_stage_is_named(config: Config) -> None:

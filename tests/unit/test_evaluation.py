@@ -78,6 +78,17 @@ def test_keys_are_those_of_the_design() -> None:
     }
 
 
+def test_the_best_of_several_answers_is_a_source_of_its_own() -> None:
+    best = replace(POLICY, name="best_of", rewards=[2.0, 1.0, 1.0, 3.0], kl=np.full(4, np.log(3) - 2 / 3))
+    facts = {"best_of": 3}
+    result = summarize(PROMPTS, SFT, POLICY, REFERENCE, None, best, labeller="file", metadata=facts, samples=200)
+    assert result["best_of"]["kl"] == {"mean": pytest.approx(0.43194562), "low": pytest.approx(0.43194562),
+                                       "high": pytest.approx(0.43194562), "n": 4}  # fmt: skip
+    assert result["best_of"]["reward"]["mean"] == 1.75
+    assert result["differences"]["policy_minus_best_of"]["reward"]["mean"] == pytest.approx((-1 + 0 + 0 + 1) / 4)
+    assert "best_of" not in summary("file")
+
+
 def test_means_and_counts_against_hand_computation() -> None:
     result = summary("file")
 
@@ -144,8 +155,8 @@ def test_null_where_a_measure_means_nothing() -> None:
     assert summary("file")["reference"]["win_rate_vs_reference"] is None
     assert result["title"]["eos_rate"] is None
     assert result["reference"]["gold"] is None
-    before_ppo = summary("file", policy=None)
-    assert set(before_ppo) == {"sft", "title", "reference", "metadata"}
+    before_rl = summary("file", policy=None)
+    assert set(before_rl) == {"sft", "title", "reference", "metadata"}
 
 
 def test_answers_that_do_not_fit_are_refused() -> None:

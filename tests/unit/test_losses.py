@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from rayrlhf.algorithms.kl import KLController
-from rayrlhf.algorithms.losses import importance_weights, policy_loss, value_loss
-from rayrlhf.config import KLConfig
+from rayrlhf.algorithms.losses import clipped_surrogate, importance_weights, value_loss
+from rayrlhf.config_rl import KLConfig
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ def test_policy_loss_branches(
 ) -> None:
     old = torch.tensor([-1.3], dtype=torch.float64)
     logprobs = (old + log_ratio).requires_grad_()
-    result = policy_loss(logprobs, old, torch.tensor([advantage], dtype=torch.float64), clip_range=0.2)
+    result = clipped_surrogate(logprobs, old, torch.tensor([advantage], dtype=torch.float64), clip_range=0.2)
     result.loss.sum().backward()
     assert result.loss.item() == pytest.approx(expected)
     assert logprobs.grad is not None

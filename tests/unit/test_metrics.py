@@ -28,42 +28,42 @@ def scalars(run_dir: Path, stage: str, name: str) -> list[tuple[int, float]]:
 def test_a_line_is_stage_step_time_and_plain_numbers(tmp_path: Path) -> None:
     before = time.time()
     with MetricsWriter(tmp_path) as writer:
-        writer.write("ppo", 0, {"ppo/kl": torch.tensor(0.5), "ppo/reward/mean": np.float32(0.25), "time/step": 3})
-        writer.write("ppo", 1, {"ppo/kl": 1.5})
+        writer.write("rl", 0, {"rl/kl": torch.tensor(0.5), "rl/reward/mean": np.float32(0.25), "time/step": 3})
+        writer.write("rl", 1, {"rl/kl": 1.5})
     first, second = (json.loads(line) for line in lines(tmp_path))
     assert before - 1 <= first.pop("time") <= time.time()
-    assert first == {"stage": "ppo", "step": 0, "ppo/kl": 0.5, "ppo/reward/mean": 0.25, "time/step": 3.0}
-    assert list(second) == ["stage", "step", "time", "ppo/kl"]
-    assert scalars(tmp_path, "ppo", "ppo/kl") == [(0, 0.5), (1, 1.5)]
+    assert first == {"stage": "rl", "step": 0, "rl/kl": 0.5, "rl/reward/mean": 0.25, "time/step": 3.0}
+    assert list(second) == ["stage", "step", "time", "rl/kl"]
+    assert scalars(tmp_path, "rl", "rl/kl") == [(0, 0.5), (1, 1.5)]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_non_finite_values_are_null_and_said(tmp_path: Path, value: float, caplog: pytest.LogCaptureFixture) -> None:
     with MetricsWriter(tmp_path) as writer:
-        writer.write("ppo", 4, {"ppo/policy_loss": value, "ppo/kl": 1.0})
+        writer.write("rl", 4, {"rl/policy_loss": value, "rl/kl": 1.0})
 
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is not JSON")
 
     line = json.loads(lines(tmp_path)[0], parse_constant=refuse)
-    assert line["ppo/policy_loss"] is None
-    assert line["ppo/kl"] == 1.0
-    assert line["non_finite"] == {"ppo/policy_loss": str(value)}
-    assert "ppo/policy_loss" in caplog.text
+    assert line["rl/policy_loss"] is None
+    assert line["rl/kl"] == 1.0
+    assert line["non_finite"] == {"rl/policy_loss": str(value)}
+    assert "rl/policy_loss" in caplog.text
 
 
 def test_a_restart_supersedes_from_its_first_step_on(tmp_path: Path) -> None:
     with MetricsWriter(tmp_path) as writer:
         writer.write("sft", 9, {"sft/loss": 9.0})
         for step in range(6):
-            writer.write("ppo", step, {"ppo/kl": float(step)})
+            writer.write("rl", step, {"rl/kl": float(step)})
     with MetricsWriter(tmp_path) as writer:  # resumed from the checkpoint of step 3, ended after step 4
         for step in (3, 4):
-            writer.write("ppo", step, {"ppo/kl": 10.0 + step})
-    got = [(line["stage"], line["step"], line.get("ppo/kl")) for line in read_metrics(tmp_path)]
-    assert got == [("sft", 9, None), ("ppo", 0, 0), ("ppo", 1, 1), ("ppo", 2, 2), ("ppo", 3, 13), ("ppo", 4, 14)]
+            writer.write("rl", step, {"rl/kl": 10.0 + step})
+    got = [(line["stage"], line["step"], line.get("rl/kl")) for line in read_metrics(tmp_path)]
+    assert got == [("sft", 9, None), ("rl", 0, 0), ("rl", 1, 1), ("rl", 2, 2), ("rl", 3, 13), ("rl", 4, 14)]
     assert [line["step"] for line in read_metrics(tmp_path, "sft")] == [9]
-    assert scalars(tmp_path, "ppo", "ppo/kl") == [(0, 0), (1, 1), (2, 2), (3, 13), (4, 14)]
+    assert scalars(tmp_path, "rl", "rl/kl") == [(0, 0), (1, 1), (2, 2), (3, 13), (4, 14)]
 
 
 def test_lines_of_one_step_add_up_and_the_last_value_wins(tmp_path: Path) -> None:
@@ -77,13 +77,13 @@ def test_lines_of_one_step_add_up_and_the_last_value_wins(tmp_path: Path) -> Non
 def test_torn_last_line_is_left_out_and_does_not_swallow_the_next(tmp_path: Path) -> None:
     with MetricsWriter(tmp_path) as writer:
         for step in range(3):
-            writer.write("ppo", step, {"ppo/kl": float(step)})
+            writer.write("rl", step, {"rl/kl": float(step)})
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(path.read_bytes()[:-7])
     assert [line["step"] for line in read_metrics(tmp_path)] == [0, 1]
     with MetricsWriter(tmp_path) as writer:
-        writer.write("ppo", 2, {"ppo/kl": 7.0})
-    assert [(line["step"], line["ppo/kl"]) for line in read_metrics(tmp_path)] == [(0, 0.0), (1, 1.0), (2, 7.0)]
+        writer.write("rl", 2, {"rl/kl": 7.0})
+    assert [(line["step"], line["rl/kl"]) for line in read_metrics(tmp_path)] == [(0, 0.0), (1, 1.0), (2, 7.0)]
 
 
 def test_nothing_written_reads_as_nothing(tmp_path: Path) -> None:

@@ -16,9 +16,11 @@ from torch.optim import lr_scheduler
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
 from rayrlhf.algorithms.optimizer import Optimizer
-from rayrlhf.config import Config, OptimizerConfig
+from rayrlhf.config import Config
 from rayrlhf.config_file import parse_config
+from rayrlhf.config_rl import PPOConfig
 from rayrlhf.models.ranks import Ranks
+from rayrlhf.sections import OptimizerConfig
 
 PEAK = 0.5
 
@@ -162,14 +164,16 @@ def test_a_restored_optimizer_goes_on_as_if_nothing_had_happened() -> None:
 def test_published_defaults() -> None:
     """What docs/implementation_details.md calls the defaults."""
     config: Config = parse_config({"name": "run"}, "test")
-    ppo = config.ppo
-    assert (config.sft.epochs, config.reward_model.epochs, ppo.epochs, ppo.minibatches) == (1, 1, 4, 1)
-    assert (ppo.gamma, ppo.lam, ppo.temperature, ppo.missing_eos_reward) == (1.0, 0.95, 0.7, -1.0)
-    assert (ppo.clip_range, ppo.value_clip_range, ppo.value_coefficient) == (0.2, 0.2, 0.1)
-    assert (ppo.whiten_advantages, ppo.whiten_rewards, ppo.critic_warmup_steps, ppo.value_lr) == (True, False, 0, None)
-    assert ppo.optimizer == OptimizerConfig(
+    rl = config.rl
+    assert isinstance(rl, PPOConfig)
+    assert (config.sft.epochs, config.reward_model.epochs, rl.epochs, rl.minibatches) == (1, 1, 4, 1)
+    assert (rl.gamma, rl.lam, rl.temperature, rl.missing_eos_reward) == (1.0, 0.95, 0.7, -1.0)
+    assert (rl.clip_range, rl.value_clip_range, rl.value_coefficient) == (0.2, 0.2, 0.1)
+    assert (rl.whiten_advantages, rl.whiten_rewards, rl.critic_warmup_steps, rl.value_lr) == (True, False, 0, None)
+    assert rl.optimizer == OptimizerConfig(
         lr=3e-6, betas=(0.9, 0.999), eps=1e-5, weight_decay=0.0, warmup_fraction=0.0, schedule="linear",
         max_grad_norm=1.0,
     )  # fmt: skip
-    assert ppo.kl.model_dump() == {"coefficient": 0.05, "adaptive": False, "target": 6.0, "horizon": 10_000}
+    kl = {"coefficient": 0.05, "adaptive": False, "target": 6.0, "horizon": 10_000}
+    assert rl.kl.model_dump() == {"estimator": "k1", **kl}
     assert config.evaluate.temperature == 0.01

@@ -29,17 +29,17 @@ NOW = 10_000.0
 
 
 def make_run(directory: str | Path, name: str = "one", **sections: object) -> RunFolder:
-    """Five PPO steps of twelve, 20 s apart but for a pause of 500 s; the last one 7 s ago."""
-    run = open_or_create(parse_config({"name": name, "ppo": {"steps": 12}, **sections}, "test"), directory)
+    """Five RL steps of twelve, 20 s apart but for a pause of 500 s; the last one 7 s ago."""
+    run = open_or_create(parse_config({"name": name, "rl": {"steps": 12}, **sections}, "test"), directory)
     for stage in ("sft", "collect", "reward_model"):
         with run.writing(stage) as temporary:
             (temporary / "file" if temporary.is_dir() else temporary).write_text("")
     ends = [NOW - 7 - after for after in (560, 540, 520, 20, 0)]
     sft = [line("sft", 0, 9000, {"sft/steps": 4, "sft/dev_loss": 3.0}), line("sft", 4, 9060, {"sft/loss": 2.5})]
     run_lines = [line("run", 0, 9070, {"time/sft": 65.0})]
-    ppo = [line("ppo", i + 1, t, {"ppo/reward/mean": i / 10, "ppo/kl": 10.0 * i}) for i, t in enumerate(ends)]
-    ppo[4] |= {"throughput/tokens_per_s": 1234.5, "idle/generator-0": 0.25}
-    run.metrics.write_text("".join(json.dumps(each) + "\n" for each in (*sft, *run_lines, *ppo)))
+    rl = [line("rl", i + 1, t, {"rl/reward/mean": i / 10, "rl/kl": 10.0 * i}) for i, t in enumerate(ends)]
+    rl[4] |= {"throughput/tokens_per_s": 1234.5, "idle/generator-0": 0.25}
+    run.metrics.write_text("".join(json.dumps(each) + "\n" for each in (*sft, *run_lines, *rl)))
     run.upload(run.metrics)
     return run
 
@@ -66,12 +66,12 @@ def test_how_far_a_run_is(tmp_path: Path) -> None:
         ("sft", True, 4, 4),
         ("collect", True, 0, None),
         ("reward_model", True, 0, None),
-        ("ppo", False, 5, 12),
+        ("rl", False, 5, 12),
         ("evaluate", False, 0, None),
     ]
-    ppo = overview.stage("ppo")
-    assert overview.current is ppo and overview.newest is ppo
-    assert ppo.seconds_a_step == 20 and ppo.eta_s == 7 * 20  # the pause does not count
+    rl = overview.stage("rl")
+    assert overview.current is rl and overview.newest is rl
+    assert rl.seconds_a_step == 20 and rl.eta_s == 7 * 20  # the pause does not count
     assert overview.stage("sft").took_s == 65.0 and overview.stage("sft").eta_s is None
     assert overview.updated == NOW - 7
     assert overview.holder is None
@@ -81,15 +81,15 @@ def test_warnings_are_those_of_the_last_steps(tmp_path: Path) -> None:
     """KL is 10 a step: above the limit of 30 in the fifth step only; with a limit of 5 in all but the first."""
     path = make_run(tmp_path).path
     (warning,) = read_overview(path).warnings
-    assert warning.startswith("ppo step 5: the policy is 40.0 nats")
+    assert warning.startswith("rl step 5: the policy is 40.0 nats")
     strict = make_run(tmp_path, "strict", alarms={"max_kl": 5.0}).path
-    assert [w[:10] for w in read_overview(strict, max_warnings=2).warnings] == ["ppo step 4", "ppo step 5"]
+    assert [w[:9] for w in read_overview(strict, max_warnings=2).warnings] == ["rl step 4", "rl step 5"]
 
 
 def test_a_run_with_given_comparisons_collects_none(tmp_path: Path) -> None:
     data = {"comparisons": {"format": "tldr_comparisons", "path": "file.jsonl"}}
     run = open_or_create(parse_config({"name": "given", "data": data}, "test"), tmp_path)
-    assert [s.name for s in read_overview(run.path).stages] == ["sft", "reward_model", "ppo", "evaluate"]
+    assert [s.name for s in read_overview(run.path).stages] == ["sft", "reward_model", "rl", "evaluate"]
 
 
 def test_the_holder_is_seen_from_another_process_while_it_holds(tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_a_run_in_a_store_is_read_there_and_not_copied(tmp_path: Path, monkeypat
         overview = read_overview(run.address)
         assert overview.holder == f"process {os.getpid()} on {socket.gethostname()}"
     assert [(s.name, s.done) for s in overview.stages] == [(s.name, s.done) for s in read_overview(run.address).stages]
-    assert overview.stage("ppo").step == 5 and overview.stage("reward_model").done and not overview.stage("ppo").done
+    assert overview.stage("rl").step == 5 and overview.stage("reward_model").done and not overview.stage("rl").done
     assert read_overview(run.address).holder is None
     assert not (tmp_path / "reader").exists()
     with pytest.raises(UserError, match="no run folder"):
@@ -158,10 +158,10 @@ def test_screen_of_a_run_that_was_interrupted(tmp_path: Path) -> None:
     assert screen.splitlines()[0].split() == ["one", "not", "running"]
     cells = {row[0]: row[1:] for row in rows(status_screen(read_overview(tmp_path / "one"), None, NOW))}
     assert cells["sft"] == ["done", "4/4", "1 min 05 s"]
-    assert cells["ppo"] == ["interrupted", "5/12", "last step 7 s ago"]
+    assert cells["rl"] == ["interrupted", "5/12", "last step 7 s ago"]
     assert cells["evaluate"] == ["waiting", "", ""]
-    assert "ppo  5/12  reward 0.400  KL 40.000 nats  1,234 tok/s" in screen
-    assert "warning: ppo step 5" in screen
+    assert "rl  5/12  reward 0.400  KL 40.000 nats  1,234 tok/s" in screen
+    assert "warning: rl step 5" in screen
 
 
 def test_screen_of_a_run_with_its_actors(tmp_path: Path) -> None:
@@ -183,7 +183,7 @@ def test_screen_of_a_run_with_its_actors(tmp_path: Path) -> None:
         shown = status_screen(read_overview(run.path), Live("10.0.0.1:6379", status, actors), NOW)
     assert text(shown).splitlines()[0].split() == ["one", "running"]
     cells = {row[0]: row[1:] for row in rows(shown)}
-    assert cells["ppo"] == ["running", "5/12", "ETA 2 min 20 s, last step 7 s ago"]
+    assert cells["rl"] == ["running", "5/12", "ETA 2 min 20 s, last step 7 s ago"]
     assert cells["coordinator"] == ["alive", "", "", "abc", "11"]
     assert cells["generator-0"] == ["alive", "6", "25%", "abc", "12"]
     assert cells["generator-2"] == ["pending creation", "5", "", "", ""]
@@ -203,7 +203,7 @@ def test_table_of_runs(tmp_path: Path) -> None:
         table = runs_table(folders, NOW)
     assert rows(table) == [
         ["a", "not running", "0 of 5", "sft", "–", "–", "–"],
-        ["b", "running", "3 of 5", "ppo 5/12", "0.400", "40.000", "7 s ago"],
+        ["b", "running", "3 of 5", "rl 5/12", "0.400", "40.000", "7 s ago"],
         ["c", "its config.yaml cannot be read", "–", "–", "–", "–", "–"],
     ]
 

@@ -1,4 +1,4 @@
-"""One PPO step with real (tiny, random) models: what has to hold whatever the data."""
+"""One RL step with real (tiny, random) models: what has to hold whatever the data."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ import pytest
 import torch
 from transformers import OPTForCausalLM, OPTForSequenceClassification
 
-from rayrlhf.algorithms.ppo import PPO
-from rayrlhf.config import OptimizerConfig, PPOConfig
+from rayrlhf.algorithms.trainer import Trainer
+from rayrlhf.config_rl import PPOConfig
 from rayrlhf.data.prompts import EncodedPrompt, prompts_of_step, requests_for
 from rayrlhf.data.rows import Row
 from rayrlhf.models.batching import collate
 from rayrlhf.models.logprobs import sequence_scores, token_values
+from rayrlhf.sections import OptimizerConfig
 from rayrlhf.trajectory import Trajectory
-from tests.tiny import EOS, PAD, TEMPERATURE, VOCABULARY, flat, ppo_of, tiny_models, with_sgd
+from tests.tiny import EOS, PAD, TEMPERATURE, VOCABULARY, critic_of, flat, tiny_models, trainer_of, with_sgd
 
 
 @pytest.fixture
@@ -62,30 +63,30 @@ def trajectories(policy: OPTForCausalLM, count: int = 8, seed: int = 0) -> list[
     return out
 
 
-def learner(models: tuple[Any, Any], cfg: PPOConfig) -> PPO:
+def learner(models: tuple[Any, Any], cfg: PPOConfig) -> Trainer:
     policy, value = copy.deepcopy(models)
-    return ppo_of(policy, value, cfg)
+    return trainer_of(policy, value, cfg)
 
 
-def weights(ppo: PPO) -> torch.Tensor:
-    return torch.cat([flat(model.parameters()) for model in (ppo.policy.model, ppo.value_model.model)])
+def weights(rl: Trainer) -> torch.Tensor:
+    return torch.cat([flat(model.parameters()) for model in (rl.policy.model, critic_of(rl).forward.model)])
 
 
 def test_first_update_of_the_reference_itself(models: tuple[Any, Any]) -> None:
     """Policy equal to the reference: KL 0; first mini-batch: ratio 1; the generator agrees with the learner."""
     batch = trajectories(models[0])
     metrics = learner(models, config(epochs=1)).step(batch, 0)
-    assert metrics["ppo/kl"] == pytest.approx(0.0, abs=1e-4)
-    assert metrics["ppo/logprob_gap/max"] < 1e-4
-    assert metrics["ppo/first_ratio_off_one"] < 1e-6
-    assert metrics["ppo/approx_kl"] < 1e-10
-    assert metrics["ppo/clip_fraction"] == 0.0
+    assert metrics["rl/kl"] == pytest.approx(0.0, abs=1e-4)
+    assert metrics["rl/logprob_gap/max"] < 1e-4
+    assert metrics["rl/first_ratio_off_one"] < 1e-6
+    assert metrics["rl/approx_kl"] < 1e-10
+    assert metrics["rl/clip_fraction"] == 0.0
     ended = [t.finish_reason == "eos" for t in batch]
     expected = [t.rewards["reward_model"] if e else -1.0 for t, e in zip(batch, ended, strict=True)]
-    assert metrics["ppo/score/mean"] == pytest.approx(np.mean(expected), abs=1e-6)
-    assert metrics["ppo/reward/mean"] == pytest.approx(np.mean(expected), abs=1e-4)
-    assert metrics["ppo/length/mean"] == pytest.approx(np.mean([len(t.response_ids) for t in batch]))
-    assert metrics["ppo/eos_rate"] == pytest.approx(np.mean(ended))
+    assert metrics["rl/score/mean"] == pytest.approx(np.mean(expected), abs=1e-6)
+    assert metrics["rl/reward/mean"] == pytest.approx(np.mean(expected), abs=1e-4)
+    assert metrics["rl/length/mean"] == pytest.approx(np.mean([len(t.response_ids) for t in batch]))
+    assert metrics["rl/eos_rate"] == pytest.approx(np.mean(ended))
 
 
 def test_kl_is_the_sum_over_tokens_averaged_over_responses(models: tuple[Any, Any]) -> None:
@@ -96,8 +97,8 @@ def test_kl_is_the_sum_over_tokens_averaged_over_responses(models: tuple[Any, An
         t.ref_logprobs = (t.ref_logprobs - rng.normal(0.1, 0.3, len(t.response_ids))).astype(np.float32)
     metrics = learner(models, config()).step(batch, 0)
     kl = np.mean([(t.generator_logprobs - t.ref_logprobs).sum() for t in batch if t.ref_logprobs is not None])
-    assert metrics["ppo/kl"] == pytest.approx(kl, abs=1e-4)
-    assert metrics["ppo/reward/mean"] == pytest.approx(metrics["ppo/score/mean"] - 0.05 * kl, abs=1e-4)
+    assert metrics["rl/kl"] == pytest.approx(kl, abs=1e-4)
+    assert metrics["rl/reward/mean"] == pytest.approx(metrics["rl/score/mean"] - 0.05 * kl, abs=1e-4)
 
 
 @pytest.mark.parametrize("minibatches", [1, 2])
@@ -124,10 +125,10 @@ def test_gradient_equals_autograd_of_the_written_out_objective(models: tuple[Any
     shifts = [rng.normal(0.0, 0.5, len(t.response_ids)).astype(np.float32) for t in batch]
     for t, shift in zip(batch, shifts, strict=True):
         t.generator_logprobs = t.generator_logprobs - shift
-    ppo = with_sgd(learner(models, config(max_staleness=max_staleness, max_importance_weight=1.5)))
-    before = [p.detach().clone() for p in ppo.policy.model.parameters()]
-    metrics = ppo.step(batch, 0)
-    gradient = [old - new.detach() for old, new in zip(before, ppo.policy.model.parameters(), strict=True)]
+    rl = with_sgd(learner(models, config(max_staleness=max_staleness, max_importance_weight=1.5)))
+    before = [p.detach().clone() for p in rl.policy.model.parameters()]
+    metrics = rl.step(batch, 0)
+    gradient = [old - new.detach() for old, new in zip(before, rl.policy.model.parameters(), strict=True)]
 
     policy, value = copy.deepcopy(models)
     logprobs, advantages = [], []
@@ -146,8 +147,8 @@ def test_gradient_equals_autograd_of_the_written_out_objective(models: tuple[Any
     ratio = np.exp(np.concatenate(shifts))
     w = torch.from_numpy(np.minimum(ratio, 1.5)) if max_staleness else torch.ones(len(flat))
     (-(w * white * torch.cat(logprobs)).sum() / len(flat)).backward()
-    assert metrics["ppo/importance_weight/mean"] == pytest.approx(float(w.mean()), abs=1e-5)
-    assert metrics["ppo/importance_weight/truncated"] == (pytest.approx((ratio > 1.5).mean()) if max_staleness else 0.0)
+    assert metrics["rl/importance_weight/mean"] == pytest.approx(float(w.mean()), abs=1e-5)
+    assert metrics["rl/importance_weight/truncated"] == (pytest.approx((ratio > 1.5).mean()) if max_staleness else 0.0)
     assert (ratio > 1.5).any() and (ratio < 1.0).any()
     for parameter, own in zip(policy.parameters(), gradient, strict=True):
         assert parameter.grad is not None
@@ -165,12 +166,12 @@ def test_scores_are_clipped_before_the_penalty(models: tuple[Any, Any]) -> None:
     small = with_sgd(learner(models, config(missing_eos_reward=-0.5)))
     metrics, expected = clipped.step(wild, 0), small.step(batch, 0)
     torch.testing.assert_close(weights(clipped), weights(small), rtol=0, atol=0)
-    assert metrics["ppo/reward/mean"] == expected["ppo/reward/mean"]
+    assert metrics["rl/reward/mean"] == expected["rl/reward/mean"]
     ended = [t for t in wild if t.finish_reason == "eos"]
     raw_scores = [t.rewards["reward_model"] if t in ended else -0.5 for t in wild]
-    assert metrics["ppo/score/mean"] == pytest.approx(np.mean(raw_scores), rel=1e-5)
-    assert metrics["ppo/score/clip_fraction"] == np.mean([abs(s) > 0.5 for s in raw_scores]) > 0.5
-    assert expected["ppo/score/clip_fraction"] == 0.0
+    assert metrics["rl/score/mean"] == pytest.approx(np.mean(raw_scores), rel=1e-5)
+    assert metrics["rl/score/clip_fraction"] == np.mean([abs(s) > 0.5 for s in raw_scores]) > 0.5
+    assert expected["rl/score/clip_fraction"] == 0.0
 
 
 def test_epochs_end_when_the_policy_has_moved_too_far(models: tuple[Any, Any]) -> None:
@@ -179,33 +180,33 @@ def test_epochs_end_when_the_policy_has_moved_too_far(models: tuple[Any, Any]) -
     optimizer = OptimizerConfig(lr=1e-2, max_grad_norm=1e9, schedule="linear")
     two = learner(models, config(epochs=2, optimizer=optimizer))
     free = learner(models, config(epochs=4, optimizer=optimizer))
-    far = two.step(batch, 0)["ppo/approx_kl"]  # the mean of 0, the first epoch's, and that of the second
+    far = two.step(batch, 0)["rl/approx_kl"]  # the mean of 0, the first epoch's, and that of the second
     kl_after_first = 2 * far
     stopped = learner(models, config(epochs=4, optimizer=optimizer, max_approx_kl=0.5 * kl_after_first))
     loose = learner(models, config(epochs=4, optimizer=optimizer, max_approx_kl=1e9))
     one = learner(models, config(epochs=4, optimizer=optimizer))
     one.config = config(epochs=1)
     metrics = stopped.step(batch, 0)
-    assert metrics["ppo/updates"] == 1.0
-    assert metrics["ppo/approx_kl"] == pytest.approx(far, rel=1e-5), "what was measured is reported"
+    assert metrics["rl/updates"] == 1.0
+    assert metrics["rl/approx_kl"] == pytest.approx(far, rel=1e-5), "what was measured is reported"
     one.step(batch, 0)
     assert torch.equal(weights(stopped), weights(one))
-    assert free.step(batch, 0)["ppo/updates"] == loose.step(batch, 0)["ppo/updates"] == 4.0
+    assert free.step(batch, 0)["rl/updates"] == loose.step(batch, 0)["rl/updates"] == 4.0
     assert torch.equal(weights(free), weights(loose))
     assert stopped.policy_optimizer.lr == free.policy_optimizer.lr
-    assert stopped.value_optimizer.lr == free.value_optimizer.lr
-    assert stopped.step(batch, 1)["ppo/updates"] >= 1.0, "the next step begins anew"
+    assert critic_of(stopped).optimizer.lr == critic_of(free).optimizer.lr
+    assert stopped.step(batch, 1)["rl/updates"] >= 1.0, "the next step begins anew"
 
 
 @pytest.mark.parametrize("score", [float("nan"), float("inf")])
 def test_a_score_that_is_not_finite_stops_before_the_update(models: tuple[Any, Any], score: float) -> None:
-    ppo, batch = learner(models, config()), trajectories(models[0])
-    before = weights(ppo)
+    rl, batch = learner(models, config()), trajectories(models[0])
+    before = weights(rl)
     ended = next(t for t in batch if t.finish_reason == "eos")
     ended.rewards = {"reward_model": score}
     with pytest.raises(FloatingPointError, match="a score of the batch is not finite"):
-        ppo.step(batch, 0)
-    assert torch.equal(weights(ppo), before)
+        rl.step(batch, 0)
+    assert torch.equal(weights(rl), before)
 
 
 def test_spreads_are_over_responses(models: tuple[Any, Any]) -> None:
@@ -216,25 +217,25 @@ def test_spreads_are_over_responses(models: tuple[Any, Any]) -> None:
         t.ref_logprobs = (t.ref_logprobs - rng.normal(0.1, 0.3, len(t.response_ids))).astype(np.float32)
     metrics = learner(models, config()).step(batch, 0)
     kl = [float((t.generator_logprobs - t.ref_logprobs).sum()) for t in batch if t.ref_logprobs is not None]
-    assert metrics["ppo/responses"] == len(batch)
-    assert metrics["ppo/kl_std"] == pytest.approx(np.std(kl), rel=1e-4)
-    assert metrics["ppo/length/std"] == pytest.approx(np.std([len(t.response_ids) for t in batch]))
+    assert metrics["rl/responses"] == len(batch)
+    assert metrics["rl/kl_std"] == pytest.approx(np.std(kl), rel=1e-4)
+    assert metrics["rl/length/std"] == pytest.approx(np.std([len(t.response_ids) for t in batch]))
 
 
 def test_critic_warmup_leaves_the_policy_alone(models: tuple[Any, Any]) -> None:
-    ppo = learner(models, config(critic_warmup_steps=1))
-    policy = [p.detach().clone() for p in ppo.policy.model.parameters()]
-    value = [p.detach().clone() for p in ppo.value_model.model.parameters()]
-    ppo.step(trajectories(models[0]), 0)
-    assert all(torch.equal(a, b) for a, b in zip(policy, ppo.policy.model.parameters(), strict=True))
-    assert any(not torch.equal(a, b) for a, b in zip(value, ppo.value_model.model.parameters(), strict=True))
-    ppo.step(trajectories(models[0]), 1)
-    assert any(not torch.equal(a, b) for a, b in zip(policy, ppo.policy.model.parameters(), strict=True))
+    rl = learner(models, config(critic_warmup_steps=1))
+    policy = [p.detach().clone() for p in rl.policy.model.parameters()]
+    value = [p.detach().clone() for p in critic_of(rl).forward.model.parameters()]
+    rl.step(trajectories(models[0]), 0)
+    assert all(torch.equal(a, b) for a, b in zip(policy, rl.policy.model.parameters(), strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(value, critic_of(rl).forward.model.parameters(), strict=True))
+    rl.step(trajectories(models[0]), 1)
+    assert any(not torch.equal(a, b) for a, b in zip(policy, rl.policy.model.parameters(), strict=True))
 
 
 def test_policy_learns_to_end_early(models: tuple[Any, Any]) -> None:
     """A reward for short responses, on policy: with sampling and learning in a loop the mean length falls."""
-    ppo = learner(models, config(epochs=4, missing_eos_reward=None))
+    rl = learner(models, config(epochs=4, missing_eos_reward=None))
     generator = torch.Generator().manual_seed(0)
     lengths = []
     for step in range(12):
@@ -244,7 +245,7 @@ def test_policy_learns_to_end_early(models: tuple[Any, Any]) -> None:
             logprobs: list[float] = []
             while len(logprobs) < 12 and (not logprobs or ids[-1] != EOS):
                 with torch.no_grad():
-                    row = (ppo.policy.model(ids[None]).logits[0, -1] / TEMPERATURE).log_softmax(-1)
+                    row = (rl.policy.model(ids[None]).logits[0, -1] / TEMPERATURE).log_softmax(-1)
                 token = torch.multinomial(row.exp(), 1, generator=generator)
                 logprobs.append(row[token].item())
                 ids = torch.cat([ids, token])
@@ -264,19 +265,19 @@ def test_policy_learns_to_end_early(models: tuple[Any, Any]) -> None:
                     own,
                 )
             )
-        lengths.append(ppo.step(batch, step)["ppo/length/mean"])
+        lengths.append(rl.step(batch, step)["rl/length/mean"])
     assert np.mean(lengths[-3:]) < 0.7 * np.mean(lengths[:3]), lengths
 
 
 def test_a_failing_value_gradient_leaves_both_models_alone(models: tuple[Any, Any]) -> None:
-    ppo = learner(models, config())
+    rl = learner(models, config())
     batch = trajectories(models[0])
-    before = weights(ppo)
-    head = ppo.value_model.model.score.weight
+    before = weights(rl)
+    head = critic_of(rl).forward.model.score.weight
     head.register_hook(lambda gradient: gradient * float("nan"))
     with pytest.raises(FloatingPointError, match="nan"):
-        ppo.step(batch, 0)
-    assert torch.equal(weights(ppo), before)
+        rl.step(batch, 0)
+    assert torch.equal(weights(rl), before)
 
 
 def test_the_value_model_starts_with_the_reward_models_scores(models: tuple[Any, Any]) -> None:
@@ -293,12 +294,12 @@ def test_the_value_model_starts_with_the_reward_models_scores(models: tuple[Any,
 
 def test_repeated_prompts_of_a_step_draw_other_samples() -> None:
     one, other = EncodedPrompt("a", (5, 6)), EncodedPrompt("b", (7,))
-    requests = requests_for([one, other, one], 2, 0, "ppo", 3)
+    requests = requests_for([one, other, one], 2, 0, "rl", 3)
     assert [(r.prompt_id, r.sample_index) for r in requests] == [
         ("a", 0), ("a", 1), ("b", 0), ("b", 1), ("a", 2), ("a", 3),
     ]  # fmt: skip
     assert len({r.seed for r in requests}) == 6
-    assert requests[:2] == requests_for([one], 2, 0, "ppo", 3)
+    assert requests[:2] == requests_for([one], 2, 0, "rl", 3)
 
 
 def test_prompts_of_a_step_are_slices_of_permutations() -> None:

@@ -12,70 +12,71 @@ import pytest
 import torch
 from torch import Tensor
 
-from rayrlhf.algorithms.ppo import PPO
-from rayrlhf.config import KLConfig, OptimizerConfig, PPOConfig
+from rayrlhf.algorithms.trainer import Trainer
+from rayrlhf.config_rl import KLConfig, PPOConfig
+from rayrlhf.sections import OptimizerConfig
 from rayrlhf.trajectory import Trajectory
-from tests.tiny import TEMPERATURE, flat, ppo_of, random_trajectories, recorded_gradients, tiny_models
+from tests.tiny import TEMPERATURE, critic_of, flat, random_trajectories, recorded_gradients, tiny_models, trainer_of
 
 LENGTHS = [(3, 5), (7, 2), (4, 8), (2, 6), (9, 1), (5, 4)]
 
 
-def learner(**changes: Any) -> PPO:
+def learner(**changes: Any) -> Trainer:
     optimizer = OptimizerConfig(lr=1e-3, betas=(0.9, 0.999), eps=1e-5, max_grad_norm=1e9)
     settings: dict[str, Any] = {"epochs": 1, "temperature": TEMPERATURE, "optimizer": optimizer}
     config = PPOConfig(prompts_per_step=len(LENGTHS), **(settings | changes))
     policy, value_model = tiny_models()
-    return ppo_of(policy, value_model, config)
+    return trainer_of(policy, value_model, config)
 
 
-def weights(ppo: PPO) -> tuple[Tensor, Tensor]:
-    return flat(ppo.policy.model.parameters()), flat(ppo.value_model.model.parameters())
+def weights(rl: Trainer) -> tuple[Tensor, Tensor]:
+    return flat(rl.policy.model.parameters()), flat(critic_of(rl).forward.model.parameters())
 
 
 @pytest.mark.parametrize("value_lr", [None, 4e-3])
 def test_the_value_model_has_a_learning_rate_of_its_own(value_lr: float | None) -> None:
     """Adam's first step moves every weight by lr g / (|g| + eps)."""
-    ppo = learner(value_lr=value_lr)
-    before = weights(ppo)
-    gradients = recorded_gradients(ppo)
-    ppo.step(random_trajectories(LENGTHS), 0)
+    rl = learner(value_lr=value_lr)
+    before = weights(rl)
+    gradients = recorded_gradients(rl)
+    rl.step(random_trajectories(LENGTHS), 0)
     rates = (1e-3, value_lr or 1e-3)
-    for start, end, (gradient,), lr in zip(before, weights(ppo), gradients, rates, strict=True):
+    for start, end, (gradient,), lr in zip(before, weights(rl), gradients, rates, strict=True):
         torch.testing.assert_close(end - start, -lr * gradient / (gradient.abs() + 1e-5), rtol=1e-3, atol=1e-6)
 
 
 def test_critic_warm_up_counts_in_the_schedule_and_warns_of_nothing() -> None:
-    ppo = learner(critic_warmup_steps=1, steps=4)
-    before = weights(ppo)
+    rl = learner(critic_warmup_steps=1, steps=4)
+    before = weights(rl)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        ppo.step(random_trajectories(LENGTHS), 0)
-    assert torch.equal(weights(ppo)[0], before[0]) and not torch.equal(weights(ppo)[1], before[1])
-    assert ppo.policy_optimizer.lr == ppo.value_optimizer.lr == pytest.approx(0.75e-3)
+        rl.step(random_trajectories(LENGTHS), 0)
+    assert torch.equal(weights(rl)[0], before[0]) and not torch.equal(weights(rl)[1], before[1])
+    assert rl.policy_optimizer.lr == critic_of(rl).optimizer.lr == pytest.approx(0.75e-3)
 
 
 def test_the_learning_rate_falls_to_zero_over_all_updates_of_the_run() -> None:
     """Steps x epochs x mini-batches of them; what a step reports is the rate that its successor starts with."""
-    ppo = learner(steps=2, epochs=3, minibatches=2, value_lr=2e-3)
+    rl = learner(steps=2, epochs=3, minibatches=2, value_lr=2e-3)
     batch = random_trajectories(LENGTHS)
     used: list[tuple[float, float]] = []
-    for optimizer, place in ((ppo.policy_optimizer, 0), (ppo.value_optimizer, 1)):
+    for optimizer, place in ((rl.policy_optimizer, 0), (critic_of(rl).optimizer, 1)):
         optimizer.adamw.register_step_pre_hook(
             lambda adamw, *_, place=place: used.append((place, adamw.param_groups[0]["lr"]))
         )
-    reported = [ppo.step(batch, step)["ppo/lr"] for step in range(2)]
+    reported = [rl.step(batch, step)["rl/lr"] for step in range(2)]
     for place, peak in ((0, 1e-3), (1, 2e-3)):
         assert [lr for which, lr in used if which == place] == pytest.approx([peak * (1 - i / 12) for i in range(12)])
     assert reported == pytest.approx([0.5e-3, 0.0])
 
 
-def kl_of(batch: list[Trajectory], ppo: PPO) -> float:
+def kl_of(batch: list[Trajectory], rl: Trainer) -> float:
     """Mean over responses of the summed log ratio to the reference, by transformers' own forward pass of each row."""
     totals = []
     for t in batch:
         ids, p = torch.from_numpy(t.token_ids), len(t.prompt_ids)
         with torch.no_grad():
-            logprobs = (ppo.policy.model(ids[None]).logits[0, p - 1 : -1] / TEMPERATURE).log_softmax(-1).double()
+            logprobs = (rl.policy.model(ids[None]).logits[0, p - 1 : -1] / TEMPERATURE).log_softmax(-1).double()
         own = logprobs[torch.arange(len(ids) - p), ids[p:]].numpy()
         assert t.ref_logprobs is not None
         totals.append(float(np.sum(own - t.ref_logprobs)))
@@ -83,16 +84,16 @@ def kl_of(batch: list[Trajectory], ppo: PPO) -> float:
 
 
 def test_beta_follows_the_measured_kl_of_each_step() -> None:
-    ppo = learner(kl=KLConfig(coefficient=0.1, adaptive=True, target=6.0, horizon=100), steps=3)
+    rl = learner(kl=KLConfig(coefficient=0.1, adaptive=True, target=6.0, horizon=100), steps=3)
     beta = 0.1
     for step in range(3):
         batch = random_trajectories(LENGTHS, seed=step)
-        kl = kl_of(batch, ppo)
-        metrics = ppo.step(batch, step)
-        assert metrics["ppo/kl"] == pytest.approx(kl, rel=1e-4)
-        assert metrics["ppo/kl_coefficient"] == pytest.approx(beta), "the step is penalised by the beta before it"
+        kl = kl_of(batch, rl)
+        metrics = rl.step(batch, step)
+        assert metrics["rl/kl"] == pytest.approx(kl, rel=1e-4)
+        assert metrics["rl/kl_coefficient"] == pytest.approx(beta), "the step is penalised by the beta before it"
         beta *= 1.0 + float(np.clip(kl / 6.0 - 1.0, -0.2, 0.2)) * len(LENGTHS) / 100
-        assert ppo.kl.beta == pytest.approx(beta)
+        assert rl.kl.beta == pytest.approx(beta)
     assert abs(beta - 0.1) > 1e-3
 
 
@@ -101,8 +102,8 @@ def test_the_steered_beta_is_what_the_rewards_are_made_with() -> None:
     steered, fixed = learner(kl=KLConfig(coefficient=0.1, adaptive=True)), learner(kl=KLConfig(coefficient=0.3))
     steered.kl.beta = 0.3
     before = weights(steered)
-    for ppo in (steered, fixed):
-        ppo.step(random_trajectories(LENGTHS), 0)
+    for rl in (steered, fixed):
+        rl.step(random_trajectories(LENGTHS), 0)
     for own, other, start in zip(weights(steered), weights(fixed), before, strict=True):
         assert torch.equal(own, other) and not torch.equal(own, start)
 
@@ -122,7 +123,7 @@ def test_a_resumed_learner_ends_with_the_weights_of_an_undisturbed_one() -> None
     resumed = learner(**changes)
     assert resumed.kl.beta != undisturbed.kl.beta
     resumed.policy.model.load_state_dict(copy.deepcopy(undisturbed.policy.model.state_dict()))
-    resumed.value_model.model.load_state_dict(copy.deepcopy(undisturbed.value_model.model.state_dict()))
+    critic_of(resumed).forward.model.load_state_dict(copy.deepcopy(critic_of(undisturbed).forward.model.state_dict()))
     resumed.load_state_dict(torch.load(file, weights_only=True))
     assert resumed.kl.beta == undisturbed.kl.beta
     for step in range(2, 4):
@@ -141,8 +142,8 @@ def test_responses_without_eos_score_the_penalty_or_what_they_got(missing_eos_re
     assert 0 < sum(ended) < len(ended)
     if missing_eos_reward is not None:
         given = [score if end else missing_eos_reward for score, end in zip(given, ended, strict=True)]
-    assert metrics["ppo/score/mean"] == pytest.approx(np.mean(given), abs=1e-6)
-    assert metrics["ppo/score/std"] == pytest.approx(np.std(given), abs=1e-5)
+    assert metrics["rl/score/mean"] == pytest.approx(np.mean(given), abs=1e-6)
+    assert metrics["rl/score/std"] == pytest.approx(np.std(given), abs=1e-5)
 
 
 def test_metrics_are_what_their_names_say() -> None:
@@ -153,7 +154,7 @@ def test_metrics_are_what_their_names_say() -> None:
     settings["optimizer"] = OptimizerConfig(lr=1e-3, eps=1e-5, max_grad_norm=1e9, schedule="constant")
     one, two = learner(epochs=1, **settings), learner(epochs=2, **settings)
     one.step(batch, 0)
-    after, critic_after = one.policy.model, one.value_model.model  # what the second epoch starts from
+    after, critic_after = one.policy.model, critic_of(one).forward.model  # what the second epoch starts from
     metrics = two.step(batch, 0)
 
     columns: dict[str, list[np.ndarray]] = {name: [] for name in ("k3", "entropy", "moved", "v", "v2", "ret")}
@@ -186,21 +187,21 @@ def test_metrics_are_what_their_names_say() -> None:
     advantages = returns - values
     advantages = (advantages - advantages.mean()) / advantages.std(ddof=1)
     ratio = np.exp(moved)
-    assert metrics["ppo/kl_k3"] == pytest.approx(flat_columns["k3"].sum() / len(batch), rel=1e-3)
-    assert metrics["ppo/entropy"] == pytest.approx(flat_columns["entropy"].mean(), rel=1e-4)
-    assert metrics["ppo/explained_variance"] == pytest.approx(1 - (returns - values).var() / returns.var(), rel=1e-3)
+    assert metrics["rl/kl_k3"] == pytest.approx(flat_columns["k3"].sum() / len(batch), rel=1e-3)
+    assert metrics["rl/entropy"] == pytest.approx(flat_columns["entropy"].mean(), rel=1e-4)
+    assert metrics["rl/explained_variance"] == pytest.approx(1 - (returns - values).var() / returns.var(), rel=1e-3)
     # Means over both epochs, the first of which is on policy.
-    assert metrics["ppo/approx_kl"] == pytest.approx(0.5 * (moved**2).mean() / 2, rel=1e-2)
-    assert metrics["ppo/approx_kl"] > 1e-7
-    assert metrics["ppo/ratio/mean"] == pytest.approx((1 + ratio.mean()) / 2, rel=1e-4)
+    assert metrics["rl/approx_kl"] == pytest.approx(0.5 * (moved**2).mean() / 2, rel=1e-2)
+    assert metrics["rl/approx_kl"] > 1e-7
+    assert metrics["rl/ratio/mean"] == pytest.approx((1 + ratio.mean()) / 2, rel=1e-4)
     clipped = ((advantages > 0) & (ratio > 1.01)) | ((advantages < 0) & (ratio < 0.99))
-    assert metrics["ppo/clip_fraction"] == pytest.approx(clipped.mean() / 2) and 0 < clipped.mean() < 1
+    assert metrics["rl/clip_fraction"] == pytest.approx(clipped.mean() / 2) and 0 < clipped.mean() < 1
     near = values + np.clip(flat_columns["v2"] - values, -0.003, 0.003)
     value_clipped = (near - returns) ** 2 > (flat_columns["v2"] - returns) ** 2
-    assert metrics["ppo/value_clip_fraction"] == pytest.approx(value_clipped.mean() / 2)
+    assert metrics["rl/value_clip_fraction"] == pytest.approx(value_clipped.mean() / 2)
     assert 0 < value_clipped.mean() < 1
     # The losses, with a clip range of its own for each.
     surrogate = np.maximum(-advantages * ratio, -advantages * np.clip(ratio, 0.99, 1.01)).mean()
-    assert metrics["ppo/policy_loss"] == pytest.approx((-advantages.mean() + surrogate) / 2, rel=1e-3)
+    assert metrics["rl/policy_loss"] == pytest.approx((-advantages.mean() + surrogate) / 2, rel=1e-3)
     squares = np.maximum((near - returns) ** 2, (flat_columns["v2"] - returns) ** 2).mean()
-    assert metrics["ppo/value_loss"] == pytest.approx(0.25 * (((values - returns) ** 2).mean() + squares), rel=1e-4)
+    assert metrics["rl/value_loss"] == pytest.approx(0.25 * (((values - returns) ** 2).mean() + squares), rel=1e-4)

@@ -28,7 +28,7 @@ def test_stage_loads_by_hand() -> None:
         sft={"epochs": 3, "batch_size": 32, "micro_batch_tokens": 1024, "max_demonstrations": 100},
         collect={"prompts": 200, "answers_per_prompt": 4, "include_reference": True, "heldout_fraction": 0.1},
         reward_model={"prompts_per_batch": 16, "micro_batch_tokens": 1000},
-        ppo={"steps": 10, "prompts_per_step": 30, "samples_per_prompt": 2, "epochs": 4, "minibatches": 2,
+        rl={"steps": 10, "prompts_per_step": 30, "samples_per_prompt": 2, "epochs": 4, "minibatches": 2,
              "micro_batch_tokens": 512},
         evaluate={"max_prompts": 50},
         resources={"learner": {"workers": 2}},
@@ -40,14 +40,14 @@ def test_stage_loads_by_hand() -> None:
         # 180 train prompts / 16 = 12 steps; 16 x 5 rows, 40 a worker, 1000 // 128 = 7 rows a pass
         StageLoad("reward_model", 180, 16, 80, 12, 6, 80 * 128),
         # 60 samples, mini-batches of 30, 15 a worker, 512 // 128 = 4 rows a pass
-        StageLoad("ppo", 700, 30, 60, 80, 4, 60 * 128),
+        StageLoad("rl", 700, 30, 60, 80, 4, 60 * 128),
         StageLoad("evaluate", 50, 50, 100, None, None, 100 * 128),
     ]
 
 
 def test_given_comparisons_replace_the_collect_stage() -> None:
     loads = {load.stage: load for load in stage_loads(config(), 10, 10, n_comparisons=33, n_test=5)}
-    assert list(loads) == ["sft", "reward_model", "ppo", "evaluate"]
+    assert list(loads) == ["sft", "reward_model", "rl", "evaluate"]
     assert loads["reward_model"].optimiser_steps == 3
     assert loads["sft"].samples_a_step == 10  # fewer records than the batch size
 
@@ -59,7 +59,7 @@ def test_a_pass_holds_at_least_one_row() -> None:
 
 def test_batch_table_shows_the_numbers() -> None:
     text = render(
-        batch_table(config(ppo={"steps": 7, "prompts_per_step": 64}), 5000, 900, None, 80, parameters=(0, 2**27))
+        batch_table(config(rl={"steps": 7, "prompts_per_step": 64}), 5000, 900, None, 80, parameters=(0, 2**27))
     )
     assert "run one" in text
     assert "448 samples in all" in text
@@ -67,26 +67,26 @@ def test_batch_table_shows_the_numbers() -> None:
     with_lora = render(batch_table(config(), 5000, 900, parameters=(2**27, 2**20)))
     assert "1,048,576 parameters are trained and 134,217,728 are frozen" in " ".join(with_lora.split())
     assert "1.03 GiB" in with_lora  # 2 models x (4 bytes x 2^27 + 16 bytes x 2^20)
-    row = next(line for line in text.splitlines() if "ppo" in line)
-    assert [cell.strip() for cell in row.strip("│").split("│")] == ["ppo", "900", "64", "64", "28", "2", "8,192"]
+    row = next(line for line in text.splitlines() if "rl" in line)
+    assert [cell.strip() for cell in row.strip("│").split("│")] == ["rl", "900", "64", "64", "28", "2", "8,192"]
 
 
 def test_step_line_of_ppo() -> None:
     metrics = {
-        "ppo/score/mean": 0.12345,
-        "ppo/reward/mean": 0.1,
-        "ppo/kl": 1.5,
-        "ppo/length/mean": 31.25,
-        "ppo/eos_rate": 0.75,
-        "ppo/policy_loss": -0.01,
-        "ppo/value_loss": None,
+        "rl/score/mean": 0.12345,
+        "rl/reward/mean": 0.1,
+        "rl/kl": 1.5,
+        "rl/length/mean": 31.25,
+        "rl/eos_rate": 0.75,
+        "rl/policy_loss": -0.01,
+        "rl/value_loss": None,
         "time/step": 12.3,
         "time/generate": 4.1,
         "time/learn": 6.0,
         "throughput/tokens_per_s": 1234.5,
     }
-    assert step_line("ppo", 3, 20, metrics, eta_s=200) == (
-        "ppo  3/20  score 0.123  reward 0.100  KL 1.500 nats  length 31.2  EOS 75%  "
+    assert step_line("rl", 3, 20, metrics, eta_s=200) == (
+        "rl  3/20  score 0.123  reward 0.100  KL 1.500 nats  length 31.2  EOS 75%  "
         "policy loss -0.0100  value loss n/a  12.3 s (generate 4.1, learn 6.0)  1,234 tok/s  ETA 3 min 20 s"
     )
     assert step_line("sft", 1, 5, {"sft/loss": 2.0, "sft/lr": 1e-4}) == "sft 1/5  loss 2.0000  lr 1.00e-04"
@@ -104,19 +104,19 @@ def test_duration(seconds: float, text: str) -> None:
 def test_eta_counts_only_the_steps_of_this_process() -> None:
     now = [100.0]
     out = io.StringIO()
-    progress = Progress("ppo", total=20, done=10, console=Console(file=out, width=40), clock=lambda: now[0])
+    progress = Progress("rl", total=20, done=10, console=Console(file=out, width=40), clock=lambda: now[0])
     assert progress.eta_s is None
     now[0] += 30.0
-    progress.update(11, {"ppo/kl": 1.0})
+    progress.update(11, {"rl/kl": 1.0})
     assert progress.eta_s == pytest.approx(9 * 30.0)
     now[0] += 10.0
-    progress.update(12, {"ppo/kl": 1.0, "ppo/length/mean": 30.0, "time/step": 10.0})
+    progress.update(12, {"rl/kl": 1.0, "rl/length/mean": 30.0, "time/step": 10.0})
     assert progress.steps_per_s == pytest.approx(2 / 40)
     assert progress.eta_s == pytest.approx(8 * 20.0)
     lines = out.getvalue().splitlines()
     assert lines == [
-        "ppo 11/20  KL 1.000 nats  ETA 4 min 30 s",
-        "ppo 12/20  KL 1.000 nats  length 30.0  10.0 s  ETA 2 min 40 s",  # longer than the width, one line
+        "rl 11/20  KL 1.000 nats  ETA 4 min 30 s",
+        "rl 12/20  KL 1.000 nats  length 30.0  10.0 s  ETA 2 min 40 s",  # longer than the width, one line
     ]
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rayrlhf.algorithms.advantages import generalized_advantages, kl_penalised_rewards, whiten
-from rayrlhf.algorithms.losses import policy_loss, value_loss
+from rayrlhf.algorithms.losses import clipped_surrogate, value_loss
 
 JUNK = st.sampled_from([float("nan"), float("inf"), float("-inf"), 1e30, -7.0])
 FRACTION = st.floats(0.0, 1.0)
@@ -163,7 +163,7 @@ CLIP = st.floats(0.01, 0.9)
 def test_policy_loss_is_the_papers_token_by_token(tokens: list[tuple[float, float, float]], clip: float) -> None:
     new, old, advantages = (torch.tensor(x, dtype=torch.float64) for x in zip(*tokens, strict=True))
     new.requires_grad_()
-    found = policy_loss(new, old, advantages, clip)
+    found = clipped_surrogate(new, old, advantages, clip)
     losses = found.loss.tolist()
     found.loss.sum().backward()
     assert new.grad is not None

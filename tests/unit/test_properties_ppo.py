@@ -24,20 +24,22 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from rayrlhf.algorithms.experience import Experience
-from rayrlhf.algorithms.ppo import PPO
-from rayrlhf.config import KLConfig, OptimizerConfig, PPOConfig
+from rayrlhf.algorithms.trainer import Trainer
+from rayrlhf.config_rl import KLConfig, PPOConfig
 from rayrlhf.models.ranks import Ranks
+from rayrlhf.sections import OptimizerConfig
 from rayrlhf.trajectory import Trajectory
 from tests.tiny import (
     PAD,
     TEMPERATURE,
+    critic_of,
     difference,
     flat,
     gradient,
-    ppo_of,
     random_trajectories,
     recorded_gradients,
     tiny_models,
+    trainer_of,
     with_sgd,
 )
 
@@ -100,7 +102,7 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
-def make(case: Case, ranks: Ranks | None = None) -> PPO:
+def make(case: Case, ranks: Ranks | None = None) -> Trainer:
     changes = dict(case.settings)
     optimizer = OptimizerConfig(schedule="constant", max_grad_norm=changes.pop("max_grad_norm"))
     # A heavy KL penalty and a tight clip range: every term has a part in the gradients.
@@ -109,7 +111,7 @@ def make(case: Case, ranks: Ranks | None = None) -> PPO:
         kl=KLConfig(coefficient=0.3), **changes,
     )  # fmt: skip
     policy, value_model = tiny_models(hidden=16)
-    return with_sgd(ppo_of(policy, value_model, config, ranks, case.seed), lr=0.1)
+    return with_sgd(trainer_of(policy, value_model, config, ranks, case.seed), lr=0.1)
 
 
 def learn(
@@ -119,20 +121,20 @@ def learn(
     step: int = 0,
     pack_rows: bool = True,
 ) -> Outcome:
-    ppo = make(case, ranks)
-    assert ppo.policy.packed and ppo.value_model.packed
-    ppo.policy.packed = pack_rows
-    policy_gradients, value_gradients = recorded_gradients(ppo)
+    rl = make(case, ranks)
+    assert rl.policy.packed and critic_of(rl).forward.packed
+    rl.policy.packed = pack_rows
+    policy_gradients, value_gradients = recorded_gradients(rl)
     minibatches: list[list[tuple[int, ...]]] = []
-    update = ppo.update
+    update = rl.update
 
     def recording(rows: Sequence[Experience], *rest: Any) -> Any:
         minibatches.append([tuple(e.row.ids.tolist()) for e in rows])
         return update(rows, *rest)
 
-    ppo.update = recording  # type: ignore[method-assign, assignment]
-    metrics = ppo.step(batch or case.trajectories, step)
-    weights = torch.cat([flat(m.parameters()) for m in (ppo.policy.model, ppo.value_model.model)])
+    rl.update = recording  # type: ignore[method-assign, assignment]
+    metrics = rl.step(batch or case.trajectories, step)
+    weights = torch.cat([flat(m.parameters()) for m in (rl.policy.model, critic_of(rl).forward.model)])
     return Outcome(policy_gradients, value_gradients, metrics, weights, minibatches)
 
 
@@ -179,13 +181,13 @@ def test_gradients_do_not_depend_on_packing_and_sharing_prompts(case: Case, samp
 def test_the_first_minibatch_is_on_policy(case: Case) -> None:
     """Ratio 1 and approx-KL 0, whatever the micro-batches of the two passes over the same tokens are."""
     metrics = learn(case.changed(epochs=1, minibatches=1)).metrics
-    assert metrics["ppo/first_ratio_off_one"] < 1e-6
-    assert metrics["ppo/approx_kl"] < 1e-11
-    assert metrics["ppo/ratio/mean"] == pytest.approx(1.0, abs=1e-6)
-    assert metrics["ppo/clip_fraction"] == 0.0
+    assert metrics["rl/first_ratio_off_one"] < 1e-6
+    assert metrics["rl/approx_kl"] < 1e-11
+    assert metrics["rl/ratio/mean"] == pytest.approx(1.0, abs=1e-6)
+    assert metrics["rl/clip_fraction"] == 0.0
     later = learn(case.changed(epochs=2, minibatches=2, max_grad_norm=1e9)).metrics
-    assert later["ppo/first_ratio_off_one"] < 1e-6
-    assert later["ppo/approx_kl"] > 1e-9  # the policy has moved by then
+    assert later["rl/first_ratio_off_one"] < 1e-6
+    assert later["rl/approx_kl"] > 1e-9  # the policy has moved by then
 
 
 @given(cases())

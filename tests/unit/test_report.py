@@ -60,8 +60,8 @@ def finished_run(tmp_path: Path) -> tuple[RunFolder, dict[str, Any]]:
             writer.write("sft", step, {"sft/loss": 3.0 - step, "sft/rouge1": 0.1 * step})
             writer.write("reward_model", step, {"reward_model/accuracy": 0.5 + 0.1 * step})
         for step in range(6):
-            numbers = {m.name: 1.0 + step for panel in PANELS["ppo"] for m in panel.measures}
-            writer.write("ppo", step, {**numbers, "ppo/kl": float("nan") if step == 2 else 0.5 * step})
+            numbers = {m.name: 1.0 + step for panel in PANELS["rl"] for m in panel.measures}
+            writer.write("rl", step, {**numbers, "rl/kl": float("nan") if step == 2 else 0.5 * step})
     prompts = [
         Prompt(str(i), f"TITLE: title {i} {EVIL}\n\nPOST: {EVIL}", reference=" a b c", title="a") for i in range(20)
     ]
@@ -92,7 +92,7 @@ def test_page_of_a_finished_run(tmp_path: Path) -> None:
     assert "max_prompt_tokens: 160" in page.text
 
     rows = {row[0].strip(): [cell.split() for cell in row[1:]] for row in page.rows}
-    heads = ["", "policy (PPO) ", "SFT ", "reference ", "policy − SFT, paired ", "the same at equal length "]
+    heads = ["", "policy (RL) ", "SFT ", "reference ", "policy − SFT, paired ", "the same at equal length "]
     assert page.rows[0] == heads
     sft = result["sft"]["reward"]
     want = [f"{sft['mean']:.1f}", f"{sft['low']:.1f}", "to", f"{sft['high']:.1f}"]
@@ -122,16 +122,16 @@ def test_proxy_and_gold_over_kl_where_they_were_measured(tmp_path: Path) -> None
     run = open_or_create(parse_config({"name": "demo"}, "test"), tmp_path)
     with MetricsWriter(run.path) as writer:
         for step in range(4):
-            values = {f"ppo/{name}/{kind}": 1.0 + step for name in ("score", "gold") for kind in ("mean", "std")}
-            writer.write("ppo", step, {**values, "ppo/kl": 1.0 * step, "ppo/responses": 8})
+            values = {f"rl/{name}/{kind}": 1.0 + step for name in ("score", "gold") for kind in ("mean", "std")}
+            writer.write("rl", step, {**values, "rl/kl": 1.0 * step, "rl/responses": 8})
     images = [tag for tag, _ in Page(write_report(run).read_text(encoding="utf-8")).tags if tag == "img"]
     assert len(images) == 2
 
 
 def test_curves_hold_the_written_numbers_and_gaps() -> None:
-    lines = [{"stage": "ppo", "step": s, "ppo/kl": None if s == 1 else s * 2.0, "time/learn": 3.0} for s in range(4)]
+    lines = [{"stage": "rl", "step": s, "rl/kl": None if s == 1 else s * 2.0, "time/learn": 3.0} for s in range(4)]
     lines[2]["time/generate"] = 5.0
-    figure = stage_figure("ppo", lines)
+    figure = stage_figure("rl", lines)
     assert figure is not None
     kl, seconds = figure.axes
     assert kl.get_title(loc="left") == "KL to the reference policy"
@@ -168,12 +168,12 @@ def test_warnings_of_the_steps_are_listed(tmp_path: Path) -> None:
     run = open_or_create(parse_config({"name": "demo", "alarms": {"max_kl": 3.0}}, "test"), tmp_path)
     with MetricsWriter(run.path) as writer:
         for step in range(40):
-            writer.write("ppo", step + 1, {"ppo/kl": step / 10})
+            writer.write("rl", step + 1, {"rl/kl": step / 10})
     text = Page(write_report(run).read_text(encoding="utf-8")).text
     assert "step 32: the policy is 3.1 nats a response" in text and "step 31:" not in text
     assert text.count("nats a response from the reference") == 9
 
     quiet = open_or_create(parse_config({"name": "quiet"}, "test"), tmp_path)
     with MetricsWriter(quiet.path) as writer:
-        writer.write("ppo", 0, {"ppo/kl": 0.0})
-    assert "none of the PPO steps" in Page(write_report(quiet).read_text(encoding="utf-8")).text
+        writer.write("rl", 0, {"rl/kl": 0.0})
+    assert "none of the RL steps" in Page(write_report(quiet).read_text(encoding="utf-8")).text

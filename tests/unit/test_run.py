@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rayrlhf.config import Config, PPOConfig, SFTConfig
+from rayrlhf.config import Config, SFTConfig
 from rayrlhf.config_file import dump_config, parse_config
+from rayrlhf.config_rl import PPOConfig
 from rayrlhf.errors import UserError
 from rayrlhf.files import replacing
 from rayrlhf.runs.addresses import runs_address
@@ -40,7 +41,7 @@ def test_stage_is_done_exactly_when_published(tmp_path: Path) -> None:
             assert temporary.parent == run.path
         assert run.done(stage)
     assert (run.sft / "file").read_text() == "sft"
-    assert (run.policy / "file").read_text() == "ppo"
+    assert (run.policy / "file").read_text() == "rl"
     assert run.comparisons.read_text() == "collect"
     assert sorted(p.name for p in run.path.iterdir()) == sorted(
         [".lock", "config.yaml", "sft", "comparisons.parquet", "reward_model", "policy", "evaluation.json"]
@@ -89,7 +90,7 @@ def test_a_killed_writer_leaves_no_output_and_its_rest_is_swept(tmp_path: Path) 
 
 
 def test_config_of_record_round_trips(tmp_path: Path) -> None:
-    first = config(seed=3, ppo={"steps": 7, "optimizer": {"lr": 3e-6}})
+    first = config(seed=3, rl={"steps": 7, "optimizer": {"lr": 3e-6}})
     run = open_or_create(first, tmp_path)
     assert parse_config(yaml.safe_load(run.config.read_text()), "stored") == first
     assert run.path == tmp_path / "one"
@@ -103,8 +104,8 @@ def test_config_of_record_round_trips(tmp_path: Path) -> None:
         (["sft"], {"data": {"max_prompt_tokens": 99}}, "data.max_prompt_tokens was 160 and is now 99"),
         (["sft"], {"sft": {"optimizer": {"lr": 1.0}}}, "sft.optimizer.lr was 0.0001 and is now 1.0"),
         (["sft", "collect"], {"collect": {"prompts": 9}}, "collect.prompts was 256 and is now 9"),
-        (["ppo"], {"reward_model": {"epochs": 2}}, "reward_model.epochs was 1 and is now 2"),
-        (["ppo"], {"ppo": {"kl": {"coefficient": 0.1}}}, "ppo.kl.coefficient was 0.05 and is now 0.1"),
+        (["rl"], {"reward_model": {"epochs": 2}}, "reward_model.epochs was 1 and is now 2"),
+        (["rl"], {"rl": {"kl": {"coefficient": 0.1}}}, "rl.kl.coefficient was 0.05 and is now 0.1"),
     ],
 )
 def test_changes_that_went_into_a_finished_stage_are_refused(
@@ -129,7 +130,7 @@ def test_changes_that_went_into_a_finished_stage_are_refused(
         {"resources": {"generators": {"count": 3}}},
         {"runs_dir": "/elsewhere"},
         {"reward_model": {"epochs": 2}},
-        {"ppo": {"steps": 9}},
+        {"rl": {"steps": 9}},
         {"evaluate": {"max_prompts": 5}},
     ],
 )
@@ -153,7 +154,7 @@ def test_a_stage_about_to_be_redone_does_not_bind(tmp_path: Path) -> None:
 
 def test_many_changes_are_counted(tmp_path: Path) -> None:
     finish(open_or_create(config(), tmp_path), *STAGES)
-    changed = config(seed=1).model_copy(update={"sft": SFTConfig(epochs=2, batch_size=7), "ppo": PPOConfig(steps=5)})
+    changed = config(seed=1).model_copy(update={"sft": SFTConfig(epochs=2, batch_size=7), "rl": PPOConfig(steps=5)})
     with pytest.raises(UserError, match=r"\(and 1 more\)"):
         open_or_create(changed, tmp_path)
 

@@ -27,11 +27,11 @@ def test_a_weight_that_is_not_finite_is_found_and_named(value: float) -> None:
 def test_adapters_are_looked_at_as_well() -> None:
     policy, _ = tiny_models()
     add_adapters(policy, LoRAConfig(rank=2), seed=0)
-    require_finite(policy, "ppo: the policy", Ranks(1))
+    require_finite(policy, "rl: the policy", Ranks(1))
     with torch.no_grad():
         next(p for n, p in policy.named_parameters() if "lora_B" in n).fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="lora_B"):
-        require_finite(policy, "ppo: the policy", Ranks(1))
+        require_finite(policy, "rl: the policy", Ranks(1))
 
 
 def test_a_rank_names_the_parameter_that_another_rank_has_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,7 +62,7 @@ class Actor:
 
 def test_the_coordinator_follows_once_a_whole_step_was_of_the_same_generators() -> None:
     scale = {"min": 1, "max": 8, "target_learner_wait": 0.1}
-    settings = {"name": "x", "ppo": {"max_staleness": 1}, "resources": {"generators": {"scale": scale}}}
+    settings = {"name": "x", "rl": {"max_staleness": 1}, "resources": {"generators": {"scale": scale}}}
     coordinator = Coordinator(parse_config(settings, "test"), "none", 100, 1, local=True)
     pool = coordinator.pools._generators = Pool(
         "generator", 2, lambda name: Remote(name, Actor(), True), start_timeout_s=9, call_timeout_s=9
@@ -103,9 +103,9 @@ def test_a_pool_that_has_lost_everybody_is_still_one() -> None:
 
 def test_in_turn_there_is_nothing_to_follow() -> None:
     settings = {"name": "x", "resources": {"generators": {"scale": {"max": 4}}}}
-    with pytest.raises(UserError, match="scale needs ppo.max_staleness"):
+    with pytest.raises(UserError, match="scale needs rl.max_staleness"):
         parse_config(settings, "test")
-    assert parse_config(settings | {"ppo": {"max_staleness": 1}}, "test").resources.generators.scale is not None
+    assert parse_config(settings | {"rl": {"max_staleness": 1}}, "test").resources.generators.scale is not None
     settings["resources"]["generators"]["scale"]["min"] = 5  # type: ignore[index]
     with pytest.raises(UserError, match="max must not be below min"):
         parse_config(settings, "test")

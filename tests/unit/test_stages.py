@@ -56,10 +56,10 @@ def test_the_loads_are_those_of_the_runs_stages(sections: dict[str, object], n_c
 
 def test_given_comparisons_leave_one_stage_out() -> None:
     assert [stage.name for stage in stages_of(config())] == list(STAGES)
-    assert [stage.name for stage in stages_of(config(**GIVEN))] == ["sft", "reward_model", "ppo", "evaluate"]
+    assert [stage.name for stage in stages_of(config(**GIVEN))] == ["sft", "reward_model", "rl", "evaluate"]
 
 
 def test_the_stages_up_to_one_and_those_that_a_key_goes_into() -> None:
     assert stages_to("reward_model") == ("sft", "collect", "reward_model")
-    assert stages_from("reward_model.optimizer.lr") == ("reward_model", "ppo", "evaluate")
+    assert stages_from("reward_model.optimizer.lr") == ("reward_model", "rl", "evaluate")
     assert stages_from("model.path") == stages_from("seed") == tuple(STAGES)

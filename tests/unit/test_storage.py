@@ -304,7 +304,7 @@ def test_metrics_appear_while_they_are_written(s3: S3, monkeypatch: pytest.Monke
     address = s3.uri("growing/one")
     with MetricsWriter(address) as writer:
         for step in range(2):
-            writer.write("ppo", step, {"ppo/kl": 1.0})
+            writer.write("rl", step, {"rl/kl": 1.0})
             deadline = time.monotonic() + 20
             while len(read_metrics(address)) <= step and time.monotonic() < deadline:
                 time.sleep(0.05)

@@ -18,7 +18,7 @@ from rayrlhf.errors import UserError
 ROOT = Path(__file__).parents[2]
 
 
-def describe_here(directory: Path, stage: str = "ppo", overrides: tuple[str, ...] = (), **changes: Any) -> Job:
+def describe_here(directory: Path, stage: str = "rl", overrides: tuple[str, ...] = (), **changes: Any) -> Job:
     config = directory / "my configs" / "mine.yaml"
     config.parent.mkdir(exist_ok=True)
     config.write_text("name: mine\nruns_dir: /abs/runs\n")
@@ -28,13 +28,13 @@ def describe_here(directory: Path, stage: str = "ppo", overrides: tuple[str, ...
 
 def test_a_job_says_what_it_runs(tmp_path: Path) -> None:
     job = describe_here(
-        tmp_path, overrides=("ppo.steps=3", "name=its", "model.path=it's here"), environment={"HF_TOKEN": "x"}
+        tmp_path, overrides=("rl.steps=3", "name=its", "model.path=it's here"), environment={"HF_TOKEN": "x"}
     )
     assert shlex.split(job.entrypoint) == [
-        "python", "-m", "jobs.ppo", "--config", "my configs/mine.yaml", "ppo.steps=3", "name=its",
+        "python", "-m", "jobs.rl", "--config", "my configs/mine.yaml", "rl.steps=3", "name=its",
         "model.path=it's here",
     ]  # fmt: skip
-    assert job.metadata == {"run": "its", "stage": "ppo", "git_revision": "unknown"}
+    assert job.metadata == {"run": "its", "stage": "rl", "git_revision": "unknown"}
     assert job.runtime_env == {
         "working_dir": str(tmp_path), "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60", "HF_TOKEN": "x"}
     }  # fmt: skip
@@ -42,7 +42,7 @@ def test_a_job_says_what_it_runs(tmp_path: Path) -> None:
 
 def test_uv_runs_the_job_and_its_actors(tmp_path: Path) -> None:
     job = describe_here(tmp_path, python="uv run --extra cpu python")
-    assert job.entrypoint.startswith("uv run --extra cpu python -m jobs.ppo ")
+    assert job.entrypoint.startswith("uv run --extra cpu python -m jobs.rl ")
     assert job.runtime_env["py_executable"] == "uv run --extra cpu python"
 
 
@@ -73,7 +73,7 @@ def test_the_revision_is_gits(tmp_path: Path) -> None:
     [
         ({"stage": "pppo"}, "submit: 'pppo' is no stage; known: run, sft, collect"),
         ({"overrides": ("runs_dir=runs",)}, "runs_dir=runs is relative"),
-        ({"overrides": ("ppo.stepz=1",)}, "stepz"),
+        ({"overrides": ("rl.stepz=1",)}, "stepz"),
         ({"overrides": ("runs_dir=s3://id:hush@b/runs",)}, "must hold no keys"),
         ({"config": ROOT / "configs/quickstart.yaml"}, "not inside .*--working-dir"),
     ],

@@ -30,7 +30,7 @@ from rayrlhf.sweeps.results import Result, ranked, read_result, results_table, w
 from tests.s3 import KEYS, S3, serving
 
 EXAMPLE = Path(__file__).parents[2] / "configs/sweeps/quickstart_ppo.yaml"
-GRID = {"ppo.optimizer.lr": {"grid": ["1e-4", 3e-4]}, "ppo.kl.coefficient": {"grid": [0.05, 0.1]}}
+GRID = {"rl.optimizer.lr": {"grid": ["1e-4", 3e-4]}, "rl.kl.coefficient": {"grid": [0.05, 0.1]}}
 
 
 @pytest.fixture
@@ -69,16 +69,16 @@ def test_the_example_is_a_sweep_of_ppo_on_dev() -> None:
     [
         ({"serach": 1}, "unknown key 'serach'; did you mean 'search'?"),
         ({"search": {}}, "key 'search'"),
-        ({"search": {"ppo.optimizer.lrr": {"grid": [1]}}}, "unknown key 'ppo.optimizer.lrr'; did you mean 'lr'?"),
-        ({"search": {"ppo.steps": {"gird": [1]}}}, "search: ppo.steps: unknown key 'gird'; did you mean 'grid'?"),
-        ({"search": {"ppo.steps": {"grid": [1], "choice": [2]}}}, "search: ppo.steps: write one of"),
-        ({"search": {"ppo.steps": {"grid": []}}}, "search: ppo.steps: key 'grid'"),
-        ({"search": {"ppo.steps": {"grid": [2.5]}}}, "key 'ppo.steps': input should be a valid integer"),
-        ({"search": {"ppo.lam": {"uniform": [1, 0]}}}, "search: ppo.lam: a range is [low, high]"),
-        ({"search": {"ppo.lam": {"loguniform": [0, 1]}}}, "low > 0 for loguniform"),
+        ({"search": {"rl.optimizer.lrr": {"grid": [1]}}}, "unknown key 'rl.optimizer.lrr'; did you mean 'lr'?"),
+        ({"search": {"rl.steps": {"gird": [1]}}}, "search: rl.steps: unknown key 'gird'; did you mean 'grid'?"),
+        ({"search": {"rl.steps": {"grid": [1], "choice": [2]}}}, "search: rl.steps: write one of"),
+        ({"search": {"rl.steps": {"grid": []}}}, "search: rl.steps: key 'grid'"),
+        ({"search": {"rl.steps": {"grid": [2.5]}}}, "key 'rl.steps': input should be a valid integer"),
+        ({"search": {"rl.lam": {"uniform": [1, 0]}}}, "search: rl.lam: a range is [low, high]"),
+        ({"search": {"rl.lam": {"loguniform": [0, 1]}}}, "low > 0 for loguniform"),
         ({"search": {"name": {"grid": ["a"]}}}, "'name' cannot be swept"),
-        ({"fixed": {"ppo.optimizer.lr": 1.0}}, "'ppo.optimizer.lr' cannot be swept: it is fixed for all trials"),
-        ({"fixed": {"ppo.step": 1}}, "unknown key 'ppo.step'; did you mean 'steps'?"),
+        ({"fixed": {"rl.optimizer.lr": 1.0}}, "'rl.optimizer.lr' cannot be swept: it is fixed for all trials"),
+        ({"fixed": {"rl.step": 1}}, "unknown key 'rl.step'; did you mean 'steps'?"),
         ({"fixed": {"evaluate.prompts": "a.jsonl"}}, "evaluate.prompts is set"),
         ({"metric": "policy.golf"}, "key 'metric': did you mean 'policy.gold'? (got 'policy.golf')"),
         ({"config": "none.yaml"}, "none.yaml: no such config file"),
@@ -96,12 +96,12 @@ def test_mistakes_are_one_line(write: Any, settings: dict[str, Any], line: str) 
 
 
 def test_overrides_change_the_sweep_or_its_config(write: Any) -> None:
-    path = write(fixed={"ppo.steps": 7, "ppo.epochs": 3})
-    sweep = load_sweep(path, ["samples=3", "name=other", "ppo.steps=9", "evaluate.split=test"])
+    path = write(fixed={"rl.steps": 7, "rl.epochs": 3})
+    sweep = load_sweep(path, ["samples=3", "name=other", "rl.steps=9", "evaluate.split=test"])
     assert (sweep.settings.samples, sweep.settings.name) == (3, "other")
-    assert (sweep.base.ppo.steps, sweep.base.ppo.epochs, sweep.base.evaluate.split) == (9, 3, "test")
+    assert (sweep.base.rl.steps, sweep.base.rl.epochs, sweep.base.evaluate.split) == (9, 3, "test")
     with pytest.raises(UserError, match="cannot be swept"):
-        load_sweep(path, ["ppo.kl.coefficient=1"])
+        load_sweep(path, ["rl.kl.coefficient=1"])
 
 
 # ---- points and trials
@@ -115,44 +115,44 @@ def test_a_grid_is_every_combination_and_a_name_says_which(write: Any, tmp_path:
     for trial in trials:
         config = trial.config
         assert trial.values == {
-            "ppo.optimizer.lr": config.ppo.optimizer.lr,
-            "ppo.kl.coefficient": config.ppo.kl.coefficient,
+            "rl.optimizer.lr": config.rl.optimizer.lr,
+            "rl.kl.coefficient": config.rl.kl.coefficient,
         }
         assert (config.name, config.runs_dir) == (trial.name, str(tmp_path / "search"))
-        plain = {"name": "run", "runs_dir": str(tmp_path), "ppo": sweep.base.ppo}
+        plain = {"name": "run", "runs_dir": str(tmp_path), "rl": sweep.base.rl}
         assert config.model_copy(update=plain) == sweep.base
 
 
 def test_draws_repeat_and_more_samples_add_to_fewer() -> None:
     search = {
-        "ppo.optimizer.lr": Space(loguniform=(1e-5, 1e-2)),
-        "ppo.lam": Space(uniform=(0.9, 1.0)),
-        "ppo.epochs": Space(choice=[1, 2, 4]),
+        "rl.optimizer.lr": Space(loguniform=(1e-5, 1e-2)),
+        "rl.lam": Space(uniform=(0.9, 1.0)),
+        "rl.epochs": Space(choice=[1, 2, 4]),
         "seed": Space(grid=[0, 1]),
     }
     found: list[dict[str, Any]] = draw(search, 50, seed=0)
     assert len(found) == 100
     assert draw(search, 10, seed=0) == found[:20] != draw(search, 10, seed=1)
-    rates, lams = ([p[key] for p in found] for key in ("ppo.optimizer.lr", "ppo.lam"))
+    rates, lams = ([p[key] for p in found] for key in ("rl.optimizer.lr", "rl.lam"))
     assert all(1e-5 <= rate <= 1e-2 for rate in rates) and all(0.9 <= lam <= 1.0 for lam in lams)
     # Even over orders of magnitude: the mean of log10 of 100 draws from [-5, -2] is -3.5, give or take 0.09.
     assert sum(map(math.log10, rates)) / 100 == pytest.approx(-3.5, abs=0.35)
     assert all(float(f"{rate:.3g}") == rate for rate in rates)
-    assert {p["ppo.epochs"] for p in found} == {1, 2, 4}
+    assert {p["rl.epochs"] for p in found} == {1, 2, 4}
     assert [p["seed"] for p in found] == [0, 1] * 50
 
 
 def test_a_point_drawn_twice_is_one_trial(write: Any, tmp_path: Path) -> None:
-    sweep = load_sweep(write({"ppo.epochs": {"choice": [1, 2]}}, samples=20))
+    sweep = load_sweep(write({"rl.epochs": {"choice": [1, 2]}}, samples=20))
     assert len(points(sweep)) == 20
     assert sorted(t.name for t in sweep.trials(points(sweep), tmp_path)) == ["epochs-1", "epochs-2"]
 
 
 def test_names_are_short_distinct_and_fit_for_a_folder(write: Any, tmp_path: Path) -> None:
-    keys = ["ppo.optimizer.lr", "sft.optimizer.lr", "seed", "ppo.kl.coefficient"]
-    assert list(short_names(keys).values()) == ["ppo.optimizer.lr", "sft.optimizer.lr", "seed", "coefficient"]
+    keys = ["rl.optimizer.lr", "sft.optimizer.lr", "seed", "rl.kl.coefficient"]
+    assert list(short_names(keys).values()) == ["rl.optimizer.lr", "sft.optimizer.lr", "seed", "coefficient"]
     assert short_names(["a.epochs", "a.b.epochs"]) == {"a.epochs": "a.epochs", "a.b.epochs": "b.epochs"}
-    assert trial_name({"ppo.missing_eos_reward": -1.0, "ppo.optimizer.betas": [0.9, 0.99]}) == (
+    assert trial_name({"rl.missing_eos_reward": -1.0, "rl.optimizer.betas": [0.9, 0.99]}) == (
         "missing_eos_reward--1.0_betas-0.9-0.99"
     )
     assert trial_name({"a.x": None, "a.y": True, "a.z": "some/path"}) == "x-null_y-true_z-some-path"
@@ -167,11 +167,11 @@ def test_names_are_short_distinct_and_fit_for_a_folder(write: Any, tmp_path: Pat
 @pytest.mark.parametrize(
     ("keys", "shared"),
     [
-        (["ppo.steps"], ("sft", "collect", "reward_model")),
-        (["evaluate.temperature"], ("sft", "collect", "reward_model", "ppo")),
-        (["ppo.steps", "collect.prompts"], ("sft",)),
+        (["rl.steps"], ("sft", "collect", "reward_model")),
+        (["evaluate.temperature"], ("sft", "collect", "reward_model", "rl")),
+        (["rl.steps", "collect.prompts"], ("sft",)),
         (["sft.epochs"], ()),
-        (["ppo.steps", "seed"], ()),
+        (["rl.steps", "seed"], ()),
         (["data.max_prompt_tokens"], ()),
         (["resources.learner.threads"], ()),
     ],
@@ -191,10 +191,10 @@ def finished(run: RunFolder, gold: float, reward: float, seconds: float) -> None
     def interval(mean: float) -> dict[str, float]:
         return {"mean": mean, "low": mean - 0.01, "high": mean + 0.01, "n": 50}
 
-    with run.writing("ppo") as directory:
+    with run.writing("rl") as directory:
         (directory / "config.json").write_text("policy")
     with MetricsWriter(run.address) as metrics:
-        metrics.write("run", 3, {"time/ppo": seconds - 10.0})
+        metrics.write("run", 3, {"time/rl": seconds - 10.0})
         metrics.write("run", 4, {"time/evaluate": 10.0})
     policy = {"gold": interval(gold), "reward": interval(reward), "kl": interval(2.5), "length": interval(21.0)}
     record = {
@@ -233,7 +233,7 @@ def test_shared_stages_are_done_in_a_trial_without_taking_space(base: tuple[Swee
         share(base_run, run, sweep.shared)
     for run in runs:
         assert [stage for stage in sweep.shared if run.done(stage)] == list(sweep.shared)
-        assert not run.done("ppo")
+        assert not run.done("rl")
         for file in ("sft/deep/weights", "reward_model/deep/weights", "comparisons.parquet"):
             assert (run.path / file).samefile(base_run.path / file)
         assert [line["stage"] for line in map(json.loads, run.metrics.open())] == ["sft", *["run"] * 3]
@@ -358,7 +358,7 @@ def test_the_table_in_markdown_json_and_terminal(results: tuple[Sweep, Path, lis
     assert rows[4] == ["0.0001", "0.1", "failed: OutOfMemoryError: too / large [gpu]", *["–"] * 5]
     assert rows[5] == ["0.0003", "0.1", "not finished", *["–"] * 5]
     assert "posts, dev split: 50 prompts" in page[2]
-    command = "rayrlhf run {} name=search-best ppo.optimizer.lr=0.0003 ppo.kl.coefficient=0.05"
+    command = "rayrlhf run {} name=search-best rl.optimizer.lr=0.0003 rl.kl.coefficient=0.05"
     assert command.format(sweep.config_file) in page
 
     record = json.loads((folder / "sweep.json").read_text())
@@ -379,8 +379,8 @@ def test_the_table_in_markdown_json_and_terminal(results: tuple[Sweep, Path, lis
 
 def test_the_command_of_the_best_repeats_the_trial(write: Any, tmp_path: Path) -> None:
     """Its words, given to `rayrlhf run`, make the trial's config, with the test split for the dev split."""
-    path = write(run={"ppo": {"steps": 3}}, fixed={"ppo.optimizer.betas": [0.5, 0.9], "evaluate.max_prompts": 9})
-    sweep = load_sweep(path, ["model.path=some dir", "ppo.missing_eos_reward=null"])
+    path = write(run={"rl": {"steps": 3}}, fixed={"rl.optimizer.betas": [0.5, 0.9], "evaluate.max_prompts": 9})
+    sweep = load_sweep(path, ["model.path=some dir", "rl.missing_eos_reward=null"])
     trial = sweep.trials(points(sweep), tmp_path)[0]
     program, command, file, *overrides = shlex.split(sweep.command(trial))
     assert (program, command) == ("rayrlhf", "run")
@@ -389,4 +389,4 @@ def test_the_command_of_the_best_repeats_the_trial(write: Any, tmp_path: Path) -
     evaluate = config.evaluate.model_copy(update={"split": "dev"})
     same = {"name": trial.name, "runs_dir": trial.config.runs_dir, "evaluate": evaluate}
     assert config.model_copy(update=same) == trial.config
-    assert config.ppo.optimizer.lr == trial.values["ppo.optimizer.lr"]
+    assert config.rl.optimizer.lr == trial.values["rl.optimizer.lr"]

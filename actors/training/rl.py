@@ -1,8 +1,9 @@
-"""The PPO learner: the loop that runs inside Ray Train's workers.
+"""The learner of reinforcement learning: the loop that runs inside Ray Train's workers.
 
-    restore, then per step { send weights, next batch, PPO update, now and then a checkpoint }
+    restore, then per step { send weights, next batch, update, now and then a checkpoint }
 
-It owns the policy and the value model; the reference policy and the reward model are frozen and live with the scorers.
+It owns the policy, and the value model of an algorithm that has one. The reference policy and the reward model are
+frozen and live with the scorers.
 """
 
 from __future__ import annotations
@@ -20,70 +21,77 @@ from actors.rollouts.batch import Batch
 from actors.rollouts.groups import Cursor
 from actors.rollouts.publisher import Publisher
 from actors.training.loop import Loop, LoopArguments
-from rayrlhf.algorithms.ppo import PPO
+from rayrlhf.algorithms.registry import make_trainer
 from rayrlhf.config import Config
 from rayrlhf.models.forward import Forward
 from rayrlhf.models.loading import load_policy, load_reward_model, load_tokenizer
 from rayrlhf.models.lora import load_trained_state, trained_state
 from rayrlhf.models.ranks import Ranks
 from rayrlhf.models.saving import save_model
+from rayrlhf.plugins import Plugin
 from rayrlhf.runs.storage import local_copy
 from rayrlhf.trajectory import derive_seed
 
 
 @dataclass(frozen=True)
-class PPOArguments(LoopArguments):
+class RLArguments(LoopArguments):
     """What every worker needs; picklable, paths absolute."""
 
     policy: str
     """Path or URI, as the next one."""
-    value_model: str
-    """A model directory with a scalar head: the reward model."""
+    value_model: str | None
+    """The reward model's directory, or the policy's, which gets a fresh head; None for algorithms without a critic."""
     coordinator: Remote
+    plugin: Plugin | None = None
+    """The file of an algorithm of the user's own."""
 
 
-def ppo_loop(args: PPOArguments) -> None:
-    """Train the policy with PPO; the finished one appears as the run folder's `policy/`.
+def rl_loop(args: RLArguments) -> None:
+    """Train the policy; the finished one appears as the run folder's `policy/`.
 
     It does not if the coordinator was asked to stop: the loop then ends after the step's checkpoint.
     """
     config = args.config
-    with Loop("ppo", args) as loop:
+    with Loop("rl", args) as loop:
         tokenizer = load_tokenizer(local_copy(args.policy))
         found = loop.restore()
         policy, value_model = load_models(loop, args, found)
         forward_of = partial(
             Forward,
             pad_token_id=tokenizer.pad_token_id,
-            max_tokens=config.ppo.micro_batch_tokens,
+            max_tokens=config.rl.micro_batch_tokens,
             dtype=config.model.dtype,
         )
-        ppo = PPO(forward_of(policy), forward_of(value_model), config.ppo, loop.ranks, seed=config.seed)
+        trainer = make_trainer(
+            config.rl, forward_of(policy), forward_of(value_model) if value_model else None, loop.ranks,
+            max_response_tokens=config.data.max_response_tokens, seed=config.seed, plugin=args.plugin,
+        )  # fmt: skip
         generators = GeneratorLink(args.coordinator, config, loop.ranks, policy)
         version, cursor = 0, Cursor(0)
         if found:
             _, state = found
-            ppo.load_state_dict(state["ppo"])
+            trainer.load_state_dict(state["trainer"])
             version, cursor = state["version"], Cursor(*state["cursor"])
         generators.begin(cursor)
 
         def save_models(directory: Path) -> None:
             save_model(policy, tokenizer, directory / "policy")
-            save_model(value_model, tokenizer, directory / "value_model")
+            if value_model is not None:
+                save_model(value_model, tokenizer, directory / "value_model")
 
-        loop.steps = config.ppo.steps
-        while loop.step < config.ppo.steps:
+        loop.steps = config.rl.steps
+        while loop.step < config.rl.steps:
             started = time.perf_counter()
             version = generators.send_weights(after=version)
             waiting = time.perf_counter()
             batch = generators.next_batch(loop.step, version)
             learning = time.perf_counter()
-            metrics = ppo.step(batch.trajectories, loop.step)
+            metrics = trainer.step(batch.trajectories, loop.step)
             ended = time.perf_counter()
 
             loop.step += 1
             loop.log(metrics | batch.metrics | {
-                "ppo/weight_version": version,
+                "rl/weight_version": version,
                 "time/sync": waiting - started,
                 "time/wait": learning - waiting,
                 "time/learn": ended - learning,
@@ -93,12 +101,12 @@ def ppo_loop(args: PPOArguments) -> None:
                 "throughput/tokens_per_s": sum(t.length for t in batch.trajectories) / (ended - started),
             })  # fmt: skip
             stopping = generators.stop_requested()
-            if loop.step < config.ppo.steps and (stopping or loop.step % config.ppo.checkpoint_every == 0):
+            if loop.step < config.rl.steps and (stopping or loop.step % config.rl.checkpoint_every == 0):
                 # Prompts and seeds are functions of (seed, step), and generators have no state to keep: the cursor
                 # only says which prompts were trained on out of turn.
-                state = {"version": version, "cursor": tuple(batch.cursor), "ppo": ppo.state_dict()}
+                state = {"version": version, "cursor": tuple(batch.cursor), "trainer": trainer.state_dict()}
                 if config.model.lora:
-                    state["trained"] = [trained_state(model) for model in (policy, value_model)]
+                    state["trained"] = [trained_state(model) for model in (policy, value_model) if model is not None]
                 loop.save(state, save_models)
                 if stopping:
                     return
@@ -106,21 +114,25 @@ def ppo_loop(args: PPOArguments) -> None:
 
 
 def load_models(
-    loop: Loop, args: PPOArguments, found: tuple[Path, dict[str, Any]] | None
-) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """Policy and value model, as they start or as the checkpoint has them."""
+    loop: Loop, args: RLArguments, found: tuple[Path, dict[str, Any]] | None
+) -> tuple[PreTrainedModel, PreTrainedModel | None]:
+    """Policy and value model, as they start or as the checkpoint has them; no value model without a critic."""
     config, device = args.config, loop.ranks.device
     checkpoint, state = found or (None, {})
     # Adapters belong to the weights that training started from; the checkpoint's models have them merged.
     source = None if config.model.lora else checkpoint
     policy = load_policy(str(source / "policy") if source else local_copy(args.policy), device=device)
-    value_model = load_reward_model(
-        str(source / "value_model") if source else local_copy(args.value_model), device=device
-    )
     loop.trained("policy", policy, derive_seed(config.seed, "policy adapters"))
-    loop.trained("value model", value_model, derive_seed(config.seed, "value adapters"))
+    value_model = None
+    if args.value_model is not None:
+        value_model = load_reward_model(
+            str(source / "value_model") if source else local_copy(args.value_model), device=device,
+            fresh_head_seed=derive_seed(config.seed, "value head"),  # for a model without one
+        )  # fmt: skip
+        loop.trained("value model", value_model, derive_seed(config.seed, "value adapters"))
     if "trained" in state:
-        for model, trained in zip((policy, value_model), state["trained"], strict=True):
+        models = [model for model in (policy, value_model) if model is not None]
+        for model, trained in zip(models, state["trained"], strict=True):
             load_trained_state(model, trained)
     return policy, value_model
 
