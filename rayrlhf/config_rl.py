@@ -79,6 +79,14 @@ class RLConfig(Section):
     keep_checkpoints: Positive = 2
     """So many checkpoints stay, the newest ones: if one is damaged, the one before it is taken."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _keep_defaults_of_kl(cls, tree: Any) -> Any:
+        """A config that names only the coefficient keeps the algorithm's own estimator."""
+        if isinstance(tree, dict) and isinstance(tree.get("kl"), dict):
+            return {**tree, "kl": cls.model_fields["kl"].default.model_dump() | tree["kl"]}
+        return tree
+
     @model_validator(mode="after")
     def _minibatches_fit(self) -> RLConfig:
         # More of them would leave a mini-batch without a sample.

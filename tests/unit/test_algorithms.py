@@ -270,6 +270,8 @@ def test_the_section_of_an_algorithm() -> None:
     config = parse_config({"name": "run", "rl": {"algorithm": "grpo", "optimizer": {"lr": "1e-6"}}}, "run.yaml")
     assert isinstance(config.rl, GRPOConfig) and config.rl.optimizer.lr == 1e-6 and not config.rl.critic
     assert config.rl.samples_per_prompt == 8 and config.rl.kl == KLConfig(estimator="k3", coefficient=0.04)
+    partly = parse_config({"name": "run", "rl": {"algorithm": "grpo", "kl": {"coefficient": 0.1}}}, "run.yaml")
+    assert partly.rl.kl == KLConfig(estimator="k3", coefficient=0.1)
     again = parse_config(config.model_dump(mode="json"), "dumped")
     assert again == config
     assert isinstance(parse_config({"name": "run", "rl": {"lam": 0.9}}, "run.yaml").rl, PPOConfig)
