@@ -34,9 +34,11 @@ def evaluate(session: Session) -> None:
     session.rollouts.start_scorers(prompts, gold=False)
     labeller = gold_labeller(config)
 
-    sft = model_answers(session, "sft", run.sft, records, prompts, labeller)
-    best = best_answers(session, records, prompts, labeller) if config.evaluate.best_of else None
-    policy = model_answers(session, "policy", run.policy, records, prompts, labeller, with_kl=True)
+    version = session.rollouts.load_weights(run.sft)
+    sft = model_answers(session, "sft", version, records, prompts, labeller)
+    best = best_answers(session, version, records, prompts, labeller) if config.evaluate.best_of else None
+    version = session.rollouts.load_weights(run.policy)
+    policy = model_answers(session, "policy", version, records, prompts, labeller, with_kl=True)
     reference = text_answers(session, "reference", records, [p.reference for p in prompts], prompts, None)
     title = text_answers(session, "title", records, [p.title for p in prompts], prompts, labeller)
 
@@ -104,17 +106,19 @@ def evaluation_records(session: Session) -> list[Demonstration]:
 def model_answers(
     session: Session,
     name: str,
-    directory: Path,
+    version: int,
     records: list[Demonstration],
     prompts: list[Prompt],
     labeller: Labeller,
     *,
     with_kl: bool = False,
 ) -> Answers:
-    """Near-greedy answers of a saved model; KL to the SFT model from separate samples at the training temperature."""
+    """Near-greedy answers of the model that the generators hold as `version`.
+
+    The KL to the SFT model is of separate samples at the training temperature.
+    """
     config = session.config
     encoded = session.data.prompts(records)
-    version = session.rollouts.load_weights(directory)
     sampled = session.rollouts.generate(encoded, config.evaluate.temperature, version, "evaluate")
     scored = session.rollouts.score(sampled, config.evaluate.temperature)
     kl = None
@@ -133,14 +137,16 @@ def model_answers(
     )
 
 
-def best_answers(session: Session, records: list[Demonstration], prompts: list[Prompt], labeller: Labeller) -> Answers:
-    """For each prompt, the best of `evaluate.best_of` samples of the SFT model, which the generators hold.
+def best_answers(
+    session: Session, version: int, records: list[Demonstration], prompts: list[Prompt], labeller: Labeller
+) -> Answers:
+    """For each prompt, the best of `evaluate.best_of` samples of the SFT model, whose `version` the generators hold.
 
     They are drawn as those of the stage `rl` are, and chosen by what that stage maximises.
     """
     config, n = session.config, session.config.evaluate.best_of
     assert n is not None
-    encoded, version = session.data.prompts(records), session.rollouts.load_weights(session.run.sft)
+    encoded = session.data.prompts(records)
     drawn = session.rollouts.generate(encoded, config.rl.temperature, version, "evaluate-best-of", samples=n)
     scored = session.rollouts.score(drawn, config.rl.temperature)
     by_prompt = scores(scored, config.rl.missing_eos_reward).reshape(-1, n)

@@ -20,7 +20,7 @@ from rayrlhf.sweeps.plan import load_sweep
 MODULES = {"run": "pipeline", **{stage.command: stage.name for stage in STAGES.values()}, "sweep": "sweep"}
 """What can be submitted: the sub-command, and the module of `jobs` that does it."""
 GRACE_S = 60
-"""Seconds from the signal that stops a job until Ray kills it: PPO ends its step and writes a checkpoint in them."""
+"""Seconds from the signal that stops a job until Ray kills it: `rl` ends its step and writes a checkpoint in them."""
 
 
 @dataclass(frozen=True)

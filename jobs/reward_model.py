@@ -46,7 +46,7 @@ def reward_model(session: Session) -> None:
         if unbeaten(result):
             console.print(
                 f"[bold yellow]warning:[/] the reward model is not clearly better than: {', '.join(unbeaten(result))}; "
-                "PPO against it may find nothing. More or cleaner comparisons help, or a larger model"
+                "rl against it may find nothing. More or cleaner comparisons help, or a larger model"
             )
 
 

@@ -1,4 +1,4 @@
-"""Stage `rl`: the SFT policy against the reward model. `ray job submit ... -- python -m jobs.rl --config FILE`."""
+"""Stage `rl`: the SFT policy against the rewards. `ray job submit ... -- python -m jobs.rl --config FILE`."""
 
 from __future__ import annotations
 

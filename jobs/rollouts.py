@@ -24,7 +24,7 @@ from rayrlhf.trajectory import Sampling, Trajectory
 
 T = TypeVar("T")
 SLICE = 1024
-"""Responses that one generator or scorer is asked for at a time, outside PPO."""
+"""Responses that one generator or scorer is asked for at a time, outside `rl`."""
 
 
 class RolloutClient:

@@ -1,6 +1,6 @@
 """What a stage does at SIGTERM, which `ray job stop` sends before it kills the process.
 
-PPO finishes its step, writes a checkpoint and ends. Every other stage ends at once, as at Ctrl-C; so does PPO at a
+`rl` finishes its step, writes a checkpoint and ends. Other stages end at once, as at Ctrl-C; so does `rl` at a
 second SIGTERM that comes more than `SAME_SIGNAL_S` later. The same command continues the run in each case.
 """
 
@@ -37,7 +37,7 @@ def asking_first(ask: Callable[[], object]) -> Iterator[threading.Event]:
             return
         first = time.monotonic()
         asked.set()
-        print("stopping: PPO writes a checkpoint when its step ends; SIGTERM again ends it now", flush=True)
+        print("stopping: rl writes a checkpoint when its step ends; SIGTERM again ends it now", flush=True)
         # In a thread: this handler may have interrupted a call to Ray, and Ray is not made to be entered again there.
         threading.Thread(target=ask, name="stopping", daemon=True).start()
 

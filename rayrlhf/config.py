@@ -55,7 +55,7 @@ class DataConfig(Section):
     """Comparisons by people, to train the reward model; null: the stage `collect` makes comparisons."""
     sft_fraction: Fraction = 0.4
     reward_model_fraction: Fraction = 0.3
-    """Shares of the training records, by a hash of their id. The rest are PPO prompts."""
+    """Shares of the training records, by a hash of their id. The rest are the prompts of `rl`."""
     dev_fraction: Fraction = 0.4
     """Share of the validation records that selects checkpoints (dev); the rest is the test split."""
     max_prompt_tokens: Positive = 160
@@ -66,7 +66,7 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _leave_prompts_for_ppo(self) -> DataConfig:
         if self.sft_fraction + self.reward_model_fraction >= 1.0:
-            raise ValueError("sft_fraction + reward_model_fraction must stay below 1: the rest are the PPO prompts")
+            raise ValueError("sft_fraction + reward_model_fraction must stay below 1: the rest are the prompts of rl")
         return self
 
 
@@ -230,7 +230,7 @@ class ScorerConfig(Placement):
 
 
 class LearnerConfig(Placement):
-    """Ray Train workers of the SFT, reward-model and PPO stages."""
+    """Ray Train workers of the SFT, reward-model and RL stages."""
 
     workers: Positive = 1
     threads: Positive = 1
@@ -298,6 +298,13 @@ class Config(Section):
     def trains_reward_model(self) -> bool:
         """Whether one of the rewards is a reward model."""
         return any(isinstance(reward, ModelReward) for reward in self.rewards)
+
+    @model_validator(mode="after")
+    def _some_length_is_free(self) -> Config:
+        overlong, longest = self.rl.overlong_tokens, self.data.max_response_tokens
+        if overlong is not None and overlong > longest:
+            raise ValueError(f"rl.overlong_tokens ({overlong}) must not exceed data.max_response_tokens ({longest})")
+        return self
 
     @model_validator(mode="after")
     def _scaling_needs_overlap(self) -> Config:

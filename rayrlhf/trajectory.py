@@ -1,4 +1,4 @@
-"""The record that travels through PPO: one prompt, one sampled response, and the measures of it.
+"""The record that travels through a step of RL: one prompt, one sampled response, and the measures of it.
 
 Token ids travel from end to end; text is never tokenised a second time.
 Shapes: P prompt tokens, R >= 1 response tokens. If an EOS was sampled, it is the last response token.

@@ -36,7 +36,7 @@ class Status:
     """The weights that each generator has or has been asked to load, by actor. A generator without any is left out, or
     has -1."""
     groups: dict[str, int]
-    """How many groups (prompts with all their samples) are at each place; none unless an asynchronous PPO runs."""
+    """How many groups (prompts with all their samples) are at each place; none unless generation runs ahead."""
     actors: dict[str, int]
     """How many actors are at work, by role."""
     wanted: dict[str, int]

@@ -1,4 +1,4 @@
-"""Asynchronous PPO: generation and scoring run ahead of the learner, which never sees tokens that are too old.
+"""Asynchronous RL: generation and scoring run ahead of the learner, which never sees tokens that are too old.
 
     GroupQueue ─▶ generators ─▶ GroupQueue ─▶ scorers ─▶ GroupQueue ─▶ next_batch
 

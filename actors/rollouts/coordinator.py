@@ -4,7 +4,7 @@ It lives outside Ray Train, so a restart of the learner does not cost the genera
 for good: prompts are a function of (seed, step), and a learner that comes back publishes its weights again and says
 which prompts it has had.
 
-Who calls what, in PPO:
+Who calls what, in the stage `rl`:
 
     jobs/rl.py      start_generators, start_scorers, set_prompts                    request_stop
     learner          begin ─▶ { next_version ─▶ load_weights ─▶ next_batch ─▶ train, stop_requested } for every step
@@ -120,7 +120,7 @@ class Coordinator:
         return self.version
 
     def load_weights(self, publication: PublishedWeights) -> int:
-        """Load on every generator; with an asynchronous PPO each one loads them before its next slice of work."""
+        """Load on every generator; running ahead, each one loads them before its next slice of work."""
         self.rollouts.set_weights(publication)
         self.publication = publication
         return publication.version

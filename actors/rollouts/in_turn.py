@@ -34,7 +34,7 @@ Requests = dict[int, GenerationRequest]
 class InTurn:
     """The rollout mode in which the learner waits for its batch; see `ahead` for the other one.
 
-    It also serves all stages but PPO, which have no batches.
+    It also serves all stages but `rl`, which have no batches.
     """
 
     def __init__(

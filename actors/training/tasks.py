@@ -6,7 +6,7 @@
     outcome(1) waits    ──▶               ◀──  finish(1, rank 0, no error)   trains
     gets the outcome    ◀──               ◀──  finish(1, rank 1, no error)
     ...                                   ◀──  next(1) waits for hours if need be
-    give(2, PPO loop)   ──▶    task 2  ──▶     gets task 2
+    give(2, RL loop)    ──▶    task 2  ──▶     gets task 2
 
 Ray Train starts the workers once for all stages. When it has to start them again, because one died, the new ones ask
 for what comes after the last task that was finished: they get the same task again, whose loop continues from its newest

@@ -1,4 +1,5 @@
-"""Learning from a batch: PPO, its losses and advantages, the reward model's loss, SFT's, optimiser and metrics.
+"""Learning from a batch: a trainer, the algorithms' equations, the reward model's loss, SFT's, optimiser and metrics.
 
-`rl` is the order of a step; `advantages`, `losses` and `kl` are its equations, as pure functions.
+`trainer` is the order of a step. `ppo`, `grpo`, `rloo` and `reinforce_pp` say how advantages and loss are made, of the
+pure functions in `advantages` and `losses`.
 """

@@ -33,7 +33,7 @@ class RunData:
 
     @cached_property
     def train(self) -> Splits[Demonstration]:
-        """The training records: the shares of SFT, of the reward model, and PPO's prompts."""
+        """The training records: the shares of SFT, of the reward model, and the prompts of `rl`."""
         splits = split_train(self._demonstrations("train"), self.config.data, self.config.trains_reward_model)
         check_disjoint(sft=splits.sft, reward_model=splits.reward_model, rl=splits.rl, dev=self.dev, test=self.test)
         return splits

@@ -1,6 +1,6 @@
 """One model over many rows: cut into micro-batches, computed in the asked precision, results back in order.
 
-Everything that runs a model goes through `Forward`: the scorers, and the updates of SFT, reward model and PPO.
+Everything that runs a model goes through `Forward`: the scorers, and the updates of SFT, reward model and RL.
 So all of them cut rows alike, use the same precision, and meet the model through one module, `RootModule`.
 
     forward = Forward(model, pad_token_id=1, max_tokens=4096, dtype="bfloat16")

@@ -2,7 +2,7 @@
 
 Weights are read from safetensors only, and code from a model's repository is never run. Weights are kept in float32;
 autocast may compute in less. Dropout is off in training as well, so that a forward pass depends on weights and tokens
-only: PPO compares log-probs of two passes.
+only: `rl` compares log-probs of two passes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Figures of PPO: measures over steps with intervals, for one run or several seeds; proxy and gold against KL.
+"""Figures of RL: measures over steps with intervals, for one run or several seeds; proxy and gold against KL.
 
 Thin lines are runs, thick lines are means over runs. A line is smoothed by a centred moving average.
 """
@@ -34,7 +34,7 @@ _MUTED = "#677083"
 CURVES = tuple(panel for panel in PANELS["rl"] if panel.compared)
 _KL = "rl/kl"
 _OPTIMISED = CURVES[:2]
-"""Proxy and gold: PPO raises the one, and people want the other."""
+"""Proxy and gold: `rl` raises the one, and people want the other."""
 
 
 @dataclass(frozen=True)

@@ -127,7 +127,7 @@ def summarize(
     Args:
         prompts: the n prompts; their `reference` is what ROUGE compares with.
         sft: the SFT model's answers.
-        policy: the policy's answers; None before PPO.
+        policy: the policy's answers; None before `rl`.
         reference: the people's own answers (text None where there is none).
         title: the posts' titles as answers, a baseline that costs nothing.
         best_of: for each prompt the best of several of the SFT model's answers.

@@ -1,6 +1,6 @@
 """The gold measure: the labeller's own measure of sampled responses.
 
-PPO maximises the reward model, which is a proxy of the labeller. Watching both over the steps shows where they part
+`rl` maximises the reward model, which is a proxy of the labeller. Watching both over the steps shows where they part
 (Gao et al. 2023, Scaling Laws for Reward Model Overoptimization). Nothing is ever trained on the gold measure.
 """
 

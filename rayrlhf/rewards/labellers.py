@@ -48,7 +48,7 @@ class Labeller(Protocol):
     def measure(self, prompt: Prompt, answer: str) -> float | None:
         """Measure one answer by itself, higher is better; None if the labeller only ranks.
 
-        This is the gold measure of PPO and of the evaluation.
+        This is the gold measure of `rl` and of the evaluation.
         """
         ...
 

@@ -121,12 +121,12 @@ class PythonRewards:
 
     def __call__(self, trajectories: Sequence[Trajectory]) -> dict[str, list[float]]:
         """Weighted scores by name, one list each in the order of the trajectories."""
-        known = [self.prompts.get(t.prompt_id) for t in trajectories]
+        known = [self.prompts[t.prompt_id] for t in trajectories]
         ids = [t.response_ids.tolist() for t in trajectories]
         told: dict[str, Sequence[Any]] = {
-            "prompts": [prompt.text if prompt else "" for prompt in known],
+            "prompts": [prompt.text for prompt in known],
             "responses": [decode_response(self.tokenizer, own) for own in ids],
-            "references": [prompt.reference if prompt else None for prompt in known],
+            "references": [prompt.reference for prompt in known],
             "token_ids": ids,
         }
         return {

@@ -94,7 +94,7 @@ def test_a_stopped_job_leaves_a_checkpoint_and_goes_on(
     assert job.submission_id and client.stop_job(job.submission_id)
     outcome = followed.wait()
     assert outcome.code == 1 and f"job {job.submission_id} stopped" in outcome.err
-    assert "stopping: PPO writes a checkpoint when its step ends" in outcome.out
+    assert "stopping: rl writes a checkpoint when its step ends" in outcome.out
     done = len(read_metrics(before_rl, "rl"))
     assert 2 <= done < steps and not (before_rl / "policy").exists()
     assert list((before_rl / "checkpoints").glob("rl-*/checkpoint_*")), "nobody asked for one but the stop"

@@ -266,6 +266,11 @@ def test_bad_settings_are_one_line(tree: dict[str, Any], said: str) -> None:
     assert said in str(raised.value) and "\n" not in str(raised.value)
 
 
+def test_the_punished_length_is_a_part_of_the_longest() -> None:
+    with pytest.raises(UserError, match=r"rl\.overlong_tokens \(49\) must not exceed data\.max_response_tokens \(48\)"):
+        parse_config({"name": "run", "rl": {"algorithm": "grpo", "overlong_tokens": 49}}, "run.yaml")
+
+
 def test_the_section_of_an_algorithm() -> None:
     config = parse_config({"name": "run", "rl": {"algorithm": "grpo", "optimizer": {"lr": "1e-6"}}}, "run.yaml")
     assert isinstance(config.rl, GRPOConfig) and config.rl.optimizer.lr == 1e-6 and not config.rl.critic
