@@ -10,6 +10,7 @@ import numpy as np
 from jobs.console import console
 from jobs.session import Session
 from jobs.stage import main, stage
+from rayrlhf.config import Config
 from rayrlhf.data.records import Demonstration, Prompt
 from rayrlhf.data.sources import as_prompts, read_demonstrations
 from rayrlhf.data.tokens import decode_response
@@ -31,13 +32,17 @@ def evaluate(session: Session) -> None:
     records = evaluation_records(session)
     prompts = as_prompts(records)
     session.rollouts.wait_for_generators()
-    session.rollouts.start_scorers(prompts, gold=False)
+    session.rollouts.start_scorers(prompts, run.sft, gold=False)
     labeller = gold_labeller(config)
 
     version = session.rollouts.load_weights(run.sft)
     sft = model_answers(session, "sft", version, records, prompts, labeller)
     best = best_answers(session, version, records, prompts, labeller) if config.evaluate.best_of else None
-    version = session.rollouts.load_weights(run.policy)
+    baselines = [best] if best else []
+    if config.has("dpo") and config.has("rl"):
+        version = session.rollouts.load_weights(run.dpo)
+        baselines.append(model_answers(session, "dpo", version, records, prompts, labeller, with_kl=True))
+    version = session.rollouts.load_weights(run.final_policy(config))
     policy = model_answers(session, "policy", version, records, prompts, labeller, with_kl=True)
     reference = text_answers(session, "reference", records, [p.reference for p in prompts], prompts, None)
     title = text_answers(session, "title", records, [p.title for p in prompts], prompts, labeller)
@@ -48,7 +53,7 @@ def evaluate(session: Session) -> None:
         policy,
         reference,
         title if any(p.title for p in prompts) else None,
-        best,
+        baselines,
         labeller="reference"
         if config.data.comparisons is None and config.collect.labeller.kind == "reference"
         else "people",
@@ -64,7 +69,7 @@ def evaluate(session: Session) -> None:
         samples=config.evaluate.bootstrap_samples,
         seed=config.seed,
     )
-    table = samples_table(prompts, [reference, sft, *([best] if best else []), policy])
+    table = samples_table(prompts, [reference, sft, *baselines, policy])
     if config.evaluate.prompts is None:
         write_samples(run.samples, table)
         write_evaluation(run.evaluation, result)
@@ -129,7 +134,7 @@ def model_answers(
     return Answers(
         name,
         texts,
-        rewards=[sum(t.rewards.values()) for t in scored],
+        rewards=summed_rewards(config, scored),
         gold=gold_measures(labeller, prompts, texts),
         lengths=[len(t.response_ids) for t in scored],
         finished=[t.finish_reason == "eos" for t in scored],
@@ -155,7 +160,7 @@ def best_answers(
     return Answers(
         "best_of",
         texts,
-        rewards=[sum(t.rewards.values()) for t in chosen],
+        rewards=summed_rewards(config, chosen),
         gold=gold_measures(labeller, prompts, texts),
         lengths=[len(t.response_ids) for t in chosen],
         finished=[t.finish_reason == "eos" for t in chosen],
@@ -189,9 +194,13 @@ def text_answers(
     ]
     scored = session.rollouts.score(given, session.config.evaluate.temperature)
     gold = gold_measures(labeller, prompts, texts) if labeller else None
-    return Answers(
-        name, texts, rewards=[sum(t.rewards.values()) for t in scored], gold=gold, lengths=[len(r) for r in responses]
-    )
+    rewards = summed_rewards(session.config, scored)
+    return Answers(name, texts, rewards=rewards, gold=gold, lengths=[len(r) for r in responses])
+
+
+def summed_rewards(config: Config, scored: Sequence[Trajectory]) -> list[float] | None:
+    """[n] weighted sum of the rewards; None in a run without rewards, such as one whose policy is that of `dpo`."""
+    return [sum(t.rewards.values()) for t in scored] if config.scored_by else None
 
 
 def gold_measures(labeller: Labeller, prompts: Sequence[Prompt], texts: Sequence[str | None]) -> list[float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from jobs.collect import collect
 from jobs.console import console
+from jobs.dpo import dpo
 from jobs.evaluate import evaluate
 from jobs.reward_model import reward_model
 from jobs.rl import rl
@@ -14,7 +15,7 @@ from rayrlhf.reports.page import write_report
 from rayrlhf.runs.stages import stages_of
 
 STAGE_FUNCTIONS: dict[str, StageFunction] = {
-    "sft": sft, "collect": collect, "reward_model": reward_model, "rl": rl, "evaluate": evaluate,
+    "sft": sft, "collect": collect, "reward_model": reward_model, "dpo": dpo, "rl": rl, "evaluate": evaluate,
 }  # fmt: skip
 """What runs each stage of `rayrlhf.runs.stages.STAGES`."""
 
@@ -22,7 +23,8 @@ STAGE_FUNCTIONS: dict[str, StageFunction] = {
 def pipeline(session: Session) -> None:
     """Run the stages of the run in order; stages that are done are skipped."""
     config, run = session.config, session.run
-    if run.done("evaluate"):
+    last = stages_of(config)[-1].name
+    if last == "evaluate" and run.done(last):
         if not run.report.exists():
             run.upload(write_report(run))
         found = f"{run.address_of(run.evaluation)}, {run.address_of(run.report)}"

@@ -22,10 +22,7 @@ MAX_REFERENCES = 1000
 def reward_model(session: Session) -> None:
     """Train a scalar head on the SFT model with the collected comparisons, or with those of `data.comparisons`."""
     session.warm_up(generators=False)
-    config = session.config
-    found = collected_or_published(session)
-    train, heldout = ([c for c in found if c.heldout is kept] for kept in (False, True))
-    comparisons = train[: config.reward_model.max_comparisons] + heldout
+    comparisons = collected_or_published(session, session.config.reward_model.max_comparisons)
     # References set the score's zero: people's own answers, to prompts of this stage's split where it has some.
     records = (session.data.train.reward_model or session.data.train.sft)[:MAX_REFERENCES]
     references = [
@@ -50,11 +47,15 @@ def reward_model(session: Session) -> None:
             )
 
 
-def collected_or_published(session: Session) -> list[RankedAnswers]:
-    """The comparisons of `data.comparisons` (its validation split held out), else those of the `collect` stage."""
-    if session.config.data.comparisons is not None:
-        return session.data.comparisons
-    return read_ranked(session.run.comparisons)
+def collected_or_published(session: Session, limit: int | None) -> list[RankedAnswers]:
+    """The comparisons of `data.comparisons` (its validation split held out), else those of the `collect` stage.
+
+    With `limit`, the first so many to train on; all that are held out stay.
+    """
+    given = session.config.data.comparisons is not None
+    found = session.data.comparisons if given else read_ranked(session.run.comparisons)
+    train, heldout = ([c for c in found if c.heldout is kept] for kept in (False, True))
+    return train[:limit] + heldout
 
 
 if __name__ == "__main__":

@@ -16,19 +16,20 @@ def rl(session: Session) -> None:
     """Optimise the policy; continues from the last checkpoint of the same settings."""
     session.warm_up(generators=True)
     config, run = session.config, session.run
+    start = run.start_of_rl(config)
     if config.trains_reward_model:
-        check_vocabulary(str(run.download(run.sft)), str(run.download(run.reward_model)))
+        check_vocabulary(str(run.download(start)), str(run.download(run.reward_model)))
     prompts = session.data.prompts(session.data.train.rl)
     if not prompts:
         raise UserError("rl: no prompts are left; lower data.sft_fraction or data.reward_model_fraction")
     session.rollouts.wait_for_generators()
-    session.rollouts.start_scorers(as_prompts(session.data.train.rl), gold=True)
+    session.rollouts.start_scorers(as_prompts(session.data.train.rl), start, gold=True)
     session.rollouts.call("set_prompts", prompts, session.rollouts.sampling(config.rl.temperature))
     coordinator = session.rollouts.start()
     arguments = RLArguments(
         **session.loop_arguments("rl"),
-        policy=run.address_of(run.sft),
-        value_model=run.address_of(run.reward_model if config.trains_reward_model else run.sft)
+        policy=run.address_of(start),
+        value_model=run.address_of(run.reward_model if config.trains_reward_model else start)
         if config.rl.critic
         else None,
         coordinator=coordinator,

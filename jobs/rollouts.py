@@ -99,16 +99,18 @@ class RolloutClient:
             done += self.call("generate", piece, self.sampling(temperature), version)
         return done
 
-    def start_scorers(self, prompts: list[Prompt], *, gold: bool) -> None:
-        """Scorers of responses to these prompts, with the rewards of the config and the SFT model as the reference.
+    def start_scorers(self, prompts: list[Prompt], reference: Path, *, gold: bool) -> None:
+        """Scorers of responses to these prompts, with the rewards of the config.
 
         Args:
+            prompts: with their references, for rewards that look at these.
+            reference: directory of the reference policy in the run folder.
             gold: they have the gold measure as well.
         """
         measure = GoldMeasure(gold_labeller(self.config), prompts, self.tokenizer) if gold else None
         functions = PythonRewards(self.functions, prompts, self.tokenizer) if self.functions else None
         reward_model = self.run.address_of(self.run.reward_model) if self.config.trains_reward_model else None
-        self.call("start_scorers", reward_model, self.run.address_of(self.run.sft), measure, functions)
+        self.call("start_scorers", reward_model, self.run.address_of(reference), measure, functions)
 
     def score(self, trajectories: list[Trajectory], temperature: float) -> list[Trajectory]:
         """The trajectories with rewards and reference log-probs, in order."""

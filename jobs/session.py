@@ -96,7 +96,9 @@ class Session:
         """Where a stage's checkpoints go: marked by everything that decides its result, so that a run whose settings
         changed starts the stage anew in place of continuing from weights of other settings."""
         settings = dump_config(self.config)
-        relevant = {key: settings[key] for key in ("seed", "model", "data", *stages_to(stage))}
+        relevant = {key: settings[key] for key in ("seed", "model", "data", *stages_to(stage, self.config))}
+        if stage != "sft" and self.config.stages is not None:
+            relevant["stages"] = settings["stages"]  # which prompts are collected for depends on them
         for key in ("checkpoint_every", "keep_checkpoints"):
             relevant.get("rl", {}).pop(key, None)
         if "rl" in relevant:

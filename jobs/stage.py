@@ -17,7 +17,7 @@ from rayrlhf.config_file import load_config
 from rayrlhf.errors import UserError
 from rayrlhf.reports.progress import duration
 from rayrlhf.runs.metrics import MetricsWriter
-from rayrlhf.runs.stages import STAGES
+from rayrlhf.runs.stages import STAGES, stages_of
 
 StageFunction = Callable[[Session], None]
 
@@ -39,6 +39,7 @@ def stage(
             if run.done(name) and not again(session):
                 console.print(f"{name}: already done, see {run.address_of(run.output(name))}")
                 return
+            _check_part(name, session)
             _check_needs(name, session)
             if session.start():
                 console.print(session.overview())
@@ -57,6 +58,18 @@ def stage(
         return run_stage
 
     return decorate
+
+
+def _check_part(name: str, session: Session) -> None:
+    """
+    Raises:
+        UserError: the run does without the stage.
+    """
+    own = [each.name for each in stages_of(session.config)]
+    if name not in own:
+        raise UserError(
+            f"stage {name!r} is no part of this run, whose stages are: {', '.join(own)}; see the key stages"
+        )
 
 
 def _check_needs(name: str, session: Session) -> None:

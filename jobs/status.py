@@ -122,7 +122,8 @@ def runs_table(runs: Sequence[RunFolder], now: float) -> Table:
         except UserError:
             table.add_row(run.name, "its config.yaml cannot be read", *"–––––")
             continue
-        current, rl = overview.current, overview.stage("rl").last or {}
+        current = overview.current
+        rl = next((stage.last for stage in overview.stages if stage.name == "rl"), None) or {}
         table.add_row(
             run.name,
             _state(overview),

@@ -5,11 +5,12 @@ Units: lengths are tokens, times are seconds, sizes are bytes unless the name sa
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import AfterValidator, Field, model_validator
 
-from rayrlhf.config_rewards import ModelReward, Rewards
+from rayrlhf.config_dpo import DPOConfig, DPOSection
+from rayrlhf.config_rewards import ModelReward, Reward, Rewards
 from rayrlhf.config_rl import PPOConfig, RLSection
 from rayrlhf.sections import Fraction, OptimizerConfig, Positive, Section
 
@@ -273,6 +274,10 @@ class ResourcesConfig(Section):
         return 2 * self.newcomer_timeout_s + 3 * self.call_timeout_s
 
 
+StageName = Literal["sft", "collect", "reward_model", "dpo", "rl", "evaluate"]
+"""The keys of `rayrlhf.runs.stages.STAGES`, in their order."""
+
+
 class Config(Section):
     """All of a run's settings."""
 
@@ -281,6 +286,9 @@ class Config(Section):
     runs_dir: str = "runs"
     """A directory that every node sees, or a URI such as `s3://bucket/runs` (docs/jobs.md)."""
     seed: Annotated[int, Field(ge=0)] = 0
+    stages: Annotated[tuple[StageName, ...], Field(min_length=1)] | None = None
+    """What `rayrlhf run` does, such as [sft, collect, dpo, evaluate]. null: sft, collect, reward_model, rl, evaluate,
+    without `collect` where there are `data.comparisons`. With `dpo` and `rl`, `rl` starts from the model of `dpo`."""
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     sft: SFTConfig = SFTConfig()
@@ -289,6 +297,7 @@ class Config(Section):
     rewards: Rewards = (ModelReward(),)
     """What `rl` maximises the weighted sum of. Without a reward of kind `model` no reward model is trained, and the
     stages `collect` and `reward_model` are left out."""
+    dpo: DPOSection = DPOConfig()
     rl: RLSection = PPOConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     alarms: AlarmsConfig = AlarmsConfig()
@@ -296,8 +305,53 @@ class Config(Section):
 
     @property
     def trains_reward_model(self) -> bool:
-        """Whether one of the rewards is a reward model."""
-        return any(isinstance(reward, ModelReward) for reward in self.rewards)
+        """Whether the run has a reward model."""
+        wanted = any(isinstance(reward, ModelReward) for reward in self.rewards)
+        return wanted and (self.stages is None or "reward_model" in self.stages)
+
+    @property
+    def scored_by(self) -> tuple[Reward, ...]:
+        """The rewards that the run has: all but the reward model, where none is trained."""
+        return tuple(r for r in self.rewards if self.trains_reward_model or not isinstance(r, ModelReward))
+
+    def has(self, stage: StageName) -> bool:
+        """Whether `stages` names it. Without `stages`, whether the usual pipeline may have it."""
+        return stage != "dpo" if self.stages is None else stage in self.stages
+
+    @model_validator(mode="after")
+    def _stages_fit(self) -> Config:
+        chosen, order = self.stages, get_args(StageName)
+        if chosen is None:
+            return self
+        if list(chosen) != sorted(set(chosen), key=order.index):
+            raise ValueError(f"stages: name each once, in this order: {', '.join(order)}")
+        collected = self.data.comparisons is None
+        scored = any(isinstance(reward, ModelReward) for reward in self.rewards)
+        for wrong, what in (
+            ("sft" not in chosen, "sft is missing; all others start from its model"),
+            (collected and "dpo" in chosen and "collect" not in chosen, "dpo needs collect, or data.comparisons"),
+            (
+                collected and "reward_model" in chosen and "collect" not in chosen,
+                "reward_model needs collect, or data.comparisons",
+            ),
+            (not collected and "collect" in chosen, "leave out collect; data.comparisons are used in place of its own"),
+            (
+                scored and "rl" in chosen and "reward_model" not in chosen,
+                "rl needs reward_model, or rewards of which none has the kind model",
+            ),
+            (not scored and "reward_model" in chosen, "leave out reward_model; no reward has the kind model"),
+            (
+                "evaluate" in chosen and self.evaluate.best_of is not None and not self.scored_by,
+                "evaluate.best_of needs a reward to choose by; add reward_model, or rewards of another kind",
+            ),
+            (
+                "evaluate" in chosen and not {"dpo", "rl"} & {*chosen},
+                "evaluate needs dpo or rl, whose model it compares with that of sft",
+            ),
+        ):
+            if wrong:
+                raise ValueError(f"stages: {what}")
+        return self
 
     @model_validator(mode="after")
     def _some_length_is_free(self) -> Config:

@@ -49,7 +49,7 @@ def spawn_scorer(
         settings,
         local=local,
         options=_options(config, settings),
-        rewards=config.rewards,
+        rewards=config.scored_by,
         functions=functions,
         gold=gold,
         pad_token_id=pad_token_id,

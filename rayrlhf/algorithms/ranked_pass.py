@@ -1,4 +1,4 @@
-"""A reward model's pass over ranked answers on all ranks: loss, gradient, margins and scores, and their metrics.
+"""A model's pass over ranked answers on all ranks: loss, gradient, margins and scores, and their metrics.
 
 All ranks call a function with the same arguments, each computes its part, and all get the whole result.
 """
@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rayrlhf.algorithms.preferences import PairLoss, RewardModelLoss
 from rayrlhf.algorithms.ranking import (
     MARGIN_EDGES,
     accuracy_by_confidence,
@@ -27,14 +28,18 @@ from rayrlhf.data.rows import Row, shard
 from rayrlhf.models.forward import Forward
 from rayrlhf.models.ranks import Ranks
 
+REWARD_MODEL_LOSS = RewardModelLoss()
+
 
 class Measured(NamedTuple):
     """The result of a pass over comparisons, on all ranks together."""
 
     loss: float
-    """mean over prompts, nats"""
+    """mean over prompts"""
     margins: Tensor
     """[m] score(better) - score(worse) of every pair, CPU float32"""
+    better: Tensor
+    """[m] score(better)"""
     sources: list[str]
     """[m] the source of each pair, as `RankedAnswers.source` has it"""
 
@@ -45,42 +50,53 @@ def rows_of(comparison: RankedAnswers) -> list[Row]:
 
 
 def ranked_pass(
-    forward: Forward, comparisons: Sequence[RankedAnswers], ranks: Ranks, scale: float | None = None
+    forward: Forward,
+    comparisons: Sequence[RankedAnswers],
+    ranks: Ranks,
+    scale: float | None = None,
+    loss: PairLoss = REWARD_MODEL_LOSS,
+    references: Sequence[NDArray[np.float64]] | None = None,
 ) -> Measured:
     """Loss and margins of all pairs of `comparisons`, over all ranks.
 
     Args:
-        forward: a reward model.
+        forward: the model that `loss` scores answers by.
         comparisons: the same on every rank; each has pairs.
         ranks: each computes a part of the comparisons.
         scale: with it, the gradient of scale * summed loss is added up on each rank's own prompts. Summed over ranks
             it is the gradient of all comparisons, however they were cut. Without it, no gradient is computed.
+        loss: a reward model's, or one of the stage `dpo`.
+        references: for each comparison the [K] log-probs of its answers under the reference policy, if the loss asks
+            for them.
     """
     rows = [rows_of(c) for c in comparisons]
     own = shard([sum(len(row.ids) for row in each) for each in rows], ranks.world)[ranks.rank]
     # A prompt's answers stay together, because their pairs need each other's scores.
     prompts = [i for i in own for _ in rows[i]]
-    margins: dict[int, list[float]] = {}
+    flat = None if references is None else np.concatenate([np.zeros(0), *(references[i] for i in own)])
+    found_of: dict[int, Tensor] = {}  # for each comparison [2, pairs], margins and scores of the better answers
     total = 0.0
     for indices, batch in forward.batches([row for i in own for row in rows[i]], groups=prompts):
         # The batch's prompts in the order in which their answers lie: pairs are indices into those answers.
         chosen = list(dict.fromkeys(prompts[i] for i in indices))
         pairs = flatten_pairs([comparisons[i].pairs for i in chosen], [len(rows[i]) for i in chosen])
+        reference = None if flat is None else torch.tensor(flat[indices], dtype=torch.float32, device=ranks.device)
         with torch.set_grad_enabled(scale is not None):
-            found = ranking_loss(forward.scores(batch), pairs.indices.to(ranks.device), pairs.weights.to(ranks.device))
+            scores = loss.scores(forward, batch, reference)
+            found = ranking_loss(scores, pairs.indices.to(ranks.device), pairs.weights.to(ranks.device), loss.losses)
         if scale is not None:
             (found.loss * scale).backward()
         total += float(found.loss.detach())
-        split = found.margins.split([len(comparisons[i].pairs) for i in chosen])
-        margins |= {i: part.tolist() for i, part in zip(chosen, split, strict=True)}
-    # Margins go back to the order of `comparisons`: callers match them with their pairs.
-    gathered = ranks.gather((total, margins))
+        pairs_of = (
+            torch.stack([found.margins, found.better]).cpu().split([len(comparisons[i].pairs) for i in chosen], 1)
+        )
+        found_of |= zip(chosen, pairs_of, strict=True)
+    # They go back to the order of `comparisons`: callers match them with their pairs.
+    gathered = ranks.gather((total, found_of))
     everywhere = {i: part for _, each in gathered for i, part in each.items()}
-    return Measured(
-        sum(loss for loss, _ in gathered) / len(comparisons),
-        torch.tensor([margin for i in range(len(comparisons)) for margin in everywhere[i]]),
-        [c.source for c in comparisons for _ in c.pairs],
-    )
+    margins, better = torch.cat([everywhere[i] for i in range(len(comparisons))], 1)
+    mean_loss = sum(summed for summed, _ in gathered) / len(comparisons)
+    return Measured(mean_loss, margins, better, [c.source for c in comparisons for _ in c.pairs])
 
 
 def score_rows(forward: Forward, rows: Sequence[Row], ranks: Ranks) -> NDArray[np.float64]:
@@ -96,32 +112,32 @@ def answer_logprobs(forward: Forward, rows: Sequence[Row], ranks: Ranks) -> NDAr
     return _shared_out(lambda own: [float(each.sum()) for each in forward.row_logprobs(own)], rows, ranks)
 
 
-def summary(measured: Measured) -> dict[str, float]:
-    """Metrics of held-out pairs, by name in metrics.jsonl.
+def summary(measured: Measured, stage: str = "reward_model") -> dict[str, float]:
+    """Metrics of held-out pairs, by name in metrics.jsonl; the names begin with that of the stage.
 
     They are the loss, the mean margin, a histogram of margins, and the accuracy over all pairs, by source (if there are
     several) and by confidence.
     """
     margins = measured.margins
     metrics = {
-        "reward_model/heldout_accuracy": ranking_accuracy(margins),
-        "reward_model/heldout_loss": measured.loss,
-        "reward_model/heldout_margin": float(margins.mean()),
+        f"{stage}/heldout_accuracy": ranking_accuracy(margins),
+        f"{stage}/heldout_loss": measured.loss,
+        f"{stage}/heldout_margin": float(margins.mean()),
     }
     by_source = defaultdict(list)
     for margin, source in zip(margins, measured.sources, strict=True):
         by_source[source].append(margin)
     if len(by_source) > 1:
         metrics |= {
-            f"reward_model/source/{s}/accuracy": ranking_accuracy(torch.stack(each)) for s, each in by_source.items()
+            f"{stage}/source/{s}/accuracy": ranking_accuracy(torch.stack(each)) for s, each in by_source.items()
         }
     for part in accuracy_by_confidence(margins):
         if part.pairs:
-            metrics[f"reward_model/confidence/{part.low:g}-{part.high:g}/accuracy"] = part.accuracy
-        metrics[f"reward_model/confidence/{part.low:g}-{part.high:g}/pairs"] = float(part.pairs)
+            metrics[f"{stage}/confidence/{part.low:g}-{part.high:g}/accuracy"] = part.accuracy
+        metrics[f"{stage}/confidence/{part.low:g}-{part.high:g}/pairs"] = float(part.pairs)
     names = ["-inf", *(f"{edge:g}" for edge in MARGIN_EDGES)]
     histogram = zip(names, margin_histogram(margins), strict=True)
-    return metrics | {f"reward_model/margin_from/{name}": float(count) for name, count in histogram}
+    return metrics | {f"{stage}/margin_from/{name}": float(count) for name, count in histogram}
 
 
 def _shared_out(

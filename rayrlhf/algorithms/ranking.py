@@ -1,4 +1,4 @@
-"""The loss of a reward model over ranked answers, and its accuracy. Pure functions.
+"""The loss over ranked answers, and the accuracy of their scores. Pure functions.
 
 The n answers to several prompts lie behind one another. A pair (better, worse) is two indices into them, and its margin
 is score(better) - score(worse). Under the model of Bradley and Terry, sigmoid(margin) is the probability with which
@@ -7,7 +7,7 @@ the better answer is preferred.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -28,7 +28,9 @@ class Pairs(NamedTuple):
 
 class RankingLoss(NamedTuple):
     loss: Tensor
-    """scalar: -log sigmoid(margin), averaged over the pairs of each prompt and summed over prompts, nats"""
+    """scalar: averaged over the pairs of each prompt and summed over prompts"""
+    better: Tensor
+    """[m] scores of the better answers, without gradient"""
     margins: Tensor
     """[m], without gradient"""
 
@@ -63,8 +65,15 @@ def flatten_pairs(pairs: Sequence[Sequence[tuple[int, int]]], answers: Sequence[
     return Pairs(torch.tensor(flat, dtype=torch.int64).reshape(-1, 2), torch.tensor(weights))
 
 
-def ranking_loss(scores: Tensor, pairs: Tensor, weights: Tensor) -> RankingLoss:
-    """The loss of Ouyang et al. 2022, equation 1, before the mean over prompts.
+def bradley_terry(better: Tensor, worse: Tensor) -> Tensor:
+    """[m] -log sigmoid(margin), nats: the loss of Ouyang et al. 2022, equation 1, of each pair."""
+    return -logsigmoid(better - worse)
+
+
+def ranking_loss(
+    scores: Tensor, pairs: Tensor, weights: Tensor, losses: Callable[[Tensor, Tensor], Tensor] = bradley_terry
+) -> RankingLoss:
+    """The loss of ranked answers before the mean over prompts.
 
     All pairs of a prompt are trained on together, each with weight 1 / number of pairs, so that a prompt counts once.
     The caller divides by the number of prompts in the batch of all ranks.
@@ -73,9 +82,10 @@ def ranking_loss(scores: Tensor, pairs: Tensor, weights: Tensor) -> RankingLoss:
         scores: [n] of all answers.
         pairs: [m, 2] (better, worse) indices into `scores`.
         weights: [m] from `flatten_pairs`.
+        losses: [m] loss of each pair, from the scores of its better and its worse answer.
     """
-    margins = scores[pairs[:, 0]] - scores[pairs[:, 1]]
-    return RankingLoss(-(logsigmoid(margins) * weights).sum(), margins.detach())
+    better, worse = scores[pairs[:, 0]], scores[pairs[:, 1]]
+    return RankingLoss((losses(better, worse) * weights).sum(), better.detach(), (better - worse).detach())
 
 
 def ranking_accuracy(margins: Tensor) -> float:

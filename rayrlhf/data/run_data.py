@@ -34,7 +34,11 @@ class RunData:
     @cached_property
     def train(self) -> Splits[Demonstration]:
         """The training records: the shares of SFT, of the reward model, and the prompts of `rl`."""
-        splits = split_train(self._demonstrations("train"), self.config.data, self.config.trains_reward_model)
+        config = self.config
+        learns_from_comparisons = config.trains_reward_model or config.has("dpo")
+        splits = split_train(
+            self._demonstrations("train"), config.data, reward_model=learns_from_comparisons, rl=config.has("rl")
+        )
         check_disjoint(sft=splits.sft, reward_model=splits.reward_model, rl=splits.rl, dev=self.dev, test=self.test)
         return splits
 

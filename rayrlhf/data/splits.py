@@ -31,6 +31,7 @@ class Splits(Generic[R]):
 
     sft: list[R]
     reward_model: list[R]
+    """also of `dpo`, which learns from the same comparisons"""
     rl: list[R]
 
 
@@ -40,13 +41,14 @@ def hash_fraction(record_id: str, salt: str) -> float:
     return (int.from_bytes(digest, "big") >> 11) / 2**53  # 53 bits: what a float holds exactly
 
 
-def split_train(records: Iterable[R], data: DataConfig, reward_model: bool = True) -> Splits[R]:
+def split_train(records: Iterable[R], data: DataConfig, *, reward_model: bool = True, rl: bool = True) -> Splits[R]:
     """Share the training records out to SFT, reward model and RL prompts, as `data` says.
 
     Args:
         records: in any order.
         data: the fractions.
-        reward_model: whether one is trained; otherwise its share goes to RL.
+        reward_model: whether a stage learns from comparisons; otherwise the share goes to RL.
+        rl: whether the run has that stage; otherwise its share goes to those that learn from comparisons.
 
     Raises:
         UserError: an id appears twice.
@@ -57,7 +59,7 @@ def split_train(records: Iterable[R], data: DataConfig, reward_model: bool = Tru
         place = hash_fraction(record.id, "train")
         if place < data.sft_fraction:
             splits.sft.append(record)
-        elif reward_model and place < data.sft_fraction + data.reward_model_fraction:
+        elif reward_model and (not rl or place < data.sft_fraction + data.reward_model_fraction):
             splits.reward_model.append(record)
         else:
             splits.rl.append(record)

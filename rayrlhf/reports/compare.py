@@ -96,8 +96,10 @@ def _read(folder: RunFolder, label: str) -> Run:
             f"{folder.address} cannot be read ({type(error).__name__}); delete evaluation.json and evaluate it again"
         ) from None
     metrics = read_metrics(folder.address)
-    if not any(line["stage"] == "rl" for line in metrics):
-        raise UserError(f"{folder.address} has no RL steps in {folder.metrics.name}; it is not a whole run folder")
+    if not any(line["stage"] in ("dpo", "rl") for line in metrics):
+        raise UserError(
+            f"{folder.address} has no steps of dpo or rl in {folder.metrics.name}; it is not a whole run folder"
+        )
     return Run(label, config, evaluation, samples, metrics)
 
 
@@ -126,7 +128,8 @@ def markdown(runs: Sequence[Run]) -> str:
     )
     parts.append(table(difference_rows(runs)))
     parts += ["## Time\n\nMedians" + (" (smallest to largest run)." if several else "."), table(stage_rows(runs))]
-    parts.append(table(phase_rows(runs)))
+    if any(run.stage("rl") for run in runs):
+        parts.append(table(phase_rows(runs)))
     return "\n\n".join(parts) + "\n"
 
 

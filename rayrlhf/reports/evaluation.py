@@ -100,7 +100,7 @@ def summarize(
     policy: Answers | None,
     reference: Answers,
     title: Answers | None,
-    best_of: Answers | None = None,
+    baselines: Sequence[Answers] = (),
     *,
     labeller: str,
     metadata: Mapping[str, Any],
@@ -119,8 +119,8 @@ def summarize(
     - The policy also has the `WIN_RATES`.
     - `differences.policy_minus_sft` holds paired differences with their p-values `p`. That of gold tells reward hacking
       from progress.
-    - `differences.policy_minus_best_of` holds the same against the best of n answers, where these were sampled. `kl` of
-      the best of n is log n - (n - 1) / n, an upper bound (Beirami et al. 2024).
+    - `differences.policy_minus_NAME` holds the same for each of `baselines`. `kl` of the best of n answers is
+      log n - (n - 1) / n, an upper bound (Beirami et al. 2024).
     - `differences.policy_minus_sft_at_equal_length` holds the differences that remain between answers of equal length;
       null where no lengths were measured, or where all pairs differ in length by the same number.
 
@@ -130,7 +130,7 @@ def summarize(
         policy: the policy's answers; None before `rl`.
         reference: the people's own answers (text None where there is none).
         title: the posts' titles as answers, a baseline that costs nothing.
-        best_of: for each prompt the best of several of the SFT model's answers.
+        baselines: further models' answers, such as `best_of`, for each prompt the best of several of the SFT model's.
         labeller: the kind of labeller that made the reward model's comparisons.
         metadata: further entries of the record: split, checkpoint paths, seeds.
         samples: resamples of the bootstrap.
@@ -140,7 +140,7 @@ def summarize(
         ValueError: answers that do not match the prompts in number, or an infinite measure.
     """
     references = [prompt.reference for prompt in prompts]
-    sources = {"sft": sft, "best_of": best_of, "policy": policy, "title": title, "reference": reference}
+    sources = {"sft": sft, **{b.name: b for b in baselines}, "policy": policy, "title": title, "reference": reference}
     present = {name: answers for name, answers in sources.items() if answers is not None}
     for name, answers in present.items():
         if len(answers.texts) != len(prompts):
@@ -162,8 +162,8 @@ def summarize(
         meaningful = name != "reference" and labeller != "reference"
         row["win_rate_vs_reference"] = compare(win_rate, answers, reference, "reward") if meaningful else None
         result[name] = row
-    if "best_of" in present:
-        result["best_of"]["kl"] = interval(present["best_of"].measure("kl"))
+    for baseline in baselines:
+        result[baseline.name]["kl"] = interval(present[baseline.name].measure("kl"))
     if "policy" in present:
         pair = present["policy"], present["sft"]
         for name, (statistic, measures) in _WIN_RATES.items():
@@ -175,9 +175,11 @@ def summarize(
                 m: compare(length_controlled_difference, *pair, m, "length") for m in AT_EQUAL_LENGTH
             },
         }
-        if "best_of" in present:
-            other = present["policy"], present["best_of"]
-            result["differences"]["policy_minus_best_of"] = {m: compare(paired_difference, *other, m) for m in MEASURES}
+        for baseline in baselines:
+            other = present["policy"], present[baseline.name]
+            result["differences"][f"policy_minus_{baseline.name}"] = {
+                m: compare(paired_difference, *other, m) for m in MEASURES
+            }
     bootstrap_facts = {"samples": samples, "seed": seed, "confidence": CONFIDENCE, "unit": "prompt"}
     result["metadata"] = {"labeller": labeller, "prompts": len(prompts), "bootstrap": bootstrap_facts, **metadata}
     return result

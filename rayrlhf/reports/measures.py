@@ -86,6 +86,25 @@ PANELS: dict[str, tuple[Panel, ...]] = {
         )),
         Panel("Margin, chosen − rejected", "score", (Measure("reward_model/margin", "margin", in_line=True),)),
     ),
+    "dpo": (
+        Panel("Loss", "per pair", (
+            Measure("dpo/loss", "loss", ".4f", in_line=True, legend="train"),
+            Measure("dpo/heldout_loss", "held-out loss", ".4f", legend="held out"),
+        )),
+        Panel("Accuracy of the implicit reward", "share of pairs", (
+            Measure("dpo/accuracy", "accuracy", in_line=True, legend="train"),
+            Measure("dpo/heldout_accuracy", "held-out", in_line=True, legend="held out"),
+        )),
+        Panel("Margin, chosen − rejected", "reward", (
+            Measure("dpo/margin", "margin", in_line=True, legend="train"),
+            Measure("dpo/heldout_margin", "held-out margin", legend="held out"),
+        )),
+        Panel("Implicit reward of both sides", "reward", (
+            Measure("dpo/reward/chosen", "chosen", in_line=True),
+            Measure("dpo/reward/rejected", "rejected", in_line=True),
+        )),
+        Panel("KL estimate (KTO)", "nats per response", (Measure("dpo/kl", "KL"),)),
+    ),
     "rl": (
         Panel("Proxy: reward model's score", "score", (
             Measure("rl/score/mean", "score", in_line=True, spread="rl/score/std", legend="reward model"),
@@ -192,12 +211,14 @@ SOURCES = {
     "title": Source("title", "post's title"),
     "sft": Source("SFT", "SFT"),
     "best_of": Source("best of n", "SFT, best of n"),
-    "policy": Source("policy", "policy (RL)"),
+    "dpo": Source("DPO", "DPO"),
+    "policy": Source("policy", "policy"),
 }
 """The sources of answers in evaluation.json, the most trained last."""
 DIFFERENCES = {
     "policy_minus_sft": "policy − SFT, paired",
     "policy_minus_best_of": "policy − best of n, paired",
+    "policy_minus_dpo": "policy − DPO, paired",
     "policy_minus_sft_at_equal_length": "the same at equal length",
 }
 

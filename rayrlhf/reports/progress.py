@@ -50,7 +50,7 @@ def stage_loads(config: Config, n_sft: int, n_prompts: int, n_comparisons: int |
     def micro(rows: int, micro_batch_tokens: int) -> int:
         return math.ceil(math.ceil(rows / workers) / max(1, micro_batch_tokens // longest))
 
-    sft, rm, rl, collect = config.sft, config.reward_model, config.rl, config.collect
+    sft, rm, dpo, rl, collect = config.sft, config.reward_model, config.dpo, config.rl, config.collect
     loads = []
 
     records = min(n_sft, sft.max_demonstrations or n_sft)
@@ -65,12 +65,13 @@ def stage_loads(config: Config, n_sft: int, n_prompts: int, n_comparisons: int |
         drawn = collect.prompts * collect.answers_per_prompt
         loads.append(StageLoad("collect", collect.prompts, collect.prompts, drawn, None, None, drawn * longest))
         n_comparisons = round(collect.prompts * (1 - collect.heldout_fraction))
-    records = min(n_comparisons, rm.max_comparisons or n_comparisons)
-    prompts = min(rm.prompts_per_batch, records)
-    steps = rm.epochs * math.ceil(records / rm.prompts_per_batch)
-    rows = prompts * answers
-    passes = micro(rows, rm.micro_batch_tokens)
-    loads.append(StageLoad("reward_model", records, prompts, rows, steps, passes, rows * longest))
+    for stage, own in (("reward_model", rm), ("dpo", dpo)):
+        records = min(n_comparisons, own.max_comparisons or n_comparisons)
+        prompts = min(own.prompts_per_batch, records)
+        steps = own.epochs * math.ceil(records / own.prompts_per_batch)
+        rows = prompts * answers
+        passes = micro(rows, own.micro_batch_tokens)
+        loads.append(StageLoad(stage, records, prompts, rows, steps, passes, rows * longest))
 
     rows = rl.prompts_per_step * rl.samples_per_prompt
     passes = micro(math.ceil(rows / rl.minibatches), rl.micro_batch_tokens)
@@ -97,21 +98,28 @@ def batch_table(
     gradients and Adam moments take.
     """
     rl = config.rl
-    notes = [
-        f"rl ({rl.algorithm}): {rl.steps} steps × {rl.epochs} epochs × {rl.minibatches} mini-batches; "
-        f"each step draws {rl.prompts_per_step} prompts × {rl.samples_per_prompt} samples, "
-        f"{rl.steps * rl.prompts_per_step * rl.samples_per_prompt:,} samples in all.",
+    notes = []
+    if config.has("dpo"):
+        notes.append(f"dpo ({config.dpo.loss}): all pairs of a prompt's answers are learnt from together.")
+    if config.has("rl"):
+        notes.append(
+            f"rl ({rl.algorithm}): {rl.steps} steps × {rl.epochs} epochs × {rl.minibatches} mini-batches; "
+            f"each step draws {rl.prompts_per_step} prompts × {rl.samples_per_prompt} samples, "
+            f"{rl.steps * rl.prompts_per_step * rl.samples_per_prompt:,} samples in all."
+        )
+    notes.append(
         f"Micro-batches: for one optimiser step, per learner worker (of {config.resources.learner.workers}), "
         "if every text has full length. "
-        f"Tokens: at most ({config.data.max_prompt_tokens} prompt + {config.data.max_response_tokens} response).",
-    ]
+        f"Tokens: at most ({config.data.max_prompt_tokens} prompt + {config.data.max_response_tokens} response)."
+    )
     if parameters:
         frozen, trained = parameters
         if frozen:
             notes.append(f"LoRA: of the policy {trained:,} parameters are trained and {frozen:,} are frozen.")
         # A float32 weight is 4 bytes, a trained one with its gradient and two Adam moments 16; for each model.
-        size = (2 if rl.critic else 1) * (4 * frozen + 16 * trained) / 2**30
-        notes.append(f"rl learner: about {size:.2f} GiB a worker, without activations.")
+        models, learner = (2 if rl.critic else 1, "rl") if config.has("rl") else (1, "dpo")
+        size = models * (4 * frozen + 16 * trained) / 2**30
+        notes.append(f"{learner} learner: about {size:.2f} GiB a worker, without activations.")
     table = Table(title=f"run {config.name}", caption="\n".join(notes), caption_justify="left", title_justify="left")
     table.add_column("stage")
     for heading in (

@@ -53,6 +53,7 @@ class RunFolder:
         self.report = self.path / "report.html"
         self.sft = self.path / "sft"
         self.reward_model = self.path / "reward_model"
+        self.dpo = self.path / "dpo"
         self.policy = self.path / "policy"
         self.reward_accuracy = self.path / "reward_model.json"
         self.heldout_pairs = self.path / "heldout_pairs.parquet"
@@ -72,6 +73,14 @@ class RunFolder:
     def done(self, stage: str) -> bool:
         """Whether the output of `stage` exists."""
         return self.store.exists(self.output(stage)) if self.store else self.output(stage).exists()
+
+    def start_of_rl(self, config: Config) -> Path:
+        """The model that `rl` starts from and holds as its reference policy."""
+        return self.dpo if config.has("dpo") else self.sft
+
+    def final_policy(self, config: Config) -> Path:
+        """The model that the run is for: that of `rl`, or of `dpo` in a run without `rl`."""
+        return self.policy if config.has("rl") else self.dpo
 
     def address_of(self, path: Path) -> str:
         """The address by which any node finds a file or directory of the folder, with `storage.local_copy`."""

@@ -8,7 +8,7 @@ steps: the line that describes the first step has step 1; a line of step 0 was m
     >>> STAGES["reward_model"].command
     'reward-model'
     >>> [stage.name for stage in STAGES.values() if stage.trains]
-    ['sft', 'reward_model', 'rl']
+    ['sft', 'reward_model', 'dpo', 'rl']
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ class Stage:
     """Dotted config key: a run that sets it does without this stage."""
     for_reward_model: bool = False
     """Whether a run without a reward model does without this stage."""
+    on_request: bool = False
+    """Whether a run has this stage only if the config's `stages` names it."""
 
     @property
     def command(self) -> str:
@@ -48,6 +50,10 @@ class Stage:
 
     def part_of(self, config: Config) -> bool:
         """Whether a run with this config has the stage."""
+        if config.stages is not None:
+            return self.name in config.stages
+        if self.on_request:
+            return False
         if self.for_reward_model and not config.trains_reward_model:
             return False
         value: object = config
@@ -88,12 +94,22 @@ STAGES = {
             for_reward_model=True,
         ),
         Stage(
+            "dpo",
+            "Direct preference optimisation",
+            "Train the SFT policy on ranked answers by dpo.loss, without rollouts and without a reward model.",
+            output="dpo",
+            output_is_directory=True,
+            needs=("sft", "collect"),
+            trains=True,
+            on_request=True,
+        ),
+        Stage(
             "rl",
             "RL",
-            "Optimise the SFT policy against the reward model by rl.algorithm. Continues from its last checkpoint.",
+            "Optimise the policy against the rewards by rl.algorithm. Continues from its last checkpoint.",
             output="policy",
             output_is_directory=True,
-            needs=("sft", "reward_model"),
+            needs=("sft", "reward_model", "dpo"),
             trains=True,
         ),
         Stage(
@@ -102,7 +118,7 @@ STAGES = {
             "Compare SFT model and policy on the test split. Writes evaluation.json, samples.parquet and report.html.",
             output="evaluation.json",
             output_is_directory=False,
-            needs=("sft", "reward_model", "rl"),
+            needs=("sft", "reward_model", "dpo", "rl"),
         ),
     )
 }
@@ -112,14 +128,15 @@ STAGES = {
 def stages_of(config: Config) -> list[Stage]:
     """The stages that a run with this config has, in order.
 
-    These are all, unless there are `data.comparisons`, which are not collected, or no reward model among `rewards`.
+    These are the ones that its `stages` names. Without `stages` they are all but `dpo`; also without `collect` where
+    there are `data.comparisons`, and without `collect` and `reward_model` where no reward is a reward model.
     """
     return [stage for stage in STAGES.values() if stage.part_of(config)]
 
 
-def stages_to(last: str) -> tuple[str, ...]:
-    """The names of all stages up to and including `last`."""
-    names = tuple(STAGES)
+def stages_to(last: str, config: Config) -> list[str]:
+    """The names of a run's stages up to and including `last`."""
+    names = [stage.name for stage in stages_of(config)]
     return names[: names.index(last) + 1]
 
 
@@ -130,5 +147,5 @@ def stages_from(key: str) -> tuple[str, ...]:
     ('rl', 'evaluate')
     """
     names, section = tuple(STAGES), key.split(".")[0]
-    section = "rl" if section == "rewards" else section  # which that stage maximises
+    section = {"rewards": "rl", "stages": "collect"}.get(section, section)  # SFT is the same whatever follows it
     return names[names.index(section) if section in STAGES else 0 :]

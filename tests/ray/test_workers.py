@@ -13,12 +13,24 @@ import ray.train
 import torch
 import torch.distributed as dist
 
+from actors.pools.remote import Remote
 from actors.training.loop import Loop, LoopArguments
 from actors.training.workers import Workers
 from rayrlhf.config import Config
 from rayrlhf.config_file import parse_config
 from rayrlhf.errors import UserError
 from rayrlhf.models.ranks import Ranks
+from rayrlhf.runs.metrics import read_metrics
+from tests.ray.sft_runs import (
+    TINY,
+    TransformersCoordinator,
+    demonstrations,
+    distance,
+    make_config,
+    run_sft,
+    start_weights,
+    weights,
+)
 
 
 def write_pid(arguments: tuple[Path, str]) -> None:
@@ -97,6 +109,34 @@ def test_not_finite_stops_at_once_and_names_the_last_checkpoint(workers: Workers
     assert [(run_dir / f"attempts-{rank}").read_text() for rank in range(2)] == ["x", "x"]
     workers.train(write_pid, (tmp_path, "after"))
     assert pids(tmp_path, "before") == pids(tmp_path, "after")
+
+
+def test_two_ray_train_workers_end_with_the_weights_of_one(workers: Workers, tmp_path: Path) -> None:
+    """Three steps on two gloo workers, with the coordinator in a third process, against the same in this process."""
+    train, dev = demonstrations()
+    rows = (train[:45], dev)  # the last batch is smaller
+    coordinator = Remote.spawn("c", TransformersCoordinator, TINY, local=False, options={"num_cpus": 0})
+    alone = make_config(tmp_path / "one", micro_batch_tokens=500)
+    one, _ = run_sft(alone, rows, Remote("c", TransformersCoordinator(TINY), local=True))
+    shared = alone.model_copy(
+        update={
+            "runs_dir": str(tmp_path / "two"),
+            "resources": alone.resources.model_copy(
+                update={"learner": alone.resources.learner.model_copy(update={"workers": 2})}
+            ),
+        }
+    )
+    two, metrics = run_sft(shared, rows, coordinator, workers)
+    assert [m["step"] for m in metrics] == [0, 1, 2, 3]
+    moved = distance(weights(one / "sft"), start_weights())
+    assert distance(weights(two / "sft"), weights(one / "sft")) < min(1e-5, 1e-2 * moved)
+    for ours, theirs in zip(metrics, read_metrics(one, "sft"), strict=True):
+        assert (
+            ours["sft/dev_loss"] == pytest.approx(theirs["sft/dev_loss"], rel=1e-5) if "sft/dev_loss" in ours else True
+        )
+    assert metrics[-1]["sft/rouge1"] == pytest.approx(read_metrics(one, "sft")[-1]["sft/rouge1"], abs=0.05)
+    assert any((two / "checkpoints" / "sft").glob("checkpoint_*/state.pt"))
+    coordinator.kill()
 
 
 def test_a_mistake_that_one_rank_finds_ends_the_task_for_all(workers: Workers, tmp_path: Path) -> None:

@@ -11,21 +11,10 @@ from typing import Any
 import pytest
 
 from benchmarks.harness import Child, Stopwatch, alternate, column, rounded, with_earlier_cases
-from benchmarks.results import Comparison, Measurement
+from benchmarks.results import Comparison
 from benchmarks.tables import as_markdown, comparison_table, interval, write_docs
 from benchmarks.workload import CONTEXT, EQUAL, RESPONSE, draw, prompts
-
-
-class Counter:
-    """A contestant that needs no model."""
-
-    def __init__(self, start: float) -> None:
-        self.start = start
-
-    def run(self, turn: int) -> Measurement:
-        if turn == 7:
-            raise ZeroDivisionError("turn seven")
-        return {"value": self.start + turn}
+from tests.contestant import Counter
 
 
 def counter(start: float) -> Callable[[], Child]:

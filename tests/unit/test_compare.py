@@ -292,7 +292,7 @@ def broken(folder: Path, kind: str) -> None:
         ("torn", "seed1 cannot be read"),
         ("foreign", "seed1 cannot be read"),
         ("no samples", "seed1 cannot be read"),
-        ("no steps", "seed1 has no RL steps in metrics.jsonl"),
+        ("no steps", "seed1 has no steps of dpo or rl in metrics.jsonl"),
         ("other prompts", "seed1 was evaluated on other prompts than .*seed0 .7 and 12, 7 of them the same"),
     ],
 )

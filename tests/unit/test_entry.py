@@ -21,6 +21,15 @@ def config(tmp_path: Path) -> Config:
     return parse_config({"name": "one", "runs_dir": str(tmp_path)}, "test")
 
 
+def test_a_stage_that_the_run_does_without_is_refused(config: Config) -> None:
+    @stage("dpo")
+    def dpo(session: Session) -> None:
+        raise AssertionError
+
+    with pytest.raises(UserError, match="stage 'dpo' is no part of this run, whose stages are: sft, collect,"):
+        run(config, [dpo], local=True)
+
+
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [

@@ -81,7 +81,7 @@ def test_keys_are_those_of_the_design() -> None:
 def test_the_best_of_several_answers_is_a_source_of_its_own() -> None:
     best = replace(POLICY, name="best_of", rewards=[2.0, 1.0, 1.0, 3.0], kl=np.full(4, np.log(3) - 2 / 3))
     facts = {"best_of": 3}
-    result = summarize(PROMPTS, SFT, POLICY, REFERENCE, None, best, labeller="file", metadata=facts, samples=200)
+    result = summarize(PROMPTS, SFT, POLICY, REFERENCE, None, [best], labeller="file", metadata=facts, samples=200)
     assert result["best_of"]["kl"] == {"mean": pytest.approx(0.43194562), "low": pytest.approx(0.43194562),
                                        "high": pytest.approx(0.43194562), "n": 4}  # fmt: skip
     assert result["best_of"]["reward"]["mean"] == 1.75

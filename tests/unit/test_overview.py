@@ -60,6 +60,15 @@ def rows(thing: RenderableType) -> list[list[str]]:
     return [[cell.strip() for cell in each.split("│")[1:-1]] for each in text(thing).splitlines() if "│" in each]
 
 
+def test_a_run_without_rl_has_a_row_too(tmp_path: Path) -> None:
+    run = make_run(tmp_path, stages=["sft", "collect", "dpo", "evaluate"])
+    overview = read_overview(run.path)
+    assert [stage.name for stage in overview.stages] == ["sft", "collect", "dpo", "evaluate"]
+    assert overview.current and overview.current.name == "dpo"
+    (row,) = rows(runs_table([run], NOW))
+    assert row[:5] == ["one", "not running", "2 of 4", "dpo", "–"]
+
+
 def test_how_far_a_run_is(tmp_path: Path) -> None:
     overview = read_overview(make_run(tmp_path).path)
     assert [(s.name, s.done, s.step, s.steps) for s in overview.stages] == [

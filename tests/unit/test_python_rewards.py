@@ -191,7 +191,7 @@ def test_without_a_reward_model_its_stages_and_its_prompts_are_others() -> None:
     assert [stage.name for stage in stages_of(config)] == ["sft", "rl", "evaluate"]
     assert stages_from("rewards") == ("rl", "evaluate")
     records = [Prompt(f"p{i}", "text") for i in range(300)]
-    with_model, without = (split_train(records, config.data, trained) for trained in (True, False))
+    with_model, without = (split_train(records, config.data, reward_model=trained) for trained in (True, False))
     assert with_model.reward_model and not without.reward_model
     assert without.sft == with_model.sft
     assert {p.id for p in without.rl} == {p.id for p in (*with_model.reward_model, *with_model.rl)}

@@ -92,7 +92,7 @@ def test_page_of_a_finished_run(tmp_path: Path) -> None:
     assert "max_prompt_tokens: 160" in page.text
 
     rows = {row[0].strip(): [cell.split() for cell in row[1:]] for row in page.rows}
-    heads = ["", "policy (RL) ", "SFT ", "reference ", "policy − SFT, paired ", "the same at equal length "]
+    heads = ["", "policy ", "SFT ", "reference ", "policy − SFT, paired ", "the same at equal length "]
     assert page.rows[0] == heads
     sft = result["sft"]["reward"]
     want = [f"{sft['mean']:.1f}", f"{sft['low']:.1f}", "to", f"{sft['high']:.1f}"]

@@ -118,7 +118,7 @@ def test_answer_logprobs_are_transformers_own(micro_batch_tokens: int) -> None:
 
 def test_summary_by_source_and_confidence() -> None:
     margins = torch.tensor([2.0, -1.0, 0.1, 3.0])
-    found = summary(Measured(0.4, margins, ["a", "a", "b", "b"]))
+    found = summary(Measured(0.4, margins, margins, ["a", "a", "b", "b"]))
     assert found["reward_model/heldout_accuracy"] == 0.75
     assert (found["reward_model/source/a/accuracy"], found["reward_model/source/b/accuracy"]) == (0.5, 1.0)
     assert (

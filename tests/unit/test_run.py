@@ -44,7 +44,7 @@ def test_stage_is_done_exactly_when_published(tmp_path: Path) -> None:
     assert (run.policy / "file").read_text() == "rl"
     assert run.comparisons.read_text() == "collect"
     assert sorted(p.name for p in run.path.iterdir()) == sorted(
-        [".lock", "config.yaml", "sft", "comparisons.parquet", "reward_model", "policy", "evaluation.json"]
+        [".lock", "config.yaml", "sft", "comparisons.parquet", "reward_model", "dpo", "policy", "evaluation.json"]
     )
 
 

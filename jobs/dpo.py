@@ -1,0 +1,36 @@
+"""Stage `dpo`: the SFT policy learns preferences without rollouts. `... -- python -m jobs.dpo --config FILE`."""
+
+from __future__ import annotations
+
+from actors.pools.remote import put
+from actors.training.dpo import DPOArguments, dpo_loop
+from jobs.console import console
+from jobs.reward_model import collected_or_published
+from jobs.session import Session
+from jobs.stage import main, stage
+from rayrlhf.runs.metrics import read_metrics
+
+
+@stage("dpo")
+def dpo(session: Session) -> None:
+    """Optimise the policy on the collected comparisons, or on those of `data.comparisons`."""
+    session.warm_up(generators=False)
+    arguments = DPOArguments(
+        **session.loop_arguments("dpo"),
+        policy=session.run.address_of(session.run.sft),
+        comparisons=put(collected_or_published(session, session.config.dpo.max_comparisons), session.local),
+    )
+    session.train("dpo", dpo_loop, arguments)
+    session.run.download_files()
+    measured = [
+        line["dpo/heldout_accuracy"] for line in read_metrics(session.run.path, "dpo") if "dpo/heldout_accuracy" in line
+    ]
+    if measured and measured[-1] <= 0.5:
+        console.print(
+            f"[bold yellow]warning:[/] the policy prefers the better answer in {measured[-1]:.0%} of the held-out "
+            "pairs, which is no better than chance; a higher dpo.optimizer.lr or more comparisons may help"
+        )
+
+
+if __name__ == "__main__":
+    main(dpo)

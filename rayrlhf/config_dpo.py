@@ -1,0 +1,90 @@
+"""The section `dpo`: one class a loss, chosen by `dpo.loss`. The equations are in `rayrlhf.algorithms.preferences`.
+
+They are apart from the equations because the command reads a config without torch.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Discriminator, Field, Tag
+
+from rayrlhf.sections import OptimizerConfig, Positive, Section
+
+PositiveFloat = Annotated[float, Field(gt=0)]
+
+
+class PreferenceConfig(Section):
+    """What all losses have: the batches and the updates."""
+
+    reference: ClassVar[bool] = True
+    """Whether the loss compares the policy with the SFT model, which is the reference policy then."""
+
+    loss: str
+    epochs: Positive = 1
+    prompts_per_batch: Positive = 16
+    """Prompts (with all their ranked answers) per optimiser step, over all learner workers."""
+    micro_batch_tokens: Positive = 4096
+    """As `sft.micro_batch_tokens`."""
+    optimizer: OptimizerConfig = OptimizerConfig(lr=1e-6, warmup_fraction=0.1)
+    max_comparisons: Positive | None = None
+    """Use only so many of the comparisons."""
+
+
+class DPOConfig(PreferenceConfig):
+    """DPO (Rafailov et al. 2023): the policy itself is the reward model, by beta log(pi / pi_ref)."""
+
+    loss: Literal["dpo"] = "dpo"
+    beta: PositiveFloat = 0.1
+    """Reward per nat; a smaller one lets the policy go farther from the reference."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """The share of pairs that are assumed to be labelled the wrong way round (cDPO, Mitchell 2023)."""
+
+
+class IPOConfig(PreferenceConfig):
+    """IPO (Azar et al. 2023): the margin is drawn to a finite target, so that it does not grow without end."""
+
+    loss: Literal["ipo"] = "ipo"
+    beta: PositiveFloat = 0.1
+    """tau: the target of the margin, in nats per token, is 1 / (2 beta)."""
+
+
+class SimPOConfig(PreferenceConfig):
+    """SimPO (Meng et al. 2024): no reference policy, and a mean over tokens that favours no length."""
+
+    reference: ClassVar[bool] = False
+
+    loss: Literal["simpo"] = "simpo"
+    beta: PositiveFloat = 2.0
+    """Reward per nat per token."""
+    target_margin: Annotated[float, Field(ge=0)] = 1.0
+    """gamma: by how much the better answer's reward is to be above that of the worse one."""
+
+
+class KTOConfig(PreferenceConfig):
+    """KTO (Ethayarajh et al. 2024): each answer is good or bad by itself, measured against the batch's mean KL.
+
+    The better answer of a pair counts as a good one and the worse as a bad one.
+    """
+
+    loss: Literal["kto"] = "kto"
+    beta: PositiveFloat = 0.1
+    """Reward per nat."""
+    desirable_weight: PositiveFloat = 1.0
+    """lambda_D, of good answers."""
+    undesirable_weight: PositiveFloat = 1.0
+    """lambda_U, of bad answers."""
+
+
+def _loss(section: Any) -> str:
+    return str(section.get("loss", "dpo") if isinstance(section, dict) else getattr(section, "loss", ""))
+
+
+DPOSection = Annotated[
+    Annotated[DPOConfig, Tag("dpo")]
+    | Annotated[IPOConfig, Tag("ipo")]
+    | Annotated[SimPOConfig, Tag("simpo")]
+    | Annotated[KTOConfig, Tag("kto")],
+    Discriminator(_loss),
+]
+"""DPO where no loss is named."""
