@@ -15,6 +15,7 @@ NAMES = (
     "actor_manager",
     "sft",
     "reward_model",
+    "dpo",
     "command",
     "gpu",
     "phases",

@@ -61,16 +61,16 @@ class Ours:
         asked = requests(case, turn)
         started = time.perf_counter()
         trajectories = generate(self.generators, asked, self.sampling, 1)
-        return sum(t.response_tokens for t in trajectories) / (time.perf_counter() - started)
+        return sum(t.written_tokens for t in trajectories) / (time.perf_counter() - started)
 
 
 class Plain:
     """`vllm.LLM` with the arguments of actors/rollouts/engine.py."""
 
     def __init__(self, with_logprobs: bool) -> None:
-        from actors.rollouts.engine import environment
+        from actors.rollouts.engine import environment_variables
 
-        os.environ.update({k: v for k, v in environment(SETTINGS).items() if not k.startswith("OMP_")})
+        os.environ.update({k: v for k, v in environment_variables(SETTINGS).items() if not k.startswith("OMP_")})
         import torch
         from vllm import LLM
 

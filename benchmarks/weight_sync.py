@@ -43,9 +43,9 @@ class PlainEngine:
     """An actor with `vllm.LLM` and vLLM's own reload."""
 
     def __init__(self, model: str) -> None:
-        from actors.rollouts.engine import environment
+        from actors.rollouts.engine import environment_variables
 
-        os.environ.update({k: v for k, v in environment(SETTINGS).items() if not k.startswith("OMP_")})
+        os.environ.update({k: v for k, v in environment_variables(SETTINGS).items() if not k.startswith("OMP_")})
         from vllm import LLM
 
         self.llm = LLM(
@@ -88,7 +88,7 @@ class Sync:
     def __init__(self, model: str, lora: LoRAConfig | None = None) -> None:
         import ray
 
-        from actors.rollouts.engine import environment
+        from actors.rollouts.engine import environment_variables
         from actors.rollouts.generator import Generator
         from actors.rollouts.publisher import Publisher
         from rayrlhf.models.loading import load_policy
@@ -105,7 +105,7 @@ class Sync:
         if lora:
             add_adapters(self.policy, lora, seed=0)
         self.publisher = Publisher(self.policy, local=False)
-        variables = {"env_vars": environment(SETTINGS)}
+        variables = {"env_vars": environment_variables(SETTINGS)}
         self.generator = ray.remote(Generator).options(num_cpus=0, runtime_env=variables).remote(
             "generator", ModelConfig(path=model), SETTINGS, CONTEXT, 0
         )  # fmt: skip

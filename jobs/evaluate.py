@@ -13,7 +13,7 @@ from jobs.stage import main, stage
 from rayrlhf.config import Config
 from rayrlhf.data.records import Demonstration, Prompt
 from rayrlhf.data.sources import as_prompts, read_demonstrations
-from rayrlhf.data.tokens import decode_response
+from rayrlhf.data.tokens import decode_trajectory
 from rayrlhf.errors import UserError
 from rayrlhf.reports.evaluation import Answers, samples_table, summarize, write_evaluation, write_samples
 from rayrlhf.reports.page import write_report
@@ -124,19 +124,19 @@ def model_answers(
     """
     config = session.config
     encoded = session.data.prompts(records)
-    sampled = session.rollouts.generate(encoded, config.evaluate.temperature, version, "evaluate")
+    sampled = session.rollouts.generate(encoded, config.evaluate.temperature, version, "evaluate", play=True)
     scored = session.rollouts.score(sampled, config.evaluate.temperature)
     kl = None
     if with_kl:
-        drawn = session.rollouts.generate(encoded, config.rl.temperature, version, "evaluate-kl")
+        drawn = session.rollouts.generate(encoded, config.rl.temperature, version, "evaluate-kl", play=True)
         kl = [response_kl(t) for t in session.rollouts.score(drawn, config.rl.temperature)]
-    texts = [decode_response(session.tokenizer, t.response_ids.tolist()) for t in scored]
+    texts = [decode_trajectory(session.tokenizer, t) for t in scored]
     return Answers(
         name,
         texts,
         rewards=summed_rewards(config, scored),
         gold=gold_measures(labeller, prompts, texts),
-        lengths=[len(t.response_ids) for t in scored],
+        lengths=[t.written_tokens for t in scored],
         finished=[t.finish_reason == "eos" for t in scored],
         kl=kl,
     )
@@ -152,17 +152,17 @@ def best_answers(
     config, n = session.config, session.config.evaluate.best_of
     assert n is not None
     encoded = session.data.prompts(records)
-    drawn = session.rollouts.generate(encoded, config.rl.temperature, version, "evaluate-best-of", samples=n)
+    drawn = session.rollouts.generate(encoded, config.rl.temperature, version, "evaluate-best-of", samples=n, play=True)
     scored = session.rollouts.score(drawn, config.rl.temperature)
     by_prompt = scores(scored, config.rl.missing_eos_reward).reshape(-1, n)
     chosen = [scored[i * n + int(place)] for i, place in enumerate(by_prompt.argmax(1))]
-    texts = [decode_response(session.tokenizer, t.response_ids.tolist()) for t in chosen]
+    texts = [decode_trajectory(session.tokenizer, t) for t in chosen]
     return Answers(
         "best_of",
         texts,
         rewards=summed_rewards(config, chosen),
         gold=gold_measures(labeller, prompts, texts),
-        lengths=[len(t.response_ids) for t in chosen],
+        lengths=[t.written_tokens for t in chosen],
         finished=[t.finish_reason == "eos" for t in chosen],
         kl=np.full(len(chosen), np.log(n) - (n - 1) / n),
     )
@@ -194,7 +194,8 @@ def text_answers(
     ]
     scored = session.rollouts.score(given, session.config.evaluate.temperature)
     gold = gold_measures(labeller, prompts, texts) if labeller else None
-    rewards = summed_rewards(session.config, scored)
+    # A text that is given cannot be played.
+    rewards = None if session.config.environment else summed_rewards(session.config, scored)
     return Answers(name, texts, rewards=rewards, gold=gold, lengths=[len(r) for r in responses])
 
 

@@ -17,8 +17,10 @@ from actors.rollouts.weight_sync import publish_directory
 from rayrlhf.config import Config
 from rayrlhf.data.prompts import EncodedPrompt, requests_for
 from rayrlhf.data.records import Prompt
+from rayrlhf.data.tokens import stop_token_ids
+from rayrlhf.environments.base import EnvironmentMaker
 from rayrlhf.rewards.gold import GoldMeasure, gold_labeller
-from rayrlhf.rewards.python import PythonRewards, read_functions
+from rayrlhf.rewards.texts import TextRewards, make_text_rewards
 from rayrlhf.runs.folder import RunFolder
 from rayrlhf.trajectory import Sampling, Trajectory
 
@@ -35,8 +37,10 @@ class RolloutClient:
     ) -> None:
         """`model` is the base model, a directory or a hub name, that generators start with."""
         self.config, self.run, self.model, self.tokenizer, self.local = config, run, model, tokenizer, local
-        self.functions = read_functions(config.rewards)
-        """The rewards by functions of the user's own."""
+        self.texts = make_text_rewards(config.rewards)
+        """The rewards that read texts."""
+        self.stop_token_ids = stop_token_ids(tokenizer, config.data.stop_tokens)
+        self.environment = EnvironmentMaker.read(config.environment)
         self._coordinator: Remote | None = None
         self._starting: Call | None = None
 
@@ -52,6 +56,7 @@ class RolloutClient:
                 data.max_prompt_tokens + data.max_response_tokens,
                 self.tokenizer.pad_token_id,
                 self.local,
+                self.environment,
                 local=self.local,
                 options={} if self.local else {"num_cpus": 0, "namespace": namespace(self.config), **_here()},
                 concurrency_groups={CONTROL: 1},
@@ -78,9 +83,11 @@ class RolloutClient:
         """Have the coordinator do something, and wait for it."""
         return self.start().call(method, *args, timeout_s=self.config.resources.coordinator_timeout_s)
 
-    def sampling(self, temperature: float) -> Sampling:
-        """Responses of the run's length at `temperature`."""
-        return Sampling(temperature, self.config.data.max_response_tokens, self.tokenizer.eos_token_id)
+    def sampling(self, temperature: float, *, play: bool = False) -> Sampling:
+        """Responses of the run's length at `temperature`; to `play` is to take turns with the run's environment."""
+        turns = self.config.environment.max_turns if play and self.config.environment else 1
+        data, eos = self.config.data, self.tokenizer.eos_token_id
+        return Sampling(temperature, data.max_response_tokens, eos, self.stop_token_ids, turns)
 
     def load_weights(self, directory: Path) -> int:
         """Put the weights of a saved model on all generators; returns their version."""
@@ -90,13 +97,19 @@ class RolloutClient:
         return version
 
     def generate(
-        self, prompts: list[EncodedPrompt], temperature: float, version: int, *seed_parts: int | str, samples: int = 1
+        self,
+        prompts: list[EncodedPrompt],
+        temperature: float,
+        version: int,
+        *seed_parts: int | str,
+        samples: int = 1,
+        play: bool = False,
     ) -> list[Trajectory]:
-        """`samples` responses to each prompt, in order, from the weights of `version`."""
+        """`samples` responses to each prompt, in order, from the weights of `version`; `play` as in `sampling`."""
         requests = requests_for(prompts, samples, self.config.seed, *seed_parts)
         done: list[Trajectory] = []
         for piece in self._slices(requests, self.config.resources.generators.count, "sampled"):
-            done += self.call("generate", piece, self.sampling(temperature), version)
+            done += self.call("generate", piece, self.sampling(temperature, play=play), version)
         return done
 
     def start_scorers(self, prompts: list[Prompt], reference: Path, *, gold: bool) -> None:
@@ -108,9 +121,9 @@ class RolloutClient:
             gold: they have the gold measure as well.
         """
         measure = GoldMeasure(gold_labeller(self.config), prompts, self.tokenizer) if gold else None
-        functions = PythonRewards(self.functions, prompts, self.tokenizer) if self.functions else None
+        texts = TextRewards(self.texts, prompts, self.tokenizer) if self.texts else None
         reward_model = self.run.address_of(self.run.reward_model) if self.config.trains_reward_model else None
-        self.call("start_scorers", reward_model, self.run.address_of(reference), measure, functions)
+        self.call("start_scorers", reward_model, self.run.address_of(reference), measure, texts)
 
     def score(self, trajectories: list[Trajectory], temperature: float) -> list[Trajectory]:
         """The trajectories with rewards and reference log-probs, in order."""

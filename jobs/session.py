@@ -103,7 +103,9 @@ class Session:
             relevant.get("rl", {}).pop(key, None)
         if "rl" in relevant:
             relevant["rewards"] = settings["rewards"]
-            relevant["plugins"] = [self.plugin] + [function.plugin for function in self.rollouts.functions]
+            relevant["plugins"] = [self.plugin, *(text.plugin for text in self.rollouts.texts if text.plugin)]
+            if self.rollouts.environment is not None:
+                relevant["environment"] = [settings["environment"], self.rollouts.environment.plugin]
         digest = hashlib.blake2b(json.dumps(relevant, sort_keys=True).encode(), digest_size=4).hexdigest()
         return f"{stage}-{digest}"
 

@@ -10,7 +10,8 @@ from typing import Annotated, Literal, get_args
 from pydantic import AfterValidator, Field, model_validator
 
 from rayrlhf.config_dpo import DPOConfig, DPOSection
-from rayrlhf.config_rewards import ModelReward, Reward, Rewards
+from rayrlhf.config_environment import EnvironmentConfig
+from rayrlhf.config_rewards import EnvironmentReward, ModelReward, Reward, Rewards
 from rayrlhf.config_rl import PPOConfig, RLSection
 from rayrlhf.sections import Fraction, OptimizerConfig, Positive, Section
 
@@ -63,6 +64,9 @@ class DataConfig(Section):
     """A longer prompt is cut (`rayrlhf.data.template`)."""
     max_response_tokens: Positive = 48
     """A longer response in the data is cut and has no EOS; generators stop here."""
+    stop_tokens: tuple[str, ...] = ()
+    """Further tokens that end a sampled response beside the EOS, such as `<|eot_id|>`. Each is one of the tokenizer's
+    tokens: where a text of several tokens ends a response, its last token would not be the policy's own choice."""
 
     @model_validator(mode="after")
     def _leave_prompts_for_ppo(self) -> DataConfig:
@@ -145,6 +149,9 @@ class AlarmsConfig(Section):
     """Mean |ratio - 1| in the first mini-batch."""
     max_score_drop: Limit = 1.0
     """How far the mean score may fall below the start's, in standard deviations of the start's scores."""
+    max_reward_drop: Limit = 1.0
+    """With several rewards: how far one of them may fall below the start's mean, in its standard deviations at the
+    start, while the score as a whole rises."""
     min_score_spread: Limit = 0.1
     """Standard deviation of the scores as a share of the start's."""
     min_length: Limit = 0.5
@@ -298,6 +305,8 @@ class Config(Section):
     """What `rl` maximises the weighted sum of. Without a reward of kind `model` no reward model is trained, and the
     stages `collect` and `reward_model` are left out."""
     dpo: DPOSection = DPOConfig()
+    environment: EnvironmentConfig | None = None
+    """What answers the policy, so that a response takes several turns; null: a response is one turn."""
     rl: RLSection = PPOConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     alarms: AlarmsConfig = AlarmsConfig()
@@ -351,6 +360,12 @@ class Config(Section):
         ):
             if wrong:
                 raise ValueError(f"stages: {what}")
+        return self
+
+    @model_validator(mode="after")
+    def _environment_is_there(self) -> Config:
+        if self.environment is None and any(isinstance(reward, EnvironmentReward) for reward in self.rewards):
+            raise ValueError("rewards: kind environment needs the section environment, which gives these rewards")
         return self
 
     @model_validator(mode="after")

@@ -1,7 +1,8 @@
 """The record that travels through a step of RL: one prompt, one sampled response, and the measures of it.
 
 Token ids travel from end to end; text is never tokenised a second time.
-Shapes: P prompt tokens, R >= 1 response tokens. If an EOS was sampled, it is the last response token.
+Shapes: P prompt tokens, R >= 1 response tokens, W of them written by the policy. If an EOS was sampled, it is the last
+response token, or the last one of a turn.
 """
 
 from __future__ import annotations
@@ -25,15 +26,23 @@ class GenerationRequest:
     prompt_ids: tuple[int, ...]
     sample_index: int = 0
     seed: int = 0
+    prompt: str = ""
+    """The prompt's text and its reference, for an environment; empty and None in a run without one."""
+    reference: str | None = None
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to draw responses: by plain temperature sampling (top-p 1, top-k off), up to the first EOS."""
+    """How to draw responses: by plain temperature sampling (top-p 1, top-k off), up to the first EOS or stop token."""
 
     temperature: float
     max_tokens: int
+    """Of a whole response, in all its turns."""
     eos_token_id: int
+    stop_token_ids: tuple[int, ...] = ()
+    """Further tokens that end a response, as the EOS does."""
+    max_turns: int = 1
+    """How often the policy writes at most; above 1 the run's environment answers in between."""
 
 
 @dataclass
@@ -48,16 +57,29 @@ class Trajectory:
     response_ids: NDArray[np.int64]
     """[R]"""
     generator_logprobs: NDArray[np.float32]
-    """[R] the generator's log-probs of the sampled tokens at the sampling temperature, nats."""
+    """[W] the generator's log-probs of the sampled tokens at the sampling temperature, nats."""
     versions: NDArray[np.int64]
-    """[R] version of the weights that sampled each token."""
+    """[W] version of the weights that sampled each token."""
     finish_reason: FinishReason
     rewards: dict[str, float] = field(default_factory=dict)
     """Weighted scores of the whole response, by the name of the reward; the learner adds them up."""
     ref_logprobs: NDArray[np.float32] | None = None
-    """[R] the reference policy's log-probs of the same tokens at the same temperature, nats; None before scoring."""
+    """[W] the reference policy's log-probs of the same tokens at the same temperature, nats; None before scoring."""
     gold: float | None = None
     """The labeller's own measure of the response, or None; it is watched and never trained on."""
+    written: NDArray[np.bool_] | None = None
+    """[R] whether the policy wrote the token. The other tokens are an environment's. None: it wrote all, and W is R."""
+    turns: int = 1
+    """How often the policy wrote."""
+    environment_reward: float | None = None
+    """Sum of the environment's rewards; None without one."""
+    judge_tokens: int | None = None
+    """Tokens that judges have read and written about it; None without a judge."""
+
+    @property
+    def written_tokens(self) -> int:
+        """W"""
+        return len(self.versions)
 
     @property
     def length(self) -> int:
@@ -79,39 +101,50 @@ class Trajectory:
             self.generator_logprobs.astype(np.float32),
             *(() if self.ref_logprobs is None else (self.ref_logprobs.astype(np.float32),)),
         )
+        written = None if self.written is None else self.written.tobytes()
         packed = b"".join([array.tobytes() for array in arrays])
         about = (self.prompt_id, self.sample_index, self.seed, self.finish_reason, self.rewards, self.gold)
-        return _unpacked, (packed, len(self.prompt_ids), len(self.response_ids), *about)
+        turns = (written, self.turns, self.environment_reward, self.judge_tokens)
+        return _unpacked, (packed, len(self.prompt_ids), len(self.response_ids), self.written_tokens, *about, *turns)
 
 
 def _unpacked(
     packed: bytes,
     prompt: int,
     response: int,
+    own: int,
     prompt_id: str,
     sample_index: int,
     seed: int,
     finish_reason: FinishReason,
     rewards: dict[str, float],
     gold: float | None,
+    written: bytes | None,
+    turns: int,
+    environment_reward: float | None,
+    judge_tokens: int | None,
 ) -> Trajectory:
     ids = np.frombuffer(packed, np.int32, prompt + response).astype(np.int64)
     start = 4 * (prompt + response)  # the bytes of the ids; versions follow, then log-probs
     # Copies, since arrays over a string of bytes are read-only.
-    versions = np.frombuffer(packed, np.int64, response, start).copy()
-    logprobs = np.frombuffer(packed, np.float32, offset=start + 8 * response).copy()
+    versions = np.frombuffer(packed, np.int64, own, start).copy()
+    logprobs = np.frombuffer(packed, np.float32, offset=start + 8 * own).copy()
     return Trajectory(
         prompt_id=prompt_id,
         sample_index=sample_index,
         seed=seed,
         prompt_ids=ids[:prompt],
         response_ids=ids[prompt:],
-        generator_logprobs=logprobs[:response],
+        generator_logprobs=logprobs[:own],
         versions=versions,
         finish_reason=finish_reason,
         rewards=rewards,
-        ref_logprobs=logprobs[response:] if len(logprobs) > response else None,
+        ref_logprobs=logprobs[own:] if len(logprobs) > own else None,
         gold=gold,
+        written=None if written is None else np.frombuffer(written, np.bool_).copy(),
+        turns=turns,
+        environment_reward=environment_reward,
+        judge_tokens=judge_tokens,
     )
 
 
@@ -124,8 +157,9 @@ class SerializedTrajectory(NamedTuple):
     sample_index: int
     length: int
     """P + R"""
-    response_tokens: int
-    """R"""
+    written_tokens: int
+    """W"""
+    turns: int
     oldest: int
     """Weight version of its oldest token."""
     newest: int
@@ -134,6 +168,7 @@ class SerializedTrajectory(NamedTuple):
     """Sum of all its tokens' versions, from which a batch's mean staleness follows."""
     gold: float | None
     rewards: dict[str, float]
+    judge_tokens: int | None
     data: bytes
     """The pickled trajectory."""
 
@@ -145,11 +180,13 @@ class SerializedTrajectory(NamedTuple):
             t.sample_index,
             t.length,
             len(versions),
+            t.turns,
             min(versions),
             max(versions),
             sum(versions),
             t.gold,
             t.rewards,
+            t.judge_tokens,
             pickle.dumps(t, protocol=5),
         )
 

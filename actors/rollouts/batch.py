@@ -42,17 +42,25 @@ class Batch:
                 f"step {step}: tokens are {newest} to {oldest} versions behind the learner's {version}, allowed are "
                 f"0 to {max_staleness}"
             )
-        tokens = sum(t.response_tokens for t in serialized)
+        tokens = sum(t.written_tokens for t in serialized)
         metrics = {
             "rollout/staleness/mean": version - sum(t.version_sum for t in serialized) / tokens,
             "rollout/staleness/max": float(oldest),
         }
+        if any(t.turns > 1 for t in serialized):
+            metrics["rollout/turns"] = statistics.fmean(t.turns for t in serialized)
         gold = [t.gold for t in serialized if t.gold is not None]
         if gold:
             metrics |= {"rl/gold/mean": statistics.fmean(gold), "rl/gold/std": statistics.pstdev(gold)}
+        if any(t.judge_tokens is not None for t in serialized):
+            metrics["rl/judge_tokens"] = float(sum(t.judge_tokens or 0 for t in serialized))
         names = serialized[0].rewards
-        if len(names) > 1:  # one alone is the score
-            metrics |= {f"rl/rewards/{name}": statistics.fmean(t.rewards[name] for t in serialized) for name in names}
+        for name in names if len(names) > 1 else ():  # one alone is the score
+            of_name = [t.rewards[name] for t in serialized]
+            metrics |= {
+                f"rl/rewards/{name}": statistics.fmean(of_name),
+                f"rl/reward_std/{name}": statistics.pstdev(of_name),
+            }
         return cls(step, version, serialized, cursor, metrics)
 
 

@@ -28,8 +28,9 @@ from actors.rollouts.rollout_pools import RolloutPools
 from actors.rollouts.weight_sync import PublishedWeights
 from rayrlhf.config import Config
 from rayrlhf.data.prompts import EncodedPrompt, prompts_of_step, requests_for
+from rayrlhf.environments.base import EnvironmentMaker
 from rayrlhf.rewards.gold import GoldMeasure
-from rayrlhf.rewards.python import PythonRewards
+from rayrlhf.rewards.texts import TextRewards
 from rayrlhf.runs.scaling import wanted_generators
 from rayrlhf.trajectory import GenerationRequest, Sampling, Trajectory
 
@@ -40,15 +41,26 @@ SEEDED_AS = "ppo"
 class Coordinator:
     """One per run. How batches are made is up to its rollout mode, `InTurn` or `Ahead`, which have the same methods."""
 
-    def __init__(self, config: Config, model: str, max_model_len: int, pad_token_id: int, local: bool) -> None:
+    def __init__(
+        self,
+        config: Config,
+        model: str,
+        max_model_len: int,
+        pad_token_id: int,
+        local: bool,
+        environment: EnvironmentMaker | None = None,
+    ) -> None:
         """
         Args:
             model: what generators start with, a directory or a hub name.
             max_model_len: tokens of prompt and response together.
             local: generators and scorers live in this process.
+            environment: answers the policy, in a run whose responses take several turns.
         """
         self.config, self.local = config, local
-        self.pools = RolloutPools(config, model, max_model_len, pad_token_id, self._bring_up_to_date, local=local)
+        self.pools = RolloutPools(
+            config, model, max_model_len, pad_token_id, self._bring_up_to_date, environment=environment, local=local
+        )
         self.publication: PublishedWeights | None = None
         self.version = 0
         """Of the weights that were published last; 0 before the first."""
@@ -78,13 +90,13 @@ class Coordinator:
         reward_model: str | None,
         reference: str,
         gold: GoldMeasure | None = None,
-        functions: PythonRewards | None = None,
+        texts: TextRewards | None = None,
     ) -> list[dict[str, Any]]:
         """Start scorers with these two models, in place of those with others; returns who and where they are.
 
-        With `gold` they also have the labeller's measure of what they score, with `functions` rewards by Python.
+        With `gold` they also have the labeller's measure of what they score, with `texts` rewards that read texts.
         """
-        return self.pools.start_scorers(reward_model, reference, gold, functions)
+        return self.pools.start_scorers(reward_model, reference, gold, texts)
 
     def scale(self, generators: int | None = None, scorers: int | None = None) -> dict[str, int]:
         """Want so many from now on: newcomers join when they are up, leavers finish their work first. None: as it is.
@@ -174,7 +186,7 @@ class Coordinator:
         generators = self.pools.generators
         batch.metrics.update(now.since(before) | {"rollout/generators": float(len(generators))})
         seconds = batch.metrics.get("time/generate", now.time - before.time)
-        tokens = sum(t.response_tokens for t in batch.serialized)
+        tokens = sum(t.written_tokens for t in batch.serialized)
         batch.metrics["throughput/generated_tokens_per_s"] = tokens / seconds
         self._follow_the_learner(batch.metrics)
         self.reported, self.batch = now, batch

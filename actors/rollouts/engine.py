@@ -27,7 +27,7 @@ _MIN_TEMPERATURE = 0.01
 """vLLM silently raises lower temperatures to this one. Its log-probs would then belong to another distribution."""
 
 
-def environment(settings: GeneratorConfig) -> dict[str, str]:
+def environment_variables(settings: GeneratorConfig) -> dict[str, str]:
     """Environment variables of a generator's process. Those of OpenMP work only if they are set before it starts."""
     variables = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process: less memory, weights by reference
@@ -49,7 +49,8 @@ class _InFlight:
     ticket: int
     request: GenerationRequest
     vllm_id: str
-    eos_token_id: int
+    ends: frozenset[int]
+    """The tokens that end it: EOS and stop tokens."""
     version: int
     """The weights that its next token is sampled from."""
     versions: list[int] = field(default_factory=list)
@@ -74,7 +75,7 @@ class Engine:
         Raises:
             UserError: vLLM cannot serve this model with these settings.
         """
-        os.environ.update({k: v for k, v in environment(settings).items() if not k.startswith("OMP_")})
+        os.environ.update({k: v for k, v in environment_variables(settings).items() if not k.startswith("OMP_")})
         from vllm import EngineArgs, LLMEngine
 
         on_gpu = settings.gpus > 0
@@ -139,13 +140,14 @@ class Engine:
         from vllm.sampling_params import RequestOutputKind
 
         self._check(list(requests.values()), sampling)
+        ends = frozenset((sampling.eos_token_id, *sampling.stop_token_ids))
         for ticket, request in requests.items():
             parameters = SamplingParams(
                 temperature=sampling.temperature,
                 max_tokens=sampling.max_tokens,
                 seed=request.seed,
-                stop_token_ids=[sampling.eos_token_id],
-                ignore_eos=True,  # of the model's config: only `eos_token_id` ends a response
+                stop_token_ids=sorted(ends),
+                ignore_eos=True,  # of the model's config: only `ends` end a response
                 logprobs=0,  # the sampled token's own and no others
                 detokenize=False,
                 output_kind=RequestOutputKind.FINAL_ONLY,
@@ -155,7 +157,7 @@ class Engine:
                 vllm_id = self._llm.add_request(
                     name, TokensPrompt(prompt_token_ids=list(request.prompt_ids)), parameters
                 )
-            self._in_flight[name] = _InFlight(ticket, request, vllm_id, sampling.eos_token_id, version)
+            self._in_flight[name] = _InFlight(ticket, request, vllm_id, ends, version)
 
     @property
     def in_flight(self) -> int:
@@ -165,7 +167,8 @@ class Engine:
     def step(self) -> dict[int, Trajectory]:
         """Sample one token for every running request; returns the responses that this finished, by ticket.
 
-        A response ends with the first sampled EOS, which is kept ("eos"), or after `max_tokens` ("length").
+        A response ends with the first sampled EOS or stop token, which is kept ("eos"), or after `max_tokens`
+        ("length").
         If a step fails, all requests in flight are dropped.
         """
         try:
@@ -274,7 +277,7 @@ class Engine:
             response_ids=ids,
             generator_logprobs=np.asarray(logprobs, dtype=np.float32),
             versions=versions,
-            finish_reason="eos" if ids[-1] == running.eos_token_id else "length",
+            finish_reason="eos" if int(ids[-1]) in running.ends else "length",
         )
 
     def _check(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> None:

@@ -9,8 +9,10 @@ from typing import Any
 
 from actors.pools.remote import SerializedCalls, this_node
 from actors.rollouts.engine import Engine
+from actors.rollouts.episodes import Episodes, Rollout
 from actors.rollouts.weight_sync import PublishedWeights, WeightSyncError
 from rayrlhf.config import GeneratorConfig, ModelConfig
+from rayrlhf.environments.base import EnvironmentMaker
 from rayrlhf.trajectory import GenerationRequest, Sampling, SerializedTrajectory, Trajectory
 
 INITIAL_VERSION = -1
@@ -23,8 +25,21 @@ SLICE_S = 0.2
 class Generator(SerializedCalls):
     """Draws responses from the policy. A plain class: `Remote.spawn` makes a Ray actor of it, or keeps it local."""
 
-    def __init__(self, name: str, model: ModelConfig, settings: GeneratorConfig, max_model_len: int, seed: int) -> None:
-        """`model.path` is a directory or a hub name; `max_model_len` bounds prompt + response, in tokens."""
+    def __init__(
+        self,
+        name: str,
+        model: ModelConfig,
+        settings: GeneratorConfig,
+        max_model_len: int,
+        seed: int,
+        environment: EnvironmentMaker | None = None,
+    ) -> None:
+        """
+        Args:
+            model: its `path` is a directory or a hub name.
+            max_model_len: bounds prompt + response, in tokens.
+            environment: answers the policy, in a run whose responses take several turns.
+        """
         self._name = name
         self.engine = Engine(
             model.path,
@@ -34,6 +49,12 @@ class Generator(SerializedCalls):
             settings=settings,
             seed=seed,
         )
+        self.rollout: Rollout = self.engine
+        if environment:
+            # Here, because the coordinator imports this file for the class alone: transformers takes seconds.
+            from rayrlhf.models.loading import load_tokenizer
+
+            self.rollout = Episodes(self.engine, environment, load_tokenizer(model.path, model.revision))
         self._version = INITIAL_VERSION
         self._tokens = 0
         self._given = 0
@@ -44,7 +65,7 @@ class Generator(SerializedCalls):
 
     def ready(self) -> dict[str, Any]:
         """Warm up with one tiny request unless at work; returns `pid`, `node` and `version`."""
-        if not self.engine.in_flight:
+        if not self.rollout.in_flight:
             warm_up = GenerationRequest(prompt_id="warm-up", prompt_ids=(0,))
             self.engine.generate([warm_up], Sampling(temperature=1.0, max_tokens=2, eos_token_id=0), self._version)
         return {"pid": os.getpid(), "node": this_node(), "version": self._version}
@@ -76,21 +97,21 @@ class Generator(SerializedCalls):
             self.load_weights(publication)
         if self._version == INITIAL_VERSION:
             raise WeightSyncError(f"{self._name} has only its initial weights: sync it first")
-        self.engine.add(requests, sampling, self._version)
+        self.rollout.add(requests, sampling, self._version)
         if requests:
-            self._given = self.engine.in_flight
+            self._given = self.rollout.in_flight
         done: dict[int, Trajectory] = {}
         started = time.monotonic()
-        while self.engine.in_flight and (elapsed := time.monotonic() - started) < seconds:
+        while self.rollout.in_flight and (elapsed := time.monotonic() - started) < seconds:
             if elapsed > SLICE_S and 3 * len(done) >= self._given:
                 break
-            done |= self.engine.step()
-        self._tokens += sum(len(trajectory.response_ids) for trajectory in done.values())
+            done |= self.rollout.step()
+        self._tokens += sum(trajectory.written_tokens for trajectory in done.values())
         return {ticket: SerializedTrajectory.of(trajectory) for ticket, trajectory in done.items()}
 
     def abort(self) -> None:
         """Drop all requests in flight."""
-        self.engine.abort()
+        self.rollout.abort()
 
     def load_weights(self, publication: PublishedWeights) -> int:
         """Replace the policy; returns the new version. Responses in flight go on under it.
@@ -100,7 +121,7 @@ class Generator(SerializedCalls):
         """
         if publication.version <= self._version:
             raise WeightSyncError(f"{self._name} has version {self._version}, refuses {publication.version}")
-        self.engine.load_weights(publication.tensors(), publication.version)
+        self.rollout.load_weights(publication.tensors(), publication.version)
         self._version = publication.version
         return self._version
 

@@ -11,9 +11,10 @@ from actors.pools.remote import ActorFailure, Remote, put, wait
 from actors.pools.worker import Worker
 from actors.rollouts.spawning import spawn_generator, spawn_scorer
 from rayrlhf.config import Config
+from rayrlhf.environments.base import EnvironmentMaker
 from rayrlhf.errors import UserError
 from rayrlhf.rewards.gold import GoldMeasure
-from rayrlhf.rewards.python import PythonRewards
+from rayrlhf.rewards.texts import TextRewards
 
 
 class RolloutPools:
@@ -27,6 +28,7 @@ class RolloutPools:
         pad_token_id: int,
         on_new_generator: Callable[[Worker], None],
         *,
+        environment: EnvironmentMaker | None,
         local: bool,
     ) -> None:
         """
@@ -34,10 +36,11 @@ class RolloutPools:
             model: what generators start with, a directory or a hub name.
             max_model_len: tokens of prompt and response together.
             on_new_generator: brings a generator up to date that starts during the run.
+            environment: answers the policy, in a run whose responses take several turns.
             local: make the actors in this process.
         """
         self.config, self.model, self.max_model_len, self.pad_token_id = config, model, max_model_len, pad_token_id
-        self.local = local
+        self.environment, self.local = environment, local
         self._on_new_generator = on_new_generator
         self._generators: Pool | None = None
         self._scorers: Pool | None = None
@@ -75,6 +78,7 @@ class RolloutPools:
                 config=self.config,
                 model=self.model,
                 max_model_len=self.max_model_len,
+                environment=self.environment,
                 local=self.local,
             )
             count = self.config.resources.generators.count
@@ -82,18 +86,18 @@ class RolloutPools:
         return self._generators.wait_until_ready()
 
     def start_scorers(
-        self, reward_model: str | None, reference: str, gold: GoldMeasure | None, functions: PythonRewards | None
+        self, reward_model: str | None, reference: str, gold: GoldMeasure | None, texts: TextRewards | None
     ) -> list[dict[str, Any]]:
         """Start scorers with these two models, in place of those with others; returns what each one's `ready` says.
 
         Args:
             reward_model: None if no reward needs one.
             gold: the labeller's measure of what they score.
-            functions: rewards by functions of the user's own. Scorers that have these or `gold`, which know the prompts
+            texts: rewards that read texts. Scorers that have these or `gold`, which know the prompts
                 of a stage, are always started anew.
         """
         models = (reward_model, reference)
-        if self._scorers is not None and self._scored_by == models and gold is None and functions is None:
+        if self._scorers is not None and self._scored_by == models and gold is None and texts is None:
             return self._scorers.broadcast("ready")
         if self._scorers is not None:
             self._scorers.stop()
@@ -105,7 +109,7 @@ class RolloutPools:
             reference=reference,
             pad_token_id=self.pad_token_id,
             gold=put(gold, self.local),
-            functions=put(functions, self.local),
+            texts=put(texts, self.local),
             local=self.local,
         )
         self._scorers = self._pool("scorer", self.config.resources.scorers.count, spawn)

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from actors.pools.remote import SerializedCalls, this_node
 from rayrlhf.config import ScorerConfig
-from rayrlhf.config_rewards import ModelReward, PythonReward
+from rayrlhf.config_rewards import EnvironmentReward, ModelReward, Reward
 from rayrlhf.data.rows import Row
 from rayrlhf.rewards.gold import GoldMeasure
-from rayrlhf.rewards.python import PythonRewards
+from rayrlhf.rewards.texts import TextRewards
 from rayrlhf.runs.storage import local_copy
 from rayrlhf.trajectory import SerializedTrajectory, Trajectory
 
@@ -31,8 +31,8 @@ class Scorer(SerializedCalls):
         reference: str,
         settings: ScorerConfig,
         *,
-        rewards: Sequence[ModelReward | PythonReward] = (ModelReward(),),
-        functions: PythonRewards | None = None,
+        rewards: Sequence[Reward] = (ModelReward(),),
+        texts: TextRewards | None = None,
         gold: GoldMeasure | None = None,
         pad_token_id: int,
         dtype: str,
@@ -41,8 +41,8 @@ class Scorer(SerializedCalls):
         Args:
             reward_model: a directory by path or URI; None if no reward needs one.
             reference: another directory.
-            rewards: of the config, for the weight of the reward model.
-            functions: the rewards by functions of the user's own, if there are any.
+            rewards: of the config, for the weights of the reward model and of the environment.
+            texts: the rewards that read texts, if there are any.
         """
         # Here, because the coordinator imports this file for the class alone: transformers takes seconds.
         import torch
@@ -60,13 +60,14 @@ class Scorer(SerializedCalls):
             return Forward(model.requires_grad_(False), pad_token_id=pad_token_id, max_tokens=tokens, dtype=dtype)
 
         self.rewards: list[RewardFunction] = []
+        self.environment = next((reward for reward in rewards if isinstance(reward, EnvironmentReward)), None)
         for reward in rewards:
             if isinstance(reward, ModelReward):
                 assert reward_model is not None, "of the stage `reward_model`"
                 model = forward(load_reward_model(local_copy(reward_model), device=self.device))
                 self.rewards.append(RewardModelFunction(model, reward.name, reward.weight))
-        if functions is not None:
-            self.rewards.append(functions)
+        if texts is not None:
+            self.rewards.append(texts)
         self.reference = forward(load_policy(local_copy(reference), device=self.device))
         self.gold = gold
 
@@ -89,8 +90,11 @@ class Scorer(SerializedCalls):
         rewards = {name: scores for reward in self.rewards for name, scores in reward(trajectories).items()}
         for i, trajectory in enumerate(trajectories):
             trajectory.rewards = {name: values[i] for name, values in rewards.items()}
+            if self.environment is not None:
+                own = trajectory.environment_reward or 0.0  # a given text was not played
+                trajectory.rewards[self.environment.name] = self.environment.weight * own
             trajectory.gold = self.gold(trajectory) if self.gold else None
-        rows = [Row.completion(t.prompt_ids, t.response_ids) for t in trajectories]
+        rows = [Row.of(t) for t in trajectories]
         for trajectory, logprobs in zip(trajectories, self.reference.row_logprobs(rows, temperature), strict=True):
             trajectory.ref_logprobs = logprobs.cpu().numpy()
         return list(trajectories)

@@ -5,13 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from actors.pools.remote import Remote, namespace
-from actors.rollouts.engine import environment
+from actors.rollouts.engine import environment_variables
 from actors.rollouts.generator import Generator
 from actors.rollouts.scorer import Scorer
 from rayrlhf.config import Config, GeneratorConfig, ScorerConfig
+from rayrlhf.environments.base import EnvironmentMaker
 
 
-def spawn_generator(name: str, config: Config, model: str, max_model_len: int, local: bool) -> Remote:
+def spawn_generator(
+    name: str, config: Config, model: str, max_model_len: int, environment: EnvironmentMaker | None, local: bool
+) -> Remote:
     """A generator of `model`, a directory or a hub name, in this process if `local`."""
     settings = config.resources.generators
     return Remote.spawn(
@@ -22,9 +25,10 @@ def spawn_generator(name: str, config: Config, model: str, max_model_len: int, l
         settings,
         max_model_len,
         config.seed,
+        environment,
         local=local,
         # Set before the process starts, because OpenMP reads its settings only then.
-        options=_options(config, settings) | {"runtime_env": {"env_vars": environment(settings)}},
+        options=_options(config, settings) | {"runtime_env": {"env_vars": environment_variables(settings)}},
     )
 
 
@@ -35,10 +39,10 @@ def spawn_scorer(
     reference: str,
     pad_token_id: int,
     gold: Any,
-    functions: Any,
+    texts: Any,
     local: bool,
 ) -> Remote:
-    """A scorer with these models. `gold` and `functions` are what `Scorer` takes, Ray references to them, or None."""
+    """A scorer with these models. `gold` and `texts` are what `Scorer` takes, Ray references to them, or None."""
     settings = config.resources.scorers
     return Remote.spawn(
         name,
@@ -50,7 +54,7 @@ def spawn_scorer(
         local=local,
         options=_options(config, settings),
         rewards=config.scored_by,
-        functions=functions,
+        texts=texts,
         gold=gold,
         pad_token_id=pad_token_id,
         dtype=config.model.dtype,

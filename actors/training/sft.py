@@ -24,7 +24,7 @@ from rayrlhf.algorithms.optimizer import Optimizer
 from rayrlhf.algorithms.sft import predicted_tokens, summed_loss
 from rayrlhf.data.epochs import Epochs
 from rayrlhf.data.rows import Row
-from rayrlhf.data.tokens import decode_response
+from rayrlhf.data.tokens import decode_response, stop_token_ids
 from rayrlhf.errors import UserError
 from rayrlhf.models.forward import Forward
 from rayrlhf.models.loading import context_length, load_policy, load_tokenizer
@@ -177,7 +177,10 @@ def answer_dev_prompts(
     coordinator.call("load_weights", publication, timeout_s=resources.coordinator_timeout_s)
     asked = dev[: config.sft.eval_prompts]
     requests = [GenerationRequest(p.id, p.prompt_ids, 0, derive_seed(config.seed, "sft-eval", p.id)) for p in asked]
-    sampling = Sampling(config.evaluate.temperature, config.data.max_response_tokens, int(tokenizer.eos_token_id))
+    stops = stop_token_ids(tokenizer, config.data.stop_tokens)
+    sampling = Sampling(
+        config.evaluate.temperature, config.data.max_response_tokens, int(tokenizer.eos_token_id), stops
+    )
     answers = coordinator.call(
         "generate", requests, sampling, progress.version, timeout_s=resources.coordinator_timeout_s
     )

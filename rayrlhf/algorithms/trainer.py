@@ -111,7 +111,7 @@ class Trainer:
             if stopped:
                 self._skip()  # the schedule counts every update that the config asks for, made or not
                 continue
-            whole = MiniBatch(sum(len(trajectories[i].response_ids) for i in minibatch), len(minibatch))
+            whole = MiniBatch(sum(trajectories[i].written_tokens for i in minibatch), len(minibatch))
             rows = [by_index[i] for i in minibatch if i in by_index]
             found, norm = self.update(rows, whole, train_policy)
             sums.append(found)
@@ -154,7 +154,7 @@ class Trainer:
         if groups is None:
             prompts = [t.prompt_id for t in trajectories]
             groups = Groups.of(prompts, range(len(prompts)), ranks.device, ranks.sum)
-        rows = [Row.completion(t.prompt_ids, t.response_ids) for t in trajectories]
+        rows = [Row.of(t) for t in trajectories]
         logprobs, values, entropy = self._first_pass(rows)
         sampled = Sampled.of(trajectories, logprobs, values, entropy, config.missing_eos_reward)
         mask, scores = sampled.mask, self._earned(sampled)

@@ -21,6 +21,9 @@ class EncodedPrompt:
 
     id: str
     ids: tuple[int, ...]
+    text: str = ""
+    """Text and reference, where an environment is to know them."""
+    reference: str | None = None
 
 
 def prompts_of_step(count: int, seed: int, step: int, per_step: int) -> list[int]:
@@ -53,6 +56,6 @@ def requests_for(prompts: Sequence[EncodedPrompt], samples: int, *seed_parts: in
     for prompt in prompts:
         for index in range(drawn[prompt.id], drawn[prompt.id] + samples):
             seed = derive_seed(*seed_parts, prompt.id, index)
-            requests.append(GenerationRequest(prompt.id, prompt.ids, index, seed))
+            requests.append(GenerationRequest(prompt.id, prompt.ids, index, seed, prompt.text, prompt.reference))
         drawn[prompt.id] += samples
     return requests

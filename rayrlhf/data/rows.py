@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from rayrlhf.trajectory import Trajectory
+
 
 @dataclass(frozen=True)
 class Row:
@@ -32,6 +34,15 @@ class Row:
         ids = np.concatenate([np.asarray(prompt_ids, np.int64), np.asarray(response_ids, np.int64)])
         mask = np.arange(len(ids)) >= max(1, len(prompt_ids))  # also without a prompt the first token has no log-prob
         return cls(ids, mask, len(prompt_ids))
+
+    @classmethod
+    def of(cls, trajectory: Trajectory) -> Row:
+        """A trajectory, of which the tokens that the policy wrote are predicted."""
+        row = cls.completion(trajectory.prompt_ids, trajectory.response_ids)
+        if trajectory.written is None:
+            return row
+        mask = np.concatenate([np.zeros(len(trajectory.prompt_ids), np.bool_), trajectory.written])
+        return cls(row.ids, mask, row.prompt)
 
     @property
     def prompt_key(self) -> bytes:

@@ -78,7 +78,12 @@ class RunData:
     def prompts(self, records: Sequence[Demonstration]) -> list[EncodedPrompt]:
         """The prompts of `records` as token ids."""
         ids = encode_prompts(self.tokenizer, [record.prompt for record in records])
-        return [EncodedPrompt(record.id, tuple(own)) for record, own in zip(records, ids, strict=True)]
+        if self.config.environment is None:
+            return [EncodedPrompt(record.id, tuple(own)) for record, own in zip(records, ids, strict=True)]
+        return [
+            EncodedPrompt(record.id, tuple(own), record.prompt, record.response)
+            for record, own in zip(records, ids, strict=True)
+        ]
 
     def responses(self, records: Sequence[Demonstration], texts: Sequence[str] | None = None) -> list[list[int]]:
         """The responses of `records`, or other `texts` in their place, as token ids that follow the prompts."""

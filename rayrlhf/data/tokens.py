@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from rayrlhf.errors import UserError
+from rayrlhf.trajectory import Trajectory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -88,6 +89,32 @@ def decode_response(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> s
         kept = kept[: kept.index(eos)]
     text = tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return str(text).strip()
+
+
+def decode_trajectory(tokenizer: PreTrainedTokenizerBase, trajectory: Trajectory) -> str:
+    """Text of a response; of one in several turns all turns and the observations between them."""
+    ids = trajectory.response_ids.tolist()
+    if trajectory.written is None:
+        return decode_response(tokenizer, ids)
+    return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)).strip()
+
+
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> tuple[int, ...]:
+    """The ids of `data.stop_tokens`.
+
+    Raises:
+        UserError: a text that is not exactly one token.
+    """
+    found = []
+    for text in texts:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if len(ids) != 1:
+            raise UserError(
+                f"data.stop_tokens: {text!r} is {len(ids)} tokens of this tokenizer "
+                f"({', '.join(map(repr, tokenizer.convert_ids_to_tokens(ids)))}); give texts that are one token each"
+            )
+        found.append(int(ids[0]))
+    return tuple(found)
 
 
 def special_text_remover(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], str]:

@@ -135,9 +135,29 @@ def alarms(metrics: Mapping[str, Any], config: Config, start: Mapping[str, Any])
             continue
         if value is not None and limit is not None and alarm.beyond(value, start, limit):
             warnings.append(alarm.means.format(value=value, start=start.get(alarm.metric), limit=limit))
+    warnings += _rewards_that_pay(metrics, config, start)
     if metrics.get("rollout/replacements"):
         warnings.append(
             f"{metrics['rollout/replacements']:.0f} actor(s) died and were replaced in this step; their logs say why "
             "(often memory)"
         )
     return warnings
+
+
+def _rewards_that_pay(metrics: Mapping[str, Any], config: Config, start: Mapping[str, Any]) -> list[str]:
+    """Rewards that fall while their sum rises: others grow at their cost."""
+    limit, score, first = config.alarms.max_reward_drop, metrics.get("rl/score/mean"), start.get("rl/score/mean")
+    if limit is None or score is None or first is None or score <= first:
+        return []
+    found = []
+    for metric in (name for name in metrics if name.startswith("rl/rewards/")):
+        name = metric.rpartition("/")[2]
+        value, before, spread = metrics[metric], start.get(metric), start.get(f"rl/reward_std/{name}")
+        if value is None or before is None or spread is None:
+            continue
+        if value < before - limit * spread:
+            found.append(
+                f"reward {name!r} fell to {value:.3f} from {before:.3f} at the start while the score rose: another "
+                "reward pays for it; change the weights in `rewards`, or read samples"
+            )
+    return found

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from rayrlhf.config import Config
 from rayrlhf.data.records import Prompt
-from rayrlhf.data.tokens import decode_response
+from rayrlhf.data.tokens import decode_trajectory
 from rayrlhf.rewards.labellers import Labeller, ReferenceLabeller, make_labeller
 from rayrlhf.trajectory import Trajectory
 
@@ -42,4 +42,4 @@ class GoldMeasure:
         prompt = self.prompts.get(trajectory.prompt_id)
         if prompt is None:
             return None
-        return self.labeller.measure(prompt, decode_response(self.tokenizer, trajectory.response_ids.tolist()))
+        return self.labeller.measure(prompt, decode_trajectory(self.tokenizer, trajectory))

@@ -10,17 +10,12 @@ import asyncio
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rayrlhf.config_rewards import PythonReward
-from rayrlhf.data.records import Prompt
-from rayrlhf.data.tokens import decode_response
 from rayrlhf.errors import UserError, one_line
 from rayrlhf.plugins import Plugin
 from rayrlhf.trajectory import Trajectory
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 TOLD = ("prompts", "responses", "references", "token_ids")
 """What a function may ask for by the names of its parameters: a list each, with one entry for each response."""
@@ -108,47 +103,6 @@ class PythonFunction:
             except Exception:
                 return f", for prompt {trajectory.prompt_id!r}, sample {trajectory.sample_index}"
         return ""
-
-
-class PythonRewards:
-    """All functions of a run, with the prompts by whose id they find text and reference of a response."""
-
-    def __init__(
-        self, functions: Sequence[PythonFunction], prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase
-    ) -> None:
-        self.functions, self.tokenizer = list(functions), tokenizer
-        self.prompts = {prompt.id: prompt for prompt in prompts}
-
-    def __call__(self, trajectories: Sequence[Trajectory]) -> dict[str, list[float]]:
-        """Weighted scores by name, one list each in the order of the trajectories."""
-        known = [self.prompts[t.prompt_id] for t in trajectories]
-        ids = [t.response_ids.tolist() for t in trajectories]
-        told: dict[str, Sequence[Any]] = {
-            "prompts": [prompt.text for prompt in known],
-            "responses": [decode_response(self.tokenizer, own) for own in ids],
-            "references": [prompt.reference for prompt in known],
-            "token_ids": ids,
-        }
-        return {
-            each.reward.name: [each.reward.weight * score for score in each(trajectories, told)]
-            for each in self.functions
-        }
-
-
-def read_functions(rewards: Sequence[Any]) -> list[PythonFunction]:
-    """The functions among a config's rewards, read and tried.
-
-    Raises:
-        UserError: a file that cannot be read or run, or a function that asks for what nobody knows.
-    """
-    found = [
-        PythonFunction(reward, Plugin.read(reward.path, f"rewards: {reward.name}"))
-        for reward in rewards
-        if isinstance(reward, PythonReward)
-    ]
-    for function in found:
-        function.load()
-    return found
 
 
 def _call(function: Callable[..., Any], told: Mapping[str, Any], settings: Mapping[str, Any]) -> Any:

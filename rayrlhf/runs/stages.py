@@ -147,5 +147,6 @@ def stages_from(key: str) -> tuple[str, ...]:
     ('rl', 'evaluate')
     """
     names, section = tuple(STAGES), key.split(".")[0]
-    section = {"rewards": "rl", "stages": "collect"}.get(section, section)  # SFT is the same whatever follows it
+    # SFT is the same whatever stages follow it.
+    section = {"rewards": "rl", "environment": "rl", "stages": "collect"}.get(section, section)
     return names[names.index(section) if section in STAGES else 0 :]

@@ -66,6 +66,8 @@ def test_a_stage_as_a_job(cluster: Cluster, finished: Any, start: Any, tmp_path:
     assert here == before
 
 
+# A job that only starts; unit/test_storage has the refusal itself.
+@pytest.mark.long
 def test_a_job_refuses_a_relative_run_folder(cluster: Cluster, start: Any) -> None:
     """Its working directory is a temporary copy, where the results would be lost."""
     arguments = ["python", "-m", "jobs.pipeline", "--config", "configs/quickstart.yaml"]

@@ -1,9 +1,10 @@
-"""A run whose reward is a rule: no comparisons, no reward model, and a value model that starts as the SFT model."""
+"""Rewards by rules and by a game: no comparisons, no reward model, and a value model that starts as the SFT model."""
 
 from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,31 +18,42 @@ from rayrlhf.runs.metrics import read_metrics
 ROOT = Path(__file__).parents[2]
 
 
-def test_sums_without_a_reward_model(start: Any, tmp_path: Path) -> None:
-    rows = tmp_path / "sums.jsonl"
-    subprocess.run([sys.executable, ROOT / "scripts/make_arithmetic.py", rows], check=True)
-    changes = [
-        f"data.demonstrations.path={rows}",
-        f"runs_dir={tmp_path}",
-        "sft.epochs=1",
-        "evaluate.max_prompts=16",
-        "evaluate.best_of=4",
-    ]
+def test_a_game_in_turns_without_a_reward_model(start: Any, tmp_path: Path) -> None:
+    rows, rule = tmp_path / "guess.jsonl", tmp_path / "rule.py"
+    subprocess.run([sys.executable, ROOT / "scripts/make_guess.py", rows], check=True)
+    rule.write_text("def turns(responses):\n    return [-text.count('Guess:') for text in responses]\n")
+    rewards = f"rewards=[{{kind: environment}}, {{kind: python, name: turns, path: '{rule}:turns', weight: 0.125}}]"
+    changes = [f"data.demonstrations.path={rows}", f"runs_dir={tmp_path}", "sft.epochs=1", rewards]
+    changes += ["evaluate.max_prompts=16", "evaluate.best_of=4"]
     changes += ["rl.algorithm=ppo", "rl.steps=2", "rl.prompts_per_step=8", "rl.samples_per_prompt=2"]
-    command = start("python", "-m", "jobs.pipeline", "--local", "--config", "configs/arithmetic.yaml", *changes)
+    command = start("python", "-m", "jobs.pipeline", "--local", "--config", "configs/guess.yaml", *changes)
+    command.wait_for_line(r"rl 1/2 ")
+    # Python may start a helper of its own that watches semaphores; none of the roles is in it.
+    ours = [pid for pid, line in command.processes().items() if "multiprocessing.resource_tracker" not in line]
+    assert ours == [command.process.pid]
     outcome = command.wait()
     assert outcome.code == 0, outcome.err
+    assert not any(command.ray_directory.iterdir()), "Ray was started"
     assert "collect" not in outcome.out and "reward_model" not in outcome.out
-    run = tmp_path / "arithmetic"
+    run = tmp_path / "guess"
     assert {"sft", "policy", "evaluation.json", "report.html"} <= {path.name for path in run.iterdir()}
     assert not (run / "reward_model").exists() and not (run / "comparisons.parquet").exists()
     steps = read_metrics(run, "rl")
     assert [line["step"] for line in steps] == [1, 2] and all("rl/value_loss" in line for line in steps)
+    for line in steps:
+        assert 1 <= line["rollout/turns"] <= 3
+        # A turn more is an observation more, which ends with "Guess:".
+        assert line["rl/rewards/turns"] == pytest.approx(-0.125 * (line["rollout/turns"] - 1), abs=1e-6)
+        assert 0 <= line["rl/rewards/environment"] <= 1
+        assert line["rl/first_ratio_off_one"] < 1e-5 and line["rl/logprob_gap/mean"] < 1e-3
     samples = pq.read_table(run / "samples.parquet").to_pylist()
-    exact = [float(row["policy"].strip() == row["reference"].strip()) for row in samples]
-    assert [row["reward_policy"] for row in samples] == exact
+    for row in samples:
+        guess = re.search(r"\d+", row["policy"].rpartition("Guess:")[2])  # the first number of the last turn
+        found = float(guess is not None and guess.group() == row["reference"])
+        assert row["reward_policy"] == pytest.approx(found - 0.125 * row["policy"].count("Guess:"))
     evaluation = json.loads((run / "evaluation.json").read_text())
-    assert evaluation["policy"]["reward"]["mean"] == pytest.approx(sum(exact) / len(exact))
-    assert evaluation["reference"]["reward"]["mean"] == 1.0
+    mean = sum(row["reward_policy"] for row in samples) / len(samples)
+    assert evaluation["policy"]["reward"]["mean"] == pytest.approx(mean)
+    assert evaluation["reference"]["reward"] is None, "a text that is given cannot be played"
     assert evaluation["best_of"]["kl"]["mean"] == pytest.approx(math.log(4) - 3 / 4)
     assert "policy_minus_best_of" in evaluation["differences"]

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import learner, reward_model, sft
+from benchmarks import dpo, learner, reward_model, sft
 from benchmarks.harness import Contestant
 from benchmarks.workload import write_reward_model
+
+# What users run does not depend on them: they are to work when a release is measured.
+pytestmark = pytest.mark.long
 
 
 @pytest.mark.parametrize("make", [sft.Ours, sft.Transformers])
@@ -19,6 +22,11 @@ def test_sft(make: Callable[..., Contestant]) -> None:
 
 @pytest.mark.parametrize("make", [reward_model.Ours, reward_model.TRL])
 def test_reward_model(make: Callable[..., Contestant]) -> None:
+    assert make(2, 3, 2).run(0)["prompts/s"] > 0
+
+
+@pytest.mark.parametrize("make", [dpo.Ours, dpo.TRL])
+def test_dpo(make: Callable[..., Contestant]) -> None:
     assert make(2, 3, 2).run(0)["prompts/s"] > 0
 
 

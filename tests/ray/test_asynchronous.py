@@ -24,7 +24,9 @@ from rayrlhf.models.loading import load_policy, load_reward_model, load_tokenize
 from rayrlhf.models.saving import save_model
 from rayrlhf.trajectory import GenerationRequest, Sampling, Trajectory
 
-pytestmark = pytest.mark.usefixtures("ray_cluster")
+# A coordinator with a scorer and two starts of a generator. unit/test_rollouts has each event of it, e2e/test_interrupt
+# a run that is ahead, and test_coordinator a generator that is killed at work.
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("ray_cluster")]
 
 TINY = resolve_model("embedded:opt-tiny")
 STEPS, PROMPTS, SAMPLES, STALENESS = 4, 3, 2, 2

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM, PreTra
 import rayrlhf
 from actors.pools.pool import Pool
 from actors.pools.remote import ActorFailure, Remote
-from actors.rollouts.engine import environment
+from actors.rollouts.engine import environment_variables
 from actors.rollouts.generator import Generator
 from actors.rollouts.in_turn import generate
 from actors.rollouts.weight_sync import WeightSyncError, publish, publish_directory
@@ -256,6 +257,12 @@ def test_a_response_ends_with_its_first_eos(tied: Generator, embedded: PreTraine
         assert trajectory.finish_reason == ("eos" if ids.index(stop) < 5 else "length")
         reasons.add(trajectory.finish_reason)
     assert "length" in reasons
+    # With a stop token beside the EOS, whichever comes first ends the response.
+    ids, stop = free[0], eos_of_each[0]
+    earlier = next(token for token in ids if ids.index(token) < ids.index(stop))
+    both = replace(_sampling(1.0, 24, eos=stop), stop_token_ids=(earlier, NEVER))
+    trajectory = _generate(tied, [requests[0]], both, version)[0]
+    assert trajectory.response_ids.tolist() == ids[: ids.index(earlier) + 1] and trajectory.finish_reason == "eos"
 
 
 def test_no_kv_cache_for_all_at_once(untied: tuple[Generator, PreTrainedModel]) -> None:
@@ -420,7 +427,7 @@ def test_a_ray_actor_from_start_to_resync(ray_cluster: None, tmp_path: Path) -> 
     initial = _tied_qwen2()
     initial.save_pretrained(tmp_path)
     settings = GeneratorConfig(threads=1, kv_cache_mib=64)
-    options: dict[str, Any] = {"num_cpus": 1, "runtime_env": {"env_vars": environment(settings)}}
+    options: dict[str, Any] = {"num_cpus": 1, "runtime_env": {"env_vars": environment_variables(settings)}}
     model = ModelConfig(path=str(tmp_path))
     generator = Remote.spawn(
         "generator-7", Generator, "generator-7", model, settings, 128, 0, local=False, options=options

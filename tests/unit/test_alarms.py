@@ -63,7 +63,8 @@ def test_each_limit(limit: str, value: float, metric: str, healthy: float, beyon
 
 def test_every_limit_of_the_config_is_watched() -> None:
     assert [alarm.limit for alarm in ALARMS if alarm.limit not in AlarmsConfig.model_fields] == []
-    assert set(AlarmsConfig.model_fields) == {alarm.limit for alarm in ALARMS}
+    of_single_rewards = {"max_reward_drop"}
+    assert set(AlarmsConfig.model_fields) == {alarm.limit for alarm in ALARMS} | of_single_rewards
 
 
 def test_a_run_without_its_first_step_is_not_compared_with_it() -> None:
@@ -86,3 +87,17 @@ def test_several_at_once_are_several_lines() -> None:
     metrics = {"rl/logprob_gap/mean": 1.0, "rollout/replacements": 1.0, "non_finite": {"rl/kl": "nan"}}
     lines = alarms(metrics, with_limits(), START)
     assert len(lines) == 3 and not any("\n" in line for line in lines)
+
+
+def test_a_reward_that_falls_while_the_score_rises() -> None:
+    """With a limit of 0.5 standard deviations: `style` may fall from 0.2 to 0.1."""
+    start = {**START, "rl/rewards/style": 0.2, "rl/reward_std/style": 0.2, "rl/rewards/model": 0.3}
+    start |= {"rl/reward_std/model": 0.3}
+    config = with_limits(max_reward_drop=0.5)
+    step = {"rl/score/mean": 0.6, "rl/rewards/model": 0.51, "rl/rewards/style": 0.09}
+    (warning,) = alarms(step, config, start)
+    assert "reward 'style' fell to 0.090 from 0.200 at the start while the score rose" in warning
+    assert alarms({**step, "rl/rewards/style": 0.11}, config, start) == []
+    assert alarms({**step, "rl/score/mean": 0.5}, config, start) == []
+    assert alarms(step, with_limits(max_reward_drop=None), start) == []
+    assert alarms({**step, "rl/rewards/style": None}, config, start) == []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,11 +12,15 @@ from transformers import AutoConfig
 from rayrlhf.config_file import load_config
 from rayrlhf.config_rl import PPOConfig
 from rayrlhf.data.formats import FORMATS
+from rayrlhf.data.loading import Split
+from rayrlhf.data.sources import read_demonstrations
 from rayrlhf.data.tokens import check_context
+from rayrlhf.models.loading import load_tokenizer, resolve_model
 from rayrlhf.rewards.labellers import LABELLERS
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+SPLITS: tuple[Split, ...] = ("train", "valid")
 CONTEXT = {"embedded:opt-tiny": 256, "facebook/opt-125m": 2048, "facebook/opt-1.3b": 2048}
 """Tokens; opt-tiny's positions beyond 256 are untrained."""
 
@@ -40,6 +46,17 @@ def test_config_is_valid_and_names_what_exists(path: Path) -> None:
     given = config.data.comparisons is not None or not config.trains_reward_model
     assert given or config.data.reward_model_fraction > 0
     check_context(config.data.max_prompt_tokens, config.data.max_response_tokens, CONTEXT[config.model.path])
+
+
+@pytest.mark.parametrize("name", ["arithmetic", "guess"])
+def test_the_scripts_write_what_the_configs_read(name: str, tmp_path: Path) -> None:
+    config, file = load_config(ROOT / f"configs/{name}.yaml"), tmp_path / "rows.jsonl"
+    subprocess.run([sys.executable, ROOT / f"scripts/make_{name}.py", file], check=True)
+    source = config.data.demonstrations.model_copy(update={"path": str(file)})
+    tokenizer = load_tokenizer(resolve_model(config.model.path))
+    found = {split: read_demonstrations(source, split, tokenizer, config.data.max_prompt_tokens) for split in SPLITS}
+    assert len(found["train"]) > 1500 and found["valid"]
+    assert all(each.response.isdigit() for each in found["train"])
 
 
 def test_quickstart_needs_nothing_but_two_cores() -> None:

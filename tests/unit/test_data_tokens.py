@@ -28,6 +28,7 @@ from rayrlhf.data.tokens import (
     encode_prompts,
     encode_response,
     special_text_remover,
+    stop_token_ids,
 )
 from rayrlhf.errors import UserError
 
@@ -73,6 +74,14 @@ def test_response_is_a_space_the_text_and_eos(tokenizer: PreTrainedTokenizerBase
     assert tokenizer.convert_ids_to_tokens(ids)[0] == "Ġa"
     assert ids[-1] == EOS and ids.count(EOS) == 1
     assert ids == encode_response(tokenizer, "  a quiet town\n", 48)
+
+
+def test_stop_tokens_are_one_token_each(tokenizer: PreTrainedTokenizerBase) -> None:
+    assert stop_token_ids(tokenizer, []) == ()
+    (newline,) = stop_token_ids(tokenizer, ["\n"])
+    assert tokenizer.decode([newline]) == "\n"
+    with pytest.raises(UserError, match="data.stop_tokens: 'a quiet town' is . tokens of this tokenizer"):
+        stop_token_ids(tokenizer, ["\n", "a quiet town"])
 
 
 def test_no_space_after_a_chat_template(chat_tokenizer: PreTrainedTokenizerBase) -> None:

@@ -114,7 +114,7 @@ class Setting:
 
 
 def assert_drawn(found: list[SerializedTrajectory], lengths: list[int]) -> None:
-    assert [(t.response_tokens, t.load().seed) for t in found] == [(n, 100 + i) for i, n in enumerate(lengths)]
+    assert [(t.written_tokens, t.load().seed) for t in found] == [(n, 100 + i) for i, n in enumerate(lengths)]
 
 
 def test_each_generator_has_its_neighbours_from_the_start() -> None:

@@ -18,7 +18,7 @@ from rayrlhf.data.tokens import encode_responses
 from rayrlhf.errors import UserError
 from rayrlhf.models.loading import load_tokenizer, resolve_model
 from rayrlhf.rewards.functions import scores
-from rayrlhf.rewards.python import PythonRewards, read_functions
+from rayrlhf.rewards.texts import TextRewards, make_text_rewards
 from rayrlhf.rewards.verifiable import valid_json
 from rayrlhf.runs.stages import stages_from, stages_of
 from rayrlhf.trajectory import Trajectory
@@ -46,10 +46,10 @@ def trajectories() -> list[Trajectory]:
     return found
 
 
-def rewards_of(config: Config) -> PythonRewards:
+def rewards_of(config: Config) -> TextRewards:
     """As a scorer gets them: pickled."""
     tokenizer = load_tokenizer(resolve_model("embedded:opt-tiny"))
-    found: PythonRewards = pickle.loads(pickle.dumps(PythonRewards(read_functions(config.rewards), PROMPTS, tokenizer)))
+    found: TextRewards = pickle.loads(pickle.dumps(TextRewards(make_text_rewards(config.rewards), PROMPTS, tokenizer)))
     return found
 
 
@@ -143,7 +143,7 @@ def test_what_the_driver_refuses_before_anything_starts(
 ) -> None:
     config = config_of(tmp_path, code, **more)
     with pytest.raises(UserError) as raised:
-        read_functions(config.rewards)
+        make_text_rewards(config.rewards)
     assert said in str(raised.value) and "\n" not in str(raised.value)
 
 

@@ -70,7 +70,7 @@ def test_a_trajectory_survives_its_journey(journey: Callable[[Trajectory], Traje
 @given(sent=trajectories())
 def test_what_stands_beside_a_packed_trajectory_is_its_own(sent: Trajectory) -> None:
     packed = SerializedTrajectory.of(sent)
-    assert packed.length == len(sent.token_ids) and packed.response_tokens == len(sent.response_ids)
+    assert packed.length == len(sent.token_ids) and packed.written_tokens == len(sent.response_ids)
     assert (packed.oldest, packed.newest) == (sent.versions.min(), sent.versions.max())
     assert packed.version_sum == sent.versions.sum()
     assert (packed.sample_index, packed.gold) == (sent.sample_index, sent.gold)
