@@ -5,7 +5,7 @@ Units: lengths are tokens, times are seconds, sizes are bytes unless the name sa
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -100,9 +100,13 @@ class LabellerConfig(Section):
     """The judge of the sampled answers, by its name in `rayrlhf.rewards.labellers.LABELLERS`."""
 
     kind: str = "reference"
-    """`reference` ranks by ROUGE-L with the author's own summary; `file` reads people's rankings."""
+    """`reference` ranks by ROUGE-L with the author's own summary; `file` reads people's rankings; `python` ranks by a
+    function of your own, which is as that of a reward (docs/extending.md)."""
     path: str | None = None
-    """For `file`: JSONL with `id` and `ranking` (indices of the answers, best first)."""
+    """For `file`: JSONL with `id` and `ranking` (indices of the answers, best first). For `python`: FILE.py:FUNCTION or
+    MODULE:FUNCTION."""
+    settings: dict[str, Any] = Field(default={})
+    """For `python`: further keyword arguments of the function."""
 
 
 class CollectConfig(Section):

@@ -1,7 +1,7 @@
 """Labellers rank the answers that the stage `collect` has sampled.
 
 `reference` ranks by ROUGE-L with the author's own TL;DR: an honest stand-in for people, not their judgement.
-`file` reads the rankings of people from a JSONL file.
+`file` reads the rankings of people from a JSONL file. `python` ranks by a function in a file of the user's own.
 
 Another labeller is a class with `name`, `rank` and `measure`, and a row of `LABELLERS`.
 """
@@ -16,10 +16,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rayrlhf.config import LabellerConfig
+from rayrlhf.config_rewards import PythonReward
 from rayrlhf.data.loading import json_lines
 from rayrlhf.data.records import Prompt
 from rayrlhf.errors import UserError
 from rayrlhf.files import replacing
+from rayrlhf.plugins import Plugin
+from rayrlhf.rewards.python import PythonFunction
+from rayrlhf.trajectory import GenerationRequest
 
 
 @dataclass(frozen=True)
@@ -138,6 +142,36 @@ class FileLabeller:
         return tuple(ranking)
 
 
+class PythonLabeller:
+    """Ranks by the scores of a function, higher is better; it is told prompts, responses and references.
+
+    Raises:
+        UserError: the file or the function does not fit; from `rank` and `measure`: it raised, or gave no number.
+    """
+
+    name = "python"
+
+    def __init__(self, config: LabellerConfig) -> None:
+        if config.path is None or ":" not in config.path:
+            raise UserError("collect.labeller.path: kind=python needs FILE.py:FUNCTION or MODULE:FUNCTION")
+        section = PythonReward(name="python", path=config.path, settings=config.settings)
+        plugin = Plugin.read(config.path, "collect.labeller.path")
+        self.function = PythonFunction(section, plugin, "labeller", ("prompts", "responses", "references"))
+        self.function.load()
+
+    def rank(self, prompt: Prompt, answers: Sequence[str]) -> LabelledRanking:
+        scores = tuple(self._scores(prompt, answers))
+        return LabelledRanking(tuple(sorted(range(len(answers)), key=lambda i: -scores[i])), scores)
+
+    def measure(self, prompt: Prompt, answer: str) -> float | None:
+        return self._scores(prompt, [answer])[0]
+
+    def _scores(self, prompt: Prompt, answers: Sequence[str]) -> list[float]:
+        count = len(answers)
+        told = {"prompts": [prompt.text] * count, "responses": answers, "references": [prompt.reference] * count}
+        return self.function([GenerationRequest(prompt.id, (), i) for i in range(count)], told)
+
+
 def _reference_labeller(config: LabellerConfig) -> Labeller:
     return ReferenceLabeller()
 
@@ -146,19 +180,23 @@ def _file_labeller(config: LabellerConfig) -> Labeller:
     return FileLabeller(rankings_path(config))
 
 
-LABELLERS: dict[str, Callable[[LabellerConfig], Labeller]] = {"reference": _reference_labeller, "file": _file_labeller}
+LABELLERS: dict[str, Callable[[LabellerConfig], Labeller]] = {
+    "reference": _reference_labeller, "file": _file_labeller, "python": PythonLabeller,
+}  # fmt: skip
 
 
 def check_labeller(config: LabellerConfig) -> None:
     """Check the settings before answers are sampled, while the file of rankings need not exist yet.
 
     Raises:
-        UserError: the kind is unknown, or it is `file` and has no path.
+        UserError: the kind is unknown; `file` has no path; the function of `python` cannot be read.
     """
     if config.kind not in LABELLERS:
         raise UserError(f"collect.labeller.kind {config.kind!r} is unknown; there are: {', '.join(LABELLERS)}")
     if config.kind == "file":
         rankings_path(config)
+    if config.kind == "python":
+        PythonLabeller(config)
 
 
 def make_labeller(config: LabellerConfig) -> Labeller:

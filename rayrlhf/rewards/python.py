@@ -10,22 +10,39 @@ import asyncio
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from rayrlhf.config_rewards import PythonReward
 from rayrlhf.errors import UserError, one_line
 from rayrlhf.plugins import Plugin
-from rayrlhf.trajectory import Trajectory
 
 TOLD = ("prompts", "responses", "references", "token_ids")
 """What a function may ask for by the names of its parameters: a list each, with one entry for each response."""
 
 
+class Sampled(Protocol):
+    """Which response a score is of; a trajectory is one."""
+
+    @property
+    def prompt_id(self) -> str: ...
+    @property
+    def sample_index(self) -> int: ...
+
+
 class PythonFunction:
     """One function and what it is told."""
 
-    def __init__(self, reward: PythonReward, plugin: Plugin) -> None:
-        self.reward, self.plugin = reward, plugin
+    def __init__(
+        self, reward: PythonReward, plugin: Plugin, role: str = "reward", told: tuple[str, ...] = TOLD
+    ) -> None:
+        """
+        Args:
+            reward: its section of the config.
+            plugin: its file.
+            role: what it is to the run, for errors.
+            told: the names of `TOLD` that are known of a response.
+        """
+        self.reward, self.plugin, self.role, self.told = reward, plugin, role, told
         self._function: Callable[..., Any] | None = None
         self._wanted: tuple[str, ...] = ()
         """The names of `TOLD` that it asks for."""
@@ -36,7 +53,7 @@ class PythonFunction:
 
     @property
     def place(self) -> str:
-        return f"reward {self.reward.name!r} ({self.plugin.path}:{self.plugin.name})"
+        return f"{self.role} {self.reward.name!r} ({self.plugin.path}:{self.plugin.name})"
 
     def load(self) -> Callable[..., Any]:
         """The function.
@@ -48,20 +65,20 @@ class PythonFunction:
             function = self.plugin.load()
             if not callable(function):
                 raise UserError(f"{self.place} is no function")
-            known = {*TOLD, *self.reward.settings}
+            known = {*self.told, *self.reward.settings}
             parameters = inspect.signature(function).parameters.values()
             if unknown := [p.name for p in parameters if p.name not in known and p.default is p.empty and _named(p)]:
                 raise UserError(
-                    f"{self.place} asks for {', '.join(unknown)}; there are {', '.join(TOLD)}, and its `settings`"
+                    f"{self.place} asks for {', '.join(unknown)}; there are {', '.join(self.told)}, and its `settings`"
                 )
             taken = {p.name for p in parameters}
             if unused := [key for key in self.reward.settings if key not in taken and not _takes_any(parameters)]:
                 raise UserError(f"{self.place} does not take {', '.join(unused)} of its `settings`")
-            self._wanted = TOLD if _takes_any(parameters) else tuple(name for name in TOLD if name in taken)
+            self._wanted = tuple(name for name in self.told if name in taken or _takes_any(parameters))
             self._function = function
         return self._function
 
-    def __call__(self, trajectories: Sequence[Trajectory], told: Mapping[str, Sequence[Any]]) -> list[float]:
+    def __call__(self, trajectories: Sequence[Sampled], told: Mapping[str, Sequence[Any]]) -> list[float]:
         """A score for each trajectory.
 
         Raises:
@@ -94,7 +111,7 @@ class PythonFunction:
             traceback = traceback.tb_next
         return f"{type(error).__name__}: {one_line(error)}" + (f" (line {lines[-1]})" if lines else "")
 
-    def _culprit(self, trajectories: Sequence[Trajectory], told: Mapping[str, Sequence[Any]]) -> str:
+    def _culprit(self, trajectories: Sequence[Sampled], told: Mapping[str, Sequence[Any]]) -> str:
         """The first response that it also raises for when it is alone."""
         function = self.load()
         for i, trajectory in enumerate(trajectories):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from rayrlhf.config import LabellerConfig
 from rayrlhf.data.records import Prompt
 from rayrlhf.errors import UserError
-from rayrlhf.rewards.labellers import FileLabeller, Unranked, ask_people, make_labeller, read_unranked
+from rayrlhf.rewards.labellers import FileLabeller, Unranked, ask_people, check_labeller, make_labeller, read_unranked
 
 PROMPT = Prompt("a", "What?\n\nTL;DR:", "the cat sat on the mat")
 
@@ -33,6 +34,41 @@ def test_reference_labeller_ranks_by_rouge_l() -> None:
     assert verdict.scores == pytest.approx([rouge_l(PROMPT.reference or "", a) for a in answers])
     assert verdict.order == (3, 2, 1, 0)
     assert labeller.measure(PROMPT, answers[2]) == pytest.approx(5 / 6)
+
+
+def test_a_function_of_ones_own_ranks_and_measures(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "def words(responses, references, most):\n    return [min(len(r.split()), most) for r in responses]\n"
+    )
+    config = LabellerConfig(kind="python", path=f"{file}:words", settings={"most": 3})
+    check_labeller(config)
+    labeller = pickle.loads(pickle.dumps(make_labeller(config)))
+    file.unlink()  # the scorers' nodes have none, and measure by it
+    verdict = labeller.rank(PROMPT, ["one two", "one two three four", "one", "one two three"])
+    assert verdict.scores == (2.0, 3.0, 1.0, 3.0) and verdict.order == (1, 3, 0, 2)
+    assert labeller.measure(PROMPT, "one two") == 2.0
+
+
+@pytest.mark.parametrize(
+    ("code", "path", "said"),
+    [
+        ("", None, "kind=python needs FILE.py:FUNCTION"),
+        ("def other(): pass", "mine.py:score", "has no 'score'"),
+        (
+            "def score(token_ids): pass",
+            "mine.py:score",
+            "labeller 'python' (",
+        ),
+        ("def score(responses):\n    return [1 / 0]", "mine.py:score", "raised ZeroDivisionError"),
+    ],
+)
+def test_what_a_function_does_wrong_is_one_line(tmp_path: Path, code: str, path: str | None, said: str) -> None:
+    (tmp_path / "mine.py").write_text(code)
+    with pytest.raises(UserError) as raised:
+        config = LabellerConfig(kind="python", path=path and f"{tmp_path}/{path}")
+        make_labeller(config).rank(PROMPT, ["one two"])
+    assert said in str(raised.value) and "\n" not in str(raised.value)
 
 
 def test_reference_labeller_stems_and_keeps_ties_in_order() -> None:
