@@ -20,8 +20,9 @@ from benchmarks.results import Comparison, Measurement, Result
 from benchmarks.reward_model import MICRO_BATCH, PROMPTS, Contestant, speed
 from benchmarks.sft import LEARNING_RATE, step_timer, training_arguments
 from benchmarks.workload import CAP, MODEL, THREADS
-from rayrlhf.config import Config, LearnerConfig, ResourcesConfig
+from rayrlhf.config import Config
 from rayrlhf.config_dpo import DPOConfig
+from rayrlhf.config_resources import LearnerConfig, ResourcesConfig
 from rayrlhf.data.comparisons import RankedAnswers
 from rayrlhf.models.loading import load_policy, load_tokenizer
 from rayrlhf.sections import OptimizerConfig

@@ -14,7 +14,8 @@ from typing import Any
 from benchmarks.harness import Child, alternate, column, main
 from benchmarks.results import Comparison, Measurement, Result
 from benchmarks.workload import CONTEXT, MODEL, RESPONSE, THREADS, Lengths, draw, lengths_text
-from rayrlhf.config import GeneratorConfig, ModelConfig
+from rayrlhf.config import ModelConfig
+from rayrlhf.config_resources import GeneratorConfig
 from rayrlhf.data.prompts import requests_for
 from rayrlhf.models.loading import load_policy, load_tokenizer
 from rayrlhf.trajectory import GenerationRequest, Sampling

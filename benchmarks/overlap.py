@@ -18,7 +18,8 @@ from typing import Any
 from benchmarks.harness import ENVIRONMENT, Child, alternate, column, main
 from benchmarks.results import Comparison, Fact, Measurement, Result
 from benchmarks.workload import EQUAL, MODEL, prompts, write_reward_model
-from rayrlhf.config import Config, GeneratorConfig, ResourcesConfig
+from rayrlhf.config import Config
+from rayrlhf.config_resources import GeneratorConfig, ResourcesConfig
 from rayrlhf.config_rl import PPOConfig
 from rayrlhf.models.loading import load_policy, load_reward_model, load_tokenizer
 from rayrlhf.sections import OptimizerConfig

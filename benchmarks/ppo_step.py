@@ -19,7 +19,8 @@ import torch
 from benchmarks.harness import Child, Stopwatch, alternate, column, main, median_phases
 from benchmarks.results import Comparison, Measurement, Result
 from benchmarks.workload import CONTEXT, MODEL, RESPONSE, THREADS, Lengths, draw, lengths_text, write_reward_model
-from rayrlhf.config import Config, GeneratorConfig, ResourcesConfig, ScorerConfig
+from rayrlhf.config import Config
+from rayrlhf.config_resources import GeneratorConfig, ResourcesConfig, ScorerConfig
 from rayrlhf.config_rl import KLConfig, PPOConfig
 from rayrlhf.data.prompts import EncodedPrompt
 from rayrlhf.models.loading import load_policy, load_reward_model, load_tokenizer

@@ -19,7 +19,8 @@ from benchmarks.harness import Child, alternate, column, main
 from benchmarks.results import Comparison, Measurement, Result
 from benchmarks.sft import step_timer, training_arguments
 from benchmarks.workload import CAP, MODEL, RESPONSE, THREADS, demonstrations
-from rayrlhf.config import Config, LearnerConfig, ResourcesConfig, RewardModelConfig
+from rayrlhf.config import Config, RewardModelConfig
+from rayrlhf.config_resources import LearnerConfig, ResourcesConfig
 from rayrlhf.data.comparisons import RankedAnswers
 from rayrlhf.data.rows import Row
 from rayrlhf.data.tokens import encode_prompts, encode_responses

@@ -19,7 +19,8 @@ import numpy as np
 from benchmarks.harness import Child, alternate, column, main
 from benchmarks.results import Comparison, Measurement, Result
 from benchmarks.workload import CAP, MODEL, RESPONSE, THREADS, demonstrations
-from rayrlhf.config import Config, LearnerConfig, ResourcesConfig, SFTConfig
+from rayrlhf.config import Config, SFTConfig
+from rayrlhf.config_resources import LearnerConfig, ResourcesConfig
 from rayrlhf.data.rows import Row
 from rayrlhf.data.tokens import encode_prompts, encode_responses
 from rayrlhf.models.loading import load_policy, load_tokenizer

@@ -22,7 +22,8 @@ import torch
 from benchmarks.harness import ENVIRONMENT, Child, alternate, column, main
 from benchmarks.results import Comparison, Fact, Measurement, Result
 from benchmarks.workload import MODEL, THREADS
-from rayrlhf.config import GeneratorConfig, LoRAConfig, ModelConfig
+from rayrlhf.config import LoRAConfig, ModelConfig
+from rayrlhf.config_resources import GeneratorConfig
 
 SETTINGS = GeneratorConfig(threads=1, kv_cache_mib=64, max_num_seqs=8)
 CONTEXT = 128

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from actors.rollouts.weight_sync import WeightSyncError
-from rayrlhf.config import GeneratorConfig
+from rayrlhf.config_resources import GeneratorConfig
 from rayrlhf.errors import UserError, one_line
 from rayrlhf.trajectory import GenerationRequest, Sampling, Trajectory
 

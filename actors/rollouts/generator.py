@@ -11,7 +11,8 @@ from actors.pools.remote import SerializedCalls, this_node
 from actors.rollouts.engine import Engine
 from actors.rollouts.episodes import Episodes, Rollout
 from actors.rollouts.weight_sync import PublishedWeights, WeightSyncError
-from rayrlhf.config import GeneratorConfig, ModelConfig
+from rayrlhf.config import ModelConfig
+from rayrlhf.config_resources import GeneratorConfig
 from rayrlhf.environments.base import EnvironmentMaker
 from rayrlhf.trajectory import GenerationRequest, Sampling, SerializedTrajectory, Trajectory
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from actors.pools.remote import SerializedCalls, this_node
-from rayrlhf.config import ScorerConfig
+from rayrlhf.config_resources import ScorerConfig
 from rayrlhf.config_rewards import EnvironmentReward, ModelReward, Reward
 from rayrlhf.data.rows import Row
 from rayrlhf.rewards.gold import GoldMeasure

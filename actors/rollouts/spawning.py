@@ -8,7 +8,8 @@ from actors.pools.remote import Remote, namespace
 from actors.rollouts.engine import environment_variables
 from actors.rollouts.generator import Generator
 from actors.rollouts.scorer import Scorer
-from rayrlhf.config import Config, GeneratorConfig, ScorerConfig
+from rayrlhf.config import Config
+from rayrlhf.config_resources import GeneratorConfig, ScorerConfig
 from rayrlhf.environments.base import EnvironmentMaker
 
 

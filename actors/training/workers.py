@@ -33,7 +33,7 @@ from ray.train.v2._internal.execution.callback import ControllerCallback
 
 from actors.pools.remote import ActorFailure
 from actors.training.tasks import TRAIN_ENVIRONMENT, Given, Outcome, Tasks
-from rayrlhf.config import LearnerConfig
+from rayrlhf.config_resources import LearnerConfig
 from rayrlhf.errors import UserError
 from rayrlhf.models.ranks import Ranks
 from rayrlhf.runs.addresses import is_uri

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from rayrlhf.config import ResourcesConfig
+from rayrlhf.config_resources import ResourcesConfig
 
 _ROUNDING = 1e-6
 """Fractions of a GPU are added up in floating point."""

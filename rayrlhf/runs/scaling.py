@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from rayrlhf.config import ScaleConfig
+from rayrlhf.config_resources import ScaleConfig
 
 
 def wanted_generators(count: int, learner_wait: float, generator_idle: float, limits: ScaleConfig) -> int:

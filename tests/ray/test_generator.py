@@ -28,7 +28,8 @@ from actors.rollouts.engine import environment_variables
 from actors.rollouts.generator import Generator
 from actors.rollouts.in_turn import generate
 from actors.rollouts.weight_sync import WeightSyncError, publish, publish_directory
-from rayrlhf.config import GeneratorConfig, ModelConfig
+from rayrlhf.config import ModelConfig
+from rayrlhf.config_resources import GeneratorConfig
 from rayrlhf.data.rows import Row
 from rayrlhf.errors import UserError
 from rayrlhf.models.batching import collate

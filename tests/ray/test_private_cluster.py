@@ -13,8 +13,8 @@ import torch
 
 from actors.training.workers import Workers
 from jobs.cluster import connected
-from rayrlhf.config import LearnerConfig
 from rayrlhf.config_file import parse_config
+from rayrlhf.config_resources import LearnerConfig
 from rayrlhf.models.ranks import Ranks
 
 

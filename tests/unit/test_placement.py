@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rayrlhf.config import GeneratorConfig, LearnerConfig, ResourcesConfig
+from rayrlhf.config_resources import GeneratorConfig, LearnerConfig, ResourcesConfig
 from rayrlhf.runs.placement import Node, Role, demand, make_plan, roles_of
 
 

@@ -10,8 +10,8 @@ from actors.pools.pool import Pool
 from actors.pools.remote import ActorDied, Remote
 from actors.rollouts.coordinator import Coordinator
 from actors.rollouts.groups import Cursor
-from rayrlhf.config import ScaleConfig
 from rayrlhf.config_file import parse_config
+from rayrlhf.config_resources import ScaleConfig
 from rayrlhf.errors import UserError
 from rayrlhf.runs.scaling import wanted_generators
 

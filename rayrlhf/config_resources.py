@@ -1,0 +1,109 @@
+"""The section `resources`: how many actors and workers a run has, and what each of them asks of a node."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import AfterValidator, Field, model_validator
+
+from rayrlhf.sections import Fraction, Positive, Section
+
+
+def _shareable(gpus: float) -> float:
+    if gpus > 1 and gpus != int(gpus):
+        raise ValueError("a share of one GPU, or a whole number of them")
+    return gpus
+
+
+Gpus = Annotated[float, Field(ge=0), AfterValidator(_shareable)]
+
+
+class ScaleConfig(Section):
+    """Let the number of generators follow the learner, between `min` and `max`. Needs `rl.max_staleness` >= 1."""
+
+    min: Positive = 1
+    max: Positive
+    target_learner_wait: Fraction = 0.1
+    """Generators are added while the learner waits for a larger share of its step, and removed while they idle."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> ScaleConfig:
+        if self.max < self.min:
+            raise ValueError("max must not be below min")
+        return self
+
+
+class Placement(Section):
+    """What one actor or worker asks of a node."""
+
+    cpus: Annotated[float, Field(ge=0)] = 1.0
+    gpus: Gpus = 0.0
+    labels: dict[str, str] = Field(default={})
+    """Only nodes with these Ray labels hold it, such as `rayrlhf.io/role: generator`."""
+
+
+class GeneratorConfig(Placement):
+    """vLLM rollout generators."""
+
+    count: Positive = 1
+    """Generators at the start; `scale` and `rayrlhf scale` change the number."""
+    scale: ScaleConfig | None = None
+    threads: Positive = 1
+    """OpenMP threads of one generator (CPU only)."""
+    kv_cache_mib: Positive = 512
+    """Size of the KV cache on a CPU, in MiB; on a GPU `gpu_memory_utilization` decides."""
+    gpu_memory_utilization: Fraction = 0.4
+    max_num_seqs: Positive = 128
+    """Responses that vLLM samples at once."""
+
+
+class ScorerConfig(Placement):
+    """Actors that hold the reward model and the reference policy."""
+
+    count: Positive = 1
+    threads: Positive = 1
+    micro_batch_tokens: Positive = 8192
+
+
+class LearnerConfig(Placement):
+    """Ray Train workers of the SFT, reward-model and RL stages."""
+
+    workers: Positive = 1
+    threads: Positive = 1
+    gradient_checkpointing: bool = False
+    """Keep only each layer's input for the backward pass and compute the rest again: less memory, more time."""
+    max_failures: Annotated[int, Field(ge=0)] = 1
+    """How often Ray Train restarts the worker group from the last checkpoint."""
+
+
+class ResourcesConfig(Section):
+    """The only section that differs between a laptop and a cluster. Nothing here changes the mathematics."""
+
+    generators: GeneratorConfig = GeneratorConfig()
+    scorers: ScorerConfig = ScorerConfig()
+    learner: LearnerConfig = LearnerConfig()
+    wait_for_nodes_s: Annotated[int, Field(ge=0)] = 0
+    """How long to wait for nodes that the cluster lacks; an autoscaler is asked for them.
+    A run waits before it starts, and when its last generator or scorer has died."""
+    start_timeout_s: Positive = 300
+    """How long an actor may take until it is ready."""
+    call_timeout_s: Positive = 600
+    """How long one call (a generation, a scoring pass, a weight load) may take."""
+    dashboard: bool = True
+    """Start Ray's dashboard with a local cluster."""
+
+    @property
+    def newcomer_timeout_s(self) -> int:
+        """Seconds until an actor that starts during a run must be ready. An autoscaler may have to add a node first."""
+        return self.wait_for_nodes_s + self.start_timeout_s
+
+    @property
+    def coordinator_timeout_s(self) -> int:
+        """Seconds that a call to the coordinator may take.
+
+        The coordinator's own calls may find all generators dead, and all scorers, and wait for newcomers. This limit
+        is longer than theirs, so that the error names the late actor and not the coordinator that waits for it.
+        """
+        # Twice: generators and scorers may have to be waited for, one after the other. Three calls: load weights,
+        # generate, score.
+        return 2 * self.newcomer_timeout_s + 3 * self.call_timeout_s
