@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,9 @@ class Loops:
 
     def run(self, loop: Any, arguments: Any) -> None:
         loop(arguments)
+
+    def say_hello(self, name: str) -> None:
+        Gauges("hello").set("hello", 1, actor=name)
 
     def set_and_forget(self) -> None:
         gauges = Gauges("forgetful")
@@ -115,25 +118,36 @@ def coordinator(cluster: None, config: Config, tmp_path_factory: pytest.TempPath
     save_model(load_reward_model(TINY, fresh_head_seed=0), tokenizer, reward_model)
     records = read_demonstrations(config.data.demonstrations, "train", tokenizer, 96)[:20]
     ids = encode_prompts(tokenizer, [record.prompt for record in records])
-    remote = Remote.spawn(
-        "coordinator",
-        Coordinator,
-        config,
-        TINY,
-        96 + RESPONSE,
-        tokenizer.pad_token_id,
-        False,
-        local=False,
-        options={"num_cpus": 0, "namespace": namespace(config)},
-        concurrency_groups={CONTROL: 1},
-    )
+
+    def spawn(attempt: int) -> Remote:
+        return Remote.spawn(
+            "coordinator",
+            Coordinator,
+            config,
+            TINY,
+            96 + RESPONSE,
+            tokenizer.pad_token_id,
+            False,
+            local=False,
+            options={"num_cpus": 0, "namespace": namespace(config)},
+            concurrency_groups={CONTROL: 1},
+        )
+
+    def name_is_free() -> bool:
+        try:
+            ray.get_actor("coordinator", namespace(config))
+        except ValueError:
+            return True
+        return False
+
+    remote = exporting(spawn, "ray_rayrlhf_weight_version", lambda labels: labels["run"] == config.name, name_is_free)
     gold = GoldMeasure(ReferenceLabeller(), as_prompts(records), tokenizer)
     remote.call("start_scorers", str(reward_model), TINY, gold, timeout_s=600)
     remote.call("start_generators", timeout_s=600)
     prompts = [EncodedPrompt(record.id, tuple(own)) for record, own in zip(records, ids, strict=True)]
     remote.call("set_prompts", prompts, Sampling(0.7, RESPONSE, tokenizer.eos_token_id), timeout_s=600)
     arguments = RLArguments(config, str(Path(config.runs_dir) / config.name), "rl", 1, TINY, str(reward_model), remote)
-    loops = Remote.spawn("loops", Loops, local=False, options={"num_cpus": 0})
+    loops = exporting_loops("loops")
     loops.call("run", rl_loop, arguments, timeout_s=600)
     loops.call("set_and_forget", timeout_s=600)
     # The last weights of an asynchronous PPO need not reach a generator: nothing is sampled from them.
@@ -159,12 +173,50 @@ def other_loops(cluster: None, config: Config) -> Iterator[Remote]:
         RankedAnswers(f"r{i}", "", tokens(8), ("a", "b"), (tokens(4), tokens(5)), None, "toy", heldout=i > 3)
         for i in range(6)
     ]
-    loops = Remote.spawn("other-loops", Loops, local=False, options={"num_cpus": 0})
+    loops = exporting_loops("other-loops")
     loops.call("run", sft_loop, SFTArguments(config, run_dir, "sft", 1, TINY, rows, dev, None), timeout_s=600)
     ranking = RewardModelArguments(config, run_dir, "reward_model", 1, TINY, ranked, rows)
     loops.call("run", reward_model_loop, ranking, timeout_s=600)
     yield loops
     loops.kill()
+
+
+def exporting(
+    spawn: Callable[[int], Remote], series: str, is_of: Callable[[Labels], bool], may_spawn: Callable[[], bool]
+) -> Remote:
+    """A process whose gauges are known to arrive at the node's endpoint.
+
+    Ray tries only for some seconds to connect a new process with the node's agent. Where the agent is too busy to
+    answer, it logs "Metrics will not be exported", and nothing of that process ever arrives: another one is made.
+
+    Args:
+        spawn: makes the process of an attempt, which exports a gauge at once.
+        series: the gauge.
+        is_of: whether labels of `series` are those of the process.
+        may_spawn: whether a killed process is gone as far as it matters to the next.
+    """
+    for attempt in range(20):
+        while not may_spawn():
+            time.sleep(0.1)
+        remote = spawn(attempt)
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            if any(is_of(labels) for labels, _ in scrape().get(series, [])):
+                return remote
+            time.sleep(0.2)
+        remote.kill()
+    raise AssertionError(f"Ray exports {series} of none of 20 processes")
+
+
+def exporting_loops(name: str) -> Remote:
+    """A process for training loops whose gauges are known to arrive."""
+
+    def spawn(attempt: int) -> Remote:
+        loops = Remote.spawn(f"{name}-{attempt}", Loops, local=False, options={"num_cpus": 0})
+        loops.call("say_hello", name, timeout_s=600)
+        return loops
+
+    return exporting(spawn, "ray_rayrlhf_hello", lambda labels: labels["actor"] == name, lambda: True)
 
 
 def scrape() -> dict[str, list[tuple[Labels, float]]]:
