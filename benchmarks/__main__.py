@@ -7,6 +7,7 @@ import sys
 
 NAMES = (
     "ppo_step",
+    "grpo_step",
     "learner",
     "generator",
     "weight_sync",

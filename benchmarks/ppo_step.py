@@ -21,13 +21,14 @@ from benchmarks.results import Comparison, Measurement, Result
 from benchmarks.workload import CONTEXT, MODEL, RESPONSE, THREADS, Lengths, draw, lengths_text, write_reward_model
 from rayrlhf.config import Config
 from rayrlhf.config_resources import GeneratorConfig, ResourcesConfig, ScorerConfig
-from rayrlhf.config_rl import KLConfig, PPOConfig
+from rayrlhf.config_rl import KLConfig, PPOConfig, RLConfig
 from rayrlhf.data.prompts import EncodedPrompt
 from rayrlhf.models.loading import load_policy, load_reward_model, load_tokenizer
 from rayrlhf.sections import OptimizerConfig
 from rayrlhf.trajectory import Sampling
 
 SAMPLES, EPOCHS, TEMPERATURE, LEARNING_RATE = 64, 4, 0.7, 3e-6
+OPTIMIZER = OptimizerConfig(lr=LEARNING_RATE, betas=(0.9, 0.999), eps=1e-5, schedule="constant")
 PHASES = ("generate", "score", "experience", "forward and backward", "optimiser", "sync", "rest")
 
 
@@ -55,9 +56,9 @@ CASES = (
 
 
 class Ours:
-    """Coordinator, generator (vLLM), scorer and PPO in this process."""
+    """Coordinator, generator (vLLM), scorer and learner in this process; with another `rl`, another algorithm's."""
 
-    def __init__(self, case: Case, reward_model: str, epochs: int = EPOCHS) -> None:
+    def __init__(self, case: Case, reward_model: str, epochs: int = EPOCHS, rl: RLConfig | None = None) -> None:
         from actors.pools.remote import Remote
         from actors.rollouts.coordinator import Coordinator
         from actors.rollouts.publisher import Publisher
@@ -79,19 +80,21 @@ class Ours:
             (Optimizer, "clip", "optimiser"), (Optimizer, "apply", "optimiser"),
         ):  # fmt: skip
             self.clock.around(owner, method, phase)
-        config = settings(case, epochs)
+        config = settings(rl or ppo(case, epochs))
         self.coordinator = Remote.spawn(
             "coordinator", Coordinator, config, MODEL, CONTEXT, tokenizer.pad_token_id, True, local=True
         )
         self.coordinator.call("start_generators", timeout_s=600)
         self.coordinator.call("start_scorers", reward_model, MODEL, timeout_s=600)
         ranks = Ranks(THREADS)
-        policy, value_model = load_policy(MODEL), load_reward_model(reward_model)
+        policy = load_policy(MODEL)
+        value_model = load_reward_model(reward_model) if config.rl.critic else None
         tokens, pad = config.rl.micro_batch_tokens, tokenizer.pad_token_id
         forward_of = partial(Forward, pad_token_id=pad, max_tokens=tokens, dtype="float32")
         self.rl = make_trainer(
-            config.rl, forward_of(policy), forward_of(value_model), ranks, max_response_tokens=RESPONSE, seed=0
-        )
+            config.rl, forward_of(policy), forward_of(value_model) if value_model else None, ranks,
+            max_response_tokens=RESPONSE, seed=0,
+        )  # fmt: skip
         self.publisher = Publisher(policy, local=True)
         self._publish()
         self._step(warm_up_prompts(case))
@@ -208,17 +211,20 @@ class TRL:
         return finished(seconds, phases, SAMPLES, SAMPLES * RESPONSE)
 
 
-def settings(case: Case, epochs: int) -> Config:
-    """Ours, in the words of a config file."""
-    optimizer = OptimizerConfig(lr=LEARNING_RATE, betas=(0.9, 0.999), eps=1e-5, schedule="constant")
-    rl = PPOConfig(
+def ppo(case: Case, epochs: int) -> PPOConfig:
+    """What is measured, in the words of a config file."""
+    return PPOConfig(
         prompts_per_step=case.prompts, samples_per_prompt=case.samples_per_prompt, epochs=epochs, minibatches=1,
-        temperature=TEMPERATURE, optimizer=optimizer, missing_eos_reward=None, kl=KLConfig(coefficient=0.05),
+        temperature=TEMPERATURE, optimizer=OPTIMIZER, missing_eos_reward=None, kl=KLConfig(coefficient=0.05),
     )  # fmt: skip
+
+
+def settings(rl: RLConfig) -> Config:
+    """The run in which `rl` is measured."""
     generators = GeneratorConfig(threads=THREADS, max_num_seqs=SAMPLES)
     return Config(
         name="benchmark",
-        rl=rl,
+        rl=rl,  # type: ignore[arg-type]
         resources=ResourcesConfig(generators=generators, scorers=ScorerConfig(threads=THREADS)),
     )
 
