@@ -42,6 +42,10 @@ class RLConfig(Section):
     prompts_per_step: Positive = 64
     samples_per_prompt: Positive = 1
     """Responses drawn for each prompt."""
+    max_redraws: Annotated[int, Field(ge=0)] = 0
+    """How often, within a step, another prompt may take the place of one whose responses all have the same score and
+    therefore teach nothing (dynamic sampling of DAPO, Yu et al. 2025, section 3.2). 0: such prompts stay in the batch.
+    """
     epochs: Positive = 4
     """Passes over each step's samples."""
     minibatches: Positive = 1
@@ -94,13 +98,20 @@ class RLConfig(Section):
             raise ValueError("minibatches must not exceed prompts_per_step * samples_per_prompt")
         return self
 
+    @model_validator(mode="after")
+    def _redraws_need_a_group(self) -> RLConfig:
+        if self.max_redraws and self.samples_per_prompt < 2:
+            raise ValueError(
+                "max_redraws needs samples_per_prompt of 2 or more: one score is always the same as itself"
+            )
+        return self
 
-class PPOConfig(RLConfig):
-    """PPO (Schulman et al. 2017) with a value model, which starts as the reward model."""
+
+class CriticConfig(RLConfig):
+    """What algorithms with a value model have. It starts as the reward model, or as the policy with a new head."""
 
     critic: ClassVar[bool] = True
 
-    algorithm: Literal["ppo"] = "ppo"
     value_lr: Annotated[float, Field(gt=0)] | None = None
     """Learning rate of the value model; the policy's when absent."""
     value_clip_range: ClipRange = 0.2
@@ -108,6 +119,12 @@ class PPOConfig(RLConfig):
     """Weight of the value loss."""
     critic_warmup_steps: Annotated[int, Field(ge=0)] = 0
     """First steps in which only the value model is updated."""
+
+
+class PPOConfig(CriticConfig):
+    """PPO (Schulman et al. 2017) with a value model."""
+
+    algorithm: Literal["ppo"] = "ppo"
     gamma: Fraction = 1.0
     """Discount of later rewards."""
     lam: Fraction = 0.95
@@ -175,6 +192,12 @@ class CustomConfig(RLConfig):
     """Whatever it reads from them."""
 
 
+class CustomCriticConfig(CustomConfig, CriticConfig):
+    """An algorithm of your own with a value model: its advantages come with returns, which the value model learns."""
+
+    algorithm: Literal["custom_with_critic"] = "custom_with_critic"  # type: ignore[assignment]
+
+
 def _algorithm(section: Any) -> str:
     return str(section.get("algorithm", "ppo") if isinstance(section, dict) else getattr(section, "algorithm", ""))
 
@@ -184,7 +207,8 @@ RLSection = Annotated[
     | Annotated[GRPOConfig, Tag("grpo")]
     | Annotated[RLOOConfig, Tag("rloo")]
     | Annotated[ReinforcePPConfig, Tag("reinforce_pp")]
-    | Annotated[CustomConfig, Tag("custom")],
+    | Annotated[CustomConfig, Tag("custom")]
+    | Annotated[CustomCriticConfig, Tag("custom_with_critic")],
     Discriminator(_algorithm),
 ]
 """PPO where no algorithm is named."""

@@ -160,6 +160,8 @@ class SerializedTrajectory(NamedTuple):
     written_tokens: int
     """W"""
     turns: int
+    ended: bool
+    """Whether the response ended by itself."""
     oldest: int
     """Weight version of its oldest token."""
     newest: int
@@ -181,6 +183,7 @@ class SerializedTrajectory(NamedTuple):
             t.length,
             len(versions),
             t.turns,
+            t.finish_reason == "eos",
             min(versions),
             max(versions),
             sum(versions),

@@ -26,7 +26,7 @@ from actors.pools.remote import ActorFailure
 from actors.pools.worker import Worker
 from actors.rollouts.batch import Batch
 from actors.rollouts.generator import SLICE_S
-from actors.rollouts.groups import Cursor, Group, GroupQueue, Limits
+from actors.rollouts.groups import Cursor, Group, GroupQueue, Limits, Redraw, keep
 from actors.rollouts.weight_sync import PublishedWeights
 from rayrlhf.trajectory import GenerationRequest, Sampling, SerializedTrajectory
 
@@ -57,6 +57,7 @@ class Ahead:
         cursor: Cursor,
         background: bool,
         timeout_s: float,
+        redraw: Redraw = keep,
     ) -> None:
         """
         Args:
@@ -64,10 +65,11 @@ class Ahead:
             cursor: which groups earlier batches have taken.
             background: feed the pools from a thread.
             timeout_s: how long `next_batch` may take.
+            redraw: which of the scored groups give their positions to others.
         """
         self.generators, self.scorers = generators, scorers
         self.sampling, self.limits, self.timeout_s = sampling, limits, timeout_s
-        self.queue = GroupQueue(groups_of_step, limits, cursor)
+        self.queue = GroupQueue(groups_of_step, limits, cursor, redraw)
         self.publication: PublishedWeights | None = None
         self._latest: tuple[int, int] | None = None
         """Step and weights of the latest batch that was asked for."""
@@ -105,7 +107,8 @@ class Ahead:
         groups = self.take(step, version, self.timeout_s)
         taken = time.monotonic()
         serialized = [trajectory for group in groups for trajectory in group.trajectories]
-        batch = Batch.of(step, version, serialized, self.cursor(), self.limits.max_staleness)
+        redrawn = sum(group.redraws for group in groups)
+        batch = Batch.of(step, version, serialized, self.cursor(), self.limits.max_staleness, redrawn=redrawn)
         batch.metrics["rollout/learner_wait"] = (taken - asked) / (taken - self._returned_at)
         self._returned_at = time.monotonic()
         return batch

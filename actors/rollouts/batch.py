@@ -21,6 +21,8 @@ class Batch:
     cursor: Cursor
     """Which prompts are left after it."""
     metrics: dict[str, float]
+    redrawn: int = 0
+    """Groups that taught nothing and whose places others took."""
 
     @cached_property
     def trajectories(self) -> list[Trajectory]:
@@ -29,7 +31,13 @@ class Batch:
 
     @classmethod
     def of(
-        cls, step: int, version: int, serialized: list[SerializedTrajectory], cursor: Cursor, max_staleness: int
+        cls,
+        step: int,
+        version: int,
+        serialized: list[SerializedTrajectory],
+        cursor: Cursor,
+        max_staleness: int,
+        redrawn: int = 0,
     ) -> Batch:
         """A batch with the metrics of its trajectories.
 
@@ -61,7 +69,7 @@ class Batch:
                 f"rl/rewards/{name}": statistics.fmean(of_name),
                 f"rl/reward_std/{name}": statistics.pstdev(of_name),
             }
-        return cls(step, version, serialized, cursor, metrics)
+        return cls(step, version, serialized, cursor, metrics, redrawn)
 
 
 @dataclass(frozen=True)

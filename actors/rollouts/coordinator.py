@@ -25,17 +25,15 @@ from actors.rollouts.batch import Batch, Counts
 from actors.rollouts.groups import Cursor, Limits
 from actors.rollouts.in_turn import InTurn, generate, score
 from actors.rollouts.rollout_pools import RolloutPools
+from actors.rollouts.step_prompts import StepPrompts
 from actors.rollouts.weight_sync import PublishedWeights
 from rayrlhf.config import Config
-from rayrlhf.data.prompts import EncodedPrompt, prompts_of_step, requests_for
+from rayrlhf.data.prompts import EncodedPrompt
 from rayrlhf.environments.base import EnvironmentMaker
 from rayrlhf.rewards.gold import GoldMeasure
 from rayrlhf.rewards.texts import TextRewards
 from rayrlhf.runs.scaling import wanted_generators
 from rayrlhf.trajectory import GenerationRequest, Sampling, Trajectory
-
-SEEDED_AS = "ppo"
-"""A part of the seed of every sample: another word would change what each run draws."""
 
 
 class Coordinator:
@@ -64,7 +62,7 @@ class Coordinator:
         self.publication: PublishedWeights | None = None
         self.version = 0
         """Of the weights that were published last; 0 before the first."""
-        self.prompts: list[EncodedPrompt] = []
+        self.prompts = StepPrompts([], config)
         self.sampling: Sampling | None = None
         self.rollouts: InTurn | Ahead = self._in_turn(Cursor(0))
         self.batch: Batch | None = None
@@ -158,7 +156,7 @@ class Coordinator:
 
     def set_prompts(self, prompts: Sequence[EncodedPrompt], sampling: Sampling) -> None:
         """The prompts that `next_batch` draws from, and how their responses are sampled."""
-        self.prompts, self.sampling = list(prompts), sampling
+        self.prompts, self.sampling = StepPrompts(prompts, self.config), sampling
         self.begin(Cursor(0))
 
     def begin(self, cursor: Cursor) -> None:
@@ -186,6 +184,8 @@ class Coordinator:
         generators = self.pools.generators
         batch.metrics.update(now.since(before) | {"rollout/generators": float(len(generators))})
         seconds = batch.metrics.get("time/generate", now.time - before.time)
+        if self.config.rl.max_redraws:
+            batch.metrics["rollout/redrawn"] = float(batch.redrawn)
         tokens = sum(t.written_tokens for t in batch.serialized)
         batch.metrics["throughput/generated_tokens_per_s"] = tokens / seconds
         self._follow_the_learner(batch.metrics)
@@ -194,7 +194,7 @@ class Coordinator:
         return batch
 
     def _in_turn(self, cursor: Cursor) -> InTurn:
-        return InTurn(self.pools, self._groups, self.sampling, cursor=cursor)
+        return InTurn(self.pools, self.prompts.groups, self.sampling, cursor=cursor, redraw=self.prompts.redraw)
 
     def _ahead(self, cursor: Cursor) -> Ahead:
         assert self.sampling is not None, "set_prompts comes before begin"
@@ -202,7 +202,7 @@ class Coordinator:
         return Ahead(
             self.pools.generators,
             self.pools.scorers,
-            self._groups,
+            self.prompts.groups,
             self.sampling,
             Limits(
                 steps=config.steps,
@@ -216,16 +216,8 @@ class Coordinator:
             background=not self.local,
             # An actor may answer nothing for as long as a call may take, before another one starts and does its work.
             timeout_s=resources.newcomer_timeout_s + 2 * resources.call_timeout_s,
+            redraw=self.prompts.redraw,
         )
-
-    def _groups(self, step: int) -> list[list[GenerationRequest]]:
-        """The requests of a step, by prompt."""
-        config = self.config.rl
-        chosen = prompts_of_step(len(self.prompts), self.config.seed, step, config.prompts_per_step)
-        prompts = [self.prompts[i] for i in chosen]
-        requests = requests_for(prompts, config.samples_per_prompt, self.config.seed, SEEDED_AS, step)
-        size = config.samples_per_prompt
-        return [requests[i : i + size] for i in range(0, len(requests), size)]
 
     def _counts(self) -> Counts:
         pools = self.pools.started

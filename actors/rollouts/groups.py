@@ -3,8 +3,9 @@
 A group is a prompt with its samples. Group p belongs to step p // groups_per_step. The life of a group:
 
     admitted ─▶ waiting ─▶ generating ─▶ generated ─▶ scoring ─▶ scored ─▶ taken by a batch
-                   ▲            │ its generator died     ▲          │ its scorer died
-                   └────────────┘                        └──────────┘
+                 ▲ ▲            │ its generator died     ▲   │  │ its scorer died
+                 │ └────────────┘                        └───┼──┘
+                 └───────────────────────────────────────────┘ it teaches nothing: another prompt has its position
 
 Groups are dispatched in the order of their positions. A batch takes those that are finished first, so that a long
 response does not hold a step up. Each group is trained exactly once.
@@ -25,6 +26,9 @@ Example with k = 2, two groups a step, and weights of version 0 at step 0. Group
     step 2        2        8 9                 1 5      u = 0 = v - k: this batch waits for group 1
     step 3        3        10 11               6 7      no group with u = 1; 8 9 with u = 2, 10 11 with u = 3
 
+A group that takes the position of another one (`StepPrompts.redraw`) is dispatched with newer weights than the other.
+So it has more time, and the number of groups that a rule is about does not change.
+
 With k = 1 no group can be late: all groups in flight belong to the next batch.
 """
 
@@ -40,6 +44,14 @@ from rayrlhf.trajectory import GenerationRequest, SerializedTrajectory
 
 PLACES = ("waiting", "generating", "scoring", "scored")
 """Where a group is until a batch takes it."""
+
+
+Redraw = Callable[[int, int, Sequence[SerializedTrajectory]], Sequence[GenerationRequest] | None]
+"""See `StepPrompts.redraw`."""
+
+
+def keep(position: int, redraws: int, trajectories: Sequence[SerializedTrajectory]) -> None:
+    """The `Redraw` by which every group stays in its batch."""
 
 
 class Cursor(NamedTuple):
@@ -77,6 +89,8 @@ class Group:
     trajectories: list[SerializedTrajectory] = field(default_factory=list)
     tokens: int = 0
     """Prompt and response tokens of the trajectories."""
+    redraws: int = 0
+    """How many groups have had the position before."""
 
     @property
     def generated(self) -> bool:
@@ -96,14 +110,19 @@ class GroupQueue:
     """Where each group is. It knows the rules of staleness and no actors; its user locks it."""
 
     def __init__(
-        self, groups_of_step: Callable[[int], Sequence[Sequence[GenerationRequest]]], limits: Limits, cursor: Cursor
+        self,
+        groups_of_step: Callable[[int], Sequence[Sequence[GenerationRequest]]],
+        limits: Limits,
+        cursor: Cursor,
+        redraw: Redraw = keep,
     ) -> None:
         """
         Args:
             groups_of_step: the requests of a step's groups; a pure function.
             cursor: what earlier batches have taken.
+            redraw: which of the scored groups give their positions to others.
         """
-        self._groups_of_step, self.limits = groups_of_step, limits
+        self._groups_of_step, self.limits, self._redraw = groups_of_step, limits, redraw
         self.waiting: deque[Group] = deque()
         self.dispatched: dict[int, Group] = {}
         """Groups that were given to a generator and that no batch has taken, by position."""
@@ -170,9 +189,14 @@ class GroupQueue:
         scored: Iterator[SerializedTrajectory] = iter(trajectories)
         for group in groups:
             group.trajectories = [next(scored) for _ in group.requests]
-            self.scored[group.position] = group
             for due in self._due:
                 due.discard(group.position)
+            requests = self._redraw(group.position, group.redraws, group.trajectories)
+            if requests is None:
+                self.scored[group.position] = group
+            else:
+                del self.dispatched[group.position]
+                self.waiting.appendleft(Group(group.position, list(requests), redraws=group.redraws + 1))
 
     def put_back(self, groups: Iterable[Group]) -> None:
         """The actor that had these groups died: they come next, to be generated or to be scored."""

@@ -18,7 +18,7 @@ from actors.pools.pool import LOOK_S, Pool
 from actors.pools.remote import ActorFailure, late
 from actors.pools.worker import NO_VERSION, Worker
 from actors.rollouts.batch import Batch
-from actors.rollouts.groups import PLACES, Cursor
+from actors.rollouts.groups import PLACES, Cursor, Redraw, keep
 from actors.rollouts.rollout_pools import RolloutPools
 from actors.rollouts.weight_sync import PublishedWeights, WeightSyncError
 from rayrlhf.data.rows import shard
@@ -44,14 +44,16 @@ class InTurn:
         sampling: Sampling | None,
         *,
         cursor: Cursor,
+        redraw: Redraw = keep,
     ) -> None:
         """
         Args:
             groups_of_step: the requests of a step, by prompt; a pure function.
             sampling: None where no batch will be asked for.
             cursor: which prompts earlier batches have taken.
+            redraw: which of a step's groups give their places to others.
         """
-        self.pools, self.groups_of_step, self.sampling = pools, groups_of_step, sampling
+        self.pools, self.groups_of_step, self.sampling, self.redraw = pools, groups_of_step, sampling, redraw
         self._cursor = cursor
         self._load_s = 0.0
 
@@ -69,23 +71,29 @@ class InTurn:
             ActorFailure: it took too long, an actor raised, or too many died.
         """
         assert self.sampling is not None, "set_prompts comes before next_batch"
-        started = time.perf_counter()
-        requests = [request for group in self.groups_of_step(step) for request in group]
-        drawn = generate(self.pools.generators, requests, self.sampling, version)
-        trajectories = [serialized.load() for serialized in drawn]
-        generated = time.perf_counter()
-        scored = score(self.pools.scorers, trajectories, self.sampling.temperature)
-        serialized = [SerializedTrajectory.of(trajectory) for trajectory in scored]
+        groups = list(self.groups_of_step(step))
+        batch: list[list[SerializedTrajectory]] = [[] for _ in groups]
+        missing = dict(enumerate(groups))
+        generate_s = score_s = 0.0
+        redraws = redrawn = 0
+        while missing:
+            started = time.perf_counter()
+            requests = [request for group in missing.values() for request in group]
+            drawn = generate(self.pools.generators, requests, self.sampling, version)
+            trajectories = [serialized.load() for serialized in drawn]
+            generated = time.perf_counter()
+            scored = iter(score(self.pools.scorers, trajectories, self.sampling.temperature))
+            for place, group in missing.items():
+                batch[place] = [SerializedTrajectory.of(next(scored)) for _ in group]
+            generate_s, score_s = generate_s + generated - started, score_s + time.perf_counter() - generated
+            again = {p: self.redraw(step * len(groups) + p, redraws, batch[p]) for p in missing}
+            missing = {place: group for place, group in again.items() if group is not None}
+            redraws, redrawn = redraws + 1, redrawn + len(missing)
         self._cursor = Cursor(step + 1)
-        batch = Batch.of(step, version, serialized, self._cursor, max_staleness=0)
-        batch.metrics.update(
-            {
-                "time/load_weights": self._load_s,
-                "time/generate": generated - started,
-                "time/score": time.perf_counter() - generated,
-            }
-        )
-        return batch
+        serialized = [trajectory for group in batch for trajectory in group]
+        result = Batch.of(step, version, serialized, self._cursor, max_staleness=0, redrawn=redrawn)
+        result.metrics.update({"time/load_weights": self._load_s, "time/generate": generate_s, "time/score": score_s})
+        return result
 
     def cursor(self) -> Cursor:
         """Which prompts are left for the batches to come."""

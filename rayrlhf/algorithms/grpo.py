@@ -6,7 +6,8 @@
 Its successors are settings of it:
 
     Dr. GRPO (Liu et al. 2025)    scale_by_std: false, loss_mean: constant, kl.coefficient: 0
-    DAPO (Yu et al. 2025)         clip_range_high: 0.28, loss_mean: token, overlong_tokens, kl.coefficient: 0
+    DAPO (Yu et al. 2025)         clip_range_high: 0.28, loss_mean: token, overlong_tokens, max_redraws,
+                                  kl.coefficient: 0
     GSPO (Zheng et al. 2025)      ratio: sequence, clip_range: 3e-4, clip_range_high: 4e-4, kl.coefficient: 0
     CISPO (MiniMax 2025)          clip: weight, loss_mean: token, kl.coefficient: 0
 """

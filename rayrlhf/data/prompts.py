@@ -44,6 +44,18 @@ def prompts_of_step(count: int, seed: int, step: int, per_step: int) -> list[int
     return chosen
 
 
+def replacements_of_step(count: int, seed: int, step: int, per_step: int, redraw: int) -> list[int]:
+    """Indices of prompts that may take the places of those of `step`, at their `redraw`-th redraw, counted from 1.
+
+    No prompt comes twice in a step, whatever the number of redraws: the list is shorter than `per_step`, or empty,
+    where there are no further prompts.
+    """
+    used = set(prompts_of_step(count, seed, step, per_step))
+    order = np.random.default_rng(derive_seed(seed, "redraw", step)).permutation(count).tolist()
+    others = [index for index in order if index not in used]
+    return others[(redraw - 1) * per_step : redraw * per_step]
+
+
 def requests_for(prompts: Sequence[EncodedPrompt], samples: int, *seed_parts: int | str) -> list[GenerationRequest]:
     """Make `samples` requests for each prompt, in order.
 

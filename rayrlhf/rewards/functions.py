@@ -6,7 +6,7 @@ both. The scorer calls them (`actors.rollouts.scorer`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -40,14 +40,24 @@ class RewardModelFunction:
         return {self.name: [self.weight * score for score in self.forward.row_scores(rows)]}
 
 
+def score_of(rewards: Mapping[str, float], ended: bool, missing_eos_reward: float | None) -> float:
+    """The sum of a response's rewards.
+
+    Args:
+        ended: whether the response ended by itself.
+        missing_eos_reward: score of a response that did not, in place of its rewards; None leaves the rewards. A fixed
+            penalty is what Stiennon et al. 2020 and Huang et al. 2024 use (-1): their reward model, like this one, has
+            only seen responses that ended.
+    """
+    return sum(rewards.values()) if ended or missing_eos_reward is None else missing_eos_reward
+
+
 def scores(trajectories: Sequence[Trajectory], missing_eos_reward: float | None) -> Tensor:
     """[B] float32 sum of each trajectory's rewards.
 
     Args:
         trajectories: B, scored.
-        missing_eos_reward: score of a response that did not end by itself, in place of its rewards; None leaves the
-            rewards. A fixed penalty is what Stiennon et al. 2020 and Huang et al. 2024 use (-1): their reward model,
-            like this one, has only seen responses that ended.
+        missing_eos_reward: see `score_of`.
 
     Raises:
         UserError: a trajectory has no rewards.
@@ -56,8 +66,5 @@ def scores(trajectories: Sequence[Trajectory], missing_eos_reward: float | None)
     for trajectory in trajectories:
         if not trajectory.rewards:
             raise UserError(f"trajectory {trajectory.prompt_id}/{trajectory.sample_index} was never scored")
-        total = sum(trajectory.rewards.values())
-        if missing_eos_reward is not None and trajectory.finish_reason != "eos":
-            total = missing_eos_reward
-        totals.append(total)
+        totals.append(score_of(trajectory.rewards, trajectory.finish_reason == "eos", missing_eos_reward))
     return torch.tensor(totals, dtype=torch.float32)

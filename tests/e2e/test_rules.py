@@ -25,7 +25,13 @@ def test_a_game_in_turns_without_a_reward_model(start: Any, tmp_path: Path) -> N
     rewards = f"rewards=[{{kind: environment}}, {{kind: python, name: turns, path: '{rule}:turns', weight: 0.125}}]"
     changes = [f"data.demonstrations.path={rows}", f"runs_dir={tmp_path}", "sft.epochs=1", rewards]
     changes += ["evaluate.max_prompts=16", "evaluate.best_of=4"]
-    changes += ["rl.algorithm=ppo", "rl.steps=2", "rl.prompts_per_step=8", "rl.samples_per_prompt=2"]
+    changes += [
+        "rl.algorithm=ppo",
+        "rl.steps=2",
+        "rl.prompts_per_step=8",
+        "rl.samples_per_prompt=2",
+        "rl.max_redraws=1",
+    ]
     command = start("python", "-m", "jobs.pipeline", "--local", "--config", "configs/guess.yaml", *changes)
     command.wait_for_line(r"rl 1/2 ")
     # Python may start a helper of its own that watches semaphores; none of the roles is in it.
@@ -45,6 +51,7 @@ def test_a_game_in_turns_without_a_reward_model(start: Any, tmp_path: Path) -> N
         # A turn more is an observation more, which ends with "Guess:".
         assert line["rl/rewards/turns"] == pytest.approx(-0.125 * (line["rollout/turns"] - 1), abs=1e-6)
         assert 0 <= line["rl/rewards/environment"] <= 1
+        assert 0 < line["rollout/redrawn"] <= 8, "of 16 responses to 8 prompts, no two with the same score"
         assert line["rl/first_ratio_off_one"] < 1e-5 and line["rl/logprob_gap/mean"] < 1e-3
     samples = pq.read_table(run / "samples.parquet").to_pylist()
     for row in samples:

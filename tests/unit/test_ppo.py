@@ -12,7 +12,7 @@ from transformers import OPTForCausalLM, OPTForSequenceClassification
 
 from rayrlhf.algorithms.trainer import Trainer
 from rayrlhf.config_rl import PPOConfig
-from rayrlhf.data.prompts import EncodedPrompt, prompts_of_step, requests_for
+from rayrlhf.data.prompts import EncodedPrompt, prompts_of_step, replacements_of_step, requests_for
 from rayrlhf.data.rows import Row
 from rayrlhf.models.batching import collate
 from rayrlhf.models.logprobs import sequence_scores, token_values
@@ -309,3 +309,11 @@ def test_prompts_of_a_step_are_slices_of_permutations() -> None:
     assert seen[:10] != seen[10:]
     assert prompts_of_step(10, 3, 2, 4) == seen[8:12]
     assert prompts_of_step(10, 4, 0, 4) != seen[:4]
+
+
+def test_replacements_are_prompts_that_the_step_does_not_have() -> None:
+    first = prompts_of_step(11, seed=3, step=2, per_step=4)
+    others = [replacements_of_step(11, 3, 2, 4, redraw) for redraw in (1, 2, 3)]
+    assert [len(each) for each in others] == [4, 3, 0]
+    assert sorted([*first, *others[0], *others[1]]) == list(range(11))
+    assert replacements_of_step(11, 3, 3, 4, 1) != others[0] != replacements_of_step(11, 4, 2, 4, 1)

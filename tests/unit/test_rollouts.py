@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -116,8 +117,10 @@ class Setting:
         samples: int = 2,
         generators: int = 2,
         room: int = 100,
+        redraws: Mapping[int, int] = MappingProxyType({}),
     ) -> None:
-        self.lengths, self.samples = lengths, samples
+        """`redraws` says of how many groups in a row, at each position, the scores are all the same."""
+        self.lengths, self.samples, self.redraws = lengths, samples, redraws
         self.limits = Limits(steps, per_step, staleness, generator_requests=room, score_tokens=10)
         self.made: list[SimulatedGenerator] = []
 
@@ -142,6 +145,17 @@ class Setting:
             for p in positions
         ]
 
+    def redraw(
+        self, position: int, redraws: int, trajectories: Sequence[SerializedTrajectory]
+    ) -> list[GenerationRequest] | None:
+        assert [t.sample_index for t in trajectories] == list(range(self.samples))
+        assert all(t.rewards for t in trajectories)
+        assert {t.load().prompt_id for t in trajectories} == {prompt_id(position, redraws)}
+        if redraws == self.redraws.get(position, 0):
+            return None
+        ids = (self.lengths.get(position, 1),)
+        return [GenerationRequest(prompt_id(position, redraws + 1), ids, i, seed=position) for i in range(self.samples)]
+
     def start(
         self,
         step: int = 0,
@@ -159,18 +173,26 @@ class Setting:
             cursor=cursor,
             background=background,
             timeout_s=10.0,
+            redraw=self.redraw,
         )
         ahead.set_weights(weights(version))
         ahead.begin_step(step, version)
         return ahead
 
 
-def check(groups: Sequence[Group], version: int, staleness: int) -> list[int]:
-    """The positions of a batch; complete, in order, and not too old."""
+def prompt_id(position: int, redraws: int) -> str:
+    return f"{position}" + "+" * redraws
+
+
+def check(
+    groups: Sequence[Group], version: int, staleness: int, redraws: Mapping[int, int] = MappingProxyType({})
+) -> list[int]:
+    """The positions of a batch; complete, in order, not too old, and the last ones to have their positions."""
     for group in groups:
+        assert group.redraws == redraws.get(group.position, 0)
         assert [t.sample_index for t in group.trajectories] == list(range(len(group.requests)))
         for each in (serialized.load() for serialized in group.trajectories):
-            assert each.prompt_id == str(group.position)
+            assert each.prompt_id == prompt_id(group.position, group.redraws)
             assert each.rewards == {"length": float(each.prompt_ids[0])}
             assert (np.diff(each.versions) >= 0).all()
             assert version - staleness <= each.versions.min() and each.versions.max() <= version
@@ -185,8 +207,10 @@ def test_each_prompt_is_trained_once_and_in_time(data: st.DataObject) -> None:
     steps, per_step = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 5))
     staleness, restart = data.draw(st.integers(1, 3)), data.draw(st.integers(0, 6))
     lengths = data.draw(st.lists(st.integers(1, 30), min_size=steps * per_step, max_size=steps * per_step))
+    redraws = data.draw(st.dictionaries(st.integers(0, steps * per_step - 1), st.integers(1, 3), max_size=6))
     setting = Setting(
         dict(enumerate(lengths)),
+        redraws=redraws,
         steps=steps,
         per_step=per_step,
         staleness=staleness,
@@ -203,7 +227,7 @@ def test_each_prompt_is_trained_once_and_in_time(data: st.DataObject) -> None:
             rollouts = setting.start(step, version, cursor)
         batch = rollouts.take(step, version, 10.0)
         assert len(batch) == per_step
-        trained += check(batch, version, staleness)
+        trained += check(batch, version, staleness, redraws)
         cursor = rollouts.cursor()
         assert set(cursor.untrained).isdisjoint(trained)
         assert set(cursor.untrained) | set(trained) == set(range(cursor.next_step * per_step))
