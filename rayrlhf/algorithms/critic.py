@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rayrlhf.algorithms.losses import ValueLoss, value_loss
 from rayrlhf.algorithms.optimizer import Optimizer
-from rayrlhf.config_rl import PPOConfig
+from rayrlhf.config_rl import CriticConfig
 from rayrlhf.models.batching import TokenBatch
 from rayrlhf.models.forward import Forward
 
@@ -17,7 +17,7 @@ from rayrlhf.models.forward import Forward
 class Critic:
     """A model with a scalar head, which learns the returns."""
 
-    def __init__(self, forward: Forward, config: PPOConfig, updates: int) -> None:
+    def __init__(self, forward: Forward, config: CriticConfig, updates: int) -> None:
         """`updates` is the number of optimiser steps of the whole run, the length of the learning-rate schedule."""
         self.forward, self.config = forward, config
         self.optimizer = Optimizer(forward.model, config.optimizer, updates, lr=config.value_lr)

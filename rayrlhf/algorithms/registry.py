@@ -12,7 +12,7 @@ from rayrlhf.algorithms.ppo import PPO
 from rayrlhf.algorithms.reinforce_pp import ReinforcePP
 from rayrlhf.algorithms.rloo import RLOO
 from rayrlhf.algorithms.trainer import Trainer, updates_of
-from rayrlhf.config_rl import CustomConfig, PPOConfig, RLConfig
+from rayrlhf.config_rl import CriticConfig, CustomConfig, RLConfig
 from rayrlhf.errors import UserError, one_line
 from rayrlhf.models.forward import Forward
 from rayrlhf.models.ranks import Ranks
@@ -71,8 +71,8 @@ def make_trainer(
         plugin: as for `make_algorithm`.
     """
     critic = None
-    if isinstance(config, PPOConfig):
-        assert value_model is not None, "PPO has a critic"
+    if isinstance(config, CriticConfig):
+        assert value_model is not None, "the algorithm has a critic"
         critic = Critic(value_model, config, updates_of(config))
     return Trainer(
         make_algorithm(config, plugin), policy, critic, config, ranks,

@@ -161,6 +161,8 @@ class Trainer:
 
         beta = self.kl.beta if config.kl.estimator == "k1" else 0.0
         advantages, returns = self.algorithm.advantages(sampled, scores, groups, beta, ranks.sum)
+        if self.critic and returns is None:
+            raise UserError(f"{type(self.algorithm).__name__}.advantages gave no returns, which the critic learns from")
         weights = torch.ones_like(sampled.logprobs)
         if config.max_staleness:
             # Only then may a token come from an older policy. Otherwise generator and learner differ by rounding.

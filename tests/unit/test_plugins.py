@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,9 +21,11 @@ from tests.tiny import forward_of, sample_of, tiny_models
 PAGE = Path(__file__).parents[2] / "docs/extending.md"
 
 
-def config_of(path: Path, name: str) -> RLConfig:
-    section = {"algorithm": "custom", "path": f"{path}:{name}", "samples_per_prompt": 4, "epochs": 1}
-    section |= {"settings": {"scale": 2.0}, "temperature": 1.0, "missing_eos_reward": None, "kl": {"coefficient": 0.0}}
+def config_of(path: Path, name: str, algorithm: str = "custom") -> RLConfig:
+    section: dict[str, Any] = {"algorithm": algorithm, "samples_per_prompt": 4, "epochs": 1}
+    if algorithm.startswith("custom"):
+        section |= {"path": f"{path}:{name}", "settings": {"scale": 2.0}}
+    section |= {"temperature": 1.0, "missing_eos_reward": None, "kl": {"coefficient": 0.0}}
     section["optimizer"] = {"lr": 1e-2, "schedule": "constant"}
     return parse_config({"name": "run", "rl": section}, "test").rl
 
@@ -50,6 +54,44 @@ def test_the_algorithm_of_the_page_learns(tmp_path: Path) -> None:
             assert max(abs(float(e.fixed.advantages[0])) for e in experience) <= 2.0
         means.append(trainer.step(batch, step)["rl/score/mean"])
     assert np.mean(means[-3:]) > np.mean(means[:3]) + 0.5, means
+
+
+def test_an_algorithm_with_a_critic_does_what_ppo_does(tmp_path: Path) -> None:
+    recipe = PAGE.read_text(encoding="utf-8").split("## An algorithm\n")[1]
+    code, method = re.findall(r"```python\n(.*?)```", recipe, re.DOTALL)[:2]
+    imports = "from rayrlhf.algorithms.advantages import generalized_advantages, kl_penalised_rewards\n"
+    file = tmp_path / "mine.py"
+    file.write_text(f"{code}\n\n{imports}\nclass Mine(Rank):\n{textwrap.indent(method, '    ')}")
+    mine = config_of(file, "Mine", "custom_with_critic")
+    ppo = config_of(file, "Mine", "ppo").model_copy(update={"lam": 1.0, "whiten_advantages": False})
+    found = []
+    for config in (mine, ppo):
+        policy, value_model = tiny_models(hidden=16)
+        trainer = make_trainer(
+            config, forward_of(policy), forward_of(value_model), Ranks(1), max_response_tokens=6, seed=0,
+            plugin=read_plugin(config),
+        )  # fmt: skip
+        generator = torch.Generator().manual_seed(0)
+        metrics = [trainer.step([sample_of(policy, f"p{i}", 0, generator) for i in range(8)], i) for i in range(3)]
+        weights = [*policy.parameters(), *value_model.parameters()]
+        found.append((metrics, torch.cat([weight.detach().flatten() for weight in weights])))
+    assert found[0][0] == found[1][0] and torch.equal(found[0][1], found[1][1])
+    assert found[0][0][0]["rl/value_loss"] > 0
+
+
+def test_an_algorithm_with_a_critic_gives_returns(tmp_path: Path) -> None:
+    recipe = PAGE.read_text(encoding="utf-8").split("## An algorithm\n")[1]
+    file = tmp_path / "rank.py"
+    file.write_text(re.findall(r"```python\n(.*?)```", recipe, re.DOTALL)[0])
+    config = config_of(file, "Rank", "custom_with_critic")
+    policy, value_model = tiny_models(hidden=16)
+    trainer = make_trainer(
+        config, forward_of(policy), forward_of(value_model), Ranks(1), max_response_tokens=6, seed=0,
+        plugin=read_plugin(config),
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    with pytest.raises(UserError, match=r"Rank\.advantages gave no returns, which the critic learns from"):
+        trainer.step([sample_of(policy, "p0", i, generator) for i in range(4)], 0)
 
 
 @pytest.mark.parametrize(
