@@ -60,6 +60,7 @@ class Ours:
 
     def __init__(self, case: Case, reward_model: str, epochs: int = EPOCHS, rl: RLConfig | None = None) -> None:
         from actors.pools.remote import Remote
+        from actors.rollouts import in_turn
         from actors.rollouts.coordinator import Coordinator
         from actors.rollouts.publisher import Publisher
         from actors.rollouts.scorer import Scorer
@@ -75,7 +76,7 @@ class Ours:
         self.sampling = Sampling(TEMPERATURE, RESPONSE, tokenizer.pad_token_id)
         self.clock = Stopwatch()
         for owner, method, phase in (
-            (Coordinator, "generate", "generate"), (Scorer, "score", "score"),
+            (in_turn, "generate", "generate"), (Scorer, "score", "score"),
             (Trainer, "make_experience", "experience"),
             (Optimizer, "clip", "optimiser"), (Optimizer, "apply", "optimiser"),
         ):  # fmt: skip
