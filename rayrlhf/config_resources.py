@@ -66,7 +66,7 @@ class ScorerConfig(Placement):
 
 
 class LearnerConfig(Placement):
-    """Ray Train workers of the SFT, reward-model and RL stages."""
+    """Ray Train workers of all training stages."""
 
     workers: Positive = 1
     threads: Positive = 1

@@ -1,4 +1,4 @@
 """Generators, scorers, and the coordinator that keeps them at work.
 
-`in_turn` and `ahead` are the two ways of rollouts; `engine` is the only door to vLLM.
+`in_turn` and `ahead` are the two rollout modes; only `engine` and `engine_weights` import vLLM.
 """

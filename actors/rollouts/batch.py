@@ -44,16 +44,17 @@ class Batch:
         Raises:
             ActorFailure: a token is more than `max_staleness` versions older than the learner's weights, or newer.
         """
-        oldest, newest = version - min(t.oldest for t in serialized), version - max(t.newest for t in serialized)
-        if oldest > max_staleness or newest < 0:
+        most_behind = version - min(t.oldest for t in serialized)
+        least_behind = version - max(t.newest for t in serialized)
+        if most_behind > max_staleness or least_behind < 0:
             raise ActorFailure(
-                f"step {step}: tokens are {newest} to {oldest} versions behind the learner's {version}, allowed are "
-                f"0 to {max_staleness}"
+                f"step {step}: tokens are {least_behind} to {most_behind} versions behind the learner's {version}, "
+                f"allowed are 0 to {max_staleness}"
             )
         tokens = sum(t.written_tokens for t in serialized)
         metrics = {
             "rollout/staleness/mean": version - sum(t.version_sum for t in serialized) / tokens,
-            "rollout/staleness/max": float(oldest),
+            "rollout/staleness/max": float(most_behind),
         }
         if any(t.turns > 1 for t in serialized):
             metrics["rollout/turns"] = statistics.fmean(t.turns for t in serialized)

@@ -66,7 +66,7 @@ class Coordinator:
         self.sampling: Sampling | None = None
         self.rollouts: InTurn | Ahead = self._in_turn(Cursor(0))
         self.batch: Batch | None = None
-        """The last one, for those who ask for it again."""
+        """The last batch, returned again when the same step and version are asked for."""
         self.reported = Counts()
         self.stopping = False
         self._generators_of_batch: list[str] = []

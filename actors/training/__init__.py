@@ -1,4 +1,5 @@
-"""The loops that train inside Ray Train's workers: SFT, reward model and RL, one file each.
+"""The loops that train inside Ray Train's workers: SFT, reward model, DPO and RL, one file each.
 
-`loop` is the frame that all three share, and `workers` the group of processes that runs them one after the other.
+`loop` has what all of them share, `pairs` what the reward model and DPO share. `workers` is the group of processes
+that runs them one after the other.
 """

@@ -89,7 +89,7 @@ class Loop:
     def trained(self, name: str, model: AnyModel, seed: int) -> AnyModel:
         """The model as it will be trained: with adapters if the config says so, and with gradient checkpointing.
 
-        It is looked at before anything of it is kept: see `save` and `finish`.
+        `save` and `finish` check that its weights are finite before they keep any.
         """
         if self.config.model.lora:
             add_adapters(model, self.config.model.lora, seed)

@@ -28,5 +28,5 @@ class KLController:
         """
         if self.config.adaptive:
             error = min(0.2, max(-0.2, kl / self.config.target - 1.0))
-            # At most one horizon counts: from five on, an error of -0.2 would make beta 0 or negative for good.
+            # samples / horizon counts as 1 at most: from 5 on, an error of -0.2 would make beta 0 or negative for good.
             self.beta *= 1.0 + error * min(1.0, samples / self.config.horizon)
