@@ -83,7 +83,7 @@ def sample_answers(session: Session, records: list[Demonstration]) -> tuple[list
     version = session.rollouts.load_weights(session.run.sft)
     count = config.collect.answers_per_prompt
     trajectories = session.rollouts.generate(
-        session.data.prompts(records), config.collect.temperature, version, "collect", samples=count
+        session.data.prompts(records), config.collect, version, "collect", samples=count
     )
     dropped: Counter[str] = Counter()
     unranked = []

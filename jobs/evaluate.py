@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +21,9 @@ from rayrlhf.reports.page import write_report
 from rayrlhf.reports.progress import sample_panel
 from rayrlhf.reports.tables import evaluation_table
 from rayrlhf.rewards.functions import scores
-from rayrlhf.rewards.gold import gold_labeller
+from rayrlhf.rewards.gold import gold_labeller, gold_measures
 from rayrlhf.rewards.labellers import Labeller
+from rayrlhf.sections import DrawConfig
 from rayrlhf.trajectory import Trajectory
 
 
@@ -34,6 +36,8 @@ def evaluate(session: Session) -> None:
     session.rollouts.wait_for_generators()
     session.rollouts.start_scorers(prompts, run.sft, gold=False)
     labeller = gold_labeller(config)
+    # ROUGE with the reference says nothing of a trajectory in turns.
+    compared = [replace(p, reference=None) for p in prompts] if config.environment else prompts
 
     version = session.rollouts.load_weights(run.sft)
     sft = model_answers(session, "sft", version, records, prompts, labeller)
@@ -48,7 +52,7 @@ def evaluate(session: Session) -> None:
     title = text_answers(session, "title", records, [p.title for p in prompts], prompts, labeller)
 
     result = summarize(
-        prompts,
+        compared,
         sft,
         policy,
         reference,
@@ -59,17 +63,18 @@ def evaluate(session: Session) -> None:
         else "people",
         metadata={
             "data": config.evaluate.prompts or f"{config.data.demonstrations.path}, {config.evaluate.split} split",
-            "temperature": config.evaluate.temperature,
+            **config.evaluate.model_dump(include=set(DrawConfig.model_fields)),
             "kl_temperature": config.rl.temperature,
             **({"best_of": config.evaluate.best_of} if best else {}),
             "seed": config.seed,
             "max_prompt_tokens": config.data.max_prompt_tokens,
             "max_response_tokens": config.data.max_response_tokens,
+            "min_response_tokens": config.data.min_response_tokens,
         },
         samples=config.evaluate.bootstrap_samples,
         seed=config.seed,
     )
-    table = samples_table(prompts, [reference, sft, *baselines, policy])
+    table = samples_table(compared, [reference, sft, *baselines, policy])
     if config.evaluate.prompts is None:
         write_samples(run.samples, table)
         write_evaluation(run.evaluation, result)
@@ -114,7 +119,7 @@ def model_answers(
     version: int,
     records: list[Demonstration],
     prompts: list[Prompt],
-    labeller: Labeller,
+    labeller: Labeller | None,
     *,
     with_kl: bool = False,
 ) -> Answers:
@@ -124,11 +129,11 @@ def model_answers(
     """
     config = session.config
     encoded = session.data.prompts(records)
-    sampled = session.rollouts.generate(encoded, config.evaluate.temperature, version, "evaluate", play=True)
+    sampled = session.rollouts.generate(encoded, config.evaluate, version, "evaluate", play=True)
     scored = session.rollouts.score(sampled, config.evaluate.temperature)
     kl = None
     if with_kl:
-        drawn = session.rollouts.generate(encoded, config.rl.temperature, version, "evaluate-kl", play=True)
+        drawn = session.rollouts.generate(encoded, config.rl.draw, version, "evaluate-kl", play=True)
         kl = [response_kl(t) for t in session.rollouts.score(drawn, config.rl.temperature)]
     texts = [decode_trajectory(session.tokenizer, t) for t in scored]
     return Answers(
@@ -143,7 +148,7 @@ def model_answers(
 
 
 def best_answers(
-    session: Session, version: int, records: list[Demonstration], prompts: list[Prompt], labeller: Labeller
+    session: Session, version: int, records: list[Demonstration], prompts: list[Prompt], labeller: Labeller | None
 ) -> Answers:
     """For each prompt, the best of `evaluate.best_of` samples of the SFT model, whose `version` the generators hold.
 
@@ -152,7 +157,7 @@ def best_answers(
     config, n = session.config, session.config.evaluate.best_of
     assert n is not None
     encoded = session.data.prompts(records)
-    drawn = session.rollouts.generate(encoded, config.rl.temperature, version, "evaluate-best-of", samples=n, play=True)
+    drawn = session.rollouts.generate(encoded, config.rl.draw, version, "evaluate-best-of", samples=n, play=True)
     scored = session.rollouts.score(drawn, config.rl.temperature)
     by_prompt = scores(scored, config.rl.missing_eos_reward).reshape(-1, n)
     chosen = [scored[i * n + int(place)] for i, place in enumerate(by_prompt.argmax(1))]
@@ -193,7 +198,7 @@ def text_answers(
         for p, ids in zip(encoded, responses, strict=True)
     ]
     scored = session.rollouts.score(given, session.config.evaluate.temperature)
-    gold = gold_measures(labeller, prompts, texts) if labeller else None
+    gold = gold_measures(labeller, prompts, texts)
     # A text that is given cannot be played.
     rewards = None if session.config.environment else summed_rewards(session.config, scored)
     return Answers(name, texts, rewards=rewards, gold=gold, lengths=[len(r) for r in responses])
@@ -202,12 +207,6 @@ def text_answers(
 def summed_rewards(config: Config, scored: Sequence[Trajectory]) -> list[float] | None:
     """[n] weighted sum of the rewards; None in a run without rewards, such as one whose policy is that of `dpo`."""
     return [sum(t.rewards.values()) for t in scored] if config.scored_by else None
-
-
-def gold_measures(labeller: Labeller, prompts: Sequence[Prompt], texts: Sequence[str | None]) -> list[float]:
-    """[n] the labeller's own measure of each answer; NaN where it has none."""
-    measured = [None if text is None else labeller.measure(p, text) for p, text in zip(prompts, texts, strict=True)]
-    return [np.nan if value is None else value for value in measured]
 
 
 def response_kl(trajectory: Trajectory) -> float:

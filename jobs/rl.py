@@ -24,7 +24,7 @@ def rl(session: Session) -> None:
         raise UserError("rl: no prompts are left; lower data.sft_fraction or data.reward_model_fraction")
     session.rollouts.wait_for_generators()
     session.rollouts.start_scorers(as_prompts(session.data.train.rl), start, gold=True)
-    session.rollouts.call("set_prompts", prompts, session.rollouts.sampling(config.rl.temperature, play=True))
+    session.rollouts.call("set_prompts", prompts, session.rollouts.sampling(config.rl.draw, play=True))
     coordinator = session.rollouts.start()
     arguments = RLArguments(
         **session.loop_arguments("rl"),

@@ -17,11 +17,12 @@ from actors.rollouts.weight_sync import publish_directory
 from rayrlhf.config import Config
 from rayrlhf.data.prompts import EncodedPrompt, requests_for
 from rayrlhf.data.records import Prompt
-from rayrlhf.data.tokens import stop_token_ids
+from rayrlhf.data.tokens import sampling_of
 from rayrlhf.environments.base import EnvironmentMaker
 from rayrlhf.rewards.gold import GoldMeasure, gold_labeller
 from rayrlhf.rewards.texts import TextRewards, make_text_rewards
 from rayrlhf.runs.folder import RunFolder
+from rayrlhf.sections import DrawConfig
 from rayrlhf.trajectory import Sampling, Trajectory
 
 T = TypeVar("T")
@@ -39,7 +40,7 @@ class RolloutClient:
         self.config, self.run, self.model, self.tokenizer, self.local = config, run, model, tokenizer, local
         self.texts = make_text_rewards(config.rewards)
         """The rewards that read texts."""
-        self.stop_token_ids = stop_token_ids(tokenizer, config.data.stop_tokens)
+        self.sampling(config.rl.draw)  # a stop token that is none shows before anything starts
         self.environment = EnvironmentMaker.read(config.environment)
         self._coordinator: Remote | None = None
         self._starting: Call | None = None
@@ -83,11 +84,10 @@ class RolloutClient:
         """Have the coordinator do something, and wait for it."""
         return self.start().call(method, *args, timeout_s=self.config.resources.coordinator_timeout_s)
 
-    def sampling(self, temperature: float, *, play: bool = False) -> Sampling:
-        """Responses of the run's length at `temperature`; to `play` is to take turns with the run's environment."""
+    def sampling(self, draw: DrawConfig, *, play: bool = False) -> Sampling:
+        """Responses of the run's lengths, drawn as `draw` says; to `play` is to take turns with its environment."""
         turns = self.config.environment.max_turns if play and self.config.environment else 1
-        data, eos = self.config.data, self.tokenizer.eos_token_id
-        return Sampling(temperature, data.max_response_tokens, eos, self.stop_token_ids, turns)
+        return sampling_of(self.tokenizer, self.config.data, draw, turns)
 
     def load_weights(self, directory: Path) -> int:
         """Put the weights of a saved model on all generators; returns their version."""
@@ -99,17 +99,17 @@ class RolloutClient:
     def generate(
         self,
         prompts: list[EncodedPrompt],
-        temperature: float,
+        draw: DrawConfig,
         version: int,
         *seed_parts: int | str,
         samples: int = 1,
         play: bool = False,
     ) -> list[Trajectory]:
-        """`samples` responses to each prompt, in order, from the weights of `version`; `play` as in `sampling`."""
+        """`samples` responses to each prompt, in order, from the weights of `version`; the rest as in `sampling`."""
         requests = requests_for(prompts, samples, self.config.seed, *seed_parts)
         done: list[Trajectory] = []
         for piece in self._slices(requests, self.config.resources.generators.count, "sampled"):
-            done += self.call("generate", piece, self.sampling(temperature, play=play), version)
+            done += self.call("generate", piece, self.sampling(draw, play=play), version)
         return done
 
     def start_scorers(self, prompts: list[Prompt], reference: Path, *, gold: bool) -> None:
@@ -118,9 +118,10 @@ class RolloutClient:
         Args:
             prompts: with their references, for rewards that look at these.
             reference: directory of the reference policy in the run folder.
-            gold: they have the gold measure as well.
+            gold: they have the gold measure as well, if the run has one.
         """
-        measure = GoldMeasure(gold_labeller(self.config), prompts, self.tokenizer) if gold else None
+        labeller = gold_labeller(self.config) if gold else None
+        measure = GoldMeasure(labeller, prompts, self.tokenizer) if labeller else None
         texts = TextRewards(self.texts, prompts, self.tokenizer) if self.texts else None
         reward_model = self.run.address_of(self.run.reward_model) if self.config.trains_reward_model else None
         self.call("start_scorers", reward_model, self.run.address_of(reference), measure, texts)

@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any
 
 import ray
+from rich.markup import escape
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
@@ -26,6 +27,7 @@ from rayrlhf.data.run_data import RunData
 from rayrlhf.data.tokens import check_context
 from rayrlhf.models.loading import context_length, load_tokenizer, parameter_counts, resolve_model
 from rayrlhf.reports.progress import batch_table
+from rayrlhf.reports.remarks import remarks
 from rayrlhf.rewards.labellers import check_labeller
 from rayrlhf.runs.addresses import join, runs_address
 from rayrlhf.runs.folder import RunFolder, open_or_create
@@ -71,6 +73,10 @@ class Session:
             self._connection.enter_context(connected(self.config))
             self.run.note_in_lock(f"Ray at {ray.get_runtime_context().gcs_address}")
             self.placement = preflight(self.config)
+        train = self.data.train
+        prompts = [record.prompt for record in (*train.sft, *train.reward_model, *train.rl)]
+        for remark in remarks(self.config, self.tokenizer, prompts):
+            console.print(f"[bold yellow]warning:[/] {escape(remark)}", soft_wrap=True)
         self._started = True
         return True
 

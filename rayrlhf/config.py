@@ -14,7 +14,7 @@ from rayrlhf.config_environment import EnvironmentConfig
 from rayrlhf.config_resources import ResourcesConfig
 from rayrlhf.config_rewards import EnvironmentReward, ModelReward, Reward, Rewards
 from rayrlhf.config_rl import PPOConfig, RLSection
-from rayrlhf.sections import Fraction, OptimizerConfig, Positive, Section
+from rayrlhf.sections import DrawConfig, Fraction, OptimizerConfig, Positive, Section
 
 
 class LoRAConfig(Section):
@@ -65,9 +65,21 @@ class DataConfig(Section):
     """A longer prompt is cut (`rayrlhf.data.template`)."""
     max_response_tokens: Positive = 48
     """A longer response in the data is cut and has no EOS; generators stop here."""
+    min_response_tokens: Annotated[int, Field(ge=0)] = 0
+    """Generators sample at least so many tokens before the one that ends a response, at every stage. With an
+    `environment`: in each turn of the policy. Responses in the data may be shorter."""
     stop_tokens: tuple[str, ...] = ()
     """Further tokens that end a sampled response beside the EOS, such as `<|eot_id|>`. Each is one of the tokenizer's
     tokens: where a text of several tokens ends a response, its last token would not be the policy's own choice."""
+
+    @model_validator(mode="after")
+    def _responses_can_end(self) -> DataConfig:
+        if self.min_response_tokens >= self.max_response_tokens:
+            raise ValueError(
+                f"min_response_tokens ({self.min_response_tokens}) must be below max_response_tokens "
+                f"({self.max_response_tokens}): no response could end"
+            )
+        return self
 
     @model_validator(mode="after")
     def _leave_prompts_for_ppo(self) -> DataConfig:
@@ -110,12 +122,11 @@ class LabellerConfig(Section):
     """For `python`: further keyword arguments of the function."""
 
 
-class CollectConfig(Section):
+class CollectConfig(DrawConfig):
     """Stage `collect`: answers of the SFT model, ranked by a labeller."""
 
     prompts: Positive = 256
     answers_per_prompt: Annotated[int, Field(ge=2)] = 4
-    temperature: Annotated[float, Field(ge=0.01)] = 0.7  # vLLM would raise a lower one to 0.01
     include_reference: bool = False
     """Add the author's own completion to each prompt's answers before they are ranked."""
     labeller: LabellerConfig = LabellerConfig()
@@ -169,8 +180,8 @@ class AlarmsConfig(Section):
     """Share of tokens whose ratio was clipped."""
 
 
-class EvaluateConfig(Section):
-    """Stage `evaluate`: the SFT model and the policy on held-out records."""
+class EvaluateConfig(DrawConfig):
+    """Stage `evaluate`: the SFT model and the policy on held-out records. SFT's dev prompts are answered alike."""
 
     split: Literal["test", "dev"] = "test"
     """The share of the validation records: `dev` if the result chooses something, as in a sweep."""

@@ -19,6 +19,30 @@ AnySection = TypeVar("AnySection", bound=Section)
 
 RENAMED = {"ppo": "rl"}
 """Keys of earlier versions."""
+_TRUNCATES = (
+    "rl learns from log-probs of the whole softmax; a truncated one leaves out other tokens after every update, so "
+    "that the ratio of new to old policy is undefined; use rl.temperature, or {key} in collect and evaluate"
+)
+_PENALISES = (
+    "it makes a token's log-prob depend on how often it was sampled before, which no model here computes; "
+    "take a reward that counts repetitions"
+)
+_STOPS = (
+    "a text may be several tokens, whose last one is not the policy's own choice; "
+    "name single tokens in data.stop_tokens"
+)
+_COUNTS = "samples of a prompt are rl.samples_per_prompt, collect.answers_per_prompt and evaluate.best_of"
+ELSEWHERE = {
+    **{key: _TRUNCATES.format(key=key) for key in ("top_p", "top_k", "min_p")},
+    **dict.fromkeys(("repetition_penalty", "presence_penalty", "frequency_penalty"), _PENALISES),
+    "logit_bias": "it samples from another distribution than the policy's; take a reward for or against these tokens",
+    **dict.fromkeys(("stop", "stop_strings", "stop_token_ids"), _STOPS),
+    **dict.fromkeys(("n", "best_of", "num_return_sequences"), _COUNTS),
+    **dict.fromkeys(("min_tokens", "min_new_tokens"), "for all stages it is data.min_response_tokens"),
+    **dict.fromkeys(("max_tokens", "max_new_tokens"), "for all stages it is data.max_response_tokens"),
+}
+"""Names by which other programs know options of sampling, and what there is in their place. They are looked at where a
+section has no key of the name."""
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
@@ -146,6 +170,8 @@ def _explain(error: Any, root: type[BaseModel]) -> str:
     if error["type"] == "extra_forbidden":
         if key in RENAMED:
             return f"key {key!r} is {RENAMED[key]!r} now"
+        if error["loc"][-1] in ELSEWHERE:
+            return f"there is no key {key!r}: {ELSEWHERE[error['loc'][-1]]}"
         known = list(section.model_fields) if section else []
         close = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from rayrlhf.sections import Fraction, OptimizerConfig, Positive, Section
+from rayrlhf.sections import DrawConfig, Fraction, OptimizerConfig, Positive, Section
 
 ClipRange = Annotated[float, Field(gt=0)]
 
@@ -82,6 +82,11 @@ class RLConfig(Section):
     """Steps between two checkpoints."""
     keep_checkpoints: Positive = 2
     """So many checkpoints stay, the newest ones: if one is damaged, the one before it is taken."""
+
+    @property
+    def draw(self) -> DrawConfig:
+        """How responses are drawn that are learnt from: from the whole softmax."""
+        return DrawConfig(temperature=self.temperature)
 
     @model_validator(mode="before")
     @classmethod

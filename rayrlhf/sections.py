@@ -17,6 +17,19 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
+class DrawConfig(Section):
+    """How tokens are drawn where nothing is learnt from their log-probs. `rl` has the temperature alone: a truncated
+    distribution leaves out other tokens after every update, and then the ratio of new to old policy is undefined."""
+
+    temperature: Annotated[float, Field(ge=0.01)] = 0.7  # vLLM would raise a lower one to 0.01
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Draw from the fewest tokens whose probabilities add up to this (Holtzman et al. 2020); 1: from all."""
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """Draw from so many tokens, the most probable ones; 0: from all."""
+    min_p: Fraction = 0.0
+    """Draw from the tokens that have at least this share of the most probable one's probability; 0: from all."""
+
+
 class OptimizerConfig(Section):
     """AdamW, its learning-rate schedule and gradient clipping."""
 

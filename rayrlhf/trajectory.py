@@ -31,9 +31,44 @@ class GenerationRequest:
     reference: str | None = None
 
 
+class Minimum(NamedTuple):
+    """The shortest turn of a policy: its first `tokens` tokens are drawn from the softmax without `ends`."""
+
+    tokens: int
+    ends: tuple[int, ...]
+    """The tokens that end a turn: EOS and stop tokens."""
+
+    def holds(self, written: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """[W] whether the ends were left out when each of these tokens was drawn.
+
+        Only an end is followed by another turn, so a trajectory's turns begin behind the ends that stand in it.
+
+        Args:
+            written: [W] all tokens of a trajectory that the policy wrote, in their order.
+        """
+        places = np.arange(len(written))
+        ended = np.isin(written, self.ends)
+        begin = np.maximum.accumulate(np.where(np.append(False, ended[:-1]), places, 0))
+        return places - begin < self.tokens
+
+
+class Truncation(NamedTuple):
+    """Which tokens may be drawn at all. The names and values are vLLM's, the default is the whole softmax.
+
+    Nothing may be learnt from the log-probs of a truncated distribution, see `rayrlhf.sections.DrawConfig`.
+    """
+
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+
+
+WHOLE = Truncation()
+
+
 @dataclass(frozen=True)
 class Sampling:
-    """How to draw responses: by plain temperature sampling (top-p 1, top-k off), up to the first EOS or stop token."""
+    """How to draw responses: at a temperature, up to the first EOS or stop token."""
 
     temperature: float
     max_tokens: int
@@ -43,6 +78,19 @@ class Sampling:
     """Further tokens that end a response, as the EOS does."""
     max_turns: int = 1
     """How often the policy writes at most; above 1 the run's environment answers in between."""
+    min_tokens: int = 0
+    """Of each turn, before the token that ends it."""
+    truncation: Truncation = WHOLE
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The tokens that end a turn, rising."""
+        return tuple(sorted({self.eos_token_id, *self.stop_token_ids}))
+
+    @property
+    def minimum(self) -> Minimum | None:
+        """None if a turn may end at once."""
+        return Minimum(self.min_tokens, self.ends) if self.min_tokens else None
 
 
 @dataclass
@@ -75,6 +123,8 @@ class Trajectory:
     """Sum of the environment's rewards; None without one."""
     judge_tokens: int | None = None
     """Tokens that judges have read and written about it; None without a judge."""
+    minimum: Minimum | None = None
+    """The shortest turn with which it was sampled; None if a turn could end at once, or if nothing was sampled."""
 
     @property
     def written_tokens(self) -> int:
@@ -104,7 +154,7 @@ class Trajectory:
         written = None if self.written is None else self.written.tobytes()
         packed = b"".join([array.tobytes() for array in arrays])
         about = (self.prompt_id, self.sample_index, self.seed, self.finish_reason, self.rewards, self.gold)
-        turns = (written, self.turns, self.environment_reward, self.judge_tokens)
+        turns = (written, self.turns, self.environment_reward, self.judge_tokens, self.minimum)
         return _unpacked, (packed, len(self.prompt_ids), len(self.response_ids), self.written_tokens, *about, *turns)
 
 
@@ -123,6 +173,7 @@ def _unpacked(
     turns: int,
     environment_reward: float | None,
     judge_tokens: int | None,
+    minimum: Minimum | None,
 ) -> Trajectory:
     ids = np.frombuffer(packed, np.int32, prompt + response).astype(np.int64)
     start = 4 * (prompt + response)  # the bytes of the ids; versions follow, then log-probs
@@ -145,6 +196,7 @@ def _unpacked(
         turns=turns,
         environment_reward=environment_reward,
         judge_tokens=judge_tokens,
+        minimum=minimum,
     )
 
 

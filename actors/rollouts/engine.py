@@ -7,9 +7,11 @@ The import takes 5-30 s in every process; the coordinator and the driver import 
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -49,8 +51,7 @@ class _InFlight:
     ticket: int
     request: GenerationRequest
     vllm_id: str
-    ends: frozenset[int]
-    """The tokens that end it: EOS and stop tokens."""
+    sampling: Sampling
     version: int
     """The weights that its next token is sampled from."""
     versions: list[int] = field(default_factory=list)
@@ -90,6 +91,10 @@ class Engine:
         self._requests = 0
         self._in_flight: dict[str, _InFlight] = {}
         self._broken: str | None = None
+        # vLLM bars the EOS ids of the model's own generation config as well until a response has its least length. Only
+        # `Sampling.ends` are to be barred, since the learner knows no others: a generation config that says nothing.
+        neutral = tempfile.TemporaryDirectory(prefix="rayrlhf-")
+        (Path(neutral.name) / "generation_config.json").write_text("{}", encoding="utf-8")
         try:
             arguments = EngineArgs(
                 model=model_path,
@@ -99,7 +104,7 @@ class Engine:
                 max_num_seqs=settings.max_num_seqs,
                 seed=seed,
                 skip_tokenizer_init=True,  # token ids in, token ids out
-                generation_config="vllm",  # the model's own sampling defaults must not leak in
+                generation_config=neutral.name,  # the model's own sampling defaults must not leak in
                 logprobs_mode="processed_logprobs",  # of the distribution that is sampled from, temperature included
                 enable_prefix_caching=True,
                 # vLLM rewinds a seeded generator for every cut of a prefill, and CPU generators cannot be rewound.
@@ -117,6 +122,8 @@ class Engine:
                 f"model {model_path}: vLLM cannot serve it: {one_line(error)[:280]} "
                 "(resources.generators sets its memory, data.max_*_tokens its max_model_len)"
             ) from error
+        finally:
+            neutral.cleanup()
         self._vocab_size = int(self._llm.model_config.get_vocab_size())
         from actors.rollouts.engine_weights import CheckpointLayout
 
@@ -140,13 +147,14 @@ class Engine:
         from vllm.sampling_params import RequestOutputKind
 
         self._check(list(requests.values()), sampling)
-        ends = frozenset((sampling.eos_token_id, *sampling.stop_token_ids))
         for ticket, request in requests.items():
             parameters = SamplingParams(
                 temperature=sampling.temperature,
+                **sampling.truncation._asdict(),
                 max_tokens=sampling.max_tokens,
+                min_tokens=min(sampling.min_tokens, sampling.max_tokens),  # a late turn may have less room
                 seed=request.seed,
-                stop_token_ids=sorted(ends),
+                stop_token_ids=list(sampling.ends),
                 ignore_eos=True,  # of the model's config: only `ends` end a response
                 logprobs=0,  # the sampled token's own and no others
                 detokenize=False,
@@ -157,7 +165,7 @@ class Engine:
                 vllm_id = self._llm.add_request(
                     name, TokensPrompt(prompt_token_ids=list(request.prompt_ids)), parameters
                 )
-            self._in_flight[name] = _InFlight(ticket, request, vllm_id, ends, version)
+            self._in_flight[name] = _InFlight(ticket, request, vllm_id, sampling, version)
 
     @property
     def in_flight(self) -> int:
@@ -277,7 +285,8 @@ class Engine:
             response_ids=ids,
             generator_logprobs=np.asarray(logprobs, dtype=np.float32),
             versions=versions,
-            finish_reason="eos" if int(ids[-1]) in running.ends else "length",
+            finish_reason="eos" if int(ids[-1]) in running.sampling.ends else "length",
+            minimum=running.sampling.minimum,
         )
 
     def _check(self, requests: Sequence[GenerationRequest], sampling: Sampling) -> None:

@@ -95,6 +95,7 @@ class Episode:
             written=np.asarray(self.written, np.bool_),
             turns=self.turns,
             environment_reward=self.reward,
+            minimum=self.sampling.minimum,
         )
 
 

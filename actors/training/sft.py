@@ -24,14 +24,14 @@ from rayrlhf.algorithms.optimizer import Optimizer
 from rayrlhf.algorithms.sft import predicted_tokens, summed_loss
 from rayrlhf.data.epochs import Epochs
 from rayrlhf.data.rows import Row
-from rayrlhf.data.tokens import decode_response, stop_token_ids
+from rayrlhf.data.tokens import decode_response, sampling_of
 from rayrlhf.errors import UserError
 from rayrlhf.models.forward import Forward
 from rayrlhf.models.loading import context_length, load_policy, load_tokenizer
 from rayrlhf.models.lora import load_trained_state, trained_state
 from rayrlhf.models.saving import save_model
 from rayrlhf.rewards.rouge import rouge
-from rayrlhf.trajectory import GenerationRequest, Sampling, derive_seed
+from rayrlhf.trajectory import GenerationRequest, derive_seed
 
 
 @dataclass(frozen=True)
@@ -177,10 +177,7 @@ def answer_dev_prompts(
     coordinator.call("load_weights", publication, timeout_s=resources.coordinator_timeout_s)
     asked = dev[: config.sft.eval_prompts]
     requests = [GenerationRequest(p.id, p.prompt_ids, 0, derive_seed(config.seed, "sft-eval", p.id)) for p in asked]
-    stops = stop_token_ids(tokenizer, config.data.stop_tokens)
-    sampling = Sampling(
-        config.evaluate.temperature, config.data.max_response_tokens, int(tokenizer.eos_token_id), stops
-    )
+    sampling = sampling_of(tokenizer, config.data, config.evaluate)
     answers = coordinator.call(
         "generate", requests, sampling, progress.version, timeout_s=resources.coordinator_timeout_s
     )

@@ -6,7 +6,7 @@ No torch here: the coordinator, which shares rows out and computes nothing, does
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,9 @@ class Row:
     nothing precedes"""
     prompt: int = 0
     """how many leading tokens a row may share with others that start with the same ones; none of them is predicted"""
+    barred: NDArray[np.int64] = field(default_factory=lambda: np.empty((0, 2), np.int64))
+    """[M, 2] what could not be drawn: a predicted token, counted from 0, and a token id that was left out of its
+    softmax"""
 
     @classmethod
     def completion(
@@ -39,10 +42,14 @@ class Row:
     def of(cls, trajectory: Trajectory) -> Row:
         """A trajectory, of which the tokens that the policy wrote are predicted."""
         row = cls.completion(trajectory.prompt_ids, trajectory.response_ids)
-        if trajectory.written is None:
+        if trajectory.written is not None:
+            mask = np.concatenate([np.zeros(len(trajectory.prompt_ids), np.bool_), trajectory.written])
+            row = replace(row, mask=mask)
+        if trajectory.minimum is None:
             return row
-        mask = np.concatenate([np.zeros(len(trajectory.prompt_ids), np.bool_), trajectory.written])
-        return cls(row.ids, mask, row.prompt)
+        early = np.flatnonzero(trajectory.minimum.holds(row.ids[row.mask]))
+        ends = np.asarray(trajectory.minimum.ends, np.int64)
+        return replace(row, barred=np.stack([early.repeat(len(ends)), np.tile(ends, len(early))], axis=1))
 
     @property
     def prompt_key(self) -> bytes:

@@ -6,7 +6,7 @@ A prompt is first kept in parts (`TextPrompt`, `ChatPrompt`), because only some 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -83,6 +83,29 @@ def render(tokenizer: PreTrainedTokenizerBase, prompt: PromptParts) -> str:
         return prompt.text
     messages = [{"role": role, "content": content} for role, content in prompt.messages]
     return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The token that the chat template writes behind an assistant's message; None where it writes none there."""
+    said = "xyzzy"  # a word that no template has of its own
+    if not tokenizer.chat_template:
+        return None
+    messages = [{"role": "user", "content": "Say it."}, {"role": "assistant", "content": said}]
+    try:
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except TemplateError:  # it wants other roles
+        return None
+    _, found, behind = text.rpartition(said)
+    tokens = {*tokenizer.all_special_tokens, *(token.content for token in tokenizer.added_tokens_decoder.values())}
+    candidates = [token for token in tokens if found and behind.lstrip().startswith(token)]
+    return max(candidates, key=len, default=None)
+
+
+def asks_as_template(tokenizer: PreTrainedTokenizerBase, prompts: Iterable[str]) -> bool:
+    """Whether one of these rendered prompts ends as the chat template ends a prompt, with the assistant to answer."""
+    asked = "xyzzy"
+    cue = render(tokenizer, ChatPrompt((Message("user", asked),))).rpartition(asked)[2]
+    return bool(tokenizer.chat_template) and any(prompt.endswith(cue) for prompt in prompts)
 
 
 def fit_prompts(

@@ -10,8 +10,10 @@ import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from rayrlhf.config import DataConfig
 from rayrlhf.errors import UserError
-from rayrlhf.trajectory import Trajectory
+from rayrlhf.sections import DrawConfig
+from rayrlhf.trajectory import Sampling, Trajectory, Truncation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -115,6 +117,23 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> 
             )
         found.append(int(ids[0]))
     return tuple(found)
+
+
+def sampling_of(tokenizer: PreTrainedTokenizerBase, data: DataConfig, draw: DrawConfig, max_turns: int = 1) -> Sampling:
+    """How the responses of a run are sampled: every stage has the lengths and the ends of `data`.
+
+    Raises:
+        UserError: a stop token that is not one token.
+    """
+    return Sampling(
+        draw.temperature,
+        data.max_response_tokens,
+        _eos(tokenizer),
+        stop_token_ids(tokenizer, data.stop_tokens),
+        max_turns,
+        data.min_response_tokens,
+        Truncation(draw.top_p, draw.top_k, draw.min_p),
+    )
 
 
 def special_text_remover(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], str]:

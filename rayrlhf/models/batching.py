@@ -41,6 +41,8 @@ class TokenBatch:
     """[B] int64 where each row's last token is"""
     counts: list[int]
     """[B] predicted tokens of each row; `result.split(counts)` cuts a flat [N] result back into rows"""
+    barred: Tensor
+    """[M, 2] int64 what could not be drawn: the number of a predicted token, and an id that its softmax leaves out"""
     positions: Tensor | None = None
     """[1, T] int64 of a packed batch; None if they count from 0 in every line"""
     pieces: tuple[Piece, ...] = ()
@@ -179,6 +181,8 @@ def _token_batch(
 ) -> TokenBatch:
     """The batch of rows whose tokens lie at `places` of the flat `ids` [L, T]; fills `ids` in."""
     predicted = [np.flatnonzero(row.mask) for row in rows]
+    counts = [len(each) for each in predicted]
+    starts = np.cumsum(counts) - counts
     for row, place in zip(rows, places, strict=True):
         ids.flat[place] = row.ids
 
@@ -190,7 +194,8 @@ def _token_batch(
         tensor(np.concatenate([place[each - 1] for place, each in zip(places, predicted, strict=True)])),
         tensor(np.concatenate([row.ids[each] for row, each in zip(rows, predicted, strict=True)])),
         tensor([place[-1] for place in places]),
-        [len(each) for each in predicted],
+        counts,
+        tensor(np.concatenate([row.barred + np.array([start, 0]) for row, start in zip(rows, starts, strict=True)])),
     )
 
 

@@ -7,7 +7,8 @@ batch, B the number of its rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,11 @@ LOGITS = 2**25
 
 A batch of 4096 tokens with a vocabulary of 150,000 would have nearly twenty times as many.
 """
+
+
+BARRED = torch.finfo(torch.float32).min
+"""The logit of a token that could not be drawn. Its probability is exactly 0, as that of -inf would be; but p log p,
+which the entropy adds up, is then 0 and not NaN."""
 
 
 class TokenLogprobs(NamedTuple):
@@ -43,7 +49,10 @@ def hidden_states(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
 
 
 def token_logprobs(model: PreTrainedModel, batch: TokenBatch, temperature: float = 1.0) -> Tensor:
-    """[N] log pi(token | what precedes it), nats, float32, under a causal language model at `temperature`."""
+    """[N] log pi(token | what precedes it), nats, float32, under a causal language model at `temperature`.
+
+    pi is the softmax over all ids but those of `batch.barred`.
+    """
     return _of_logits(_chosen, model, batch, temperature)
 
 
@@ -95,19 +104,29 @@ def _of_logits(
     states = hidden_states(model, batch)[batch.states]
     head: Any = model.get_output_embeddings()
 
-    def measured(states: Tensor, targets: Tensor) -> Tensor:
+    def measured(states: Tensor, targets: Tensor, barred: Tensor) -> Tensor:
         # Dividing the states by the temperature divides the logits, of which there are far more.
         logits = head(states / temperature).float()
         if getattr(head, "bias", None) is not None:
             # The head has added its bias undivided.
             logits = logits + head.bias * (1.0 / temperature - 1.0)
+        if len(barred):
+            # In place, for the sake of memory. What is written over has no gradient.
+            logits[barred[:, 0], barred[:, 1]] = BARRED
         return measure(logits, targets)
 
     size = max(1, LOGITS // head.weight.shape[0])
     if len(states) <= size:
-        return measured(states, batch.targets)
-    chunks = zip(states.split(size), batch.targets.split(size), strict=True)
+        return measured(states, batch.targets, batch.barred)
+    chunks = zip(states.split(size), batch.targets.split(size), _chunks(batch.barred, size), strict=False)
     return torch.cat([checkpoint(measured, *each, use_reentrant=False, preserve_rng_state=False) for each in chunks])
+
+
+def _chunks(barred: Tensor, size: int) -> Iterator[Tensor]:
+    """What could not be drawn, for each `size` predicted tokens, which are counted from the start of their chunk."""
+    for start in itertools.count(0, size):
+        own = (barred[:, 0] >= start) & (barred[:, 0] < start + size)
+        yield barred[own] - barred.new_tensor([start, 0])
 
 
 def _chosen(logits: Tensor, targets: Tensor) -> Tensor:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -19,15 +20,27 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def gold_labeller(config: Config) -> Labeller:
-    """The labeller whose measure is `gold`.
+def gold_labeller(config: Config) -> Labeller | None:
+    """The labeller whose measure is `gold`; None in a run with an environment, whose trajectories are no answers.
 
     It is the one that ranked the answers. People cannot be asked during training, so ROUGE-L with the reference
     stands in for them.
     """
+    if config.environment:
+        return None
     if config.data.comparisons is None and config.collect.labeller.kind != "file":
         return make_labeller(config.collect.labeller)
     return ReferenceLabeller()
+
+
+def gold_measures(
+    labeller: Labeller | None, prompts: Sequence[Prompt], texts: Sequence[str | None]
+) -> list[float] | None:
+    """[n] the labeller's own measure of each answer, NaN where it has none; None without a labeller."""
+    if labeller is None:
+        return None
+    measured = [None if text is None else labeller.measure(p, text) for p, text in zip(prompts, texts, strict=True)]
+    return [math.nan if value is None else value for value in measured]
 
 
 class GoldMeasure:

@@ -179,6 +179,10 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
             raise UserError(f"{path}: search: {key!r} cannot be swept: {why}")
     if base.evaluate.prompts is not None:
         raise UserError(f"{path}: evaluate.prompts is set; a sweep compares trials on a split of the data")
+    if base.environment and settings.metric.partition(".")[2].startswith(("gold", "rouge")):
+        raise UserError(
+            f"{path}: metric {settings.metric!r} is not measured in a run with an environment; take policy.reward"
+        )
     changes.pop("evaluate.split", None)
     return Sweep(settings, search, tree, changes, path, config_file, base)
 

@@ -24,7 +24,7 @@ def test_a_game_in_turns_without_a_reward_model(start: Any, tmp_path: Path) -> N
     rule.write_text("def turns(responses):\n    return [-text.count('Guess:') for text in responses]\n")
     rewards = f"rewards=[{{kind: environment}}, {{kind: python, name: turns, path: '{rule}:turns', weight: 0.125}}]"
     changes = [f"data.demonstrations.path={rows}", f"runs_dir={tmp_path}", "sft.epochs=1", rewards]
-    changes += ["evaluate.max_prompts=16", "evaluate.best_of=4"]
+    changes += ["evaluate.max_prompts=16", "evaluate.best_of=4", "data.min_response_tokens=1"]
     changes += [
         "rl.algorithm=ppo",
         "rl.steps=2",
@@ -52,7 +52,8 @@ def test_a_game_in_turns_without_a_reward_model(start: Any, tmp_path: Path) -> N
         assert line["rl/rewards/turns"] == pytest.approx(-0.125 * (line["rollout/turns"] - 1), abs=1e-6)
         assert 0 <= line["rl/rewards/environment"] <= 1
         assert 0 < line["rollout/redrawn"] <= 8, "of 16 responses to 8 prompts, no two with the same score"
-        assert line["rl/first_ratio_off_one"] < 1e-5 and line["rl/logprob_gap/mean"] < 1e-3
+        assert line["rl/first_ratio_off_one"] < 1e-5 and line["rl/logprob_gap/max"] < 1e-3
+        assert "rl/gold/mean" not in line, "a trajectory in turns is no answer"
     samples = pq.read_table(run / "samples.parquet").to_pylist()
     for row in samples:
         guess = re.search(r"\d+", row["policy"].rpartition("Guess:")[2])  # the first number of the last turn
@@ -62,5 +63,7 @@ def test_a_game_in_turns_without_a_reward_model(start: Any, tmp_path: Path) -> N
     mean = sum(row["reward_policy"] for row in samples) / len(samples)
     assert evaluation["policy"]["reward"]["mean"] == pytest.approx(mean)
     assert evaluation["reference"]["reward"] is None, "a text that is given cannot be played"
+    for measure in ("gold", "rouge1", "rouge2", "rougeL"):
+        assert evaluation["policy"][measure] is None and f"{measure}_policy" not in samples[0]
     assert evaluation["best_of"]["kl"]["mean"] == pytest.approx(math.log(4) - 3 / 4)
     assert "policy_minus_best_of" in evaluation["differences"]

@@ -41,7 +41,7 @@ pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 TINY = resolve_model("embedded:opt-tiny")
 TEMPERATURE = 0.7
-MAX_PROMPT, MAX_RESPONSE = 96, 40
+MAX_PROMPT, MAX_RESPONSE, MIN_RESPONSE = 96, 40, 12
 BIAS = 0.25
 
 
@@ -81,7 +81,7 @@ def prompts(config: Config) -> list[EncodedPrompt]:
 
 @pytest.fixture(scope="module")
 def sampling() -> Sampling:
-    return Sampling(TEMPERATURE, MAX_RESPONSE, load_tokenizer(TINY).eos_token_id)
+    return Sampling(TEMPERATURE, MAX_RESPONSE, load_tokenizer(TINY).eos_token_id, min_tokens=MIN_RESPONSE)
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +177,7 @@ def test_reference_logprobs_equal_the_generators_own(first: Batch) -> None:
         np.testing.assert_allclose(t.ref_logprobs, t.generator_logprobs, atol=1e-4)
         with torch.no_grad():
             logits = model(torch.tensor(t.token_ids)[None]).logits[0, len(t.prompt_ids) - 1 : -1] / TEMPERATURE
+        logits[:MIN_RESPONSE, load_tokenizer(TINY).eos_token_id] = -torch.inf
         plain = logits.log_softmax(-1).gather(1, torch.tensor(t.response_ids)[:, None])[:, 0]
         np.testing.assert_allclose(t.ref_logprobs, plain.numpy(), atol=1e-4)
 

@@ -34,13 +34,15 @@ from rayrlhf.data.rows import Row
 from rayrlhf.errors import UserError
 from rayrlhf.models.batching import collate
 from rayrlhf.models.logprobs import token_logprobs
-from rayrlhf.trajectory import GenerationRequest, Sampling, SerializedTrajectory, Trajectory
+from rayrlhf.trajectory import GenerationRequest, Sampling, SerializedTrajectory, Trajectory, Truncation
 
 EMBEDDED = Path(rayrlhf.__file__).parent / "assets" / "opt-tiny"
 TOLERANCE = 1e-4
 MAX_LENGTH = 192
 NEVER = 0
 """An id that these models hardly ever sample, as EOS of responses that shall run to their full length."""
+MANY = tuple(range(3, 103))
+"""Ids that these models often sample, as stop tokens."""
 
 
 def _perturbed(model: PreTrainedModel, seed: int) -> PreTrainedModel:
@@ -55,10 +57,13 @@ def _perturbed(model: PreTrainedModel, seed: int) -> PreTrainedModel:
 
 
 def _reference_logprobs(model: PreTrainedModel, trajectory: Trajectory, temperature: float) -> NDArray[np.float32]:
-    """[R] by transformers, in float32."""
+    """[R] by transformers, in float32, without the ends where none could be drawn."""
     ids = torch.from_numpy(trajectory.token_ids)
     with torch.no_grad():
         logits = model(ids[None]).logits[0, len(trajectory.prompt_ids) - 1 : -1].float()
+    if trajectory.minimum:
+        for place in range(min(trajectory.minimum.tokens, len(logits))):
+            logits[place, list(trajectory.minimum.ends)] = -torch.inf
     logprobs = torch.log_softmax(logits / temperature, dim=-1)
     return logprobs.gather(1, ids[len(trajectory.prompt_ids) :, None])[:, 0].numpy()
 
@@ -266,6 +271,71 @@ def test_a_response_ends_with_its_first_eos(tied: Generator, embedded: PreTraine
     assert trajectory.response_ids.tolist() == ids[: ids.index(earlier) + 1] and trajectory.finish_reason == "eos"
 
 
+def test_no_response_is_shorter_than_its_minimum(tied: Generator, embedded: PreTrainedModel) -> None:
+    """Log-probs are those of the learner, which leaves the same ends out at the same places, and no others."""
+    version = _sync(tied, embedded)
+    requests = _requests(24, length=40)
+    free = replace(_sampling(0.7, 24), stop_token_ids=MANY)
+    lengths = [len(t.response_ids) for t in _generate(tied, requests, free, version)]
+    assert min(lengths) < 7, "some must end early by themselves, or this test shows nothing"
+    found = _generate(tied, requests, replace(free, min_tokens=6), version)
+    assert all(not np.isin(t.response_ids[:6], (NEVER, *MANY)).any() for t in found)
+    lengths = [len(t.response_ids) for t in found]
+    assert min(lengths) == 7 and {t.finish_reason for t in found} == {"eos", "length"}
+    assert _gap(embedded, found, 0.7) < TOLERANCE
+    with torch.no_grad():
+        learner = token_logprobs(embedded, collate([Row.of(t) for t in found], pad_token_id=1), 0.7).numpy()
+    np.testing.assert_allclose(np.concatenate([t.generator_logprobs for t in found]), learner, atol=TOLERANCE)
+    assert _gap(embedded, [replace(t, minimum=None) for t in found], 0.7) > 0.1
+    # A response with less room than that is all minimum.
+    (cut,) = _generate(tied, requests[:1], replace(free, min_tokens=6, max_tokens=4), version)
+    assert len(cut.response_ids) == 4 and _gap(embedded, [cut], 0.7) < TOLERANCE
+
+
+def test_the_models_own_eos_may_always_be_drawn(untied: tuple[Generator, PreTrainedModel]) -> None:
+    """Its generation config names one, which vLLM would bar as well; but what ends a response is the run's to say."""
+    generator, model = untied
+    assert model.generation_config is not None
+    own = model.generation_config.eos_token_id
+    assert own not in (None, NEVER)
+    sampling = replace(_sampling(1.0, 8), min_tokens=7)
+    found = _generate(generator, _requests(32, length=20), sampling, _sync(generator, model))
+    with torch.no_grad():
+        likeliest = max(
+            float(
+                model(torch.from_numpy(t.token_ids)[None])
+                .logits[0, len(t.prompt_ids) - 1 : -1]
+                .softmax(-1)[:, own]
+                .max()
+            )
+            for t in found
+        )
+    assert likeliest > 10 * TOLERANCE, "if it was barred, the others would have more probability by this, or more"
+    assert _gap(model, found, 1.0) < TOLERANCE
+
+
+def test_a_truncation_leaves_tokens_out(tied: Generator, embedded: PreTrainedModel) -> None:
+    """Each sampled token is among those that are left, and its log-prob is that of the softmax over them."""
+    version = _sync(tied, embedded)
+    requests = _requests(8, length=40)
+    for truncation in (Truncation(top_k=3), Truncation(top_p=0.5), Truncation(min_p=0.2)):
+        sampling = replace(_sampling(1.0, 8), truncation=truncation)
+        found = _generate(tied, requests, sampling, version)
+        for t in found:
+            with torch.no_grad():
+                logits = embedded(torch.from_numpy(t.token_ids)[None]).logits[0, len(t.prompt_ids) - 1 : -1].float()
+            for row, token, logprob in zip(logits, t.response_ids, t.generator_logprobs, strict=True):
+                p = row.softmax(-1)
+                order = p.argsort(descending=True)
+                before = p[order].cumsum(0) - p[order]  # of all that are more probable
+                left = order[(before < truncation.top_p) & (p[order] >= truncation.min_p * p.max())]
+                left = left[: truncation.top_k or None]
+                assert token in left
+                assert logprob == pytest.approx(float((p[token] / p[left].sum()).log()), abs=1e-3)
+        again = _generate(tied, requests[::-1], sampling, version)[::-1]
+        assert [t.response_ids.tolist() for t in again] == [t.response_ids.tolist() for t in found]
+
+
 def test_no_kv_cache_for_all_at_once(untied: tuple[Generator, PreTrainedModel]) -> None:
     generator, model = untied
     version = _sync(generator, model)
@@ -287,7 +357,7 @@ def test_new_weights_for_responses_in_flight(tied: Generator, embedded: PreTrain
     """Every token is of the model whose version it is stamped with, and the new one reads all of the context anew."""
     models = {_sync(tied, embedded): embedded}
     requests = dict(enumerate(_requests(12, length=70, samples=2), start=100))
-    sampling = _sampling(1.0, 40)
+    sampling = replace(_sampling(1.0, 40), min_tokens=40, stop_token_ids=MANY)  # which stay barred after a load
     done = tied.advance(requests, sampling, 0.0)
     assert done == {}
     for seed in (5, 6):

@@ -33,7 +33,7 @@ from rayrlhf.runs.metrics import read_metrics
 from rayrlhf.trajectory import Sampling, Trajectory
 
 TINY = resolve_model("embedded:opt-tiny")
-MAX_PROMPT, MAX_RESPONSE = 96, 16
+MAX_PROMPT, MAX_RESPONSE, MIN_RESPONSE = 96, 16, 9
 STEPS = 3
 
 
@@ -100,7 +100,7 @@ def coordinator(tmp_path_factory: pytest.TempPathFactory, reward_model: Path) ->
     own.start_generators()
     own.set_prompts(
         [EncodedPrompt(r.id, tuple(i)) for r, i in zip(records, ids, strict=True)],
-        Sampling(0.7, MAX_RESPONSE, tokenizer.eos_token_id),
+        Sampling(0.7, MAX_RESPONSE, tokenizer.eos_token_id, min_tokens=MIN_RESPONSE),
     )
     yield own
     for worker in own.pools.generators.workers:
@@ -152,6 +152,8 @@ def test_the_generator_follows_the_learner(undisturbed: tuple[Path, list[dict[st
     _, metrics, batches = undisturbed
     assert [line["step"] for line in metrics] == list(range(1, STEPS + 1))
     assert abs(metrics[0]["rl/kl"]) < 1e-3
+    lengths = [len(t.response_ids) for batch in batches for t in batch.trajectories if t.finish_reason == "eos"]
+    assert min(lengths) > MIN_RESPONSE, "the EOS was left out of the softmax until then, by the learner too"
     assert all(line["memory/learner_peak_mib"] > 100 for line in metrics)
     for line, batch in zip(metrics, batches, strict=True):
         assert line["rl/logprob_gap/max"] < 1e-4

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from rayrlhf.config import DataConfig, DatasetConfig
+from rayrlhf.config_file import parse_config
+from rayrlhf.data.sources import read_demonstrations
 from rayrlhf.data.template import (
     ChatPrompt,
     Message,
     PromptParts,
     TextPrompt,
+    end_of_turn,
     fit_prompts,
     plain_prompt,
     render,
@@ -27,13 +33,21 @@ from rayrlhf.data.tokens import (
     encode_prompt,
     encode_prompts,
     encode_response,
+    sampling_of,
     special_text_remover,
     stop_token_ids,
 )
 from rayrlhf.errors import UserError
+from rayrlhf.reports.remarks import remarks
+from rayrlhf.sections import DrawConfig
+from rayrlhf.trajectory import Minimum, Sampling, Truncation
 
 OPT_TINY = Path(__file__).parents[2] / "rayrlhf/assets/opt-tiny"
 EOS = 2
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
@@ -49,6 +63,15 @@ def tokenizer() -> PreTrainedTokenizerBase:
 def chat_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     chat = copy.deepcopy(tokenizer)
     chat.chat_template = CHAT_TEMPLATE
+    return chat
+
+
+@pytest.fixture(scope="module")
+def chatml_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """A turn ends with a token that is not the EOS, as with Qwen2's base models."""
+    chat = copy.deepcopy(tokenizer)
+    chat.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    chat.chat_template = CHATML
     return chat
 
 
@@ -82,6 +105,68 @@ def test_stop_tokens_are_one_token_each(tokenizer: PreTrainedTokenizerBase) -> N
     assert tokenizer.decode([newline]) == "\n"
     with pytest.raises(UserError, match="data.stop_tokens: 'a quiet town' is . tokens of this tokenizer"):
         stop_token_ids(tokenizer, ["\n", "a quiet town"])
+
+
+def test_a_dialogue_ends_with_the_cue_and_a_response_with_the_end_of_turn(
+    chatml_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    """The ids of rows with messages, spelled out by hand, and what ends the sampled response to them."""
+    tokenizer = chatml_tokenizer
+    messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Yes?"}]
+    rows = [{"messages": [*messages, {"role": "user", "content": "Who?"}], "response": "a quiet town"}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = DatasetConfig(format="prompts", path=str(tmp_path / "rows.jsonl"))
+    (found,) = read_demonstrations(source, "all", tokenizer, 64)
+    start, end = (tokenizer.convert_tokens_to_ids(f"<|im_{which}|>") for which in ("start", "end"))
+
+    def said(text: str) -> list[int]:
+        ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    turns = [("user", "Hello"), ("assistant", "Yes?"), ("user", "Who?")]
+    written = [id for role, text in turns for id in (start, *said(f"{role}\n{text}"), end, *said("\n"))]
+    bos = [EOS]  # OPT's BOS, which its tokenizer puts before every text
+    assert encode_prompt(tokenizer, found.prompt) == [*bos, *written, start, *said("assistant\n")]
+
+    data = DataConfig(stop_tokens=("<|im_end|>",), min_response_tokens=3)
+    sampling = sampling_of(tokenizer, data, DrawConfig(temperature=0.5, top_p=0.9, top_k=7, min_p=0.1), 2)
+    assert sampling == Sampling(0.5, 48, EOS, (end,), 2, 3, Truncation(0.9, 7, 0.1))
+    assert sampling.ends == (EOS, end) and sampling.minimum == Minimum(3, (EOS, end))
+    assert decode_response(tokenizer, [*said("a quiet town"), end]) == "a quiet town"
+
+
+@pytest.mark.parametrize(
+    ("template", "token"),
+    [
+        (CHATML, "<|im_end|>"),
+        ("{% for m in messages %}{{ m['content'] }} </s>{% endfor %}", "</s>"),
+        ("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}", None),
+        ("{{ raise_exception('only tools may speak') }}", None),
+        (None, None),
+    ],
+)
+def test_the_token_that_a_template_ends_turns_with(
+    chatml_tokenizer: PreTrainedTokenizerBase, template: str | None, token: str | None
+) -> None:
+    tokenizer = copy.deepcopy(chatml_tokenizer)
+    tokenizer.chat_template = template
+    assert end_of_turn(tokenizer) == token
+
+
+def test_an_end_of_turn_that_ends_no_response_is_said_once(chatml_tokenizer: PreTrainedTokenizerBase) -> None:
+    def said(prompt: str, **data: Any) -> list[str]:
+        return remarks(parse_config({"name": "x", "data": data}, "test"), chatml_tokenizer, [prompt])
+
+    dialogue = render(chatml_tokenizer, ChatPrompt((Message("user", "Hello"),)))
+    (line,) = said(dialogue)
+    assert line == (
+        "the chat template ends a turn with '<|im_end|>', but a response ends only with the EOS '</s>' or one of "
+        "data.stop_tokens; add '<|im_end|>' to data.stop_tokens"
+    )
+    assert said(dialogue, stop_tokens=["<|im_end|>"]) == [] == said("TL;DR:")
+    own = copy.deepcopy(chatml_tokenizer)
+    own.eos_token = "<|im_end|>"
+    assert remarks(parse_config({"name": "x"}, "test"), own, [dialogue]) == []
 
 
 def test_no_space_after_a_chat_template(chat_tokenizer: PreTrainedTokenizerBase) -> None:

@@ -25,7 +25,7 @@ from rayrlhf.environments.base import EnvironmentMaker, Turn
 from rayrlhf.environments.guess import Guess
 from rayrlhf.errors import UserError
 from rayrlhf.models.loading import load_tokenizer, resolve_model
-from rayrlhf.trajectory import GenerationRequest, Sampling, SerializedTrajectory, Trajectory, derive_seed
+from rayrlhf.trajectory import GenerationRequest, Minimum, Sampling, SerializedTrajectory, Trajectory, derive_seed
 from tests.tiny import forward_of, tiny_models, trainer_of
 
 PAGE = Path(__file__).parents[2] / "docs/extending.md"
@@ -136,6 +136,15 @@ def test_a_trajectory_is_turns_and_observations(tmp_path: Path) -> None:
         REQUEST, prompt_ids=(*REQUEST.prompt_ids, *said, *observed[0]), seed=derive_seed(77, "turn", 1)
     )
     assert sampling == replace(SAMPLING, max_tokens=30 - len(said) - len(observed[0]))
+
+
+def test_every_turn_has_its_least_length(tmp_path: Path) -> None:
+    (found,) = play(episodes(tmp_path, COUNTING, hello), REQUEST, sampling=replace(SAMPLING, min_tokens=2))
+    assert found.minimum == Minimum(2, (EOS,))
+    turn = len(hello(REQUEST))
+    assert turn > 2
+    expected = [[start + i, EOS] for start in (0, turn, 2 * turn) for i in range(2)]
+    assert Row.of(found).barred.tolist() == expected
 
 
 def test_only_what_the_policy_wrote_is_predicted_and_travels(tmp_path: Path) -> None:

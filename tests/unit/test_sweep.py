@@ -82,6 +82,7 @@ def test_the_example_is_a_sweep_of_ppo_on_dev() -> None:
         ({"fixed": {"evaluate.prompts": "a.jsonl"}}, "evaluate.prompts is set"),
         ({"metric": "policy.golf"}, "key 'metric': did you mean 'policy.gold'? (got 'policy.golf')"),
         ({"config": "none.yaml"}, "none.yaml: no such config file"),
+        ({"run": {"environment": {"path": "a.py:Game"}}}, "metric 'policy.gold' is not measured in a run with an env"),
         ({"config": None}, "key 'config'"),
     ],
 )

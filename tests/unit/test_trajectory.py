@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from ray import cloudpickle
 
 from actors.pools.remote import dump, load
-from rayrlhf.trajectory import SerializedTrajectory, Trajectory
+from rayrlhf.trajectory import Minimum, SerializedTrajectory, Trajectory
 
 
 @st.composite
@@ -33,6 +33,7 @@ def trajectories(draw: st.DrawFn) -> Trajectory:
         rewards={"one": 0.1, "two": -1.0} if scored else {},
         ref_logprobs=rng.normal(size=response).astype(np.float32) if scored else None,
         gold=draw(st.none() | st.floats(-1, 1)),
+        minimum=draw(st.none() | st.builds(Minimum, st.integers(1, 9), st.tuples(st.integers(0, 9), st.just(2)))),
     )
 
 
@@ -62,7 +63,7 @@ def test_a_trajectory_survives_its_journey(journey: Callable[[Trajectory], Traje
     got = journey(sent)
     for field in fields(Trajectory):
         own, expected = getattr(got, field.name), getattr(sent, field.name)
-        np.testing.assert_array_equal(own, expected)
+        np.testing.assert_equal(own, expected)
         if isinstance(expected, np.ndarray):
             assert own.dtype == expected.dtype and own.flags.writeable
 
