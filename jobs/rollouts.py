@@ -19,7 +19,9 @@ from rayrlhf.data.prompts import EncodedPrompt, requests_for
 from rayrlhf.data.records import Prompt
 from rayrlhf.data.tokens import sampling_of
 from rayrlhf.environments.base import EnvironmentMaker
+from rayrlhf.reports.alarms import cut_prompts
 from rayrlhf.rewards.gold import GoldMeasure, gold_labeller
+from rayrlhf.rewards.pretrained import CUT
 from rayrlhf.rewards.texts import TextRewards, make_text_rewards
 from rayrlhf.runs.folder import RunFolder
 from rayrlhf.sections import DrawConfig
@@ -131,6 +133,9 @@ class RolloutClient:
         done: list[Trajectory] = []
         for piece in self._slices(trajectories, self.config.resources.scorers.count, "scored"):
             done += self.call("score", piece, temperature)
+        for text in self.texts:
+            if cut := sum(t.counted.get(CUT + text.reward.name, 0) for t in done):
+                print(cut_prompts(text.reward.name, cut, len(done)), flush=True)
         return done
 
     def _slices(self, work: list[T], actors: int, done: str) -> Iterator[list[T]]:

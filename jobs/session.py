@@ -86,7 +86,13 @@ class Session:
         if self.config.data.comparisons is not None:
             published = sum(not c.heldout for c in self.data.comparisons)
         return batch_table(
-            self.config, len(splits.sft), len(splits.rl), published, len(self.data.evaluated), self.parameters
+            self.config,
+            len(splits.sft),
+            len(splits.rl),
+            published,
+            len(self.data.evaluated),
+            self.parameters,
+            {text.reward.name: text.bytes for text in self.rollouts.texts if text.bytes},
         )
 
     def close(self) -> None:

@@ -218,8 +218,8 @@ class Config(Section):
     collect: CollectConfig = CollectConfig()
     reward_model: RewardModelConfig = RewardModelConfig()
     rewards: Rewards = (ModelReward(),)
-    """What `rl` maximises the weighted sum of. Without a reward of kind `model` no reward model is trained, and the
-    stages `collect` and `reward_model` are left out."""
+    """What `rl` maximises the weighted sum of. Without a reward of kind `model` that has no `path` no reward model is
+    trained, and the stages `collect` and `reward_model` are left out."""
     dpo: DPOSection = DPOConfig()
     environment: EnvironmentConfig | None = None
     """What answers the policy, so that a response takes several turns; null: a response is one turn."""
@@ -230,14 +230,14 @@ class Config(Section):
 
     @property
     def trains_reward_model(self) -> bool:
-        """Whether the run has a reward model."""
-        wanted = any(isinstance(reward, ModelReward) for reward in self.rewards)
+        """Whether the run trains a reward model."""
+        wanted = any(reward.trained for reward in self.rewards)
         return wanted and (self.stages is None or "reward_model" in self.stages)
 
     @property
     def scored_by(self) -> tuple[Reward, ...]:
-        """The rewards that the run has: all but the reward model, where none is trained."""
-        return tuple(r for r in self.rewards if self.trains_reward_model or not isinstance(r, ModelReward))
+        """The rewards that the run has: all but the one that it would train, where it trains none."""
+        return tuple(r for r in self.rewards if self.trains_reward_model or not r.trained)
 
     def has(self, stage: StageName) -> bool:
         """Whether `stages` names it. Without `stages`, whether the usual pipeline may have it."""
@@ -251,7 +251,7 @@ class Config(Section):
         if list(chosen) != sorted(set(chosen), key=order.index):
             raise ValueError(f"stages: name each once, in this order: {', '.join(order)}")
         collected = self.data.comparisons is None
-        scored = any(isinstance(reward, ModelReward) for reward in self.rewards)
+        scored = any(reward.trained for reward in self.rewards)
         for wrong, what in (
             ("sft" not in chosen, "sft is missing; all others start from its model"),
             (collected and "dpo" in chosen and "collect" not in chosen, "dpo needs collect, or data.comparisons"),
@@ -262,9 +262,12 @@ class Config(Section):
             (not collected and "collect" in chosen, "leave out collect; data.comparisons are used in place of its own"),
             (
                 scored and "rl" in chosen and "reward_model" not in chosen,
-                "rl needs reward_model, or rewards of which none has the kind model",
+                "rl needs reward_model, or rewards of which none has the kind model without a path",
             ),
-            (not scored and "reward_model" in chosen, "leave out reward_model; no reward has the kind model"),
+            (
+                not scored and "reward_model" in chosen,
+                "leave out reward_model; no reward has the kind model without a path",
+            ),
             (
                 "evaluate" in chosen and self.evaluate.best_of is not None and not self.scored_by,
                 "evaluate.best_of needs a reward to choose by; add reward_model, or rewards of another kind",

@@ -180,7 +180,8 @@ def _explain(error: Any, root: type[BaseModel]) -> str:
         return f"key {key!r} is missing"
     if error["type"] == "union_tag_invalid":
         expected = error["ctx"]["expected_tags"].replace("'", "")
-        return f"key '{key}.algorithm': {error['ctx']['tag']!r} is none of {expected}"
+        tag = error["ctx"]["discriminator"].strip("'_()")  # 'kind', or the function _algorithm()
+        return f"key '{key}.{tag}': {error['ctx']['tag']!r} is none of {expected}"
     message = error["msg"].removeprefix("Value error, ")
     return f"key {key!r}: {message[0].lower()}{message[1:]} (got {error['input']!r})" if key else message
 

@@ -121,8 +121,8 @@ class Trajectory:
     """How often the policy wrote."""
     environment_reward: float | None = None
     """Sum of the environment's rewards; None without one."""
-    judge_tokens: int | None = None
-    """Tokens that judges have read and written about it; None without a judge."""
+    counted: dict[str, int] = field(default_factory=dict)
+    """What rewards count beside their scores, such as the tokens of judges; the metrics have the sum over a batch."""
     minimum: Minimum | None = None
     """The shortest turn with which it was sampled; None if a turn could end at once, or if nothing was sampled."""
 
@@ -154,7 +154,7 @@ class Trajectory:
         written = None if self.written is None else self.written.tobytes()
         packed = b"".join([array.tobytes() for array in arrays])
         about = (self.prompt_id, self.sample_index, self.seed, self.finish_reason, self.rewards, self.gold)
-        turns = (written, self.turns, self.environment_reward, self.judge_tokens, self.minimum)
+        turns = (written, self.turns, self.environment_reward, self.counted, self.minimum)
         return _unpacked, (packed, len(self.prompt_ids), len(self.response_ids), self.written_tokens, *about, *turns)
 
 
@@ -172,7 +172,7 @@ def _unpacked(
     written: bytes | None,
     turns: int,
     environment_reward: float | None,
-    judge_tokens: int | None,
+    counted: dict[str, int],
     minimum: Minimum | None,
 ) -> Trajectory:
     ids = np.frombuffer(packed, np.int32, prompt + response).astype(np.int64)
@@ -195,7 +195,7 @@ def _unpacked(
         written=None if written is None else np.frombuffer(written, np.bool_).copy(),
         turns=turns,
         environment_reward=environment_reward,
-        judge_tokens=judge_tokens,
+        counted=counted,
         minimum=minimum,
     )
 
@@ -222,7 +222,7 @@ class SerializedTrajectory(NamedTuple):
     """Sum of all its tokens' versions, from which a batch's mean staleness follows."""
     gold: float | None
     rewards: dict[str, float]
-    judge_tokens: int | None
+    counted: dict[str, int]
     data: bytes
     """The pickled trajectory."""
 
@@ -241,7 +241,7 @@ class SerializedTrajectory(NamedTuple):
             sum(versions),
             t.gold,
             t.rewards,
-            t.judge_tokens,
+            t.counted,
             pickle.dumps(t, protocol=5),
         )
 

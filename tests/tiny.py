@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -91,13 +91,21 @@ def forward_of(model: Any, max_tokens: int = 4096) -> Forward:
     return Forward(model, pad_token_id=PAD, max_tokens=max_tokens, dtype="float32")
 
 
-def trainer_of(policy: Any, value_model: Any, config: RLConfig, ranks: Ranks | None = None, seed: int = 0) -> Trainer:
+def trainer_of(
+    policy: Any,
+    value_model: Any,
+    config: RLConfig,
+    ranks: Ranks | None = None,
+    seed: int = 0,
+    normalized: Mapping[str, float] | None = None,
+) -> Trainer:
     """A trainer of these models in float32, with micro-batches as the config says."""
     forwards = [forward_of(model, config.micro_batch_tokens) if model else None for model in (policy, value_model)]
     assert forwards[0]
     return make_trainer(
-        config, forwards[0], forwards[1], ranks or Ranks(1), max_response_tokens=MAX_RESPONSE, seed=seed
-    )
+        config, forwards[0], forwards[1], ranks or Ranks(1), max_response_tokens=MAX_RESPONSE, seed=seed,
+        normalized=normalized,
+    )  # fmt: skip
 
 
 def critic_of(trainer: Trainer) -> Critic:

@@ -61,8 +61,8 @@ class Batch:
         gold = [t.gold for t in serialized if t.gold is not None]
         if gold:
             metrics |= {"rl/gold/mean": statistics.fmean(gold), "rl/gold/std": statistics.pstdev(gold)}
-        if any(t.judge_tokens is not None for t in serialized):
-            metrics["rl/judge_tokens"] = float(sum(t.judge_tokens or 0 for t in serialized))
+        for name in dict.fromkeys(name for t in serialized for name in t.counted):
+            metrics[f"rl/{name}"] = float(sum(t.counted.get(name, 0) for t in serialized))
         names = serialized[0].rewards
         for name in names if len(names) > 1 else ():  # one alone is the score
             of_name = [t.rewards[name] for t in serialized]

@@ -62,11 +62,12 @@ class Scorer(SerializedCalls):
         self.rewards: list[RewardFunction] = []
         self.environment = next((reward for reward in rewards if isinstance(reward, EnvironmentReward)), None)
         for reward in rewards:
-            if isinstance(reward, ModelReward):
+            if reward.trained:
                 assert reward_model is not None, "of the stage `reward_model`"
                 model = forward(load_reward_model(local_copy(reward_model), device=self.device))
                 self.rewards.append(RewardModelFunction(model, reward.name, reward.weight))
         if texts is not None:
+            texts.start(settings)
             self.rewards.append(texts)
         self.reference = forward(load_policy(local_copy(reference), device=self.device))
         self.gold = gold

@@ -65,6 +65,7 @@ def rl_loop(args: RLArguments) -> None:
         trainer = make_trainer(
             config.rl, forward_of(policy), forward_of(value_model) if value_model else None, loop.ranks,
             max_response_tokens=config.data.max_response_tokens, seed=config.seed, plugin=args.plugin,
+            normalized={reward.name: reward.weight for reward in config.rewards if reward.normalize},
         )  # fmt: skip
         generators = GeneratorLink(args.coordinator, config, loop.ranks, policy)
         version, cursor = 0, Cursor(0)

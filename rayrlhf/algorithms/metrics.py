@@ -65,12 +65,15 @@ def reduce_sums(sums: Mapping[str, Tensor], names: tuple[str, ...], ranks: Ranks
     return dict(zip(names, ranks.sum(vector).tolist(), strict=True))
 
 
-def batch_sums(sampled: Sampled, earned: Tensor, group: Group, returns: Tensor | None) -> dict[str, Tensor]:
+def batch_sums(
+    sampled: Sampled, learned: Tensor, earned: Tensor, group: Group, returns: Tensor | None
+) -> dict[str, Tensor]:
     """Sums over the B responses of this rank, of at most R tokens, before the update.
 
     Args:
         sampled: the responses.
-        earned: [B] the scores as the rewards are made of them, clipped and punished.
+        learned: [B] their scores, of which some rewards may be normalised.
+        earned: [B] the same, clipped and punished.
         group: of these scores.
         returns: [B, R], with a critic.
     """
@@ -86,7 +89,7 @@ def batch_sums(sampled: Sampled, earned: Tensor, group: Group, returns: Tensor |
         "score": score.double().sum(),
         "score_squared": score.double().square().sum(),
         "reward": earned.double().sum(),
-        "score_clipped": (earned != score).sum(),
+        "score_clipped": (earned != learned).sum(),
         "log_ratio": response_log_ratio.sum(),
         "log_ratio_squared": response_log_ratio.square().sum(),
         # exp(-x) - 1 + x: an estimate of the same KL divergence that is never negative and varies less

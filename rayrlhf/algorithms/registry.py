@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rayrlhf.algorithms.base import Algorithm
@@ -63,12 +63,14 @@ def make_trainer(
     max_response_tokens: int,
     seed: int,
     plugin: Plugin | None = None,
+    normalized: Mapping[str, float] | None = None,
 ) -> Trainer:
     """The trainer of `config.algorithm`; see `Trainer` for the arguments.
 
     Args:
         value_model: a model with a scalar head, for an algorithm with a critic.
         plugin: as for `make_algorithm`.
+        normalized: as for `Trainer`.
     """
     critic = None
     if isinstance(config, CriticConfig):
@@ -76,5 +78,5 @@ def make_trainer(
         critic = Critic(value_model, config, updates_of(config))
     return Trainer(
         make_algorithm(config, plugin), policy, critic, config, ranks,
-        max_response_tokens=max_response_tokens, seed=seed,
+        max_response_tokens=max_response_tokens, seed=seed, normalized=normalized,
     )  # fmt: skip

@@ -11,7 +11,7 @@ number of ranks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,6 +41,7 @@ from rayrlhf.errors import UserError
 from rayrlhf.models.batching import TokenBatch
 from rayrlhf.models.forward import Forward
 from rayrlhf.models.ranks import Ranks
+from rayrlhf.rewards.functions import learned_scores
 from rayrlhf.trajectory import Trajectory, derive_seed
 
 
@@ -65,6 +66,7 @@ class Trainer:
         *,
         max_response_tokens: int,
         seed: int,
+        normalized: Mapping[str, float] | None = None,
     ) -> None:
         """Both models compute the same micro-batches, cut as `policy` cuts them.
 
@@ -76,10 +78,11 @@ class Trainer:
             ranks: the learner workers that share each batch.
             max_response_tokens: at which generators stop.
             seed: of the permutations.
+            normalized: weights of the rewards that are normalised, by name, see `learned_scores`.
         """
         self.algorithm, self.policy, self.critic = algorithm, policy, critic
         self.config, self.ranks, self.seed = config, ranks, seed
-        self.max_response_tokens = max_response_tokens
+        self.max_response_tokens, self.normalized = max_response_tokens, normalized or {}
         self.policy_optimizer = Optimizer(policy.model, config.optimizer, updates_of(config))
         self.kl = KLController(config.kl)
 
@@ -101,7 +104,8 @@ class Trainer:
         prompts = [t.prompt_id for t in trajectories]
         own = shard([t.length for t in trajectories], self.ranks.world, prompts)[self.ranks.rank]
         groups = Groups.of(prompts, own, self.ranks.device, self.ranks.sum)
-        experience, metrics = self.make_experience([trajectories[i] for i in own], groups)
+        learned = self.learned_scores(trajectories)[own]
+        experience, metrics = self.make_experience([trajectories[i] for i in own], groups, learned)
         by_index = dict(zip(own, experience, strict=True))
         train_policy = self.critic is None or step >= self.critic.config.critic_warmup_steps
         sums: list[dict[str, Tensor]] = []
@@ -133,13 +137,14 @@ class Trainer:
         return metrics
 
     def make_experience(
-        self, trajectories: Sequence[Trajectory], groups: Groups | None = None
+        self, trajectories: Sequence[Trajectory], groups: Groups | None = None, learned: Tensor | None = None
     ) -> tuple[list[Experience], dict[str, float]]:
         """Old log-probs and values (one pass without gradient), scores, advantages and returns.
 
         Args:
             trajectories: this rank's B, with responses of at most R tokens.
             groups: which responses of the whole batch have the same prompt; None if this rank has them all.
+            learned: [B] their `learned_scores`, as the whole batch gives them; None if this rank has it all.
 
         Returns:
             One experience for each trajectory, in their order; and metrics over the batch of all ranks.
@@ -157,7 +162,9 @@ class Trainer:
         rows = [Row.of(t) for t in trajectories]
         logprobs, values, entropy = self._first_pass(rows)
         sampled = Sampled.of(trajectories, logprobs, values, entropy, config.missing_eos_reward)
-        mask, scores = sampled.mask, self._earned(sampled)
+        mask = sampled.mask
+        learned = (self.learned_scores(trajectories) if learned is None else learned).to(ranks.device)
+        scores = self._earned(learned, mask)
 
         beta = self.kl.beta if config.kl.estimator == "k1" else 0.0
         advantages, returns = self.algorithm.advantages(sampled, scores, groups, beta, ranks.sum)
@@ -168,7 +175,7 @@ class Trainer:
             # Only then may a token come from an older policy. Otherwise generator and learner differ by rounding.
             weights = importance_weights(sampled.logprobs, sampled.generator_logprobs, config.max_importance_weight)
 
-        sums = batch_sums(sampled, scores, groups.statistics(scores), returns)
+        sums = batch_sums(sampled, learned, scores, groups.statistics(scores), returns)
         sums |= importance_sums(weights, mask, config.max_importance_weight)
         reduced = reduce_sums(sums, BATCH_SUMS, ranks)
         metrics = batch_metrics(reduced, self.kl.beta, config.kl.estimator == "k1", self.critic is not None)
@@ -256,15 +263,19 @@ class Trainer:
             self.critic.load_state_dict(state["critic"])
         self.kl.beta = float(state["beta"])
 
-    def _earned(self, sampled: Sampled) -> Tensor:
+    def learned_scores(self, trajectories: Sequence[Trajectory]) -> Tensor:
+        """[whole batch] the scores that the policy learns from, before `_earned`."""
+        return learned_scores(trajectories, self.config.missing_eos_reward, self.normalized)
+
+    def _earned(self, scores: Tensor, mask: Tensor) -> Tensor:
         """[B] the scores as advantages are made of them: clipped, and less the punishment of long responses."""
-        config, scores = self.config, sampled.scores
+        config = self.config
         if config.reward_clip is not None:
             scores = scores.clamp(-config.reward_clip, config.reward_clip)
         if config.overlong_tokens is not None:
             # Yu et al. 2025 (DAPO), equation 13.
             free = self.max_response_tokens - config.overlong_tokens
-            scores = scores - ((sampled.mask.sum(1) - free) / config.overlong_tokens).clamp(0.0, 1.0)
+            scores = scores - ((mask.sum(1) - free) / config.overlong_tokens).clamp(0.0, 1.0)
         return scores
 
     def _total(self, loss: Tensor, counts: Sequence[int], whole: MiniBatch) -> tuple[Tensor, int]:

@@ -8,11 +8,13 @@ counted.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from rayrlhf.data.loading import SourceRow
-from rayrlhf.data.template import ChatPrompt, Message, PromptParts, TextPrompt, plain_prompt, tldr_prompt
+from rayrlhf.data.records import Message
+from rayrlhf.data.template import ChatPrompt, PromptParts, TextPrompt, plain_prompt, tldr_prompt
 from rayrlhf.errors import UserError
 
 
@@ -27,6 +29,8 @@ class RawDemonstration:
     prompt: PromptParts
     response: str
     title: str | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    """The columns that the format does not use; published data sets have none."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,8 @@ class Format:
 def _tldr(row: SourceRow) -> RawDemonstration:
     title = row.text("title", allow_empty=True)
     prompt = tldr_prompt(row.text("subreddit", allow_empty=True), title, row.text("post"))
-    return RawDemonstration(prompt, row.text("summary").strip(), title.strip() or None)
+    metadata = row.other_than("id", "subreddit", "title", "post", "summary")
+    return RawDemonstration(prompt, row.text("summary").strip(), title.strip() or None, metadata)
 
 
 # --- CarperAI/openai_summarize_{tldr,comparisons}: posts already rendered, with single newlines ----------------------
@@ -166,31 +171,34 @@ def _messages(row: SourceRow) -> list[Message]:
     return messages
 
 
-def _own_prompt(row: SourceRow) -> tuple[PromptParts, str | None]:
-    """The prompt, and the reply if `messages` ends with one."""
+def _own_prompt(row: SourceRow) -> tuple[PromptParts, str | None, str]:
+    """The prompt, the reply if `messages` ends with one, and the column that they are from."""
     if row.values.get("messages") is None:
         if row.values.get("prompt") is None:
             raise UserError(
                 f"{row.where}: no 'prompt' (text) or 'messages'; there are: {', '.join(row.values) or 'none'}"
             )
-        return plain_prompt(row.text("prompt")), None
+        return plain_prompt(row.text("prompt")), None, "prompt"
     messages = _messages(row)
     reply = messages.pop().content if messages[-1].role == "assistant" else None
     if not messages or messages[-1].role != "user":
         raise UserError(f"{row.where}: 'messages' must hold a user's turn before the answer")
-    return ChatPrompt(tuple(messages)), reply
+    return ChatPrompt(tuple(messages)), reply, "messages"
 
 
 def _own_demonstration(row: SourceRow) -> RawDemonstration:
-    prompt, reply = _own_prompt(row)
+    prompt, reply, *used = _own_prompt(row)
     if reply is None:
         column = next((name for name in ("response", "reference") if row.values.get(name) is not None), "response")
         reply = row.text(column).strip()
-    return RawDemonstration(prompt, reply)
+        used.append(column)
+    # Every row of a Parquet file has all columns; of those named here, a null says that the row has another one.
+    used += [name for name in ("prompt", "messages", "response", "reference") if row.values.get(name) is None]
+    return RawDemonstration(prompt, reply, metadata=row.other_than("id", *used))
 
 
 def _own_comparison(row: SourceRow) -> RawComparison:
-    prompt, reply = _own_prompt(row)
+    prompt, reply, _ = _own_prompt(row)
     if reply is not None:
         raise UserError(
             f"{row.where}: 'messages' of a comparison must end with the user's turn; the answers are 'responses'"

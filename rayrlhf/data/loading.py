@@ -66,6 +66,10 @@ class SourceRow:
             raise UserError(f"{self.where}: {column!r} is empty; fill it in or remove the row")
         return str(value)
 
+    def other_than(self, *columns: str) -> dict[str, Any]:
+        """The values of all columns but these."""
+        return {column: value for column, value in self.values.items() if column not in columns}
+
 
 @dataclass(frozen=True)
 class SourceRows:

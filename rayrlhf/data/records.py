@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+
+class Message(NamedTuple):
+    """One turn of a dialogue; role is `system`, `user` or `assistant`."""
+
+    role: str
+    content: str
 
 
 @dataclass(frozen=True)
@@ -15,6 +24,10 @@ class Prompt:
     """A person's own answer, if the data has one."""
     title: str | None = None
     """The post's title, if the data has one. Repeating it is the evaluation's baseline for summaries."""
+    messages: tuple[Message, ...] = ()
+    """The dialogue that `text` renders, whole also where `text` is cut; empty where the data has a text."""
+    metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """The columns of the prompt's row that its format does not use, for rewards of the user's own."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +38,8 @@ class Demonstration:
     prompt: str
     response: str
     title: str | None = None
+    messages: tuple[Message, ...] = ()
+    metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)

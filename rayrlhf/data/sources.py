@@ -49,18 +49,14 @@ def read_demonstrations(
         raise _cannot(source, "demonstrations", "demonstration")
     records, dropped = _read(source, split, adapter.demonstration)
     remove = special_text_remover(tokenizer)
-    prompts = fit_prompts(
-        tokenizer,
-        [raw.prompt.map(remove) for _, _, raw in records],
-        max_prompt_tokens,
-        [row.where for _, row, _ in records],
-    )
+    parts = [raw.prompt.map(remove) for _, _, raw in records]
+    prompts = fit_prompts(tokenizer, parts, max_prompt_tokens, [row.where for _, row, _ in records])
     if dropped:
         reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
         _log.warning("%s, split %s: %d records; dropped: %s", source.path, split, len(records), reasons)
     return [
-        Demonstration(id, prompt, _response(remove, raw.response, row), raw.title)
-        for (id, row, raw), prompt in zip(records, prompts, strict=True)
+        Demonstration(id, prompt, _response(remove, raw.response, row), raw.title, whole.messages, raw.metadata)
+        for (id, row, raw), prompt, whole in zip(records, prompts, parts, strict=True)
     ]
 
 
@@ -105,7 +101,7 @@ def read_published(
 
 def as_prompts(demonstrations: Sequence[Demonstration]) -> list[Prompt]:
     """Make prompts of demonstrations; the response becomes the prompt's reference."""
-    return [Prompt(d.id, d.prompt, d.response, d.title) for d in demonstrations]
+    return [Prompt(d.id, d.prompt, d.response, d.title, d.messages, d.metadata) for d in demonstrations]
 
 
 def _read(

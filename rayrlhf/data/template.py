@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, ClassVar
 
 from jinja2 import TemplateError
 
+from rayrlhf.data.records import Message
 from rayrlhf.data.tokens import encode_prompts, leading_ids, starts_with_bos
 from rayrlhf.errors import UserError
 
@@ -30,19 +31,15 @@ class TextPrompt:
     body: str
     tail: str
 
+    messages: ClassVar[tuple[Message, ...]] = ()
+    """A text is no dialogue."""
+
     @property
     def text(self) -> str:
         return self.head + self.body + self.tail
 
     def map(self, change: Callable[[str], str]) -> TextPrompt:
         return TextPrompt(change(self.head), change(self.body), change(self.tail))
-
-
-class Message(NamedTuple):
-    """One turn of a dialogue; role is `system`, `user` or `assistant`."""
-
-    role: str
-    content: str
 
 
 @dataclass(frozen=True)

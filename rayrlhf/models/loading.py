@@ -32,7 +32,7 @@ from rayrlhf.models.lora import add_adapters
 
 _ASSETS = Path(__file__).parent.parent / "assets"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spm.model", "spiece.model")
 _SPARE_TOKENS = (
     "<pad>", "<|pad|>", "[PAD]", "<PAD>", "<|padding|>", "<|finetune_right_pad_id|>", "<|extratoken_1|>",
     "<|reserved_special_token_0|>",
@@ -113,7 +113,7 @@ def load_policy(path: str, revision: str | None = None, device: torch.device | s
         UserError: it cannot be loaded, is no causal language model, or lacks weights; or its logits are not
             lm_head(last hidden state) but scaled or capped, so that `token_logprobs` would be wrong without a sign.
     """
-    model, info = _load(AutoModelForCausalLM, path, revision)
+    model, info = load_pretrained(AutoModelForCausalLM, path, revision)
     if info["missing_keys"]:
         raise UserError(f"model {path!r}: weights are missing ({_some(info['missing_keys'])}); not a language model")
     if "score.weight" in info["unexpected_keys"]:
@@ -145,7 +145,7 @@ def load_reward_model(
     config = read_config(path, revision)
     if "ForSequenceClassification" in "".join(config.architectures or []) and config.num_labels != 1:
         raise UserError(f"model {path!r}: its head has {config.num_labels} labels; a reward model has one scalar score")
-    model, info = _load(AutoModelForSequenceClassification, path, revision, num_labels=1)
+    model, info = load_pretrained(AutoModelForSequenceClassification, path, revision, num_labels=1)
     head = getattr(model, "score", None)
     if not isinstance(head, nn.Linear):
         raise UserError(f"model {path!r}: {type(model).__name__} has no linear `score` head; use a decoder-only model")
@@ -226,7 +226,21 @@ def parameter_counts(path: str, revision: str | None = None, lora: LoRAConfig | 
     return sum(parameter.numel() for parameter in model.parameters()) - trained, trained
 
 
-def _load(auto: Any, path: str, revision: str | None, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+def load_pretrained(
+    auto: Any, path: str, revision: str | None, dtype: torch.dtype = torch.float32, **options: Any
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """A model without dropout in eval mode, and transformers' report of weights that are missing or unexpected.
+
+    Args:
+        auto: the class that loads it, such as AutoModelForCausalLM.
+        path: a directory or a hub name.
+        revision: of a hub name.
+        dtype: of the weights.
+        options: of the class; `num_labels` changes the config.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
     config = read_config(path, revision)
     # Before the model is built: some architectures read the rates then, others in each forward pass.
     for part in {id(c): c for c in (config, config.get_text_config())}.values():
@@ -235,7 +249,7 @@ def _load(auto: Any, path: str, revision: str | None, **options: Any) -> tuple[P
                 setattr(part, key, 0.0)
     with one_line_errors(path), quiet():
         model, info = auto.from_pretrained(
-            path, config=config, revision=revision, dtype=torch.float32, use_safetensors=True,
+            path, config=config, revision=revision, dtype=dtype, use_safetensors=True,
             trust_remote_code=False, output_loading_info=True, **_labels(config, options),
         )  # fmt: skip
     # And the modules as well: a rate may have another name in the config than the names looked for above.

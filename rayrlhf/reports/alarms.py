@@ -136,12 +136,25 @@ def alarms(metrics: Mapping[str, Any], config: Config, start: Mapping[str, Any])
         if value is not None and limit is not None and alarm.beyond(value, start, limit):
             warnings.append(alarm.means.format(value=value, start=start.get(alarm.metric), limit=limit))
     warnings += _rewards_that_pay(metrics, config, start)
+    warnings += [
+        cut_prompts(metric.rpartition("/")[2], value, metrics["rl/responses"])
+        for metric, value in metrics.items()
+        if metric.startswith("rl/prompts_cut/") and value
+    ]
     if metrics.get("rollout/replacements"):
         warnings.append(
             f"{metrics['rollout/replacements']:.0f} actor(s) died and were replaced in this step; their logs say why "
             "(often memory)"
         )
     return warnings
+
+
+def cut_prompts(reward: str, cut: float, responses: float) -> str:
+    """What to say of a reward model from elsewhere that did not read `cut` of the prompts whole."""
+    return (
+        f"reward {reward!r} read {cut:.0f} of {responses:.0f} responses without the beginning of their prompts, which "
+        "do not fit its context; lower data.max_prompt_tokens, or take a model with a longer one"
+    )
 
 
 def _rewards_that_pay(metrics: Mapping[str, Any], config: Config, start: Mapping[str, Any]) -> list[str]:

@@ -91,11 +91,13 @@ def batch_table(
     n_comparisons: int | None = None,
     n_test: int = 0,
     parameters: tuple[int, int] | None = None,
+    given: Mapping[str, int] | None = None,
 ) -> Table:
     """A table of the work of each stage; arguments as for `stage_loads`.
 
     `parameters`, the numbers of the policy's frozen and trained parameters, adds the GiB that the learner's weights,
-    gradients and Adam moments take.
+    gradients and Adam moments take, and the GiB of a scorer's weights. In these are `given`, the bytes of the reward
+    models from elsewhere, by name.
     """
     rl = config.rl
     notes = []
@@ -120,6 +122,15 @@ def batch_table(
         models, learner = (2 if rl.critic else 1, "rl") if config.has("rl") else (1, "dpo")
         size = models * (4 * frozen + 16 * trained) / 2**30
         notes.append(f"{learner} learner: about {size:.2f} GiB a worker, without activations.")
+        own = 4 * (frozen + trained)
+        held = {
+            "reference policy": own,
+            **({"reward model": own} if config.trains_reward_model else {}),
+            **(given or {}),
+        }
+        notes.append(
+            f"scorer: about {sum(held.values()) / 2**30:.2f} GiB each ({', '.join(held)}), without activations."
+        )
     table = Table(title=f"run {config.name}", caption="\n".join(notes), caption_justify="left", title_justify="left")
     table.add_column("stage")
     for heading in (

@@ -1,7 +1,7 @@
 """Reward functions, which give trajectories named scores, and the sum of those scores that an algorithm learns from.
 
-`rewards` of the config says which there are: a reward model, functions of one's own (`rayrlhf.rewards.python`), or
-both. The scorer calls them (`actors.rollouts.scorer`).
+`rewards` of the config says which there are: the reward model that the run trains, and those that read texts
+(`rayrlhf.rewards.texts`). The scorer calls them (`actors.rollouts.scorer`).
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from rayrlhf.data.rows import Row
@@ -53,18 +55,42 @@ def score_of(rewards: Mapping[str, float], ended: bool, missing_eos_reward: floa
 
 
 def scores(trajectories: Sequence[Trajectory], missing_eos_reward: float | None) -> Tensor:
-    """[B] float32 sum of each trajectory's rewards.
+    """[B] float32 sum of each trajectory's rewards, see `learned_scores`; none is normalised."""
+    return learned_scores(trajectories, missing_eos_reward, {})
+
+
+def learned_scores(
+    trajectories: Sequence[Trajectory], missing_eos_reward: float | None, normalized: Mapping[str, float]
+) -> Tensor:
+    """[B] float32 sum of each trajectory's rewards, of which some are normalised.
 
     Args:
-        trajectories: B, scored.
+        trajectories: B, scored; a whole batch, since mean and standard deviation of a normalised reward are over it.
         missing_eos_reward: see `score_of`.
+        normalized: weight of each reward that is normalised, by name. Its scores s count as weight (s - mean) / std,
+            with Bessel's correction; equal scores count as 0. Mean and std are over all responses, with EOS or without.
 
     Raises:
         UserError: a trajectory has no rewards.
     """
-    totals = []
     for trajectory in trajectories:
         if not trajectory.rewards:
             raise UserError(f"trajectory {trajectory.prompt_id}/{trajectory.sample_index} was never scored")
-        totals.append(score_of(trajectory.rewards, trajectory.finish_reason == "eos", missing_eos_reward))
+    standard = {
+        name: abs(weight) * _standardized([t.rewards[name] for t in trajectories])  # which have the weight's sign
+        for name, weight in normalized.items()
+    }
+    totals = []
+    for i, t in enumerate(trajectories):
+        rewards = {name: standard[name][i] if name in standard else score for name, score in t.rewards.items()}
+        totals.append(score_of(rewards, t.finish_reason == "eos", missing_eos_reward))
     return torch.tensor(totals, dtype=torch.float32)
+
+
+def _standardized(values: Sequence[float]) -> NDArray[np.float64]:
+    """[B] values less their mean, divided by their standard deviation (Bessel's); zeros where all are equal."""
+    array = np.asarray(values, np.float64)
+    # The mean of equal numbers may be off by a digit, and they would have a spread.
+    if array.max() == array.min():
+        return np.zeros_like(array)
+    return np.asarray((array - array.mean()) / array.std(ddof=1))

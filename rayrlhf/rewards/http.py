@@ -3,24 +3,28 @@
 POST url   {"name": "style", "settings": {...}, "items": [
               {"prompt_id": "17", "sample": 0, "prompt": "...", "response": "...", "reference": "..." or null}, ...]}
 answer     {"scores": [0.5, ...]}                                              one for each item, in their order
+
+With `metadata: true` every item also has "metadata": {...}, the further columns of the prompt's row in the data.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rayrlhf.config_rewards import HttpReward
 from rayrlhf.errors import UserError
+from rayrlhf.rewards.base import TextReward
 from rayrlhf.rewards.posting import post_all
 from rayrlhf.trajectory import Trajectory
 
 
-class HttpScores:
-    """See `rayrlhf.rewards.texts.TextReward`."""
+class HttpScores(TextReward):
+    """The scores of one service."""
 
-    plugin = None
+    reward: HttpReward
 
     def __init__(self, reward: HttpReward) -> None:
         self.reward = reward
@@ -30,6 +34,8 @@ class HttpScores:
             {"prompt_id": t.prompt_id, "sample": t.sample_index, "prompt": p, "response": r, "reference": ref}
             for t, p, r, ref in zip(trajectories, told["prompts"], told["responses"], told["references"], strict=True)
         ]
+        if self.reward.metadata:
+            items = [item | {"metadata": _as_json(m)} for item, m in zip(items, told["metadata"], strict=True)]
         size = self.reward.batch_size
         parts = [items[start : start + size] for start in range(0, len(items), size)]
         about = {"name": self.reward.name, "settings": self.reward.settings}
@@ -50,3 +56,8 @@ class HttpScores:
                     )
                 scores.append(float(score))
         return scores
+
+
+def _as_json(metadata: Mapping[str, Any]) -> Any:
+    """The same values; those that JSON lacks, such as dates and NaN, as text."""
+    return json.loads(json.dumps(dict(metadata), default=str), parse_constant=str)

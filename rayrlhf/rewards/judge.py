@@ -15,8 +15,12 @@ from typing import Any, NamedTuple
 
 from rayrlhf.config_rewards import JudgeReward
 from rayrlhf.errors import UserError
+from rayrlhf.rewards.base import TextReward
 from rayrlhf.rewards.posting import post_all
 from rayrlhf.trajectory import Trajectory
+
+TOKENS = "judge_tokens"
+"""What `Trajectory.counted` calls the tokens that judges have read and written."""
 
 ALONE = """{rubric}
 
@@ -47,10 +51,10 @@ class Question(NamedTuple):
     """`rate`, or `first` or `second` of a pair: where the response stands."""
 
 
-class Judge:
-    """See `rayrlhf.rewards.texts.TextReward`."""
+class Judge(TextReward):
+    """One judge, and what it has said."""
 
-    plugin = None
+    reward: JudgeReward
 
     def __init__(self, reward: JudgeReward) -> None:
         self.reward = reward
@@ -81,12 +85,12 @@ class Judge:
             for question in new
         ]
         for t in trajectories:
-            t.judge_tokens = t.judge_tokens or 0
+            t.counted.setdefault(TOKENS, 0)
         for question, answer in zip(new, post_all(self.reward, self.place, bodies, "/chat/completions"), strict=True):
             trajectory = owner[question.text]
             self._replies[question.text] = self._reply(answer)
             usage = answer.get("usage") or {}
-            trajectory.judge_tokens = (trajectory.judge_tokens or 0) + int(usage.get("total_tokens") or 0)
+            trajectory.counted[TOKENS] += int(usage.get("total_tokens") or 0)
         return [sum(self._score(q, t) for q in own) / len(own) for t, own in zip(trajectories, asked, strict=True)]
 
     def _questions(self, trajectory: Trajectory, prompt: str, response: str, reference: str | None) -> list[Question]:

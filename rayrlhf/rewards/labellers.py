@@ -143,7 +143,7 @@ class FileLabeller:
 
 
 class PythonLabeller:
-    """Ranks by the scores of a function, higher is better; it is told prompts, responses and references.
+    """Ranks by the scores of a function, higher is better; it is told all that a reward is but token ids.
 
     Raises:
         UserError: the file or the function does not fit; from `rank` and `measure`: it raised, or gave no number.
@@ -156,7 +156,7 @@ class PythonLabeller:
             raise UserError("collect.labeller.path: kind=python needs FILE.py:FUNCTION or MODULE:FUNCTION")
         section = PythonReward(name="python", path=config.path, settings=config.settings)
         plugin = Plugin.read(config.path, "collect.labeller.path")
-        self.function = PythonFunction(section, plugin, "labeller", ("prompts", "responses", "references"))
+        self.function = PythonFunction(section, plugin, "labeller", ("prompts", "responses", "references", "metadata"))
         self.function.load()
 
     def rank(self, prompt: Prompt, answers: Sequence[str]) -> LabelledRanking:
@@ -168,7 +168,12 @@ class PythonLabeller:
 
     def _scores(self, prompt: Prompt, answers: Sequence[str]) -> list[float]:
         count = len(answers)
-        told = {"prompts": [prompt.text] * count, "responses": answers, "references": [prompt.reference] * count}
+        told = {
+            "prompts": [prompt.text] * count,
+            "responses": answers,
+            "references": [prompt.reference] * count,
+            "metadata": [prompt.metadata] * count,
+        }
         return self.function([GenerationRequest(prompt.id, (), i) for i in range(count)], told)
 
 

@@ -1,6 +1,6 @@
 """Rewards by functions in files of your own, called in the scorers.
 
-def brevity(responses):                       # any of: prompts, responses, references, token_ids, and its settings
+def brevity(responses):             # any of: prompts, responses, references, metadata, token_ids, and its settings
     return [-len(text) / 100 for text in responses]
 """
 
@@ -12,11 +12,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+from rayrlhf.config_resources import ScorerConfig
 from rayrlhf.config_rewards import PythonReward
 from rayrlhf.errors import UserError, one_line
 from rayrlhf.plugins import Plugin
+from rayrlhf.rewards.base import TextReward
 
-TOLD = ("prompts", "responses", "references", "token_ids")
+TOLD = ("prompts", "responses", "references", "metadata", "token_ids")
 """What a function may ask for by the names of its parameters: a list each, with one entry for each response."""
 
 
@@ -29,8 +31,11 @@ class Sampled(Protocol):
     def sample_index(self) -> int: ...
 
 
-class PythonFunction:
+class PythonFunction(TextReward):
     """One function and what it is told."""
+
+    reward: PythonReward
+    plugin: Plugin
 
     def __init__(
         self, reward: PythonReward, plugin: Plugin, role: str = "reward", told: tuple[str, ...] = TOLD
@@ -50,6 +55,17 @@ class PythonFunction:
     def __getstate__(self) -> dict[str, Any]:
         """Without the function, which is made of the file's text where it is called."""
         return self.__dict__ | {"_function": None}
+
+    @classmethod
+    def read(cls, reward: PythonReward) -> PythonFunction:
+        """The function of a reward, read and tried.
+
+        Raises:
+            UserError: a file that cannot be read or run, or a function that asks for what nobody knows.
+        """
+        function = cls(reward, Plugin.read(reward.path, f"rewards: {reward.name}"))
+        function.load()
+        return function
 
     @property
     def place(self) -> str:
@@ -77,6 +93,9 @@ class PythonFunction:
             self._wanted = tuple(name for name in self.told if name in taken or _takes_any(parameters))
             self._function = function
         return self._function
+
+    def start(self, settings: ScorerConfig) -> None:
+        self.load()
 
     def __call__(self, trajectories: Sequence[Sampled], told: Mapping[str, Sequence[Any]]) -> list[float]:
         """A score for each trajectory.

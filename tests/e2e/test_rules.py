@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from rayrlhf.runs.metrics import read_metrics
+from tests.classifiers import BERT, write
 
 ROOT = Path(__file__).parents[2]
 
@@ -21,8 +22,16 @@ ROOT = Path(__file__).parents[2]
 def test_a_game_in_turns_without_a_reward_model(start: Any, tmp_path: Path) -> None:
     rows, rule = tmp_path / "guess.jsonl", tmp_path / "rule.py"
     subprocess.run([sys.executable, ROOT / "scripts/make_guess.py", rows], check=True)
-    rule.write_text("def turns(responses):\n    return [-text.count('Guess:') for text in responses]\n")
-    rewards = f"rewards=[{{kind: environment}}, {{kind: python, name: turns, path: '{rule}:turns', weight: 0.125}}]"
+    own = [json.loads(row) | {"cue": "Guess:"} for row in rows.read_text().splitlines()]
+    rows.write_text("".join(json.dumps(row) + "\n" for row in own))
+    rule.write_text(
+        "def turns(responses, metadata):\n    return [-text.count(m['cue']) for text, m in zip(responses, metadata)]\n"
+    )
+    turns = f"{{kind: python, name: turns, path: '{rule}:turns', weight: 0.125, normalize: true}}"
+    # A model from elsewhere, whose context no prompt fits. It counts for nothing here, so that the sums are known.
+    taste = write(tmp_path / "taste", BERT, max_position_embeddings=12, num_labels=2)
+    model = f"{{kind: model, name: taste, path: {taste}, label: 1, weight: 0.0}}"
+    rewards = f"rewards=[{{kind: environment}}, {turns}, {model}]"
     changes = [f"data.demonstrations.path={rows}", f"runs_dir={tmp_path}", "sft.epochs=1", rewards]
     changes += ["evaluate.max_prompts=16", "evaluate.best_of=4", "data.min_response_tokens=1"]
     changes += [
@@ -31,6 +40,7 @@ def test_a_game_in_turns_without_a_reward_model(start: Any, tmp_path: Path) -> N
         "rl.prompts_per_step=8",
         "rl.samples_per_prompt=2",
         "rl.max_redraws=1",
+        "rl.missing_eos_reward=null",
     ]
     command = start("python", "-m", "jobs.pipeline", "--local", "--config", "configs/guess.yaml", *changes)
     command.wait_for_line(r"rl 1/2 ")
@@ -40,6 +50,8 @@ def test_a_game_in_turns_without_a_reward_model(start: Any, tmp_path: Path) -> N
     outcome = command.wait()
     assert outcome.code == 0, outcome.err
     assert not any(command.ray_directory.iterdir()), "Ray was started"
+    assert "reward 'taste' read 16 of 16 responses without the beginning of their prompts" in outcome.out
+    assert "(reference policy, taste)" in outcome.out
     assert "collect" not in outcome.out and "reward_model" not in outcome.out
     run = tmp_path / "guess"
     assert {"sft", "policy", "evaluation.json", "report.html"} <= {path.name for path in run.iterdir()}
@@ -52,8 +64,15 @@ def test_a_game_in_turns_without_a_reward_model(start: Any, tmp_path: Path) -> N
         assert line["rl/rewards/turns"] == pytest.approx(-0.125 * (line["rollout/turns"] - 1), abs=1e-6)
         assert 0 <= line["rl/rewards/environment"] <= 1
         assert 0 < line["rollout/redrawn"] <= 8, "of 16 responses to 8 prompts, no two with the same score"
-        assert line["rl/first_ratio_off_one"] < 1e-5 and line["rl/logprob_gap/max"] < 1e-3
         assert "rl/gold/mean" not in line, "a trajectory in turns is no answer"
+        assert line["rl/prompts_cut/taste"] == line["rl/responses"] == 16 and line["rl/rewards/taste"] == 0.0
+        # Normalised, `turns` has a mean of 0; the scores that are shown have it plain.
+        assert line["rl/score/mean"] == pytest.approx(
+            line["rl/rewards/environment"] + line["rl/rewards/turns"], abs=1e-6
+        )
+        penalty = line["rl/kl_coefficient"] * line["rl/kl"]
+        assert line["rl/reward/mean"] == pytest.approx(line["rl/rewards/environment"] - penalty, abs=1e-6)
+        assert line["rl/first_ratio_off_one"] < 1e-5 and line["rl/logprob_gap/max"] < 1e-3
     samples = pq.read_table(run / "samples.parquet").to_pylist()
     for row in samples:
         guess = re.search(r"\d+", row["policy"].rpartition("Guess:")[2])  # the first number of the last turn

@@ -32,7 +32,6 @@ from transformers import OPTForCausalLM
 from trl.rewards import get_soft_overlong_punishment
 from trl.trainer.utils import split_tensor_dict
 
-from rayrlhf.algorithms.experience import Sampled
 from rayrlhf.algorithms.losses import KL_ESTIMATORS
 from rayrlhf.algorithms.trainer import MiniBatch
 from rayrlhf.config_rl import GRPOConfig, KLConfig, RLConfig, RLOOConfig
@@ -290,9 +289,8 @@ def test_advantages_one_group_at_a_time(given: Problem, theirs: Theirs, beta: fl
 def test_soft_overlong_punishment(given: Problem, overlong_tokens: int) -> None:
     lengths = torch.arange(1, MAX_RESPONSE + 1)
     mask = torch.arange(MAX_RESPONSE) < lengths[:, None]
-    scores, zeros = torch.linspace(-1.0, 1.0, len(lengths)), torch.zeros(mask.shape)
-    sampled = Sampled(scores, mask[:, 0], mask, zeros, None, zeros, zeros, zeros.sum())
-    earned = trainer_of(copy.deepcopy(given.old), None, grpo(overlong_tokens=overlong_tokens))._earned(sampled)
+    scores = torch.linspace(-1.0, 1.0, len(lengths))
+    earned = trainer_of(copy.deepcopy(given.old), None, grpo(overlong_tokens=overlong_tokens))._earned(scores, mask)
     punish = get_soft_overlong_punishment(MAX_RESPONSE, overlong_tokens)
     punishment = torch.tensor(punish(completion_ids=[[0] * n for n in lengths.tolist()]))
     assert -1.0 == punishment.min() < punishment.max() <= 0.0

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rayrlhf.config import DatasetConfig
 from rayrlhf.data.formats import FORMATS, parse_dialogue
-from rayrlhf.data.records import Comparison, Demonstration
+from rayrlhf.data.records import Comparison, Demonstration, Message
 from rayrlhf.data.sources import as_prompts, read_demonstrations, read_published
 from rayrlhf.data.splits import check_disjoint
 from rayrlhf.data.tokens import encode_prompts
@@ -200,8 +200,39 @@ def test_own_messages(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> Non
         {"id": "b", "messages": [question, {"role": "assistant", "content": "A leaf."}]},
     ]
     records = read_demonstrations(source("prompts", write_jsonl(tmp_path / "m.jsonl", rows)), "all", tokenizer, 50)
-    prompt = "\n\nHuman: What is tea?\n\nAssistant:"
-    assert records == [Demonstration("a", prompt, "A drink."), Demonstration("b", prompt, "A leaf.")]
+    prompt, dialogue = "\n\nHuman: What is tea?\n\nAssistant:", (Message("user", "What is tea?"),)
+    assert records == [
+        Demonstration("a", prompt, "A drink.", messages=dialogue),
+        Demonstration("b", prompt, "A leaf.", messages=dialogue),
+    ]
+
+
+def test_further_columns_of_own_rows_are_metadata(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    """All that the format does not use, from both kinds of files."""
+    dialogue = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+    rows: list[dict[str, Any]] = [
+        {"id": "a", "prompt": "What?", "response": "It is.", "reference": "x", "tests": ["1", "2"], "answer": 3},
+        {"id": "b", "messages": dialogue, "prompt": "old", "response": "other", "tests": [], "answer": None},
+    ]
+    expected = [
+        {"reference": "x", "tests": ["1", "2"], "answer": 3},
+        {"prompt": "old", "response": "other", "tests": [], "answer": None},
+    ]
+    write_jsonl(tmp_path / "m.jsonl", rows)
+    columns = [(name, pa.string()) for name in ("id", "prompt", "response", "reference")]
+    message = pa.struct([("role", pa.string()), ("content", pa.string())])
+    columns += [("messages", pa.list_(message)), ("tests", pa.list_(pa.string())), ("answer", pa.int64())]
+    pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema(columns)), tmp_path / "m.parquet")
+    for kind in ("jsonl", "parquet"):
+        records = read_demonstrations(source("prompts", tmp_path / f"m.{kind}"), "all", tokenizer, 50)
+        assert [prompt.metadata for prompt in as_prompts(records)] == expected
+
+
+def test_a_dialogue_stays_whole_where_its_text_is_cut(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    turns = [{"role": role, "content": f"{role} says " + "much " * 9} for role in ("user", "assistant", "user")]
+    rows = [{"id": "a", "messages": turns, "response": "No."}]
+    (record,) = read_demonstrations(source("prompts", write_jsonl(tmp_path / "m.jsonl", rows)), "all", tokenizer, 30)
+    assert record.prompt.count("says") == 1 and [m.role for m in record.messages] == ["user", "assistant", "user"]
 
 
 def test_own_comparisons(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:

@@ -15,10 +15,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rayrlhf.config import DataConfig, DatasetConfig
 from rayrlhf.config_file import parse_config
+from rayrlhf.data.records import Message
 from rayrlhf.data.sources import read_demonstrations
 from rayrlhf.data.template import (
     ChatPrompt,
-    Message,
     PromptParts,
     TextPrompt,
     end_of_turn,

@@ -13,7 +13,7 @@ from rayrlhf.data.records import Prompt
 from rayrlhf.errors import UserError
 from rayrlhf.rewards.labellers import FileLabeller, Unranked, ask_people, check_labeller, make_labeller, read_unranked
 
-PROMPT = Prompt("a", "What?\n\nTL;DR:", "the cat sat on the mat")
+PROMPT = Prompt("a", "What?\n\nTL;DR:", "the cat sat on the mat", metadata={"most": 3})
 
 
 def rouge_l(reference: str, answer: str) -> float:
@@ -39,9 +39,10 @@ def test_reference_labeller_ranks_by_rouge_l() -> None:
 def test_a_function_of_ones_own_ranks_and_measures(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text(
-        "def words(responses, references, most):\n    return [min(len(r.split()), most) for r in responses]\n"
+        "def words(responses, metadata, least):\n"
+        "    return [max(least, min(len(r.split()), m['most'])) for r, m in zip(responses, metadata)]\n"
     )
-    config = LabellerConfig(kind="python", path=f"{file}:words", settings={"most": 3})
+    config = LabellerConfig(kind="python", path=f"{file}:words", settings={"least": 1})
     check_labeller(config)
     labeller = pickle.loads(pickle.dumps(make_labeller(config)))
     file.unlink()  # the scorers' nodes have none, and measure by it

@@ -67,6 +67,9 @@ def test_batch_table_shows_the_numbers() -> None:
     with_lora = render(batch_table(config(), 5000, 900, parameters=(2**27, 2**20)))
     assert "1,048,576 parameters are trained and 134,217,728 are frozen" in " ".join(with_lora.split())
     assert "1.03 GiB" in with_lora  # 2 models x (4 bytes x 2^27 + 16 bytes x 2^20)
+    given = render(batch_table(config(), 5000, 900, parameters=(0, 2**27), given={"taste": 3 * 2**30}))
+    # Reference policy and trained reward model with 4 bytes x 2^27 each, and the one from elsewhere.
+    assert "scorer: about 4.00 GiB each (reference policy, reward model, taste)" in " ".join(given.split())
     row = next(line for line in text.splitlines() if "rl" in line)
     assert [cell.strip() for cell in row.strip("│").split("│")] == ["rl", "900", "64", "64", "28", "2", "8,192"]
 

@@ -57,6 +57,8 @@ class Case:
     settings: dict[str, Any]
     samples: int = 1
     """Trajectories that follow one another and have the first one's prompt."""
+    normalized: dict[str, float] | None = None
+    """Weights of the rewards that are normalised."""
 
     @property
     def trajectories(self) -> list[Trajectory]:
@@ -111,7 +113,7 @@ def make(case: Case, ranks: Ranks | None = None) -> Trainer:
         kl=KLConfig(coefficient=0.3), **changes,
     )  # fmt: skip
     policy, value_model = tiny_models(hidden=16)
-    return with_sgd(trainer_of(policy, value_model, config, ranks, case.seed), lr=0.1)
+    return with_sgd(trainer_of(policy, value_model, config, ranks, case.seed, case.normalized), lr=0.1)
 
 
 def learn(
@@ -367,3 +369,13 @@ def test_two_ranks_do_what_one_does(pair: Pair) -> None:
 
     check()
     assert any(empty) and not all(empty)
+
+
+def test_two_ranks_normalise_over_the_whole_batch(pair: Pair) -> None:
+    settings = {"epochs": 1, "minibatches": 2, "micro_batch_tokens": 40, "max_grad_norm": 1e9}
+    plain = Case(((3, 2), (5, 4), (2, 6), (4, 4), (7, 3)), 3, settings)
+    case = replace(plain, normalized={"reward": -2.0})
+    alone, outcomes = learn(case), pair.learn(case)
+    for outcome in outcomes:
+        check_same(outcome, alone)
+    assert difference(alone.policy_gradients[0], learn(plain).policy_gradients[0]) > 0.1

@@ -25,7 +25,10 @@ from rayrlhf.trajectory import Trajectory
 
 PAGE = Path(__file__).parents[2] / "docs/extending.md"
 TEXTS = ["a cat slept", "no", "a dog barked at a cat"]
-PROMPTS = [Prompt("p0", "What?", "a cat slept"), Prompt("p1", "And then?", None)]
+PROMPTS = [
+    Prompt("p0", "What?", "a cat slept", metadata={"animals": ["cat", "dog"], "points": 2}),
+    Prompt("p1", "And then?", None, metadata={"animals": ["dog", "cat"], "points": 5}),
+]
 OWNERS = ["p0", "p0", "p1"]
 
 
@@ -62,6 +65,11 @@ def rewards_of(config: Config) -> TextRewards:
             "def score(responses, references):\n"
             "    return [r == t for r, t in zip(references, responses)]\n",
             [1.0, 0.0, 0.0],
+        ),
+        (
+            "def score(responses, metadata):\n"
+            "    return [m['points'] * (m['animals'][0] in r) for r, m in zip(responses, metadata)]\n",
+            [2.0, 0.0, 5.0],
         ),
         ("import numpy as np\ndef score(**told):\n    return np.ones(len(told['token_ids']))\n", [1.0, 1.0, 1.0]),
         (
@@ -130,7 +138,7 @@ def test_the_reward_of_the_page_is_added_to_the_model_s(tmp_path: Path) -> None:
         (
             "def score(answers): return []\n",
             {},
-            "asks for answers; there are prompts, responses, references",
+            "asks for answers; there are prompts, responses, references, metadata, token_ids",
         ),
         ("def score(responses): return []\n", {"settings": {"word": "x"}}, "does not take word of its `settings`"),
         ("score = 3\n", {}, "mine.py:score) is no function"),
@@ -174,9 +182,11 @@ def test_a_bad_result_names_function_prompt_and_sample(tmp_path: Path, code: str
     [
         ([], "'rewards'"),
         ([{"kind": "model"}, {"kind": "model", "name": "again"}], "one reward of kind model at most"),
+        ([{"kind": "model", "label": 0}], "label: only a model from elsewhere takes this; give its path"),
+        ([{"kind": "model", "path": "a"}, {"kind": "model"}], "two rewards are named 'reward_model'"),
         ([{"kind": "python", "name": "a", "path": "a.py:f"}] * 2, "two rewards are named 'a'"),
         ([{"kind": "python", "name": "a", "path": "a.py"}], "'rewards.0.python.path'"),
-        ([{"kind": "pyton", "name": "a", "path": "a.py:f"}], "pyton"),
+        ([{"kind": "pyton", "name": "a", "path": "a.py:f"}], "key 'rewards.0.kind': 'pyton' is none of model, python"),
     ],
 )
 def test_bad_sections_are_one_line(rewards: list[dict[str, Any]], said: str) -> None:

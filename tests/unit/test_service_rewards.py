@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import json
+import math
 import pickle
 import threading
 from collections.abc import Callable, Iterator
@@ -108,6 +110,19 @@ def test_a_service_is_told_all_and_answers_in_order(serve: Any) -> None:
     assert "Authorization" not in server.headers_seen[0]
 
 
+def test_a_service_gets_metadata_on_request(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What JSON lacks arrives as text."""
+    when = datetime.date(2026, 1, 31)
+    rows = [{"tests": ["1 == 1"], "since": when, "rate": math.nan}, {}]
+    prompts = [Prompt(f"p{i}", "?", metadata=row) for i, row in enumerate(rows)]
+    monkeypatch.setattr("tests.unit.test_service_rewards.PROMPTS", prompts)
+    server = serve(lengths)
+    assert http(server, metadata=True)(trajectories()) == {"mine": [11.0, 2.0, 21.0]}
+    ((_, body),) = server.asked
+    as_text = {"tests": ["1 == 1"], "since": "2026-01-31", "rate": "NaN"}
+    assert [item["metadata"] for item in body["items"]] == [as_text, as_text, {}]
+
+
 def test_a_busy_service_is_asked_again(serve: Any) -> None:
     tries: list[int] = []
 
@@ -208,12 +223,12 @@ def test_a_judge_rates_each_question_once_and_says_what_it_cost(serve: Any) -> N
     path, body = server.asked[0]
     assert path == "/v1/chat/completions" and body["temperature"] == 0.0 and body["top_k"] == 1
     assert body["messages"][0]["content"].startswith("Cats are good.") and body["model"] == "m"
-    assert [t.judge_tokens for t in given] == [7, 7, 7]
+    assert [t.counted for t in given] == [{"judge_tokens": 7}] * 3
     again = trajectories()
     assert reward(again) == {"mine": [1.0, 0.3, 1.0]} and len(server.asked) == 3
-    assert [t.judge_tokens for t in again] == [0, 0, 0]
+    assert [t.counted for t in again] == [{"judge_tokens": 0}] * 3
     sent: Trajectory = SerializedTrajectory.of(given[0]).load()
-    assert sent.judge_tokens == 7
+    assert sent.counted == {"judge_tokens": 7}
 
 
 def test_a_pair_is_judged_in_both_orders(serve: Any) -> None:
