@@ -13,7 +13,7 @@ from rayrlhf.runs.metrics import read_metrics
 
 @stage("dpo")
 def dpo(session: Session) -> None:
-    """Optimise the policy on the collected comparisons, or on those of `data.comparisons`."""
+    """Optimise the policy on the collected comparisons, or on what `data.comparisons` has."""
     session.warm_up(generators=False)
     arguments = DPOArguments(
         **session.loop_arguments("dpo"),
@@ -27,8 +27,8 @@ def dpo(session: Session) -> None:
     ]
     if measured and measured[-1] <= 0.5:
         console.print(
-            f"[bold yellow]warning:[/] the policy prefers the better answer in {measured[-1]:.0%} of the held-out "
-            "pairs, which is no better than chance; a higher dpo.optimizer.lr or more comparisons may help"
+            f"[bold yellow]warning:[/] the policy's accuracy on held-out answers is {measured[-1]:.0%}, which is no "
+            "better than chance; a higher dpo.optimizer.lr or more comparisons may help"
         )
 
 

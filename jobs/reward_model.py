@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 from actors.pools.remote import put
 from actors.training.reward_model import RewardModelArguments, reward_model_loop
 from jobs.console import console
 from jobs.session import Session
 from jobs.stage import main, stage
-from rayrlhf.data.comparisons import RankedAnswers, read_ranked
+from rayrlhf.data.comparisons import Answers, read_ranked
 from rayrlhf.data.rows import Row
 from rayrlhf.reports.reward_accuracy import unbeaten
 from rayrlhf.reports.tables import reward_accuracy_table
@@ -47,13 +48,13 @@ def reward_model(session: Session) -> None:
             )
 
 
-def collected_or_published(session: Session, limit: int | None) -> list[RankedAnswers]:
-    """The comparisons of `data.comparisons` (its validation split held out), else those of the `collect` stage.
+def collected_or_published(session: Session, limit: int | None) -> list[Answers]:
+    """What `data.comparisons` has (its validation split held out), else the comparisons of the `collect` stage.
 
     With `limit`, the first so many to train on; all that are held out stay.
     """
     given = session.config.data.comparisons is not None
-    found = session.data.comparisons if given else read_ranked(session.run.comparisons)
+    found: Sequence[Answers] = session.data.comparisons if given else read_ranked(session.run.comparisons)
     train, heldout = ([c for c in found if c.heldout is kept] for kept in (False, True))
     return train[:limit] + heldout
 

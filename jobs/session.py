@@ -82,9 +82,10 @@ class Session:
 
     def overview(self) -> Table:
         """What the config's batch numbers mean in steps, samples, tokens and memory."""
-        splits, published = self.data.train, None
+        splits, published, answers = self.data.train, None, 2.0
         if self.config.data.comparisons is not None:
-            published = sum(not c.heldout for c in self.data.comparisons)
+            each = [len(c.response_ids) for c in self.data.comparisons if not c.heldout]
+            published, answers = len(each), sum(each) / max(len(each), 1)
         return batch_table(
             self.config,
             len(splits.sft),
@@ -93,6 +94,7 @@ class Session:
             len(self.data.evaluated),
             self.parameters,
             {text.reward.name: text.bytes for text in self.rollouts.texts if text.bytes},
+            answers,
         )
 
     def close(self) -> None:

@@ -55,7 +55,8 @@ class DataConfig(Section):
 
     demonstrations: DatasetConfig = DatasetConfig(format="tldr", path="embedded:tldr")
     comparisons: DatasetConfig | None = None
-    """Comparisons by people, to train the reward model; null: the stage `collect` makes comparisons."""
+    """Comparisons by people, to train the reward model or for `dpo`; or, for KTO, labelled answers. null: the stage
+    `collect` makes comparisons."""
     sft_fraction: Fraction = 0.4
     reward_model_fraction: Fraction = 0.3
     """Shares of the training records, by a hash of their id. The rest are the prompts of `rl`."""

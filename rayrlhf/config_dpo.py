@@ -12,6 +12,8 @@ from pydantic import Discriminator, Field, Tag
 from rayrlhf.sections import OptimizerConfig, Positive, Section
 
 PositiveFloat = Annotated[float, Field(gt=0)]
+BALANCED = 4 / 3
+"""How far good answers may outweigh bad ones, by number and weight (Ethayarajh et al. 2024, section 4.2)."""
 
 
 class PreferenceConfig(Section):
@@ -19,6 +21,8 @@ class PreferenceConfig(Section):
 
     reference: ClassVar[bool] = True
     """Whether the loss compares the policy with the SFT model, which is the reference policy then."""
+    takes_labels: ClassVar[bool] = False
+    """Whether the loss also learns from single answers with a label, good or bad."""
 
     loss: str
     epochs: Positive = 1
@@ -28,7 +32,11 @@ class PreferenceConfig(Section):
     """As `sft.micro_batch_tokens`."""
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-6, warmup_fraction=0.1)
     max_comparisons: Positive | None = None
-    """Use only so many of the comparisons."""
+    """Use only so many of the comparisons (prompts, with all their answers)."""
+
+    def balance(self, good: int, bad: int) -> str | None:
+        """A line for the user on so many good and bad answers to train on; None if there is nothing to say."""
+        return None
 
 
 class DPOConfig(PreferenceConfig):
@@ -64,8 +72,11 @@ class SimPOConfig(PreferenceConfig):
 class KTOConfig(PreferenceConfig):
     """KTO (Ethayarajh et al. 2024): each answer is good or bad by itself, measured against the batch's mean KL.
 
-    The better answer of a pair counts as a good one and the worse as a bad one.
+    The data may say so of single answers (format `unpaired`). Of ranked answers, the better one of a pair counts as
+    good and the worse as bad.
     """
+
+    takes_labels: ClassVar[bool] = True
 
     loss: Literal["kto"] = "kto"
     beta: PositiveFloat = 0.1
@@ -74,6 +85,27 @@ class KTOConfig(PreferenceConfig):
     """lambda_D, of good answers."""
     undesirable_weight: PositiveFloat = 1.0
     """lambda_U, of bad answers."""
+
+    def balance(self, good: int, bad: int) -> str | None:
+        """Say so if one side outweighs the other (section 4.2), with the weight that would mend it.
+
+        Of one side alone the loss is defined, too: then it only raises answers, or only lowers them.
+        """
+        if not good or not bad:
+            here, there = ("good", "bad") if good else ("bad", "good")
+            return f"dpo: all {good + bad} answers to train on are {here}; {there} ones, if you have any, teach more"
+        desirable, undesirable = self.desirable_weight * good, self.undesirable_weight * bad
+        if undesirable <= desirable <= BALANCED * undesirable:
+            return None
+        if desirable < undesirable:
+            key, low, high = "desirable_weight", undesirable / good, BALANCED * undesirable / good
+        else:
+            key, low, high = "undesirable_weight", desirable / bad / BALANCED, desirable / bad
+        return (
+            f"dpo: {good} good answers of weight {self.desirable_weight:g} and {bad} bad ones of weight "
+            f"{self.undesirable_weight:g} are {desirable / undesirable:.3g} to 1; the authors of KTO advise 1 to 4/3: "
+            f"set dpo.{key} between {low:.3g} and {high:.3g}"
+        )
 
 
 def _loss(section: Any) -> str:

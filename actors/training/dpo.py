@@ -1,7 +1,7 @@
 """Direct preference optimisation: the loop that runs inside Ray Train's workers.
 
-The policy learns from ranked answers without rollouts and without a reward model. It starts from the SFT model, which
-is also the reference policy. The losses are in `rayrlhf.algorithms.preferences`.
+The policy learns from ranked or labelled answers without rollouts and without a reward model. It starts from the SFT
+model, which is also the reference policy. The losses are in `rayrlhf.algorithms.preferences`.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import numpy as np
 from actors.pools.remote import fetch
 from actors.training.loop import Loop, LoopArguments
 from actors.training.pairs import check_pairs, learn_pairs
-from rayrlhf.algorithms.preferences import KTO, make_preference_loss, mismatched
-from rayrlhf.algorithms.ranked_pass import Measured, answer_logprobs, ranked_pass, rows_of
-from rayrlhf.data.comparisons import RankedAnswers
+from rayrlhf.algorithms.preferences import make_preference_loss
+from rayrlhf.algorithms.ranked_pass import answer_logprobs, ranked_pass, rows_of
+from rayrlhf.algorithms.ranking import Measured
+from rayrlhf.data.comparisons import Answers
 from rayrlhf.models.forward import Forward
 from rayrlhf.models.loading import context_length, load_policy, load_tokenizer
 from rayrlhf.models.saving import save_model
@@ -31,11 +32,12 @@ class DPOArguments(LoopArguments):
     policy: str
     """Path or URI of the SFT model's directory."""
     comparisons: Any
-    """list[RankedAnswers] (`heldout` ones are only measured), or `actors.pools.remote.put` of it."""
+    """list[RankedAnswers] or list[LabelledAnswers] (`heldout` ones are only measured), or `actors.pools.remote.put` of
+    it."""
 
 
 def dpo_loop(args: DPOArguments) -> None:
-    """Train on ranked answers, see `learn_pairs`. The finished policy appears in the run folder's `dpo/`.
+    """Train on judged answers, see `learn_pairs`. The finished policy appears in the run folder's `dpo/`.
 
     Raises:
         UserError: no pairs to learn from, or rows longer than the model's context.
@@ -44,12 +46,12 @@ def dpo_loop(args: DPOArguments) -> None:
     config, settings = args.config, args.config.dpo
     with Loop("dpo", args) as loop:
         ranks = loop.ranks
-        usable: list[RankedAnswers] = [c for c in fetch(args.comparisons) if c.pairs]
+        usable: list[Answers] = [c for c in fetch(args.comparisons) if c.teaches]
         start = local_copy(args.policy)
         tokenizer = load_tokenizer(start)
-        loss = make_preference_loss(settings)
+        loss = make_preference_loss(settings, labelled=any(c.labelled for c in usable))
         answers = [row for c in usable for row in rows_of(c)]
-        others = mismatched(usable) if isinstance(loss, KTO) else []
+        others = loss.extra_rows(usable)
         check_pairs("dpo", usable, [*answers, *others], context_length(start))
         model = loop.trained("policy", load_policy(start, device=ranks.device), config.seed)
         forward = Forward(
@@ -61,24 +63,19 @@ def dpo_loop(args: DPOArguments) -> None:
         # A restart finds its checkpoint here, so that the note belongs to its step, and loads it in `learn_pairs`.
         # Until then the policy is the reference.
         _, state = loop.restore() or (None, None)
-        references, others_references = [], np.zeros(0)
+        references, others_references = [], np.zeros(len(others))
         if settings.reference:
             loop.note(f"computing log-probs of {len(answers)} answers under the SFT model")
             flat = answer_logprobs(forward, [*answers, *others], ranks)
-            references = np.split(flat[: len(answers)], np.cumsum([len(c.responses) for c in usable])[:-1])
+            references = np.split(flat[: len(answers)], np.cumsum([len(c.response_ids) for c in usable])[:-1])
             others_references = flat[len(answers) :]
 
         def measure(chosen: Sequence[int], scale: float | None) -> Measured:
-            if isinstance(loss, KTO):
+            if others:
                 now = answer_logprobs(forward, [others[i] for i in chosen], ranks)
-                loss.kl = float((now - others_references[chosen]).mean())
+                loss.prepare(now, others_references[chosen])
             known = [references[i] for i in chosen] if settings.reference else None
             return ranked_pass(forward, [usable[i] for i in chosen], ranks, scale, loss, known)
 
-        def details(measured: Measured) -> dict[str, float]:
-            chosen = float(measured.better.mean())
-            both = {"reward/chosen": chosen, "reward/rejected": chosen - float(measured.margins.mean())}
-            return both | ({"kl": loss.kl} if isinstance(loss, KTO) else {})
-
-        learn_pairs(loop, model, usable, settings, measure, state, details)
+        learn_pairs(loop, model, usable, settings, measure, state, loss.details)
         loop.finish(lambda directory: save_model(model, tokenizer, directory))

@@ -1,6 +1,6 @@
-"""Training on ranked answers, for the reward model and for `dpo`: the loop over their batches.
+"""Training on judged answers, for the reward model and for `dpo`: the loop over their batches.
 
-{ global batch of prompts with all their answers, loss over all pairs, AdamW } per step
+{ global batch of prompts with all their answers, loss over all pairs or labels, AdamW } per step
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from transformers import PreTrainedModel
 
 from actors.training.loop import Loop
 from rayrlhf.algorithms.optimizer import Optimizer
-from rayrlhf.algorithms.ranked_pass import Measured, rows_of, summary
-from rayrlhf.algorithms.ranking import ranking_accuracy
+from rayrlhf.algorithms.ranked_pass import rows_of, summary
+from rayrlhf.algorithms.ranking import Measured
 from rayrlhf.config import RewardModelConfig
 from rayrlhf.config_dpo import PreferenceConfig
-from rayrlhf.data.comparisons import RankedAnswers
+from rayrlhf.data.comparisons import Answers
 from rayrlhf.data.epochs import Epochs
 from rayrlhf.data.rows import Row
 from rayrlhf.errors import UserError
@@ -32,11 +32,11 @@ Measure = Callable[[Sequence[int], float | None], Measured]
 def learn_pairs(
     loop: Loop,
     model: PreTrainedModel,
-    comparisons: Sequence[RankedAnswers],
+    comparisons: Sequence[Answers],
     settings: RewardModelConfig | PreferenceConfig,
     measure: Measure,
     state: Mapping[str, Any] | None,
-    details: Callable[[Measured], Mapping[str, float]] = lambda measured: {},
+    details: Callable[[Measured], Mapping[str, float]],
 ) -> None:
     """Train for all epochs. A restart continues from the last of `EVALS_PER_EPOCH` checkpoints an epoch.
 
@@ -47,7 +47,7 @@ def learn_pairs(
         settings: of the stage.
         measure: computes loss and margins of comparisons, and their gradient if it is given a scale.
         state: of the checkpoint to continue from, as `Loop.restore` gives it.
-        details: further metrics of a batch, without the stage's name.
+        details: the loss's own metrics of what was measured last, see `PreferenceLoss.details`.
 
     Raises:
         FloatingPointError: a gradient or a weight is not finite.
@@ -68,10 +68,11 @@ def learn_pairs(
 
     loop.steps = epochs.steps
     if loop.step == 0:
-        counts = {
-            "prompts": len(train), "pairs": sum(len(comparisons[i].pairs) for i in train),
-            "heldout prompts": len(heldout), "heldout pairs": sum(len(comparisons[i].pairs) for i in heldout),
-        }  # fmt: skip
+        counts: dict[str, int] = {}
+        for part, chosen in (("", train), ("heldout ", heldout)):
+            counts[f"{part}prompts"] = len(chosen)
+            for words in comparisons[0].counts:
+                counts[f"{part}{words}"] = sum(comparisons[i].counts[words] for i in chosen)
         loop.note(", ".join(f"{count} {words}" for words, count in counts.items()))
         sizes = {f"{stage}/{words.replace(' ', '_')}": count for words, count in counts.items()}
         loop.log({**sizes, **heldout_metrics()})
@@ -79,15 +80,14 @@ def learn_pairs(
         started = time.perf_counter()
         batch = [train[i] for i in epochs.batch(loop.step)]
         lr = optimizer.lr
-        measured = measure(batch, 1.0 / len(batch))
+        measured = measure(batch, 1.0 / sum(comparisons[i].examples for i in batch))
         norm = optimizer.step(ranks)
         evaluate = epochs.evaluates_after(loop.step)
         loop.step += 1
         seconds = time.perf_counter() - started
         loop.log({
-            f"{stage}/loss": measured.loss, f"{stage}/accuracy": ranking_accuracy(measured.margins),
-            f"{stage}/margin": float(measured.margins.mean()), f"{stage}/lr": lr, f"{stage}/grad_norm": norm,
-            **{f"{stage}/{name}": value for name, value in details(measured).items()}, "time/step": seconds,
+            f"{stage}/loss": measured.loss, **{f"{stage}/{name}": value for name, value in details(measured).items()},
+            f"{stage}/lr": lr, f"{stage}/grad_norm": norm, "time/step": seconds,
             "throughput/tokens_per_s": sum(len(row.ids) for i in batch for row in rows_of(comparisons[i])) / seconds,
             "memory/learner_peak_mib": ranks.peak_memory_mib(),
         })  # fmt: skip
@@ -96,7 +96,7 @@ def learn_pairs(
             loop.save({"model": trained_state(model), "optimizer": optimizer.state_dict()})
 
 
-def check_pairs(stage: str, comparisons: Sequence[RankedAnswers], rows: Sequence[Row], context: int) -> None:
+def check_pairs(stage: str, comparisons: Sequence[Answers], rows: Sequence[Row], context: int) -> None:
     """
     Raises:
         UserError: no pairs to learn from, or one of `rows` is longer than the model's context.

@@ -14,7 +14,15 @@ from typing import Any
 from actors.pools.remote import fetch
 from actors.training.loop import Loop, LoopArguments
 from actors.training.pairs import check_pairs, learn_pairs
-from rayrlhf.algorithms.ranked_pass import Measured, answer_logprobs, ranked_pass, rows_of, score_rows, summary
+from rayrlhf.algorithms.ranked_pass import (
+    REWARD_MODEL_LOSS,
+    answer_logprobs,
+    ranked_pass,
+    rows_of,
+    score_rows,
+    summary,
+)
+from rayrlhf.algorithms.ranking import Measured
 from rayrlhf.data.comparisons import RankedAnswers
 from rayrlhf.data.rows import Row
 from rayrlhf.errors import UserError
@@ -79,7 +87,7 @@ def reward_model_loop(args: RewardModelArguments) -> None:
             return ranked_pass(forward, [usable[i] for i in chosen], ranks, scale)
 
         _, state = loop.restore() or (None, None)
-        learn_pairs(loop, model, usable, settings, measure, state)
+        learn_pairs(loop, model, usable, settings, measure, state, REWARD_MODEL_LOSS.details)
         loop.require_finite()  # before the scores of such a model are called its bias and its accuracy
         bias = -float(score_rows(forward, references, ranks).mean())
         loop.log({"reward_model/reward_bias": bias})

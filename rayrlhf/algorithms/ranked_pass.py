@@ -1,4 +1,4 @@
-"""A model's pass over ranked answers on all ranks: loss, gradient, margins and scores, and their metrics.
+"""A model's pass over judged answers on all ranks: loss, gradient, margins and scores, and their metrics.
 
 All ranks call a function with the same arguments, each computes its part, and all get the whole result.
 """
@@ -7,23 +7,21 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from rayrlhf.algorithms.preferences import PairLoss, RewardModelLoss
+from rayrlhf.algorithms.preferences import PreferenceLoss, RewardModelLoss
 from rayrlhf.algorithms.ranking import (
     MARGIN_EDGES,
+    JudgedPrompt,
+    Measured,
     accuracy_by_confidence,
-    flatten_pairs,
     margin_histogram,
     ranking_accuracy,
-    ranking_loss,
 )
-from rayrlhf.data.comparisons import RankedAnswers
+from rayrlhf.data.comparisons import Answers
 from rayrlhf.data.rows import Row, shard
 from rayrlhf.models.forward import Forward
 from rayrlhf.models.ranks import Ranks
@@ -31,37 +29,24 @@ from rayrlhf.models.ranks import Ranks
 REWARD_MODEL_LOSS = RewardModelLoss()
 
 
-class Measured(NamedTuple):
-    """The result of a pass over comparisons, on all ranks together."""
-
-    loss: float
-    """mean over prompts"""
-    margins: Tensor
-    """[m] score(better) - score(worse) of every pair, CPU float32"""
-    better: Tensor
-    """[m] score(better)"""
-    sources: list[str]
-    """[m] the source of each pair, as `RankedAnswers.source` has it"""
-
-
-def rows_of(comparison: RankedAnswers) -> list[Row]:
+def rows_of(comparison: Answers) -> list[Row]:
     """[K] one row for each answer, with the prompt in front."""
     return [Row.completion(comparison.prompt_ids, response) for response in comparison.response_ids]
 
 
 def ranked_pass(
     forward: Forward,
-    comparisons: Sequence[RankedAnswers],
+    comparisons: Sequence[Answers],
     ranks: Ranks,
     scale: float | None = None,
-    loss: PairLoss = REWARD_MODEL_LOSS,
+    loss: PreferenceLoss = REWARD_MODEL_LOSS,
     references: Sequence[NDArray[np.float64]] | None = None,
 ) -> Measured:
-    """Loss and margins of all pairs of `comparisons`, over all ranks.
+    """Loss, margins and scores of `comparisons`, over all ranks.
 
     Args:
         forward: the model that `loss` scores answers by.
-        comparisons: the same on every rank; each has pairs.
+        comparisons: the same on every rank; each `teaches`.
         ranks: each computes a part of the comparisons.
         scale: with it, the gradient of scale * summed loss is added up on each rank's own prompts. Summed over ranks
             it is the gradient of all comparisons, however they were cut. Without it, no gradient is computed.
@@ -71,32 +56,28 @@ def ranked_pass(
     """
     rows = [rows_of(c) for c in comparisons]
     own = shard([sum(len(row.ids) for row in each) for each in rows], ranks.world)[ranks.rank]
-    # A prompt's answers stay together, because their pairs need each other's scores.
+    # A prompt's answers stay together, because pairs of them need each other's scores.
     prompts = [i for i in own for _ in rows[i]]
     flat = None if references is None else np.concatenate([np.zeros(0), *(references[i] for i in own)])
-    found_of: dict[int, Tensor] = {}  # for each comparison [2, pairs], margins and scores of the better answers
+    found_of: dict[int, JudgedPrompt] = {}
     total = 0.0
     for indices, batch in forward.batches([row for i in own for row in rows[i]], groups=prompts):
-        # The batch's prompts in the order in which their answers lie: pairs are indices into those answers.
-        chosen = list(dict.fromkeys(prompts[i] for i in indices))
-        pairs = flatten_pairs([comparisons[i].pairs for i in chosen], [len(rows[i]) for i in chosen])
+        chosen = list(dict.fromkeys(prompts[i] for i in indices))  # in the order in which their answers lie
         reference = None if flat is None else torch.tensor(flat[indices], dtype=torch.float32, device=ranks.device)
         with torch.set_grad_enabled(scale is not None):
-            scores = loss.scores(forward, batch, reference)
-            found = ranking_loss(scores, pairs.indices.to(ranks.device), pairs.weights.to(ranks.device), loss.losses)
+            found = loss.judge(loss.scores(forward, batch, reference), [comparisons[i] for i in chosen])
         if scale is not None:
             (found.loss * scale).backward()
         total += float(found.loss.detach())
-        pairs_of = (
-            torch.stack([found.margins, found.better]).cpu().split([len(comparisons[i].pairs) for i in chosen], 1)
-        )
-        found_of |= zip(chosen, pairs_of, strict=True)
+        found_of |= zip(chosen, found.prompts, strict=True)
     # They go back to the order of `comparisons`: callers match them with their pairs.
     gathered = ranks.gather((total, found_of))
     everywhere = {i: part for _, each in gathered for i, part in each.items()}
-    margins, better = torch.cat([everywhere[i] for i in range(len(comparisons))], 1)
-    mean_loss = sum(summed for summed, _ in gathered) / len(comparisons)
-    return Measured(mean_loss, margins, better, [c.source for c in comparisons for _ in c.pairs])
+    parts = [everywhere[i] for i in range(len(comparisons))]
+    margins, better, worse = (torch.cat(side) for side in zip(*parts, strict=True))
+    mean_loss = sum(summed for summed, _ in gathered) / sum(c.examples for c in comparisons)
+    sources = [c.source for c, part in zip(comparisons, parts, strict=True) for _ in part.margins]
+    return Measured(mean_loss, margins, better, worse, sources)
 
 
 def score_rows(forward: Forward, rows: Sequence[Row], ranks: Ranks) -> NDArray[np.float64]:
@@ -113,10 +94,10 @@ def answer_logprobs(forward: Forward, rows: Sequence[Row], ranks: Ranks) -> NDAr
 
 
 def summary(measured: Measured, stage: str = "reward_model") -> dict[str, float]:
-    """Metrics of held-out pairs, by name in metrics.jsonl; the names begin with that of the stage.
+    """Metrics of held-out comparisons, by name in metrics.jsonl; the names begin with that of the stage.
 
-    They are the loss, the mean margin, a histogram of margins, and the accuracy over all pairs, by source (if there are
-    several) and by confidence.
+    They are the loss, the mean margin, a histogram of margins, and the accuracy over all margins, by source (if there
+    are several) and by confidence.
     """
     margins = measured.margins
     metrics = {

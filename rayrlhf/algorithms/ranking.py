@@ -1,4 +1,4 @@
-"""The loss over ranked answers, and the accuracy of their scores. Pure functions.
+"""The loss over ranked answers, what a loss finds, and the accuracy of scores. Pure functions.
 
 The n answers to several prompts lie behind one another. A pair (better, worse) is two indices into them, and its margin
 is score(better) - score(worse). Under the model of Bradley and Terry, sigmoid(margin) is the probability with which
@@ -31,8 +31,43 @@ class RankingLoss(NamedTuple):
     """scalar: averaged over the pairs of each prompt and summed over prompts"""
     better: Tensor
     """[m] scores of the better answers, without gradient"""
+    worse: Tensor
+    """[m] scores of the worse answers, without gradient"""
     margins: Tensor
     """[m], without gradient"""
+
+
+class JudgedPrompt(NamedTuple):
+    """The scores of the answers to one prompt, on the CPU and without gradient."""
+
+    margins: Tensor
+    """[m] of its m pairs; or of its m labelled answers, by how much each score is on its own side"""
+    better: Tensor
+    """scores of the better answer of each pair; or of the good answers"""
+    worse: Tensor
+    """scores of the worse answer of each pair; or of the bad answers"""
+
+
+class Judged(NamedTuple):
+    """What a loss makes of the scores of a micro-batch."""
+
+    loss: Tensor
+    """scalar: summed over examples"""
+    prompts: list[JudgedPrompt]
+    """in the order in which their answers lie"""
+
+
+class Measured(NamedTuple):
+    """The result of a pass over judged answers, on all ranks together; CPU float32."""
+
+    loss: float
+    """mean over examples: prompts with ranked answers, or labelled answers"""
+    margins: Tensor
+    """[m] of all prompts, as `JudgedPrompt` has them"""
+    better: Tensor
+    worse: Tensor
+    sources: list[str]
+    """[m] where each margin comes from, as `Answers.source` has it"""
 
 
 class ConfidenceBin(NamedTuple):
@@ -85,7 +120,8 @@ def ranking_loss(
         losses: [m] loss of each pair, from the scores of its better and its worse answer.
     """
     better, worse = scores[pairs[:, 0]], scores[pairs[:, 1]]
-    return RankingLoss((losses(better, worse) * weights).sum(), better.detach(), (better - worse).detach())
+    loss = (losses(better, worse) * weights).sum()
+    return RankingLoss(loss, better.detach(), worse.detach(), (better - worse).detach())
 
 
 def ranking_accuracy(margins: Tensor) -> float:

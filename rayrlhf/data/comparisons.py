@@ -1,4 +1,4 @@
-"""Ranked answers: what the `collect` stage writes and the reward model trains on."""
+"""Judged answers, and of these the ranked ones: what the `collect` stage writes and the reward model trains on."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -38,12 +38,44 @@ _SCHEMA = pa.schema(
 )
 
 
+class Answers(Protocol):
+    """Answers to one prompt, and how good they are: `RankedAnswers`, or `LabelledAnswers` of `data.labelled`."""
+
+    labelled: ClassVar[bool]
+    """Whether each answer has a label, not a rank among the others."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def prompt_ids(self) -> tuple[int, ...]: ...
+    @property
+    def response_ids(self) -> tuple[tuple[int, ...], ...]: ...
+    @property
+    def heldout(self) -> bool: ...
+    @property
+    def source(self) -> str: ...
+
+    @property
+    def examples(self) -> int:
+        """How often it counts in the mean over a batch."""
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What is learnt from: a number by its name in words."""
+
+    @property
+    def teaches(self) -> bool:
+        """Whether there is anything to learn from."""
+
+
 @dataclass(frozen=True)
 class RankedAnswers:
     """K >= 2 answers to one prompt, best first.
 
     Example: the answers "b", "c", "a" with scores (0.9, 0.4, 0.4) have the pairs (0, 1) and (0, 2); "c" and "a" tie.
     """
+
+    labelled: ClassVar[bool] = False
 
     id: str
     prompt: str
@@ -69,6 +101,19 @@ class RankedAnswers:
             for j in range(i + 1, count)
             if (self.scores is None or self.scores[i] > self.scores[j]) and self.response_ids[i] != self.response_ids[j]
         )
+
+    @property
+    def examples(self) -> int:
+        """1: all prompts have the same weight, whatever the number of their pairs."""
+        return 1
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return {"pairs": len(self.pairs)}
+
+    @property
+    def teaches(self) -> bool:
+        return bool(self.pairs)
 
 
 def usable_answers(answers: Sequence[str]) -> tuple[list[int], Counter[str]]:

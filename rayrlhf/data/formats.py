@@ -1,6 +1,7 @@
 """The meaning of each known data set's columns. Another data set is a function and a row of `FORMATS`.
 
-A row becomes a `RawDemonstration` or a `RawComparison`. The prompt stays in parts, because cutting needs the tokenizer.
+A row becomes a `RawDemonstration`, a `RawComparison` or a `RawLabelled`. The prompt stays in parts, because cutting
+needs the tokenizer.
 A bad row of a user's own file is an error. A bad row of a published data set, which nobody can mend, is skipped and
 counted.
 """
@@ -32,6 +33,11 @@ class RawDemonstration:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """The columns that the format does not use; published data sets have none."""
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """What tells rows of the same prompt apart."""
+        return (self.response,)
+
 
 @dataclass(frozen=True)
 class RawComparison:
@@ -42,13 +48,35 @@ class RawComparison:
     source: str = ""
     """Where within the data set it comes from; the reward model's accuracy is also reported by source."""
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """As in `RawDemonstration`."""
+        return self.responses
+
+
+@dataclass(frozen=True)
+class RawLabelled:
+    """A prompt in parts, and one response that is good or bad by itself."""
+
+    prompt: PromptParts
+    response: str
+    good: bool
+    source: str = ""
+    """As in `RawComparison`."""
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """As in `RawDemonstration`."""
+        return (self.response, "good" if self.good else "bad")
+
 
 @dataclass(frozen=True)
 class Format:
-    """How to read a row of one kind of data set as a demonstration and as a comparison; None if it holds none."""
+    """How to read a row of one kind of data set, in up to three ways; None for those that it cannot be read in."""
 
     demonstration: Callable[[SourceRow], RawDemonstration] | None
     comparison: Callable[[SourceRow], RawComparison] | None
+    labelled: Callable[[SourceRow], RawLabelled] | None = None
 
 
 # --- tldr: subreddit, title, post, summary, [id] ---------------------------------------------------------------------
@@ -158,10 +186,10 @@ def _chosen(comparison: Callable[[SourceRow], RawComparison]) -> Callable[[Sourc
 # --- prompts: own files ----------------------------------------------------------------------------------------------
 
 
-def _messages(row: SourceRow) -> list[Message]:
-    value = row.get("messages")
+def _messages(row: SourceRow, column: str) -> list[Message]:
+    value = row.get(column)
     if not isinstance(value, list) or not value:
-        raise UserError(f'{row.where}: \'messages\' must be a list of {{"role", "content"}} objects')
+        raise UserError(f'{row.where}: {column!r} must be a list of {{"role", "content"}} objects')
     messages = []
     for number, item in enumerate(value, start=1):
         role, content = (item.get("role"), item.get("content")) if isinstance(item, dict) else (None, None)
@@ -179,7 +207,7 @@ def _own_prompt(row: SourceRow) -> tuple[PromptParts, str | None, str]:
                 f"{row.where}: no 'prompt' (text) or 'messages'; there are: {', '.join(row.values) or 'none'}"
             )
         return plain_prompt(row.text("prompt")), None, "prompt"
-    messages = _messages(row)
+    messages = _messages(row, "messages")
     reply = messages.pop().content if messages[-1].role == "assistant" else None
     if not messages or messages[-1].role != "user":
         raise UserError(f"{row.where}: 'messages' must hold a user's turn before the answer")
@@ -212,6 +240,41 @@ def _own_comparison(row: SourceRow) -> RawComparison:
     return RawComparison(prompt, tuple(response.strip() for response in responses), source)
 
 
+# --- unpaired: own files, and TRL's unpaired preferences -------------------------------------------------------------
+
+
+def _unpaired(row: SourceRow) -> RawLabelled:
+    if isinstance(row.values.get("prompt"), list):  # as TRL has dialogues
+        row = SourceRow(row.where, {**row.values, "messages": row.values["prompt"]})
+    prompt, reply, _ = _own_prompt(row)
+    column = next((name for name in ("completion", "response") if row.values.get(name) is not None), "completion")
+    if reply is None:
+        reply = _completion(row, column)
+    elif row.values.get(column) is not None:
+        raise UserError(f"{row.where}: the dialogue ends with a reply and there is a {column!r}, too; remove one")
+    label = row.get("label")
+    if label not in (True, False):  # 1 and 0, too
+        raise UserError(f"{row.where}: 'label' must be true (a good answer) or false (a bad one), found {label!r}")
+    return RawLabelled(prompt, reply, bool(label), str(row.values.get("source") or ""))
+
+
+def _completion(row: SourceRow, column: str) -> str:
+    """An answer: a text, or a list with one reply, as TRL has dialogues."""
+    if not isinstance(row.values.get(column), list):
+        return row.text(column).strip()
+    messages = _messages(row, column)
+    if [message.role for message in messages] != ["assistant"]:
+        raise UserError(f"{row.where}: {column!r} must be a text or one message of the assistant")
+    return messages[0].content
+
+
+def _good(row: SourceRow) -> RawDemonstration:
+    raw = _unpaired(row)
+    if not raw.good:
+        raise SkipRow("bad_answer")
+    return RawDemonstration(raw.prompt, raw.response)
+
+
 FORMATS: dict[str, Format] = {
     "tldr": Format(_tldr, None),
     "openai_summarize_tldr": Format(_openai_tldr, None),
@@ -219,4 +282,5 @@ FORMATS: dict[str, Format] = {
     "hh_rlhf": Format(_chosen(_hh_comparison), _hh_comparison),
     "shp": Format(_chosen(_shp_comparison), _shp_comparison),
     "prompts": Format(_own_demonstration, _own_comparison),
+    "unpaired": Format(_good, None, _unpaired),
 }

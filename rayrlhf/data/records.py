@@ -50,3 +50,14 @@ class Comparison:
     prompt: str
     responses: tuple[str, ...]
     source: str = ""
+
+
+@dataclass(frozen=True)
+class LabelledAnswer:
+    """One answer to a prompt, good or bad by itself."""
+
+    id: str
+    prompt: str
+    response: str
+    good: bool
+    source: str = ""

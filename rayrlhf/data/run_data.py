@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 from transformers import PreTrainedTokenizerBase
 
-from rayrlhf.config import Config
-from rayrlhf.data.comparisons import RankedAnswers, from_comparisons
+from rayrlhf.config import Config, DatasetConfig
+from rayrlhf.data.comparisons import Answers, from_comparisons
+from rayrlhf.data.labelled import group_answers
 from rayrlhf.data.loading import Split
 from rayrlhf.data.prompts import EncodedPrompt
 from rayrlhf.data.records import Demonstration
-from rayrlhf.data.sources import read_demonstrations, read_published
+from rayrlhf.data.sources import holds_labels, read_demonstrations, read_labelled, read_published
 from rayrlhf.data.splits import Splits, check_disjoint, split_train, split_valid
 from rayrlhf.data.tokens import encode_prompts, encode_responses
+from rayrlhf.errors import UserError
+
+_SPLITS: tuple[Split, ...] = ("train", "valid")
 
 
 class RunData:
@@ -27,7 +31,8 @@ class RunData:
         """Read everything now, so that mistakes in the data show before anything starts.
 
         Raises:
-            UserError: a file that cannot be read, a malformed row, or splits that overlap.
+            UserError: a file that cannot be read, a malformed row, splits that overlap, or labelled answers for a
+                stage that needs pairs.
         """
         _ = self.train, self.comparisons  # which stay, once read
 
@@ -58,22 +63,52 @@ class RunData:
         return self.dev if self.config.evaluate.split == "dev" else self.test
 
     @cached_property
-    def comparisons(self) -> list[RankedAnswers]:
-        """The comparisons of `data.comparisons`, its validation split held out; none without it."""
-        data = self.config.data
-        if data.comparisons is None:
+    def comparisons(self) -> list[Answers]:
+        """The comparisons or labelled answers of `data.comparisons`, its validation split held out; none without it."""
+        source = self.config.data.comparisons
+        if source is None:
             return []
-        ranked: list[RankedAnswers] = []
-        splits: tuple[Split, ...] = ("train", "valid")
-        for split in splits:
-            found, dropped = read_published(data.comparisons, split, self.tokenizer, data.max_prompt_tokens)
+        return self._labelled(source) if holds_labels(source) else self._ranked(source)
+
+    def _ranked(self, source: DatasetConfig) -> list[Answers]:
+        data, ranked = self.config.data, list[Answers]()
+        for split in _SPLITS:
+            found, dropped = read_published(source, split, self.tokenizer, data.max_prompt_tokens)
             own = from_comparisons(found, self.tokenizer, data.max_response_tokens, heldout=split == "valid")
             if len(own) < len(found):
                 dropped["equal_when_cut"] = len(found) - len(own)
-            counts = ", ".join(f"{n} {reason}" for reason, n in sorted(dropped.items())) or "none"
-            print(f"{len(own)} {split} comparisons from {data.comparisons.path}; dropped: {counts}", flush=True)
+            _say(f"{len(own)} {split} comparisons", source, dropped)
             ranked += own
         return ranked
+
+    def _labelled(self, source: DatasetConfig) -> list[Answers]:
+        data, config, labelled = self.config.data, self.config, list[Answers]()
+        single = f"data.comparisons: format {source.format!r} has single answers with a label, and"
+        if config.trains_reward_model:
+            raise UserError(
+                f"{single} the reward model learns from pairs; give ranked answers in another format, or leave the "
+                "reward model out: stages=[sft, dpo, evaluate] with dpo.loss=kto"
+            )
+        if config.has("dpo") and not config.dpo.takes_labels:
+            raise UserError(f"{single} dpo.loss={config.dpo.loss} learns from pairs; set dpo.loss=kto")
+        for split in _SPLITS:
+            found, dropped = read_labelled(source, split, self.tokenizer, data.max_prompt_tokens)
+            own, contradictory = group_answers(
+                found, self.tokenizer, data.max_response_tokens, heldout=split == "valid"
+            )
+            if not own:
+                raise UserError(
+                    f"{source.path}: all answers of split {split!r} are called good by one row and bad by another; "
+                    "keep one label for each answer"
+                )
+            good, bad = _sides(own)
+            counts = f"{len(own)} {split} prompts with {good} good and {bad} bad answers"
+            _say(counts, source, {**dropped, **contradictory})
+            labelled += own
+        train = [c for c in labelled if not c.heldout]
+        if config.has("dpo") and (advice := config.dpo.balance(*_sides(train[: config.dpo.max_comparisons]))):
+            print(advice, flush=True)
+        return labelled
 
     def prompts(self, records: Sequence[Demonstration]) -> list[EncodedPrompt]:
         """The prompts of `records` as token ids."""
@@ -98,3 +133,14 @@ class RunData:
     def _demonstrations(self, split: Split) -> list[Demonstration]:
         data = self.config.data
         return read_demonstrations(data.demonstrations, split, self.tokenizer, data.max_prompt_tokens)
+
+
+def _sides(answers: Sequence[Answers]) -> tuple[int, int]:
+    """How many labelled answers are good, and how many are bad."""
+    good, bad = (sum(each.counts[side] for each in answers) for side in ("good answers", "bad answers"))
+    return good, bad
+
+
+def _say(found: str, source: DatasetConfig, dropped: Mapping[str, int]) -> None:
+    counts = ", ".join(f"{n} {reason}" for reason, n in sorted(dropped.items())) or "none"
+    print(f"{found} from {source.path}; dropped: {counts}", flush=True)

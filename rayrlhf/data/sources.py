@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 from rayrlhf.config import DatasetConfig
 from rayrlhf.data.comparisons import usable_answers
-from rayrlhf.data.formats import FORMATS, Format, RawComparison, RawDemonstration, SkipRow
+from rayrlhf.data.formats import FORMATS, Format, RawComparison, RawDemonstration, RawLabelled, SkipRow
 from rayrlhf.data.loading import SourceRow, Split, load_source
-from rayrlhf.data.records import Comparison, Demonstration, Prompt
+from rayrlhf.data.records import Comparison, Demonstration, LabelledAnswer, Prompt
 from rayrlhf.data.splits import hash_fraction
 from rayrlhf.data.template import fit_prompts
 from rayrlhf.data.tokens import special_text_remover
@@ -29,7 +29,7 @@ CARVED_SHARE = 0.1
 """Share of the prompts that becomes the validation split if a source has none."""
 
 _log = logging.getLogger(__name__)
-Raw = TypeVar("Raw", RawDemonstration, RawComparison)
+Raw = TypeVar("Raw", RawDemonstration, RawComparison, RawLabelled)
 
 
 def read_demonstrations(
@@ -99,6 +99,41 @@ def read_published(
     return comparisons, dict(dropped)
 
 
+def holds_labels(source: DatasetConfig) -> bool:
+    """Whether the rows are single answers with a label, which `read_labelled` reads, and not comparisons.
+
+    Raises:
+        UserError: the format is unknown.
+    """
+    return _adapter(source).labelled is not None
+
+
+def read_labelled(
+    source: DatasetConfig, split: Split, tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int
+) -> tuple[list[LabelledAnswer], dict[str, int]]:
+    """Read the labelled answers of one split; splits are those of `read_demonstrations`.
+
+    Short answers stay, unlike those of comparisons: each is judged by itself.
+
+    Returns:
+        The answers, and the number of dropped rows by reason: `duplicate`, or `in_train` already.
+
+    Raises:
+        UserError: the source is missing or malformed, or holds no labelled answers.
+    """
+    adapter = _adapter(source)
+    if adapter.labelled is None:
+        raise _cannot(source, "labelled answers", "labelled")
+    records, dropped = _read(source, split, adapter.labelled)
+    remove = special_text_remover(tokenizer)
+    prompts = _fitted(records, tokenizer, max_prompt_tokens, remove)
+    answers = [
+        LabelledAnswer(id, prompt, _response(remove, raw.response, row), raw.good, raw.source)
+        for (id, row, raw), prompt in zip(records, prompts, strict=True)
+    ]
+    return answers, dict(dropped)
+
+
 def as_prompts(demonstrations: Sequence[Demonstration]) -> list[Prompt]:
     """Make prompts of demonstrations; the response becomes the prompt's reference."""
     return [Prompt(d.id, d.prompt, d.response, d.title, d.messages, d.metadata) for d in demonstrations]
@@ -165,11 +200,21 @@ def _parse(
     return records
 
 
-def _text_hash(raw: RawDemonstration | RawComparison) -> str:
-    answers = (raw.response,) if isinstance(raw, RawDemonstration) else raw.responses
-    text = "\x1f".join((raw.prompt.text, *answers))
+def _text_hash(raw: RawDemonstration | RawComparison | RawLabelled) -> str:
+    text = "\x1f".join((raw.prompt.text, *raw.texts))
     # surrogatepass: half an emoji, which JSON can spell, is no UTF-8 and would otherwise end the reading.
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+
+
+def _fitted(
+    records: Sequence[tuple[str, SourceRow, RawDemonstration]] | Sequence[tuple[str, SourceRow, RawLabelled]],
+    tokenizer: PreTrainedTokenizerBase,
+    max_prompt_tokens: int,
+    remove: Callable[[str], str],
+) -> list[str]:
+    """The records' prompts, without special tokens, rendered and cut."""
+    prompts = [raw.prompt.map(remove) for _, _, raw in records]
+    return fit_prompts(tokenizer, prompts, max_prompt_tokens, [row.where for _, row, _ in records])
 
 
 def _response(remove: Callable[[str], str], text: str, row: SourceRow) -> str:
@@ -185,6 +230,6 @@ def _adapter(source: DatasetConfig) -> Format:
     return FORMATS[source.format]
 
 
-def _cannot(source: DatasetConfig, what: str, kind: Literal["demonstration", "comparison"]) -> UserError:
+def _cannot(source: DatasetConfig, what: str, kind: Literal["demonstration", "comparison", "labelled"]) -> UserError:
     able = [name for name, adapter in FORMATS.items() if getattr(adapter, kind) is not None]
     return UserError(f"data format {source.format!r} holds no {what}; those that do: {', '.join(able)}")

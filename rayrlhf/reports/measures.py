@@ -87,11 +87,11 @@ PANELS: dict[str, tuple[Panel, ...]] = {
         Panel("Margin, chosen − rejected", "score", (Measure("reward_model/margin", "margin", in_line=True),)),
     ),
     "dpo": (
-        Panel("Loss", "per pair", (
+        Panel("Loss", "per pair or answer", (
             Measure("dpo/loss", "loss", ".4f", in_line=True, legend="train"),
             Measure("dpo/heldout_loss", "held-out loss", ".4f", legend="held out"),
         )),
-        Panel("Accuracy of the implicit reward", "share of pairs", (
+        Panel("Accuracy of the implicit reward", "share of pairs or answers", (
             Measure("dpo/accuracy", "accuracy", in_line=True, legend="train"),
             Measure("dpo/heldout_accuracy", "held-out", in_line=True, legend="held out"),
         )),

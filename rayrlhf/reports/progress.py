@@ -34,15 +34,23 @@ class StageLoad:
     """Prompt and response tokens a step, at most."""
 
 
-def stage_loads(config: Config, n_sft: int, n_prompts: int, n_comparisons: int | None, n_test: int) -> list[StageLoad]:
+def stage_loads(
+    config: Config,
+    n_sft: int,
+    n_prompts: int,
+    n_comparisons: int | None,
+    n_test: int,
+    answers: float = 2,
+) -> list[StageLoad]:
     """The load of each stage of a run.
 
     Args:
         config: the run's config.
         n_sft: demonstrations in the SFT split.
         n_prompts: prompts in the RL split.
-        n_comparisons: ranked prompts for the reward model; None if the `collect` stage makes them.
+        n_comparisons: prompts with ranked or labelled answers; None if the `collect` stage makes them.
         n_test: prompts in the split that is evaluated.
+        answers: their mean number to a prompt; of no meaning if the `collect` stage makes them.
     """
     longest = config.data.max_prompt_tokens + config.data.max_response_tokens
     workers = config.resources.learner.workers
@@ -59,7 +67,6 @@ def stage_loads(config: Config, n_sft: int, n_prompts: int, n_comparisons: int |
     passes = micro(rows, sft.micro_batch_tokens)
     loads.append(StageLoad("sft", records, rows, rows, steps, passes, rows * longest))
 
-    answers = 2
     if n_comparisons is None:
         answers = collect.answers_per_prompt + collect.include_reference
         drawn = collect.prompts * collect.answers_per_prompt
@@ -69,7 +76,7 @@ def stage_loads(config: Config, n_sft: int, n_prompts: int, n_comparisons: int |
         records = min(n_comparisons, own.max_comparisons or n_comparisons)
         prompts = min(own.prompts_per_batch, records)
         steps = own.epochs * math.ceil(records / own.prompts_per_batch)
-        rows = prompts * answers
+        rows = math.ceil(prompts * answers)
         passes = micro(rows, own.micro_batch_tokens)
         loads.append(StageLoad(stage, records, prompts, rows, steps, passes, rows * longest))
 
@@ -92,6 +99,7 @@ def batch_table(
     n_test: int = 0,
     parameters: tuple[int, int] | None = None,
     given: Mapping[str, int] | None = None,
+    answers: float = 2,
 ) -> Table:
     """A table of the work of each stage; arguments as for `stage_loads`.
 
@@ -102,7 +110,7 @@ def batch_table(
     rl = config.rl
     notes = []
     if config.has("dpo"):
-        notes.append(f"dpo ({config.dpo.loss}): all pairs of a prompt's answers are learnt from together.")
+        notes.append(f"dpo ({config.dpo.loss}): all answers to a prompt are learnt from together.")
     if config.has("rl"):
         notes.append(
             f"rl ({rl.algorithm}): {rl.steps} steps × {rl.epochs} epochs × {rl.minibatches} mini-batches; "
@@ -142,7 +150,7 @@ def batch_table(
         "tokens\na step",
     ):
         table.add_column(heading, justify="right")
-    for load in stage_loads(config, n_sft, n_prompts, n_comparisons, n_test):
+    for load in stage_loads(config, n_sft, n_prompts, n_comparisons, n_test, answers):
         numbers = (load.records, load.prompts_a_step, load.samples_a_step, load.optimiser_steps, load.micro_batches)
         table.add_row(load.stage, *("–" if n is None else f"{n:,}" for n in (*numbers, load.tokens_a_step)))
     return table

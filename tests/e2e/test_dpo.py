@@ -40,7 +40,7 @@ def test_preferences_without_rollouts(finished: Any, start: Any, tmp_path: Path)
     arguments = [*finished.arguments, f"runs_dir={tmp_path}", STAGES, *DPO]
     outcome = start("python", "-m", "jobs.pipeline", "--local", "--config", *arguments).wait()
     assert outcome.code == 0, outcome.err
-    assert "sft: already done" in outcome.out and "dpo (dpo): all pairs" in outcome.out
+    assert "sft: already done" in outcome.out and "dpo (dpo): all answers" in outcome.out
     assert {"dpo", "evaluation.json", "report.html"} <= {path.name for path in run.iterdir()}
     assert not (run / "reward_model").exists() and not (run / "policy").exists()
     steps = [line for line in read_metrics(run, "dpo") if "dpo/loss" in line]

@@ -5,14 +5,15 @@ the other; ours runs on packed rows that share prompts, all at once and cut into
 of its `CPOTrainer` that reads five settings, and gets log-probs from transformers.
 
 TRL measures KTO's KL on each example's prompt with another example's completion. It is given our rows for that.
+KTO is compared over pairs, and over single answers with a label, as many a prompt as there happen to be.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,10 +27,11 @@ from trl import DPOTrainer, KTOTrainer
 from trl import KTOConfig as TRLKTOConfig
 from trl.experimental.cpo import CPOTrainer
 
-from rayrlhf.algorithms.preferences import KTO, make_preference_loss, mismatched
+from rayrlhf.algorithms.preferences import make_preference_loss, mismatched
 from rayrlhf.algorithms.ranked_pass import answer_logprobs, ranked_pass, rows_of
 from rayrlhf.config_dpo import DPOConfig, DPOSection, IPOConfig, KTOConfig, SimPOConfig
 from rayrlhf.data.comparisons import RankedAnswers
+from rayrlhf.data.labelled import LabelledAnswers
 from rayrlhf.data.rows import Row
 from rayrlhf.models.loading import load_tokenizer, resolve_model
 from rayrlhf.models.ranks import Ranks
@@ -38,51 +40,66 @@ from tests.tiny import EOS, PAD, VOCABULARY, difference, forward_of, gradient, t
 ONE_EACH, ALL = 1, 4096  # limits of a micro-batch
 ANSWERS = ((3, 14), (6, 1, 9), (2, 20), (5, 4, 11, 7))
 """tokens of the answers to each prompt, best first"""
+LABELS = ((True, False), (True,), (False, False, True), (False,), (True, True))
+"""of the answers to each prompt, where there are labels: five good ones and four bad ones"""
 
 
 class Problem(NamedTuple):
     policy: OPTForCausalLM
     reference: OPTForCausalLM
-    comparisons: list[RankedAnswers]
+    comparisons: list[Any]
+    """ranked or labelled answers"""
 
 
 class Found(NamedTuple):
     loss: float
     gradient: Tensor
     better: Sequence[float]
-    """score of the better answer of every pair"""
+    """score of the better answer of every pair, or of the good answers"""
     worse: Sequence[float]
+    details: Mapping[str, float] = MappingProxyType({})
 
 
-def problem(answers: Sequence[Sequence[int]] = ANSWERS) -> Problem:
+def problem(answers: Sequence[Sequence[int]] = ANSWERS, seed: int = 1) -> Problem:
     reference, _ = tiny_models()
     policy = copy.deepcopy(reference)
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter += 0.02 * torch.randn_like(parameter)
-    rng = np.random.default_rng(1)
+    rng = np.random.default_rng(seed)
 
     def tokens(n: int) -> tuple[int, ...]:
         return tuple(rng.integers(3, VOCABULARY, n).tolist())
 
-    comparisons = []
+    comparisons: list[Any] = []
     for i, own in enumerate(answers):
         prompt, responses = tokens(3 + i), tuple((*tokens(n - 1), EOS) for n in own)
         comparisons.append(RankedAnswers(str(i), "", prompt, tuple(map(str, own)), responses, None, ""))
     return Problem(policy, reference, comparisons)
 
 
+def labelled_problem(labels: Sequence[tuple[bool, ...]]) -> Problem:
+    """As many answers to each prompt as it has labels; the seed is one whose KL estimates are above 0."""
+    given = problem([[3 + 4 * k + i for k in range(len(own))] for i, own in enumerate(labels)], seed=8)
+    made = [
+        LabelledAnswers(c.id, c.prompt_ids, c.response_ids, own)
+        for c, own in zip(given.comparisons, labels, strict=True)
+    ]
+    return given._replace(comparisons=made)
+
+
 def ours(given: Problem, config: DPOSection, micro_batch_tokens: int = ALL) -> Found:
-    policy, loss, ranks = copy.deepcopy(given.policy), make_preference_loss(config), Ranks(1)
+    labelled = any(c.labelled for c in given.comparisons)
+    policy, loss, ranks = copy.deepcopy(given.policy), make_preference_loss(config, labelled), Ranks(1)
     forward, frozen = forward_of(policy, micro_batch_tokens), forward_of(given.reference)
     references = [answer_logprobs(frozen, rows_of(c), ranks) for c in given.comparisons]
-    if isinstance(loss, KTO):
-        others = mismatched(given.comparisons)
-        loss.kl = float((answer_logprobs(forward, others, ranks) - answer_logprobs(frozen, others, ranks)).mean())
+    if others := loss.extra_rows(given.comparisons):
+        loss.prepare(answer_logprobs(forward, others, ranks), answer_logprobs(frozen, others, ranks))
     known = references if config.reference else None
-    found = ranked_pass(forward, given.comparisons, ranks, 1 / len(given.comparisons), loss, known)
-    better = found.better.tolist()
-    return Found(found.loss, gradient(policy.parameters()), better, (found.better - found.margins).tolist())
+    examples = sum(c.examples for c in given.comparisons)
+    found = ranked_pass(forward, given.comparisons, ranks, 1 / examples, loss, known)
+    sides = found.better.tolist(), found.worse.tolist()
+    return Found(found.loss, gradient(policy.parameters()), *sides, loss.details(found))
 
 
 def rectangle(rows: Sequence[Row]) -> tuple[Tensor, Tensor, Tensor]:
@@ -121,7 +138,8 @@ def trl_dpo(given: Problem, path: Path, **changes: Any) -> Found:
     return Found(total, gradient(trainer.model.parameters()), better, worse)
 
 
-def trl_kto(given: Problem, path: Path, **changes: Any) -> Found:
+def trl_kto(given: Problem, path: Path, labels: Sequence[bool], **changes: Any) -> Found:
+    """`labels` are of all answers, one prompt after the other."""
     trainer = trainer_of(KTOTrainer, TRLKTOConfig, given, path, **changes)
     rows = [row for c in given.comparisons for row in rows_of(c)]
     ids, attention, answer = rectangle(rows)
@@ -129,14 +147,15 @@ def trl_kto(given: Problem, path: Path, **changes: Any) -> Found:
     batch = {
         "input_ids": ids, "attention_mask": attention, "completion_mask": answer,
         "KL_input_ids": kl_ids, "KL_attention_mask": kl_attention, "KL_completion_mask": kl_answer,
-        "label": torch.tensor([True, False] * len(given.comparisons)),
+        "label": torch.tensor(labels),
     }  # fmt: skip
     loss = trainer._compute_loss(trainer.model, batch, False)
     loss.backward()
     assert trainer._metrics["train"]["kl"][0] > 0.0, "a KL of 0 would hide its part of the loss"
     metrics = trainer._metrics["train"]
-    means = [[metrics[f"rewards/{side}"][0]] for side in ("chosen", "rejected")]
-    return Found(loss.item(), gradient(trainer.model.parameters()), *means)
+    means = [metrics.get(f"rewards/{side}", []) for side in ("chosen", "rejected")]
+    details = {name: values[0] for name, values in metrics.items() if isinstance(values, list)}
+    return Found(loss.item(), gradient(trainer.model.parameters()), means[0], means[1], details)
 
 
 def trl_simpo(given: Problem, beta: float, gamma: float) -> Found:
@@ -210,10 +229,28 @@ def test_kto(micro_batch_tokens: int, tmp_path: Path) -> None:
     given = problem(((3, 14), (6, 1), (2, 20), (5, 4)))
     config = KTOConfig(beta=0.3, desirable_weight=1.5, undesirable_weight=0.7)
     changes = {"beta": 0.3, "desirable_weight": 1.5, "undesirable_weight": 0.7}
-    found, expected = ours(given, config, micro_batch_tokens), trl_kto(given, tmp_path, **changes)
+    found = ours(given, config, micro_batch_tokens)
+    expected = trl_kto(given, tmp_path, [True, False] * len(given.comparisons), **changes)
     same(found, expected)
     assert np.mean(found.better) == pytest.approx(expected.better[0], rel=1e-4)
     assert np.mean(found.worse) == pytest.approx(expected.worse[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("micro_batch_tokens", [ONE_EACH, ALL])
+@pytest.mark.parametrize("labels", [LABELS, [(True, True), (True,), (True,)], [(False,), (False, False)]])
+def test_kto_over_labelled_answers(labels: Sequence[tuple[bool, ...]], micro_batch_tokens: int, tmp_path: Path) -> None:
+    """Every answer has the same weight, whatever the number of answers to its prompt; one side alone will do."""
+    given = labelled_problem(labels)
+    changes = {"beta": 0.3, "desirable_weight": 1.5, "undesirable_weight": 0.7}
+    found = ours(given, KTOConfig.model_validate(changes), micro_batch_tokens)
+    expected = trl_kto(given, tmp_path, [label for own in labels for label in own], **changes)
+    same(found, expected)
+    assert found.details["kl"] == pytest.approx(expected.details["kl"], rel=1e-4)
+    for side, scores, mean in (("chosen", found.better, expected.better), ("rejected", found.worse, expected.worse)):
+        assert ([np.mean(scores)] if scores else []) == pytest.approx(mean, rel=1e-4)
+        assert ([found.details[f"reward/{side}"]] if scores else []) == pytest.approx(mean, rel=1e-4)
+    if expected.better and expected.worse:
+        assert found.details["margin"] == pytest.approx(expected.details["rewards/margins"], rel=1e-4)
 
 
 @pytest.mark.parametrize("micro_batch_tokens", [ONE_EACH, ALL])

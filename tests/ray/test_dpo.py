@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,13 @@ from transformers import AutoModelForCausalLM
 
 from actors.training.dpo import DPOArguments, dpo_loop
 from actors.training.loop import Loop
+from jobs.dpo import dpo
+from jobs.session import opened
 from rayrlhf.config import Config
 from rayrlhf.config_file import parse_config
 from rayrlhf.data.comparisons import RankedAnswers
 from rayrlhf.errors import UserError
-from rayrlhf.models.loading import resolve_model
+from rayrlhf.models.loading import load_tokenizer, resolve_model
 from rayrlhf.runs.metrics import read_metrics
 
 TINY = resolve_model("embedded:opt-tiny")
@@ -85,6 +89,37 @@ def test_learns_to_prefer_the_better_answers(tmp_path: Path, loss: str) -> None:
     with torch.no_grad():
         good, bad = (after(ids).logits - before(ids).logits)[0, -1, [500, 600]].tolist()
     assert good > bad
+
+
+def test_kto_learns_from_labelled_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The whole stage, from a file of single answers; token 500 stands in good answers, token 600 in bad ones."""
+    tokenizer = load_tokenizer(TINY)
+    for split, ranked in (("train", toy(40, seed=0)), ("validation", toy(12, seed=1))):
+        rows = [
+            {"prompt": tokenizer.decode(c.prompt_ids[1:]), "completion": tokenizer.decode(ids[:-1]), "label": good}
+            for c in ranked
+            for ids, good in ((c.response_ids[0], True), (c.response_ids[-1], False))
+        ]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    settings = make_config(tmp_path / "runs", loss="kto", epochs=2).model_dump(exclude={"environment"})
+    data = {key: {"format": "unpaired", "path": str(tmp_path)} for key in ("demonstrations", "comparisons")}
+    config = parse_config({**settings, "stages": ["sft", "dpo"], "data": data, "name": "run"}, "test")
+    with opened(config, local=True) as session:
+        with session.run.writing("sft") as directory:
+            shutil.copytree(TINY, directory, dirs_exist_ok=True)
+        dpo(session)
+        before, after = (load_file(session.run.path / name / "model.safetensors") for name in ("sft", "dpo"))
+        first, *steps = read_metrics(session.run.path, "dpo")
+    assert "40 train prompts with 40 good and 40 bad answers" in capsys.readouterr().out
+    assert first["dpo/prompts"] == first["dpo/good_answers"] == first["dpo/bad_answers"] == 40
+    assert first["dpo/heldout_good_answers"] == 12
+    assert first["dpo/heldout_loss"] == pytest.approx(0.5, abs=1e-4)
+    assert len(steps) == 10 and steps[-1]["dpo/heldout_loss"] < first["dpo/heldout_loss"]
+    assert steps[-1]["dpo/heldout_accuracy"] > 0.8
+    assert steps[-1]["dpo/heldout_margin"] == pytest.approx(
+        steps[-1]["dpo/heldout_reward/chosen"] - steps[-1]["dpo/heldout_reward/rejected"]
+    )
+    assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
 @pytest.mark.parametrize("settings", [{"loss": "kto"}, {"loss": "dpo", "lora": {"rank": 4}}])

@@ -1,4 +1,4 @@
-"""Ranked answers: pairs, dropping, the Parquet file."""
+"""Ranked answers: pairs, dropping, the Parquet file. Labelled answers: those to one prompt together."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from rayrlhf.data.comparisons import (
     usable_answers,
     write_comparisons,
 )
-from rayrlhf.data.records import Comparison
+from rayrlhf.data.labelled import group_answers
+from rayrlhf.data.records import Comparison, LabelledAnswer
 from rayrlhf.data.tokens import encode_prompt, encode_response
 from rayrlhf.errors import UserError
 
@@ -81,6 +82,34 @@ def test_published_comparisons(tokenizer: PreTrainedTokenizerBase) -> None:
         encode_response(tokenizer, text, 8, "TL;DR:") for text in comparisons[0].responses
     ]
     assert len(from_comparisons(comparisons, tokenizer, 48)) == 2
+
+
+def test_labelled_answers_to_one_prompt_are_together(tokenizer: PreTrainedTokenizerBase) -> None:
+    same = "the first ten words of these two answers are equal "
+    rows = [
+        LabelledAnswer("a", "What?", "tea", True),
+        LabelledAnswer("b", "Why?", same + "yes", True),
+        LabelledAnswer("c", "What?", "milk", False),
+        LabelledAnswer("d", "Why?", same + "no", False),
+        LabelledAnswer("e", "What?", "tea", True, "elsewhere"),
+        LabelledAnswer("f", "What?", "water", True),
+        LabelledAnswer("g", "Who?", same + "yes", True),
+        LabelledAnswer("h", "Who?", same + "no", True),
+    ]
+    records, dropped = group_answers(rows, tokenizer, 8, heldout=True)
+    assert dropped == {"good_and_bad": 2}  # cut to 8 tokens, b and d are the same answer with both labels
+    assert [(r.id, r.labels, r.source) for r in records] == [
+        ("a", (True, False, True), ""),
+        ("e", (True,), "elsewhere"),
+        ("g", (True, True), ""),
+    ]
+    assert list(records[0].prompt_ids) == encode_prompt(tokenizer, "What?") and records[0].heldout
+    assert [list(ids) for ids in records[0].response_ids] == [
+        encode_response(tokenizer, text, 8, "What?") for text in ("tea", "milk", "water")
+    ]
+    assert (records[0].examples, records[0].counts) == (3, {"good answers": 2, "bad answers": 1})
+    records, dropped = group_answers(rows, tokenizer, 48)
+    assert [len(r.labels) for r in records] == [3, 2, 1, 2] and not dropped and not records[0].heldout
 
 
 def test_parquet_round_trip(tmp_path: Path) -> None:

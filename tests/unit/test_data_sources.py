@@ -14,8 +14,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rayrlhf.config import DatasetConfig
 from rayrlhf.data.formats import FORMATS, parse_dialogue
-from rayrlhf.data.records import Comparison, Demonstration, Message
-from rayrlhf.data.sources import as_prompts, read_demonstrations, read_published
+from rayrlhf.data.records import Comparison, Demonstration, LabelledAnswer, Message
+from rayrlhf.data.sources import as_prompts, read_demonstrations, read_labelled, read_published
 from rayrlhf.data.splits import check_disjoint
 from rayrlhf.data.tokens import encode_prompts
 from rayrlhf.errors import UserError
@@ -251,6 +251,37 @@ def test_own_comparisons(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> 
     assert dropped == {}  # rows; the two useless answers went out of a row that still has three
 
 
+def test_labelled_answers(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    """Also as TRL has dialogues. Short answers stay; good ones are demonstrations."""
+    question, reply = {"role": "user", "content": "Tea?"}, {"role": "assistant", "content": " Yes. "}
+    rows: list[dict[str, Any]] = [
+        {"id": "a", "prompt": "What is tea?", "completion": " A drink. ", "label": True, "source": "us"},
+        {"id": "b", "prompt": "What is tea?", "response": "A car.", "label": 0},
+        {"id": "c", "prompt": [question], "completion": [reply], "label": 1},
+        {"id": "d", "messages": [question, reply], "label": False},
+        {"prompt": "What is tea?", "completion": "A </s>leaf.", "label": False},
+        {"prompt": "What is tea?", "completion": "A </s>leaf.", "label": False},
+    ]
+    path = write_jsonl(tmp_path / "u.jsonl", rows)
+    answers, dropped = read_labelled(source("unpaired", path), "all", tokenizer, 50)
+    chat = "\n\nHuman: Tea?\n\nAssistant:"
+    assert [(a.prompt, a.response, a.good, a.source) for a in answers] == [
+        ("What is tea?", "A drink.", True, "us"),
+        ("What is tea?", "A car.", False, ""),
+        (chat, "Yes.", True, ""),
+        (chat, "Yes.", False, ""),
+        ("What is tea?", "A leaf.", False, ""),
+    ]
+    assert answers[0] == LabelledAnswer("a", "What is tea?", "A drink.", True, "us") and dropped == {"duplicate": 1}
+    assert read_demonstrations(source("unpaired", path), "all", tokenizer, 50) == [
+        Demonstration("a", "What is tea?", "A drink."),
+        Demonstration("c", chat, "Yes."),
+    ]
+    in_parquet = tmp_path / "u.parquet"
+    pq.write_table(pa.Table.from_pylist([{**row, "label": bool(row["label"])} for row in rows[2:3]]), in_parquet)
+    assert read_labelled(source("unpaired", in_parquet), "all", tokenizer, 50)[0] == answers[2:3]
+
+
 def test_special_tokens_in_data_are_taken_out(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "s.jsonl", tldr_rows(1, post="Now </s>cheap</s>.", summary="Cheap</s> tea."))
     record = read_demonstrations(source("tldr", path), "all", tokenizer, 100)[0]
@@ -390,6 +421,33 @@ def test_bad_comparisons(
     path = write_jsonl(tmp_path / "bad.jsonl", [row])
     with pytest.raises(UserError, match=message):
         read_published(source(format, path), "all", tokenizer, 100)
+
+
+LABELLED = {"prompt": "Tea?", "completion": "Yes.", "label": True}
+TURNS = [{"role": "user", "content": "Tea?"}, {"role": "assistant", "content": "Yes."}]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (LABELLED | {"label": "good"}, r"line 1: 'label' must be true .* or false .*, found 'good'"),
+        (LABELLED | {"label": None}, r"line 1: 'label' must be true .* or false .*, found None"),
+        ({"prompt": "Tea?", "completion": "Yes."}, r"line 1: no column 'label'; there are: prompt, completion"),
+        ({"prompt": "Tea?", "label": True}, r"line 1: no column 'completion'; there are: prompt, label"),
+        (LABELLED | {"completion": " "}, r"line 1: 'completion' is empty"),
+        (LABELLED | {"completion": "</s>"}, r"line 1: the response holds nothing but special tokens"),
+        (LABELLED | {"completion": TURNS}, r"line 1: 'completion' must be a text or one message of the assistant"),
+        (LABELLED | {"prompt": TURNS}, r"line 1: the dialogue ends with a reply and there is a 'completion', too"),
+        (LABELLED | {"prompt": []}, r"line 1: 'messages' must be a list"),
+    ],
+)
+def test_bad_labelled_answers(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, row: dict[str, Any], message: str
+) -> None:
+    path = write_jsonl(tmp_path / "bad.jsonl", [row])
+    with pytest.raises(UserError, match=message) as error:
+        read_labelled(source("unpaired", path), "all", tokenizer, 100)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -1,18 +1,21 @@
-"""Losses over pairs against numbers by hand, KTO's mismatched rows, and the config's sections and stages."""
+"""Losses against numbers by hand, KTO's mismatched rows and balance, and the config's sections and stages."""
 
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import pytest
 import torch
 
-from rayrlhf.algorithms.preferences import DPO, IPO, KTO, SimPO, mismatched
+from rayrlhf.algorithms.preferences import DPO, IPO, KTO, LabelledKTO, SimPO, mismatched
+from rayrlhf.algorithms.ranking import Measured
 from rayrlhf.config import Config
 from rayrlhf.config_dpo import DPOConfig, IPOConfig, KTOConfig, SimPOConfig
 from rayrlhf.config_file import parse_config
 from rayrlhf.data.comparisons import RankedAnswers
+from rayrlhf.data.labelled import LabelledAnswers
 from rayrlhf.data.records import Prompt
 from rayrlhf.data.splits import split_train
 from rayrlhf.errors import UserError
@@ -36,6 +39,61 @@ def test_losses_by_hand() -> None:
     assert loss_of(kto, 0.4, -0.2) == pytest.approx((2 * sigmoid[0] + sigmoid[1]) / 2)
     kto.kl = -3.0  # an estimate may be below 0, the divergence cannot be
     assert loss_of(kto, 0.0, 0.0) == pytest.approx((2 * 0.5 + 0.5) / 2)
+
+
+def test_labelled_answers_by_hand() -> None:
+    """Three prompts with answers of 1, 2 and 0 good ones; z is 0.1 * 3 nats."""
+    kto = LabelledKTO(KTOConfig(desirable_weight=2.0, undesirable_weight=0.5))
+    kto.kl = 3.0
+    labels = ((True, False), (True, True), (False,))
+    comparisons = [LabelledAnswers("", (1,), ((3,),) * len(own), own) for own in labels]
+    judged = kto.judge(torch.tensor([0.4, -0.2, 0.1, 0.3, 0.5]), comparisons)
+    good = sum(2.0 / (1 + math.exp(s - 0.3)) for s in (0.4, 0.1, 0.3))
+    bad = sum(0.5 / (1 + math.exp(0.3 - s)) for s in (-0.2, 0.5))
+    assert float(judged.loss) == pytest.approx(good + bad)
+    margins, better, worse = (torch.cat(side).tolist() for side in zip(*judged.prompts, strict=True))
+    assert margins == pytest.approx([0.1, 0.5, -0.2, 0.0, -0.2], abs=1e-6)
+    assert better == pytest.approx([0.4, 0.1, 0.3]) and worse == pytest.approx([-0.2, 0.5])
+    assert [len(prompt.margins) for prompt in judged.prompts] == [2, 2, 1]
+
+
+def test_accuracy_of_labelled_answers_is_that_of_both_sides() -> None:
+    """A policy that raises all nine answers, of which eight are good, is right about all good ones and no bad one."""
+    kto = LabelledKTO(KTOConfig())
+    raised, none = torch.full((8,), 0.5), torch.zeros(0)
+    found = kto.details(Measured(0.0, none, raised, torch.tensor([0.75]), []))
+    assert found == {
+        "accuracy": 0.5, "margin": -0.25, "reward/chosen": 0.5, "reward/rejected": 0.75, "accuracy/chosen": 1.0,
+        "accuracy/rejected": 0.0, "kl": 0.0,
+    }  # fmt: skip
+    kto.kl = 2.5  # z is 0.25, which stands for the side that a batch does not have
+    found = kto.details(Measured(0.0, none, raised, none, []))
+    assert found == {"accuracy": 1.0, "margin": 0.25, "reward/chosen": 0.5, "accuracy/chosen": 1.0, "kl": 2.5}
+    assert kto.details(Measured(0.0, none, none, raised, []))["margin"] == -0.25
+
+
+@pytest.mark.parametrize(
+    ("good", "bad", "weights", "said"),
+    [
+        (100, 100, {}, None),
+        (133, 100, {}, None),
+        (135, 100, {}, "are 1.35 to 1; .*: set dpo.undesirable_weight between 1.01 and 1.35"),
+        (900, 100, {}, "900 good answers of weight 1 and 100 bad ones of weight 1 are 9 to 1; .* between 6.75 and 9"),
+        (900, 100, {"undesirable_weight": 8.0}, None),
+        (100, 400, {}, "are 0.25 to 1; .*: set dpo.desirable_weight between 4 and 5.33"),
+        (100, 400, {"desirable_weight": 2.0, "undesirable_weight": 0.5}, None),
+        (7, 0, {}, "all 7 answers to train on are good; bad ones"),
+        (0, 7, {}, "all 7 answers to train on are bad; good ones"),
+    ],
+)
+def test_what_is_said_of_the_balance(good: int, bad: int, weights: dict[str, float], said: str | None) -> None:
+    """Section 4.2 of the paper: lambda_D n_D / (lambda_U n_U) in [1, 4/3]. The weights that are advised are in it."""
+    line = KTOConfig.model_validate(weights).balance(good, bad)
+    assert (line is None) if said is None else (line is not None and re.search(said, line))
+    if line and (advised := re.search(r"set dpo\.(\w+) between (\S+) and (\S+)", line)):
+        inside = (float(advised[2]) + float(advised[3])) / 2
+        assert KTOConfig.model_validate(weights | {advised[1]: inside}).balance(good, bad) is None
+    assert DPOConfig().balance(good, bad) is None
 
 
 def ranked(prompt: int, *answers: int) -> RankedAnswers:

@@ -50,6 +50,9 @@ def test_given_comparisons_replace_the_collect_stage() -> None:
     assert list(loads) == ["sft", "reward_model", "rl", "evaluate"]
     assert loads["reward_model"].optimiser_steps == 3
     assert loads["sft"].samples_a_step == 10  # fewer records than the batch size
+    assert loads["reward_model"].samples_a_step == 32
+    loads = {load.stage: load for load in stage_loads(config(), 10, 10, n_comparisons=33, n_test=5, answers=1.2)}
+    assert loads["reward_model"].samples_a_step == 20  # 16 prompts of 1.2 answers are 19.2
 
 
 def test_a_pass_holds_at_least_one_row() -> None:

@@ -12,8 +12,12 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 from torch.nn.functional import logsigmoid
 
-from rayrlhf.algorithms.ranked_pass import Measured, answer_logprobs, ranked_pass, rows_of, score_rows, summary
+from rayrlhf.algorithms.preferences import LabelledKTO
+from rayrlhf.algorithms.ranked_pass import answer_logprobs, ranked_pass, rows_of, score_rows, summary
+from rayrlhf.algorithms.ranking import Measured
+from rayrlhf.config_dpo import KTOConfig
 from rayrlhf.data.comparisons import RankedAnswers
+from rayrlhf.data.labelled import LabelledAnswers
 from rayrlhf.data.rows import Row
 from rayrlhf.models.loading import load_policy, load_reward_model, resolve_model
 from rayrlhf.models.ranks import Ranks
@@ -35,6 +39,15 @@ def comparisons_of(count: int, seed: int) -> list[RankedAnswers]:
         answers = tuple((*tokens(2, 20), EOS) for _ in range(generator.integers(2, 5)))
         names = tuple(map(str, range(len(answers))))
         made.append(RankedAnswers(str(i), "", (EOS, *tokens(3, 30)), names, answers, None, "toy"))
+    return made
+
+
+def labelled_of(comparisons: list[RankedAnswers]) -> list[LabelledAnswers]:
+    """The same answers, every third of them a good one."""
+    made = []
+    for i, c in enumerate(comparisons):
+        labels = tuple((i + k) % 3 == 0 for k in range(len(c.response_ids)))
+        made.append(LabelledAnswers(c.id, c.prompt_ids, c.response_ids, labels))
     return made
 
 
@@ -71,7 +84,10 @@ def _two_ranks(rank: int, port: int, out: str) -> None:
 
 
 def _one_rank(out: str) -> None:
-    """Loss, margins, scores and the gradient summed over ranks, as this rank sees them."""
+    """Loss, margins, scores and the gradient summed over ranks, as this rank sees them; also those of labelled answers.
+
+    KTO's reference is up to 3 nats an answer from the policy, so that scores lie on both sides of the zero point.
+    """
     ranks, comparisons = Ranks(1), comparisons_of(7, seed=4)
     model = load_reward_model(TINY, fresh_head_seed=0)
     forward = forward_of(model, 200)
@@ -79,9 +95,20 @@ def _one_rank(out: str) -> None:
     ranks.sum_gradients(list(model.parameters()))
     gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     scores = torch.from_numpy(score_rows(forward, references(5), ranks))
-    logprobs = torch.from_numpy(answer_logprobs(forward_of(load_policy(TINY), 200), references(5), ranks))
-    found_here = {"margins": found.margins, "gradient": gradient, "scores": scores, "logprobs": logprobs}
-    torch.save({"loss": found.loss, **found_here}, out)
+    policy, labelled, kto = load_policy(TINY), labelled_of(comparisons), LabelledKTO(KTOConfig())
+    logprobs = torch.from_numpy(answer_logprobs(forward_of(policy, 200), references(5), ranks))
+    kto.prepare(np.full(7, 2.0), np.zeros(7))
+    flat = answer_logprobs(forward_of(policy, 200), [row for c in labelled for row in rows_of(c)], ranks)
+    shifted = np.split(flat + 3.0 * np.sin(np.arange(len(flat))), np.cumsum([c.examples for c in labelled])[:-1])
+    answers = sum(c.examples for c in labelled)
+    own = ranked_pass(forward_of(policy, 200), labelled, ranks, 1 / answers, kto, shifted)
+    ranks.sum_gradients(list(policy.parameters()))
+    kto_gradient = torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None])
+    found_here = {
+        "margins": torch.cat([found.margins, own.margins, own.better, own.worse]), "gradient": gradient,
+        "kto_gradient": kto_gradient, "scores": scores, "logprobs": logprobs, "loss": found.loss, "kto_loss": own.loss,
+    }  # fmt: skip
+    torch.save(found_here, out)
 
 
 def test_two_ranks_find_what_one_finds(tmp_path: Path) -> None:
@@ -93,11 +120,12 @@ def test_two_ranks_find_what_one_finds(tmp_path: Path) -> None:
     one = torch.load(tmp_path / "one", weights_only=True)
     for rank in (0, 1):
         two = torch.load(tmp_path / f"two-{rank}", weights_only=True)
-        assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+        assert [two["loss"], two["kto_loss"]] == pytest.approx([one["loss"], one["kto_loss"]], rel=1e-5)
         torch.testing.assert_close(two["margins"], one["margins"], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(two["scores"], one["scores"], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(two["logprobs"], one["logprobs"], rtol=1e-5, atol=1e-4)
-        assert float((two["gradient"] - one["gradient"]).norm() / one["gradient"].norm()) < 1e-5
+        for name in ("gradient", "kto_gradient"):
+            assert float((two[name] - one[name]).norm() / one[name].norm()) < 1e-5
 
 
 @pytest.mark.parametrize("micro_batch_tokens", [1, 150])
@@ -118,7 +146,7 @@ def test_answer_logprobs_are_transformers_own(micro_batch_tokens: int) -> None:
 
 def test_summary_by_source_and_confidence() -> None:
     margins = torch.tensor([2.0, -1.0, 0.1, 3.0])
-    found = summary(Measured(0.4, margins, margins, ["a", "a", "b", "b"]))
+    found = summary(Measured(0.4, margins, margins, -margins, ["a", "a", "b", "b"]))
     assert found["reward_model/heldout_accuracy"] == 0.75
     assert (found["reward_model/source/a/accuracy"], found["reward_model/source/b/accuracy"]) == (0.5, 1.0)
     assert (

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from actors.pools.remote import namespace
 from jobs.reward_model import reward_model
 from jobs.session import opened
-from rayrlhf.config import Config
+from rayrlhf.config import Config, DatasetConfig
 from rayrlhf.config_file import parse_config
+from rayrlhf.errors import UserError
 from rayrlhf.models.loading import load_policy, load_tokenizer, resolve_model
 from rayrlhf.models.saving import save_model
 from rayrlhf.reports.overview import read_overview
@@ -65,6 +66,68 @@ def test_published_comparisons_count_what_was_dropped(tmp_path: Path, capsys: py
     assert [r.id for r in found if not r.heldout] == ["train0", "train1"]
     expected = f"comparisons from {tmp_path}/comparisons; dropped: 1 equal_when_cut, 1 nearly_empty"
     assert capsys.readouterr().out.splitlines()[0] == f"2 train {expected}"
+
+
+def labelled(directory: Path, labels: str, split: str = "train") -> None:
+    """A file with an answer for each of `labels`, `g` or `b`, two of them to each prompt."""
+    rows = [
+        {"prompt": f"What is {split}{i // 2}?", "completion": f"It is {i}.", "label": label == "g"}
+        for i, label in enumerate(labels)
+    ]
+    (directory / "labelled").mkdir(exist_ok=True)
+    (directory / "labelled" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
+def unpaired(directory: Path, **settings: Any) -> Config:
+    own = config(directory, **settings)
+    source = DatasetConfig(format="unpaired", path=str(directory / "labelled"))
+    return own.model_copy(update={"data": own.data.model_copy(update={"comparisons": source})})
+
+
+WITHOUT_PAIRS = {"stages": ["sft", "dpo", "evaluate"], "dpo": {"loss": "kto", "max_comparisons": 3}}
+
+
+def test_labelled_answers_are_counted_and_weighed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    labelled(tmp_path, "gggggbgbb")
+    labelled(tmp_path, "gb", "validation")
+    with opened(unpaired(tmp_path, **WITHOUT_PAIRS), local=True) as session:
+        found = session.data.comparisons
+        table = session.overview()
+    assert [(c.examples, c.heldout) for c in found] == [(2, False)] * 4 + [(1, False), (2, True)]
+    path = tmp_path / "labelled"
+    assert capsys.readouterr().out.splitlines() == [
+        f"5 train prompts with 6 good and 3 bad answers from {path}; dropped: none",
+        f"1 valid prompts with 1 good and 1 bad answers from {path}; dropped: none",
+        # Of the three prompts that are trained on.
+        "dpo: 5 good answers of weight 1 and 1 bad ones of weight 1 are 5 to 1; the authors of KTO advise 1 to 4/3: "
+        "set dpo.undesirable_weight between 3.75 and 5",
+    ]
+    cells = {column.header: [*column.cells] for column in table.columns}
+    row = cells["stage"].index("dpo")
+    assert [cells[name][row] for name in ("records", "samples\na step")] == ["3", "6"]  # 3 prompts of 9 / 5 answers
+
+
+def test_labelled_answers_are_refused_where_pairs_are_needed(tmp_path: Path) -> None:
+    """Before the file is read, and so before any stage starts."""
+    for settings, said in (
+        ({}, "the reward model learns from pairs; .* stages=.sft, dpo, evaluate. with dpo.loss=kto"),
+        ({"stages": ["sft", "dpo"]}, "dpo.loss=dpo learns from pairs; set dpo.loss=kto"),
+        ({"stages": ["sft", "dpo"], "dpo": {"loss": "simpo"}}, "dpo.loss=simpo learns from pairs"),
+    ):
+        with opened(unpaired(tmp_path, name=f"run{len(said)}", **settings), local=True) as session:
+            with pytest.raises(UserError, match=f"format 'unpaired' has single answers .*{said}") as raised:
+                session.start()
+            assert "\n" not in str(raised.value)
+
+
+def test_answers_that_are_all_good_and_bad_are_refused(tmp_path: Path) -> None:
+    labelled(tmp_path, "gb")
+    labelled(tmp_path, "gb", "validation")
+    file = tmp_path / "labelled" / "train.jsonl"
+    file.write_text(file.read_text().replace("It is 1.", "It is 0."))
+    said = "all answers of split 'train' are called good by one row and bad by another"
+    with opened(unpaired(tmp_path, **WITHOUT_PAIRS), local=True) as session, pytest.raises(UserError, match=said):
+        session.start()
 
 
 def test_the_reward_model_starts_from_the_sft_model(tmp_path: Path) -> None:
