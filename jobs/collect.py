@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 
 import numpy as np
@@ -16,7 +17,8 @@ from rayrlhf.data.sources import as_prompts
 from rayrlhf.data.splits import is_heldout
 from rayrlhf.data.tokens import decode_response, encode_response
 from rayrlhf.errors import UserError
-from rayrlhf.rewards.labellers import FileLabeller, Unranked, ask_people, make_labeller, rankings_path, read_unranked
+from rayrlhf.files import replacing
+from rayrlhf.rewards.labellers import Unranked, ask_people, make_labeller, rankings_path, read_unranked
 from rayrlhf.trajectory import derive_seed
 
 
@@ -26,8 +28,9 @@ def collect(session: Session) -> None:
     config, run = session.config, session.run
     records = chosen_prompts(config, session.data.train.reward_model)
     to_rank = run.path / "to_rank.jsonl"
-    asks_people = config.collect.labeller.kind == "file"
-    if asks_people and to_rank.is_file():
+    section = config.collect.labeller
+    people = section if section.kind == "file" else None
+    if people and to_rank.is_file():
         answers = read_unranked(to_rank)  # people rank these answers: sampling again would give them others
         console.print(f"collect: the answers of {to_rank} are used again (delete it to have others sampled)")
     else:
@@ -41,15 +44,14 @@ def collect(session: Session) -> None:
             "collect: no prompt got two different answers of at least 5 words; "
             "train SFT longer or raise collect.temperature"
         )
-    if asks_people and not rankings_path(config.collect.labeller).is_file():
-        request = ask_people(to_rank, answers, config.collect.labeller)
+    if people and not rankings_path(people).is_file():
+        request = ask_people(to_rank, answers, people)
         run.upload(to_rank)
         raise request
 
-    labeller = make_labeller(config.collect.labeller)
-    if isinstance(labeller, FileLabeller):
-        labeller.check({a.id: len(a.answers) for a in answers})
+    labeller = make_labeller(section)
     prompts: dict[str, Prompt] = {p.id: p for p in as_prompts(session.data.train.reward_model)}
+    labeller.prepare([(prompts[a.id], a.answers) for a in answers])
     ranked = []
     for answer in answers:
         verdict = labeller.rank(prompts[answer.id], answer.answers)
@@ -66,6 +68,11 @@ def collect(session: Session) -> None:
                 heldout=is_heldout(answer.id, config.collect.heldout_fraction),
             )
         )
+    if facts := labeller.facts():
+        with replacing(run.labeller) as temporary:
+            temporary.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        run.upload(run.labeller)
+        console.print(f"collect: {labeller.name}: {', '.join(f'{name} {value}' for name, value in facts.items())}")
     with run.writing("collect") as path:
         write_comparisons(path, ranked)
     console.print(summary(ranked))

@@ -22,7 +22,7 @@ from rayrlhf.reports.progress import sample_panel
 from rayrlhf.reports.tables import evaluation_table
 from rayrlhf.rewards.functions import scores
 from rayrlhf.rewards.gold import gold_labeller, gold_measures
-from rayrlhf.rewards.labellers import Labeller
+from rayrlhf.rewards.labeller import Labeller
 from rayrlhf.sections import DrawConfig
 from rayrlhf.trajectory import Trajectory
 
@@ -58,9 +58,7 @@ def evaluate(session: Session) -> None:
         reference,
         title if any(p.title for p in prompts) else None,
         baselines,
-        labeller="reference"
-        if config.data.comparisons is None and config.collect.labeller.kind == "reference"
-        else "people",
+        labeller=labelled_by(config),
         metadata={
             "data": config.evaluate.prompts or f"{config.data.demonstrations.path}, {config.evaluate.split} split",
             **config.evaluate.model_dump(include=set(DrawConfig.model_fields)),
@@ -94,6 +92,12 @@ def evaluate(session: Session) -> None:
         )
     )
     console.print(evaluation_table(result))
+
+
+def labelled_by(config: Config) -> str:
+    """What made the comparisons, as the evaluation calls it."""
+    kind = config.collect.labeller.kind
+    return "people" if config.data.comparisons is not None or kind == "file" else kind
 
 
 def evaluation_records(session: Session) -> list[Demonstration]:

@@ -21,6 +21,7 @@ from rayrlhf.data.tokens import sampling_of
 from rayrlhf.environments.base import EnvironmentMaker
 from rayrlhf.reports.alarms import cut_prompts
 from rayrlhf.rewards.gold import GoldMeasure, gold_labeller
+from rayrlhf.rewards.judge import UNUSABLE
 from rayrlhf.rewards.pretrained import CUT
 from rayrlhf.rewards.texts import TextRewards, make_text_rewards
 from rayrlhf.runs.folder import RunFolder
@@ -136,6 +137,8 @@ class RolloutClient:
         for text in self.texts:
             if cut := sum(t.counted.get(CUT + text.reward.name, 0) for t in done):
                 print(cut_prompts(text.reward.name, cut, len(done)), flush=True)
+        if unusable := sum(t.counted.get(UNUSABLE, 0) for t in done):
+            print(f"{unusable} question(s) to judges got no usable reply and count as 0", flush=True)
         return done
 
     def _slices(self, work: list[T], actors: int, done: str) -> Iterator[list[T]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator
 from functools import cached_property
@@ -23,6 +24,7 @@ from jobs.rollouts import RolloutClient
 from rayrlhf.algorithms.registry import make_algorithm, read_plugin
 from rayrlhf.config import Config
 from rayrlhf.config_file import dump_config
+from rayrlhf.config_services import HOW_ASKED
 from rayrlhf.data.run_data import RunData
 from rayrlhf.data.tokens import check_context
 from rayrlhf.models.loading import context_length, load_tokenizer, parameter_counts, resolve_model
@@ -115,11 +117,15 @@ class Session:
             relevant["stages"] = settings["stages"]  # which prompts are collected for depends on them
         for key in ("checkpoint_every", "keep_checkpoints"):
             relevant.get("rl", {}).pop(key, None)
+        asked = [relevant["collect"]["labeller"]] if "collect" in relevant else []
         if "rl" in relevant:
             relevant["rewards"] = settings["rewards"]
+            asked += relevant["rewards"]
             relevant["plugins"] = [self.plugin, *(text.plugin for text in self.rollouts.texts if text.plugin)]
             if self.rollouts.environment is not None:
                 relevant["environment"] = [settings["environment"], self.rollouts.environment.plugin]
+        for section, key in itertools.product(asked, HOW_ASKED):
+            section.pop(key, None)
         digest = hashlib.blake2b(json.dumps(relevant, sort_keys=True).encode(), digest_size=4).hexdigest()
         return f"{stage}-{digest}"
 

@@ -5,12 +5,13 @@ Units: lengths are tokens, times are seconds, sizes are bytes unless the name sa
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, model_validator
 
 from rayrlhf.config_dpo import DPOConfig, DPOSection
 from rayrlhf.config_environment import EnvironmentConfig
+from rayrlhf.config_labellers import LabellerConfig, ReferenceLabellerConfig
 from rayrlhf.config_resources import ResourcesConfig
 from rayrlhf.config_rewards import EnvironmentReward, ModelReward, Reward, Rewards
 from rayrlhf.config_rl import PPOConfig, RLSection
@@ -110,19 +111,6 @@ class SFTConfig(Section):
     """Use only so many of the SFT split."""
 
 
-class LabellerConfig(Section):
-    """The judge of the sampled answers, by its name in `rayrlhf.rewards.labellers.LABELLERS`."""
-
-    kind: str = "reference"
-    """`reference` ranks by ROUGE-L with the author's own summary; `file` reads people's rankings; `python` ranks by a
-    function of your own, which is as that of a reward (docs/extending.md)."""
-    path: str | None = None
-    """For `file`: JSONL with `id` and `ranking` (indices of the answers, best first). For `python`: FILE.py:FUNCTION or
-    MODULE:FUNCTION."""
-    settings: dict[str, Any] = Field(default={})
-    """For `python`: further keyword arguments of the function."""
-
-
 class CollectConfig(DrawConfig):
     """Stage `collect`: answers of the SFT model, ranked by a labeller."""
 
@@ -130,7 +118,7 @@ class CollectConfig(DrawConfig):
     answers_per_prompt: Annotated[int, Field(ge=2)] = 4
     include_reference: bool = False
     """Add the author's own completion to each prompt's answers before they are ranked."""
-    labeller: LabellerConfig = LabellerConfig()
+    labeller: LabellerConfig = ReferenceLabellerConfig()
     heldout_fraction: Fraction = 0.15
     """Share of the prompts that only measures the reward model's accuracy."""
 

@@ -43,6 +43,8 @@ ELSEWHERE = {
 }
 """Names by which other programs know options of sampling, and what there is in their place. They are looked at where a
 section has no key of the name."""
+CHOOSING = ("algorithm", "loss", "kind")
+"""Keys that say which of several sections is meant, as `rl.algorithm` does."""
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
@@ -132,7 +134,7 @@ def _numbers(tree: Any, section: type[BaseModel] | None) -> Any:
     for key, value in tree.items():
         field = section.model_fields.get(str(key))
         annotation = str(field.annotation) if field else ""
-        tag = value.get("algorithm") if isinstance(value, dict) else None
+        tag = next((value[name] for name in CHOOSING if name in value), None) if isinstance(value, dict) else None
         nested = _nested_section(field.annotation, tag) if field else None
         if nested is not None:
             value = _numbers(value, nested)
@@ -152,17 +154,17 @@ def _as_float(value: Any) -> Any:
         return value
 
 
-def _nested_section(annotation: Any, algorithm: Any = None) -> type[BaseModel] | None:
-    """The section that a field holds; of several ones, as `rl` may hold, that of this algorithm, else the first."""
+def _nested_section(annotation: Any, tag: Any = None) -> type[BaseModel] | None:
+    """The section that a field holds; of several ones, as `rl` may hold, the one of this tag, else the first."""
     options = [getattr(each, "__origin__", each) for each in (annotation, *getattr(annotation, "__args__", ()))]
     sections = [each for each in options if isinstance(each, type) and issubclass(each, BaseModel)]
-    named = [each for each in sections if algorithm and algorithm == _algorithm_of(each)]
+    named = [each for each in sections if tag and tag == _tag_of(each)]
     return next(iter(named or sections), None)
 
 
-def _algorithm_of(section: type[BaseModel]) -> Any:
-    field = section.model_fields.get("algorithm")
-    return field.default if field else None
+def _tag_of(section: type[BaseModel]) -> Any:
+    """What the choosing key of this section has to be; None if it has none."""
+    return next((section.model_fields[name].default for name in CHOOSING if name in section.model_fields), None)
 
 
 def _explain(error: Any, root: type[BaseModel]) -> str:
@@ -180,8 +182,8 @@ def _explain(error: Any, root: type[BaseModel]) -> str:
         return f"key {key!r} is missing"
     if error["type"] == "union_tag_invalid":
         expected = error["ctx"]["expected_tags"].replace("'", "")
-        tag = error["ctx"]["discriminator"].strip("'_()")  # 'kind', or the function _algorithm()
-        return f"key '{key}.{tag}': {error['ctx']['tag']!r} is none of {expected}"
+        choosing = error["ctx"]["discriminator"].strip("'_()")  # pydantic's name for it, such as _algorithm()
+        return f"key '{key}.{choosing}': {error['ctx']['tag']!r} is none of {expected}"
     message = error["msg"].removeprefix("Value error, ")
     return f"key {key!r}: {message[0].lower()}{message[1:]} (got {error['input']!r})" if key else message
 
@@ -192,7 +194,7 @@ def _key_of(places: Sequence[Any], root: type[BaseModel]) -> tuple[str, type[Bas
     inside: type[BaseModel] | None = root
     section = inside
     for place, following in itertools.zip_longest(places, places[1:]):
-        if parts and inside is not None and place == _algorithm_of(inside):
+        if parts and inside is not None and place == _tag_of(inside):
             continue  # pydantic's name for the member of a union, which is no key
         parts.append(str(place))
         section = inside

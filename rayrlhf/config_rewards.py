@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
+from rayrlhf.config_services import JudgeSection, ServiceSection
 from rayrlhf.sections import Positive, Section
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")]
@@ -66,22 +67,7 @@ class PythonReward(RewardSection):
     """Further keyword arguments of the function."""
 
 
-class ServiceReward(RewardSection):
-    """What a reward behind an address has; docs/extending.md shows one."""
-
-    url: Annotated[str, Field(pattern=r"^https?://[^@\s]+$")]
-    """Without a key in it; see `token_variable`."""
-    timeout_s: Positive = 60
-    """How long one answer may take."""
-    retries: Annotated[int, Field(ge=0)] = 4
-    """Further tries after a time-out, a broken connection or a status such as 429 or 503, with growing pauses."""
-    concurrency: Positive = 8
-    """Requests of one scorer at a time."""
-    token_variable: str | None = None
-    """The environment variable of the scorers whose value is sent as a bearer token."""
-
-
-class HttpReward(ServiceReward):
+class HttpReward(ServiceSection, RewardSection):
     """A service of your own that answers a POST of responses with scores, see `rayrlhf.rewards.http`."""
 
     kind: Literal["http"] = "http"
@@ -93,22 +79,12 @@ class HttpReward(ServiceReward):
     """Send the further columns of each prompt's row in the data, too."""
 
 
-class JudgeReward(ServiceReward):
-    """A language model that judges, behind an OpenAI-compatible endpoint, see `rayrlhf.rewards.judge`."""
+class JudgeReward(JudgeSection, RewardSection):
+    """A language model that judges, see `rayrlhf.rewards.judge`."""
 
     kind: Literal["judge"] = "judge"
-    url: Annotated[str, Field(pattern=r"^https?://[^@\s]+$")]
-    """Up to the version, such as http://127.0.0.1:8000/v1."""
-    model: str
-    """Its name at the endpoint."""
-    rubric: str
-    """What makes an answer good, in words."""
     compare: Literal["nothing", "reference"] = "nothing"
     """Rate an answer by itself, or compare it with the reference, in both orders."""
-    max_tokens: Positive = 16
-    """Of the judge's reply."""
-    body: dict[str, Any] = Field(default={})
-    """Further keys of every request, such as `structured_outputs: {choice: [A, B, C]}` of vLLM."""
 
 
 class EnvironmentReward(RewardSection):

@@ -141,6 +141,11 @@ def alarms(metrics: Mapping[str, Any], config: Config, start: Mapping[str, Any])
         for metric, value in metrics.items()
         if metric.startswith("rl/prompts_cut/") and value
     ]
+    if metrics.get("rl/judge_unusable"):
+        warnings.append(
+            f"{metrics['rl/judge_unusable']:.0f} question(s) to judges got no usable reply and count as 0; the "
+            "reward's `body` can have the judge reply with nothing else (docs/extending.md)"
+        )
     if metrics.get("rollout/replacements"):
         warnings.append(
             f"{metrics['rollout/replacements']:.0f} actor(s) died and were replaced in this step; their logs say why "

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from rayrlhf.config import Config
 from rayrlhf.data.records import Prompt
 from rayrlhf.data.tokens import decode_trajectory
-from rayrlhf.rewards.labellers import Labeller, ReferenceLabeller, make_labeller
+from rayrlhf.rewards.labeller import Labeller
+from rayrlhf.rewards.labellers import ReferenceLabeller, make_labeller
 from rayrlhf.trajectory import Trajectory
 
 if TYPE_CHECKING:
@@ -23,12 +24,12 @@ if TYPE_CHECKING:
 def gold_labeller(config: Config) -> Labeller | None:
     """The labeller whose measure is `gold`; None in a run with an environment, whose trajectories are no answers.
 
-    It is the one that ranked the answers. People cannot be asked during training, so ROUGE-L with the reference
-    stands in for them.
+    It is the one that ranked the answers. People cannot be asked during training, and a judge would have to be paid
+    for each response, so ROUGE-L with the reference stands in for them.
     """
     if config.environment:
         return None
-    if config.data.comparisons is None and config.collect.labeller.kind != "file":
+    if config.data.comparisons is None and config.collect.labeller.measures:
         return make_labeller(config.collect.labeller)
     return ReferenceLabeller()
 

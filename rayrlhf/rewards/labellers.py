@@ -2,70 +2,44 @@
 
 `reference` ranks by ROUGE-L with the author's own TL;DR: an honest stand-in for people, not their judgement.
 `file` reads the rankings of people from a JSONL file. `python` ranks by a function in a file of the user's own.
+`judge` asks a language model.
 
-Another labeller is a class with `name`, `rank` and `measure`, and a row of `LABELLERS`.
+Another labeller is a section of the config, a class with `name`, `rank` and `measure`, and a row of `LABELLERS`.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from rayrlhf.config import LabellerConfig
+from rayrlhf.config_labellers import (
+    FileLabellerConfig,
+    LabellerConfig,
+    PythonLabellerConfig,
+)
 from rayrlhf.config_rewards import PythonReward
 from rayrlhf.data.loading import json_lines
 from rayrlhf.data.records import Prompt
 from rayrlhf.errors import UserError
 from rayrlhf.files import replacing
 from rayrlhf.plugins import Plugin
+from rayrlhf.rewards.judge_labeller import JudgeLabeller
+from rayrlhf.rewards.labeller import LabelledRanking, Labeller
 from rayrlhf.rewards.python import PythonFunction
 from rayrlhf.trajectory import GenerationRequest
 
 
-@dataclass(frozen=True)
-class LabelledRanking:
-    """A labeller's verdict on the K answers to one prompt."""
-
-    order: tuple[int, ...]
-    """[K] indices of the answers, best first."""
-    scores: tuple[float, ...] | None
-    """[K] the labeller's measure of each answer, in the order of the answers; None if it only ranks.
-    Equal scores are ties: `order` puts them somewhere, but they are no preference."""
-
-
-class Labeller(Protocol):
-    """A judge of answers."""
-
-    @property
-    def name(self) -> str:
-        """What `comparisons.parquet` and the evaluation call it."""
-        ...
-
-    def rank(self, prompt: Prompt, answers: Sequence[str]) -> LabelledRanking:
-        """Rank the K answers to one prompt."""
-        ...
-
-    def measure(self, prompt: Prompt, answer: str) -> float | None:
-        """Measure one answer by itself, higher is better; None if the labeller only ranks.
-
-        This is the gold measure of `rl` and of the evaluation.
-        """
-        ...
-
-
-class ReferenceLabeller:
+class ReferenceLabeller(Labeller):
     """ROUGE-L F1 (Porter stemmer) with the author's own TL;DR: an honest stand-in for people."""
 
     name = "reference"
 
     def rank(self, prompt: Prompt, answers: Sequence[str]) -> LabelledRanking:
-        scores = tuple(self._score(prompt, answer) for answer in answers)
-        order = sorted(range(len(answers)), key=lambda i: -scores[i])  # stable: ties keep the order of sampling
-        return LabelledRanking(tuple(order), scores)
+        return LabelledRanking.by([self._score(prompt, answer) for answer in answers])
 
     def measure(self, prompt: Prompt, answer: str) -> float | None:
         return self._score(prompt, answer)
@@ -80,22 +54,22 @@ class ReferenceLabeller:
         return float(_rouge_l().score(prompt.reference, answer)["rougeL"].fmeasure)
 
 
-class FileLabeller:
+class FileLabeller(Labeller):
     """The rankings of people, from a file with a line such as `{"id": "...", "ranking": [2, 0, 1]}` for each prompt.
 
     The numbers are indices of the answers, best first.
 
     Raises:
-        UserError: a line is malformed; from `check` and `rank`: a ranking does not fit. It names file and line.
+        UserError: a line is malformed; from `prepare` and `rank`: a ranking does not fit. It names file and line.
     """
 
     name = "people"
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, config: FileLabellerConfig) -> None:
+        self._path = rankings_path(config)
         self._rankings: dict[str, tuple[int, Any]] = {}
-        for number, row in _json_lines(path):
-            where = f"{path} line {number}"
+        for number, row in _json_lines(self._path):
+            where = f"{self._path} line {number}"
             if not isinstance(row.get("id"), str) or "ranking" not in row:
                 raise UserError(f'{where}: expected {{"id": "...", "ranking": [best, ..., worst]}}')
             if row["id"] in self._rankings:
@@ -104,12 +78,9 @@ class FileLabeller:
                 )
             self._rankings[row["id"]] = (number, row["ranking"])
 
-    def check(self, expected: Mapping[str, int]) -> None:
-        """Check that the file ranks exactly these prompts.
-
-        Args:
-            expected: the number of answers by the prompt's id.
-        """
+    def prepare(self, waiting: Sequence[tuple[Prompt, Sequence[str]]]) -> None:
+        """Check that the file ranks exactly these prompts."""
+        expected = {prompt.id: len(answers) for prompt, answers in waiting}
         for id, (number, _) in self._rankings.items():
             if id not in expected:
                 raise UserError(
@@ -142,7 +113,7 @@ class FileLabeller:
         return tuple(ranking)
 
 
-class PythonLabeller:
+class PythonLabeller(Labeller):
     """Ranks by the scores of a function, higher is better; it is told all that a reward is but token ids.
 
     Raises:
@@ -151,17 +122,14 @@ class PythonLabeller:
 
     name = "python"
 
-    def __init__(self, config: LabellerConfig) -> None:
-        if config.path is None or ":" not in config.path:
-            raise UserError("collect.labeller.path: kind=python needs FILE.py:FUNCTION or MODULE:FUNCTION")
+    def __init__(self, config: PythonLabellerConfig) -> None:
         section = PythonReward(name="python", path=config.path, settings=config.settings)
         plugin = Plugin.read(config.path, "collect.labeller.path")
         self.function = PythonFunction(section, plugin, "labeller", ("prompts", "responses", "references", "metadata"))
         self.function.load()
 
     def rank(self, prompt: Prompt, answers: Sequence[str]) -> LabelledRanking:
-        scores = tuple(self._scores(prompt, answers))
-        return LabelledRanking(tuple(sorted(range(len(answers)), key=lambda i: -scores[i])), scores)
+        return LabelledRanking.by(self._scores(prompt, answers))
 
     def measure(self, prompt: Prompt, answer: str) -> float | None:
         return self._scores(prompt, [answer])[0]
@@ -177,40 +145,31 @@ class PythonLabeller:
         return self.function([GenerationRequest(prompt.id, (), i) for i in range(count)], told)
 
 
-def _reference_labeller(config: LabellerConfig) -> Labeller:
-    return ReferenceLabeller()
-
-
-def _file_labeller(config: LabellerConfig) -> Labeller:
-    return FileLabeller(rankings_path(config))
-
-
-LABELLERS: dict[str, Callable[[LabellerConfig], Labeller]] = {
-    "reference": _reference_labeller, "file": _file_labeller, "python": PythonLabeller,
-}  # fmt: skip
+LABELLERS: dict[str, Callable[[Any], Labeller]] = {
+    "reference": lambda section: ReferenceLabeller(),
+    "file": FileLabeller,
+    "python": PythonLabeller,
+    "judge": JudgeLabeller,
+}
+"""By the kind of their section, with which they are made."""
 
 
 def check_labeller(config: LabellerConfig) -> None:
-    """Check the settings before answers are sampled, while the file of rankings need not exist yet.
+    """Check the settings before answers are sampled.
 
     Raises:
-        UserError: the kind is unknown; `file` has no path; the function of `python` cannot be read.
+        UserError: the function of `python` cannot be read; the token of `judge` is not there.
     """
-    if config.kind not in LABELLERS:
-        raise UserError(f"collect.labeller.kind {config.kind!r} is unknown; there are: {', '.join(LABELLERS)}")
-    if config.kind == "file":
-        rankings_path(config)
-    if config.kind == "python":
-        PythonLabeller(config)
+    if config.kind != "file":  # which need not exist before people have seen the answers
+        make_labeller(config)
 
 
 def make_labeller(config: LabellerConfig) -> Labeller:
     """Make the labeller that `config.kind` names.
 
     Raises:
-        UserError: the kind is unknown; for `file`: there is no path, no such file, or a malformed line.
+        UserError: as `check_labeller`; for `file`: there is no such file, or a malformed line.
     """
-    check_labeller(config)
     return LABELLERS[config.kind](config)
 
 
@@ -231,16 +190,12 @@ class Unranked:
     answer_ids: tuple[tuple[int, ...], ...]
 
 
-def rankings_path(config: LabellerConfig) -> Path:
+def rankings_path(config: FileLabellerConfig) -> Path:
     """The file that holds the rankings, or will hold them once people have ranked."""
-    if config.path is None:
-        raise UserError(
-            "collect.labeller.path is missing: kind=file needs the JSONL file that holds, or will hold, the rankings"
-        )
     return Path(config.path).expanduser()
 
 
-def ask_people(to_rank: Path, unranked: Sequence[Unranked], config: LabellerConfig) -> UserError:
+def ask_people(to_rank: Path, unranked: Sequence[Unranked], config: FileLabellerConfig) -> UserError:
     """Write the answers to `to_rank`, whole or not at all. Returns the error that says what to do next."""
     with replacing(to_rank) as temporary, temporary.open("w", encoding="utf-8") as file:
         for item in unranked:

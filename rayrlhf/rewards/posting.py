@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
+from rayrlhf.config_services import ServiceSection
 from rayrlhf.errors import UserError, one_line
 
 if TYPE_CHECKING:
@@ -19,57 +20,79 @@ RETRIED = {408, 409, 425, 429, 500, 502, 503, 504}
 """Status codes of a service that may answer later."""
 
 
-class Service(Protocol):
-    """How a config says where a service is and how patient to be; see `rayrlhf.config_rewards.ServiceReward`."""
-
-    @property
-    def url(self) -> str: ...
-    @property
-    def timeout_s(self) -> int: ...
-    @property
-    def retries(self) -> int: ...
-    @property
-    def concurrency(self) -> int: ...
-    @property
-    def token_variable(self) -> str | None: ...
+def _ignored(index: int, answer: Any) -> None:
+    pass
 
 
-def post_all(service: Service, place: str, bodies: Sequence[Any], path: str = "") -> list[Any]:
+def post_all(
+    service: ServiceSection,
+    place: str,
+    bodies: Sequence[Any],
+    path: str = "",
+    received: Callable[[int, Any], None] = _ignored,
+) -> list[Any]:
     """The JSON answers to all bodies, in order; at most `concurrency` are under way at a time.
+
+    If one fails for good, no further one is begun, those under way are awaited, and then the error is raised.
 
     Args:
         service: where to, and how patiently.
         place: who asks, for errors.
         bodies: JSON values.
         path: appended to the URL.
+        received: is told index and answer of each as soon as it is there, in whatever order they come. What it raises
+            counts as a failure of that body.
 
     Raises:
         UserError: the service refuses, gives up, or does not answer in JSON after all tries.
     """
-    return asyncio.run(_post_all(service, place, bodies, path))
+    return asyncio.run(_post_all(service, place, bodies, path, received)) if bodies else []
 
 
-async def _post_all(service: Service, place: str, bodies: Sequence[Any], path: str) -> list[Any]:
+async def _post_all(
+    service: ServiceSection, place: str, bodies: Sequence[Any], path: str, received: Callable[[int, Any], None]
+) -> list[Any]:
     import httpx  # here, because every actor of a run imports this file, and few of them post
 
-    headers = {}
-    if service.token_variable is not None:
-        token = os.environ.get(service.token_variable)
-        if not token:
-            raise UserError(f"{place}: the environment variable {service.token_variable} is not set on this node")
-        headers["Authorization"] = f"Bearer {token}"
+    token = token_of(service, place)
+    headers = {} if token is None else {"Authorization": f"Bearer {token}"}
     places = asyncio.Semaphore(service.concurrency)
+    answers: list[Any] = [None] * len(bodies)
+    failures: list[UserError] = []
     # Without the environment's proxies: an address on this machine or in the cluster is not reached through one.
     async with httpx.AsyncClient(timeout=service.timeout_s, headers=headers, trust_env=False) as client:
 
-        async def post(body: Any) -> Any:
+        async def post(index: int, body: Any) -> None:
             async with places:
-                return await _post(client, service, place, service.url.rstrip("/") + path, body)
+                if failures:
+                    return
+                try:
+                    answers[index] = await _post(client, service, place, service.url.rstrip("/") + path, body)
+                    received(index, answers[index])
+                except UserError as error:
+                    failures.append(error)
 
-        return await asyncio.gather(*(post(body) for body in bodies))
+        await asyncio.gather(*(post(index, body) for index, body in enumerate(bodies)))
+    if failures:
+        raise failures[0]
+    return answers
 
 
-async def _post(client: httpx.AsyncClient, service: Service, place: str, url: str, body: Any) -> Any:
+def token_of(service: ServiceSection, place: str) -> str | None:
+    """The value of the environment variable `token_variable`; None where the config names none.
+
+    Raises:
+        UserError: it is not set on this node.
+    """
+    if service.token_variable is None:
+        return None
+    token = os.environ.get(service.token_variable)
+    if not token:
+        raise UserError(f"{place}: the environment variable {service.token_variable} is not set on this node")
+    return token
+
+
+async def _post(client: httpx.AsyncClient, service: ServiceSection, place: str, url: str, body: Any) -> Any:
     import httpx
 
     for attempt in range(service.retries + 1):

@@ -58,6 +58,7 @@ class RunFolder:
         self.reward_accuracy = self.path / "reward_model.json"
         self.heldout_pairs = self.path / "heldout_pairs.parquet"
         self.comparisons = self.path / "comparisons.parquet"
+        self.labeller = self.path / "labeller.json"
         self.samples = self.path / "samples.parquet"
         self.evaluation = self.path / "evaluation.json"
         self.checkpoints = self.path / "checkpoints"

@@ -30,7 +30,7 @@ def with_limits(**limits: float | None) -> Config:
         {"sft/loss": 3.0},
         {"rl/logprob_gap/mean": None},  # not finite: that is another warning
         {"rl/logprob_gap/mean": 1.0, "rollout/staleness/max": 1.0},  # of another policy
-        {"non_finite": {}, "rollout/replacements": 0.0},
+        {"non_finite": {}, "rollout/replacements": 0.0, "rl/judge_unusable": 0.0},
         START,
     ],
 )

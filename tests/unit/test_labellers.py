@@ -5,13 +5,21 @@ from __future__ import annotations
 import json
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from rayrlhf.config import LabellerConfig
+from rayrlhf.config_file import parse_config
+from rayrlhf.config_labellers import FileLabellerConfig, LabellerConfig
 from rayrlhf.data.records import Prompt
 from rayrlhf.errors import UserError
 from rayrlhf.rewards.labellers import FileLabeller, Unranked, ask_people, check_labeller, make_labeller, read_unranked
+
+
+def section(**settings: Any) -> LabellerConfig:
+    """`collect.labeller` of a config."""
+    return parse_config({"name": "run", "collect": {"labeller": settings}}, "test").collect.labeller
+
 
 PROMPT = Prompt("a", "What?\n\nTL;DR:", "the cat sat on the mat", metadata={"most": 3})
 
@@ -28,7 +36,7 @@ def rouge_l(reference: str, answer: str) -> float:
 
 
 def test_reference_labeller_ranks_by_rouge_l() -> None:
-    labeller = make_labeller(LabellerConfig(kind="reference"))
+    labeller = make_labeller(section(kind="reference"))
     answers = ["a dog ran", "mat the on cat", "the cat lay on the mat", "the cat sat on the mat"]
     verdict = labeller.rank(PROMPT, answers)
     assert verdict.scores == pytest.approx([rouge_l(PROMPT.reference or "", a) for a in answers])
@@ -42,7 +50,7 @@ def test_a_function_of_ones_own_ranks_and_measures(tmp_path: Path) -> None:
         "def words(responses, metadata, least):\n"
         "    return [max(least, min(len(r.split()), m['most'])) for r, m in zip(responses, metadata)]\n"
     )
-    config = LabellerConfig(kind="python", path=f"{file}:words", settings={"least": 1})
+    config = section(kind="python", path=f"{file}:words", settings={"least": 1})
     check_labeller(config)
     labeller = pickle.loads(pickle.dumps(make_labeller(config)))
     file.unlink()  # the scorers' nodes have none, and measure by it
@@ -54,7 +62,7 @@ def test_a_function_of_ones_own_ranks_and_measures(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("code", "path", "said"),
     [
-        ("", None, "kind=python needs FILE.py:FUNCTION"),
+        ("", "mine.py", "key 'collect.labeller.path'"),
         ("def other(): pass", "mine.py:score", "has no 'score'"),
         (
             "def score(token_ids): pass",
@@ -64,35 +72,35 @@ def test_a_function_of_ones_own_ranks_and_measures(tmp_path: Path) -> None:
         ("def score(responses):\n    return [1 / 0]", "mine.py:score", "raised ZeroDivisionError"),
     ],
 )
-def test_what_a_function_does_wrong_is_one_line(tmp_path: Path, code: str, path: str | None, said: str) -> None:
+def test_what_a_function_does_wrong_is_one_line(tmp_path: Path, code: str, path: str, said: str) -> None:
     (tmp_path / "mine.py").write_text(code)
     with pytest.raises(UserError) as raised:
-        config = LabellerConfig(kind="python", path=path and f"{tmp_path}/{path}")
+        config = section(kind="python", path=f"{tmp_path}/{path}")
         make_labeller(config).rank(PROMPT, ["one two"])
     assert said in str(raised.value) and "\n" not in str(raised.value)
 
 
 def test_reference_labeller_stems_and_keeps_ties_in_order() -> None:
-    verdict = make_labeller(LabellerConfig()).rank(
-        Prompt("a", "p", "cats running"), ["no", "cat runs", "cat run", "no"]
-    )
+    verdict = make_labeller(section()).rank(Prompt("a", "p", "cats running"), ["no", "cat runs", "cat run", "no"])
     assert verdict.scores == (0.0, 1.0, 1.0, 0.0) and verdict.order == (1, 2, 0, 3)
 
 
 def test_reference_labeller_needs_a_reference() -> None:
     with pytest.raises(UserError, match="prompt 'b' has no reference"):
-        make_labeller(LabellerConfig()).rank(Prompt("b", "p"), ["x", "y"])
+        make_labeller(section()).rank(Prompt("b", "p"), ["x", "y"])
 
 
 def test_unknown_kind_and_missing_path() -> None:
-    with pytest.raises(UserError, match="kind 'oracle' is unknown; there are: reference, file"):
-        make_labeller(LabellerConfig(kind="oracle"))
-    with pytest.raises(UserError, match=r"collect.labeller.path is missing"):
-        make_labeller(LabellerConfig(kind="file"))
+    with pytest.raises(UserError, match="key 'collect.labeller.kind': 'oracle' is none of reference, file"):
+        section(kind="oracle")
+    with pytest.raises(UserError, match="key 'collect.labeller.path' is missing"):
+        section(kind="file")
+    with pytest.raises(UserError, match="unknown key 'collect.labeller.path'; known keys: kind"):
+        section(path="rankings.jsonl")
 
 
 def test_people_rank_what_was_written_for_them(tmp_path: Path) -> None:
-    config = LabellerConfig(kind="file", path=str(tmp_path / "rankings.jsonl"))
+    config = FileLabellerConfig(path=str(tmp_path / "rankings.jsonl"))
     to_rank = tmp_path / "to_rank.jsonl"
     waiting = [
         Unranked("a", "What?\n\nTL;DR:", ("hot tea", "cold téa\n", "no tea"), (2, 7), ((1, 2), (3,), (4, 2))),
@@ -107,10 +115,14 @@ def test_people_rank_what_was_written_for_them(tmp_path: Path) -> None:
     (tmp_path / "rankings.jsonl").write_text('{"id": "b", "ranking": [1, 0]}\n\n{"id": "a", "ranking": [2, 0, 1]}\n')
     labeller = make_labeller(config)
     assert isinstance(labeller, FileLabeller)
-    labeller.check({item.id: len(item.answers) for item in read_unranked(to_rank)})
+    labeller.prepare([(Prompt(item.id, item.prompt), item.answers) for item in read_unranked(to_rank)])
     verdict = labeller.rank(Prompt("a", waiting[0].prompt), waiting[0].answers)
     assert verdict.order == (2, 0, 1) and verdict.scores is None
     assert labeller.measure(PROMPT, "hot tea") is None
+
+
+def people(path: Path) -> FileLabeller:
+    return FileLabeller(FileLabellerConfig(path=str(path)))
 
 
 GOOD = {"id": "a", "ranking": [0, 1]}
@@ -135,17 +147,17 @@ def test_mistakes_name_file_and_line(tmp_path: Path, lines: list[object], messag
     path = tmp_path / "rankings.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)))
     with pytest.raises(UserError, match=message) as error:
-        FileLabeller(path).check({"a": 2, "b": 3})
+        people(path).prepare([(Prompt("a", "?"), ["x", "y"]), (Prompt("b", "?"), ["x", "y", "z"])])
     assert "\n" not in str(error.value) and "rankings.jsonl" in str(error.value)
 
 
 def test_files_that_are_missing_or_not_json(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
-        FileLabeller(tmp_path / "none.jsonl")
+        people(tmp_path / "none.jsonl")
     path = tmp_path / "rankings.jsonl"
     path.write_text('{"id": "a", "ranking": [0, 1]}\n{"id"')
     with pytest.raises(UserError, match="rankings.jsonl line 2: not valid JSON"):
-        FileLabeller(path)
+        people(path)
     path.write_text('{"id": "a"}')
     with pytest.raises(UserError, match="rankings.jsonl line 1: not as collect wrote it"):
         read_unranked(path)

@@ -1,4 +1,4 @@
-"""Rewards by a service and by a judge, against real servers on loopback that are slow, fail and answer rubbish."""
+"""Rewards by a service, against real servers on loopback that are slow, fail and answer rubbish."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import json
 import math
 import pickle
 import threading
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
@@ -17,68 +15,11 @@ from rayrlhf.config_file import parse_config
 from rayrlhf.data.records import Prompt
 from rayrlhf.errors import UserError
 from rayrlhf.models.loading import load_tokenizer, resolve_model
-from rayrlhf.rewards import posting
 from rayrlhf.rewards.texts import TextRewards, make_text_rewards
-from rayrlhf.trajectory import SerializedTrajectory, Trajectory
+from tests.servers import Answer, Server
 from tests.unit.test_python_rewards import trajectories
 
 PROMPTS = [Prompt("p0", "What?", "a cat slept"), Prompt("p1", "And then?", "it left")]
-Answer = Callable[[Any], tuple[int, str]]
-"""Status and text of the answer to a JSON body."""
-
-
-class Server(ThreadingHTTPServer):
-    """Answers each request by `answer`, and remembers what it was asked."""
-
-    def __init__(self, answer: Answer) -> None:
-        self.answer, self.asked, self.headers_seen = answer, [], []  # type: ignore[var-annotated]
-        self.at_once = self.most_at_once = 0
-        self.lock = threading.Lock()
-        super().__init__(("127.0.0.1", 0), Handler)
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        server = self.server
-        with server.lock:
-            server.asked.append((self.path, body))
-            server.headers_seen.append(dict(self.headers))
-            server.at_once += 1
-            server.most_at_once = max(server.most_at_once, server.at_once)
-        try:
-            status, text = server.answer(body)
-        finally:
-            with server.lock:
-                server.at_once -= 1
-        self.send_response(status)
-        self.end_headers()
-        self.wfile.write(text.encode())
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
-@pytest.fixture
-def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Answer], Server]]:
-    monkeypatch.setattr(posting, "FIRST_WAIT_S", 0.001)
-    servers: list[Server] = []
-
-    def start(answer: Answer) -> Server:
-        servers.append(Server(answer))
-        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
 
 
 def rewards_of(**reward: Any) -> TextRewards:
@@ -196,73 +137,6 @@ def test_nobody_there_is_one_line(serve: Any) -> None:
     server.server_close()
     with pytest.raises(UserError, match="ConnectError: .* after 2 tries"):
         http(server, retries=1)(trajectories())
-
-
-# ---- judges
-
-
-def says(choose: Callable[[str], str]) -> Answer:
-    """A chat completion by what it is asked."""
-
-    def answer(body: Any) -> tuple[int, str]:
-        message = {"role": "assistant", "content": choose(body["messages"][0]["content"])}
-        return 200, json.dumps({"choices": [{"message": message}], "usage": {"total_tokens": 7}})
-
-    return answer
-
-
-def judge(server: Server, **more: Any) -> TextRewards:
-    url = server.url + "/v1/"
-    return rewards_of(kind="judge", url=url, model="m", rubric="Cats are good.", **more)
-
-
-def test_a_judge_rates_each_question_once_and_says_what_it_cost(serve: Any) -> None:
-    server = serve(says(lambda text: "10" if "cat" in text.partition("Answer:")[2] else "3."))
-    reward, given = judge(server, body={"top_k": 1}), trajectories()
-    assert reward(given) == {"mine": [1.0, 0.3, 1.0]}
-    path, body = server.asked[0]
-    assert path == "/v1/chat/completions" and body["temperature"] == 0.0 and body["top_k"] == 1
-    assert body["messages"][0]["content"].startswith("Cats are good.") and body["model"] == "m"
-    assert [t.counted for t in given] == [{"judge_tokens": 7}] * 3
-    again = trajectories()
-    assert reward(again) == {"mine": [1.0, 0.3, 1.0]} and len(server.asked) == 3
-    assert [t.counted for t in again] == [{"judge_tokens": 0}] * 3
-    sent: Trajectory = SerializedTrajectory.of(given[0]).load()
-    assert sent.counted == {"judge_tokens": 7}
-
-
-def test_a_pair_is_judged_in_both_orders(serve: Any) -> None:
-    """A judge that always prefers the first answer says nothing; one that likes dogs prefers the third response."""
-    always_first = judge(serve(says(lambda text: "A")), compare="reference")
-    assert always_first(trajectories()) == {"mine": [0.5, 0.5, 0.5]}
-
-    def dogs(text: str) -> str:
-        a, _, b = text.partition("Answer B:")
-        return "Answer A" if "dog" in a else "B" if "dog" in b else "C"
-
-    assert judge(serve(says(dogs)), compare="reference")(trajectories()) == {"mine": [0.5, 0.5, 1.0]}
-
-
-@pytest.mark.parametrize(
-    ("compare", "reply", "said"),
-    [
-        ("nothing", "great!", "said 'great!' of prompt 'p0', sample 0; it was asked for a number from 0 to 10"),
-        ("nothing", "11", "it was asked for a number from 0 to 10"),
-        ("reference", "both", "it was asked for A, B or C"),
-    ],
-)
-def test_a_judge_that_says_something_else_is_one_line(serve: Any, compare: str, reply: str, said: str) -> None:
-    with pytest.raises(UserError) as raised:
-        judge(serve(says(lambda text: reply)), compare=compare)(trajectories())
-    assert said in str(raised.value) and "\n" not in str(raised.value)
-
-
-def test_a_judge_without_a_reference_and_a_server_of_something_else(serve: Any, monkeypatch: Any) -> None:
-    with pytest.raises(UserError, match="no OpenAI chat completion"):
-        judge(serve(lambda body: (200, "{}")))(trajectories())
-    monkeypatch.setattr("tests.unit.test_service_rewards.PROMPTS", [Prompt("p0", "?"), Prompt("p1", "?")])
-    with pytest.raises(UserError, match="prompt 'p0' has no reference to compare with; set compare: nothing"):
-        judge(serve(says(lambda text: "A")), compare="reference")(trajectories())
 
 
 @pytest.mark.parametrize("url", ["localhost:8000", "http://me:key@host/score", "ftp://host"])

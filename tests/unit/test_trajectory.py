@@ -33,6 +33,7 @@ def trajectories(draw: st.DrawFn) -> Trajectory:
         rewards={"one": 0.1, "two": -1.0} if scored else {},
         ref_logprobs=rng.normal(size=response).astype(np.float32) if scored else None,
         gold=draw(st.none() | st.floats(-1, 1)),
+        counted=draw(st.dictionaries(st.text(max_size=3), st.integers(0, 9), max_size=2)),
         minimum=draw(st.none() | st.builds(Minimum, st.integers(1, 9), st.tuples(st.integers(0, 9), st.just(2)))),
     )
 
@@ -75,3 +76,4 @@ def test_what_stands_beside_a_packed_trajectory_is_its_own(sent: Trajectory) -> 
     assert (packed.oldest, packed.newest) == (sent.versions.min(), sent.versions.max())
     assert packed.version_sum == sent.versions.sum()
     assert (packed.sample_index, packed.gold) == (sent.sample_index, sent.gold)
+    assert packed.counted == sent.counted
