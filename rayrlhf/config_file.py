@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -43,6 +43,8 @@ ELSEWHERE = {
 }
 """Names by which other programs know options of sampling, and what there is in their place. They are looked at where a
 section has no key of the name."""
+_SHOWN = 100
+"""Characters of a wrong value that an error shows."""
 CHOOSING = ("algorithm", "loss", "kind")
 """Keys that say which of several sections is meant, as `rl.algorithm` does."""
 
@@ -133,17 +135,18 @@ def _numbers(tree: Any, section: type[BaseModel] | None) -> Any:
     out: dict[str, Any] = {}
     for key, value in tree.items():
         field = section.model_fields.get(str(key))
-        annotation = str(field.annotation) if field else ""
-        tag = next((value[name] for name in CHOOSING if name in value), None) if isinstance(value, dict) else None
-        nested = _nested_section(field.annotation, tag) if field else None
-        if nested is not None:
-            value = _numbers(value, nested)
-        elif "float" in annotation and isinstance(value, str) and "str" not in annotation:
-            value = _as_float(value)
-        elif "tuple" in annotation and isinstance(value, list):
-            value = tuple(_as_float(v) for v in value)
-        out[key] = value
+        out[key] = _typed(value, field.annotation) if field else value
     return out
+
+
+def _typed(value: Any, annotation: Any) -> Any:
+    """See `_numbers`, of the value of one key, or of one element of its list."""
+    wanted = str(annotation)
+    if isinstance(value, dict):
+        return _numbers(value, _nested_section(annotation, next((value[k] for k in CHOOSING if k in value), None)))
+    if isinstance(value, list) and "tuple" in wanted:
+        return tuple(_typed(each, annotation) for each in value)
+    return _as_float(value) if "float" in wanted and "str" not in wanted else value
 
 
 def _as_float(value: Any) -> Any:
@@ -155,11 +158,21 @@ def _as_float(value: Any) -> Any:
 
 
 def _nested_section(annotation: Any, tag: Any = None) -> type[BaseModel] | None:
-    """The section that a field holds; of several ones, as `rl` may hold, the one of this tag, else the first."""
-    options = [getattr(each, "__origin__", each) for each in (annotation, *getattr(annotation, "__args__", ()))]
-    sections = [each for each in options if isinstance(each, type) and issubclass(each, BaseModel)]
+    """The section that a field or its list holds; of several ones, as `rl` may hold, the one of this tag, else the
+    first."""
+    sections = list(_sections(annotation))
     named = [each for each in sections if tag and tag == _tag_of(each)]
     return next(iter(named or sections), None)
+
+
+def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
+    """All sections in a type such as `tuple[A | B, ...]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    parts = (getattr(annotation, "__origin__", None), *getattr(annotation, "__args__", ()))
+    for part in parts:
+        if part is not None:
+            yield from _sections(part)
 
 
 def _tag_of(section: type[BaseModel]) -> Any:
@@ -184,20 +197,27 @@ def _explain(error: Any, root: type[BaseModel]) -> str:
         expected = error["ctx"]["expected_tags"].replace("'", "")
         choosing = error["ctx"]["discriminator"].strip("'_()")  # pydantic's name for it, such as _algorithm()
         return f"key '{key}.{choosing}': {error['ctx']['tag']!r} is none of {expected}"
-    message = error["msg"].removeprefix("Value error, ")
-    return f"key {key!r}: {message[0].lower()}{message[1:]} (got {error['input']!r})" if key else message
+    message = error["msg"].removeprefix("Value error, ").replace("valid tuple", "list")
+    got = repr(error["input"])
+    shown = got if len(got) <= _SHOWN else f"{got[:_SHOWN]}…"
+    return f"key {key!r}: {message[0].lower()}{message[1:]} (got {shown})" if key else message
 
 
 def _key_of(places: Sequence[Any], root: type[BaseModel]) -> tuple[str, type[BaseModel] | None]:
     """The dotted key that a validation error is about, and the section that has or lacks its last part."""
     parts: list[str] = []
     inside: type[BaseModel] | None = root
-    section = inside
+    section, annotation = inside, None
     for place, following in itertools.zip_longest(places, places[1:]):
+        if isinstance(place, int):  # of a list
+            parts[-1] += f"[{place}]"
+            inside = _nested_section(annotation, following)
+            continue
         if parts and inside is not None and place == _tag_of(inside):
             continue  # pydantic's name for the member of a union, which is no key
         parts.append(str(place))
         section = inside
         field = section.model_fields.get(str(place)) if section else None
-        inside = _nested_section(field.annotation, following) if field else None
+        annotation = field.annotation if field else None
+        inside = _nested_section(annotation, following)
     return ".".join(parts), section

@@ -95,6 +95,8 @@ class EnvironmentReward(RewardSection):
 
 
 def _distinct(rewards: tuple[Reward, ...]) -> tuple[Reward, ...]:
+    if not rewards:
+        raise ValueError("name one reward at least")
     names = [reward.name for reward in rewards]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise ValueError(f"two rewards are named {twice!r}; give one of them another name")
@@ -108,4 +110,4 @@ def _distinct(rewards: tuple[Reward, ...]) -> tuple[Reward, ...]:
 Reward = Annotated[
     ModelReward | PythonReward | HttpReward | JudgeReward | EnvironmentReward, Field(discriminator="kind")
 ]
-Rewards = Annotated[tuple[Reward, ...], Field(min_length=1), AfterValidator(_distinct)]
+Rewards = Annotated[tuple[Reward, ...], AfterValidator(_distinct)]

@@ -9,9 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from rayrlhf.config import Config
+from rayrlhf.config_dpo import SimPOConfig
 from rayrlhf.config_file import parse_config
+from rayrlhf.config_rewards import PythonReward
 from rayrlhf.data.records import Prompt
 from rayrlhf.data.splits import split_train
 from rayrlhf.data.tokens import encode_responses
@@ -180,19 +183,34 @@ def test_a_bad_result_names_function_prompt_and_sample(tmp_path: Path, code: str
 @pytest.mark.parametrize(
     ("rewards", "said"),
     [
-        ([], "'rewards'"),
+        ([], "key 'rewards': name one reward at least"),
+        ([{"kind": "python", "name": "a", "path": "a.py:f", "weight": "x"}], "key 'rewards[0].weight': "),
+        ([{"kind": "model"}, {"kind": "python", "nme": "a"}], "unknown key 'rewards[1].nme'; did you mean 'name'?"),
         ([{"kind": "model"}, {"kind": "model", "name": "again"}], "one reward of kind model at most"),
         ([{"kind": "model", "label": 0}], "label: only a model from elsewhere takes this; give its path"),
         ([{"kind": "model", "path": "a"}, {"kind": "model"}], "two rewards are named 'reward_model'"),
         ([{"kind": "python", "name": "a", "path": "a.py:f"}] * 2, "two rewards are named 'a'"),
-        ([{"kind": "python", "name": "a", "path": "a.py"}], "'rewards.0.python.path'"),
-        ([{"kind": "pyton", "name": "a", "path": "a.py:f"}], "key 'rewards.0.kind': 'pyton' is none of model, python"),
+        ([{"kind": "python", "name": "a", "path": "a.py"}], "'rewards[0].path'"),
+        ([{"kind": "pyton", "name": "a", "path": "a.py:f"}], "key 'rewards[0].kind': 'pyton' is none of model, python"),
     ],
 )
 def test_bad_sections_are_one_line(rewards: list[dict[str, Any]], said: str) -> None:
     with pytest.raises(UserError) as raised:
         parse_config({"name": "run", "rewards": rewards}, "test")
     assert said in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_numbers_that_yaml_takes_for_texts() -> None:
+    """In lists of sections, in the member of a union that its own key names, and not in lists of texts."""
+    tree = yaml.safe_load(
+        "{name: run, rewards: [{kind: python, name: a, path: 'a.py:f', weight: 5e-1, settings: {x: 5e-1}}], "
+        "dpo: {loss: simpo, target_margin: 5e-1}, sft: {optimizer: {betas: [9e-1, 0]}}, data: {stop_tokens: ['1']}}"
+    )
+    config = parse_config(tree, "test")
+    (reward,) = config.rewards
+    assert isinstance(reward, PythonReward) and reward.weight == 0.5 and reward.settings == {"x": "5e-1"}
+    assert config.dpo == SimPOConfig(target_margin=0.5) and config.sft.optimizer.betas == (0.9, 0.0)
+    assert config.data.stop_tokens == ("1",)
 
 
 def test_without_a_reward_model_its_stages_and_its_prompts_are_others() -> None:
