@@ -101,7 +101,10 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str | None:
 def asks_as_template(tokenizer: PreTrainedTokenizerBase, prompts: Iterable[str]) -> bool:
     """Whether one of these rendered prompts ends as the chat template ends a prompt, with the assistant to answer."""
     asked = "xyzzy"
-    cue = render(tokenizer, ChatPrompt((Message("user", asked),))).rpartition(asked)[2]
+    try:
+        cue = render(tokenizer, ChatPrompt((Message("user", asked),))).rpartition(asked)[2]
+    except TemplateError:  # it wants other roles
+        return False
     return bool(tokenizer.chat_template) and any(prompt.endswith(cue) for prompt in prompts)
 
 

@@ -21,7 +21,8 @@ import numpy as np
 import pytest
 import ray
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from numpy.typing import NDArray
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from actors.pools.remote import ActorFailure, Call, Remote, namespace, wait
 from actors.rollouts.batch import Batch
@@ -135,6 +136,14 @@ def length(trajectories: Sequence[Trajectory]) -> int:
     return sum(len(t.response_ids) for t in trajectories)
 
 
+def plain_logprobs(model: PreTrainedModel, t: Trajectory) -> NDArray[np.float32]:
+    """[R] by transformers, without the EOS where the response is too short for it."""
+    with torch.no_grad():
+        logits = model(torch.tensor(t.token_ids)[None]).logits[0, len(t.prompt_ids) - 1 : -1] / TEMPERATURE
+    logits[:MIN_RESPONSE, load_tokenizer(TINY).eos_token_id] = -torch.inf
+    return logits.log_softmax(-1).gather(1, torch.tensor(t.response_ids)[:, None])[:, 0].numpy()
+
+
 def assert_same_samples(ours: Sequence[Trajectory], theirs: Sequence[Trajectory]) -> None:
     """The same prompts, seeds and tokens, in the same order."""
     assert [(t.prompt_id, t.sample_index, t.seed) for t in ours] == [
@@ -175,11 +184,7 @@ def test_reference_logprobs_equal_the_generators_own(first: Batch) -> None:
     for t in first.trajectories:
         assert t.ref_logprobs is not None
         np.testing.assert_allclose(t.ref_logprobs, t.generator_logprobs, atol=1e-4)
-        with torch.no_grad():
-            logits = model(torch.tensor(t.token_ids)[None]).logits[0, len(t.prompt_ids) - 1 : -1] / TEMPERATURE
-        logits[:MIN_RESPONSE, load_tokenizer(TINY).eos_token_id] = -torch.inf
-        plain = logits.log_softmax(-1).gather(1, torch.tensor(t.response_ids)[:, None])[:, 0]
-        np.testing.assert_allclose(t.ref_logprobs, plain.numpy(), atol=1e-4)
+        np.testing.assert_allclose(t.ref_logprobs, plain_logprobs(model, t), atol=1e-4)
 
 
 def test_rewards_do_not_depend_on_the_batch(coordinator: Remote, first: Batch, reward_model: Path) -> None:
@@ -273,10 +278,7 @@ def test_generators_killed_before_a_weight_load(coordinator: Remote, reward_mode
     assert batch.metrics["rollout/replacements"] == len(generators) + 1
     assert all(t.rewards and t.ref_logprobs is not None for t in batch.trajectories)
     for t in batch.trajectories:
-        with torch.no_grad():
-            logits = policy(torch.tensor(t.token_ids)[None]).logits[0, len(t.prompt_ids) - 1 : -1] / TEMPERATURE
-        own = logits.log_softmax(-1).gather(1, torch.tensor(t.response_ids)[:, None])[:, 0].numpy()
-        np.testing.assert_allclose(t.generator_logprobs, own, atol=1e-4)
+        np.testing.assert_allclose(t.generator_logprobs, plain_logprobs(policy, t), atol=1e-4)
     gap = np.concatenate([np.abs(t.generator_logprobs - t.ref_logprobs) for t in batch.trajectories])
     assert gap.mean() > 1e-2, "the new weights must differ from the reference, or this test shows nothing"
 

@@ -275,7 +275,7 @@ def test_labelled_answers(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) ->
     assert answers[0] == LabelledAnswer("a", "What is tea?", "A drink.", True, "us") and dropped == {"duplicate": 1}
     assert read_demonstrations(source("unpaired", path), "all", tokenizer, 50) == [
         Demonstration("a", "What is tea?", "A drink."),
-        Demonstration("c", chat, "Yes."),
+        Demonstration("c", chat, "Yes.", messages=(Message("user", "Tea?"),)),
     ]
     in_parquet = tmp_path / "u.parquet"
     pq.write_table(pa.Table.from_pylist([{**row, "label": bool(row["label"])} for row in rows[2:3]]), in_parquet)
