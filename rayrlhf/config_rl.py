@@ -65,7 +65,7 @@ class RLConfig(Section):
     reward_clip: Annotated[float, Field(gt=0)] | None = None
     """Scores are clipped to [-reward_clip, reward_clip] before the KL penalty is subtracted."""
     missing_eos_reward: float | None = -1.0
-    """Score of a response without EOS in place of the reward model's; null keeps the model's score."""
+    """Score of a response without EOS, in place of the sum of all rewards, your own included; null keeps the sum."""
     overlong_tokens: Positive | None = None
     """The score falls linearly, by 1 in all, over the last so many tokens before data.max_response_tokens (soft
     over-long punishment of DAPO, Yu et al. 2025, equation 13). null: by nothing."""
@@ -192,9 +192,10 @@ class CustomConfig(RLConfig):
 
     algorithm: Literal["custom"] = "custom"
     path: Annotated[str, Field(pattern=r"^(.*\.py|[\w.]+):\w+$")]
-    """FILE.py:CLASS or MODULE:CLASS, with the methods of `rayrlhf.algorithms.base.Algorithm`, made with this."""
+    """FILE.py:CLASS or MODULE:CLASS, with the methods of `rayrlhf.algorithms.base.Algorithm`. It is called with this
+    section as its only argument."""
     settings: dict[str, Any] = Field(default={})
-    """Whatever it reads from them."""
+    """For your class to read, as `config.settings`."""
 
 
 class CustomCriticConfig(CustomConfig, CriticConfig):

@@ -22,7 +22,7 @@ class Algorithm(Protocol):
 
         Args:
             sampled: the responses, with `values` if the algorithm has a critic.
-            scores: [B] what each response earned, clipped and punished as the config says.
+            scores: [B] of the responses, after `rl.reward_clip` and less the punishment by `rl.overlong_tokens`.
             groups: which responses have the same prompt, on all ranks.
             beta: coefficient of the KL penalty in the reward; 0 if the penalty is in the loss.
             all_reduce: sums over ranks, which call it equally often.

@@ -18,11 +18,11 @@ from rayrlhf.rewards.functions import scores
 from rayrlhf.trajectory import Trajectory
 
 
-class Group(NamedTuple):
-    """What the other responses to a response's prompt scored; all tensors are [B] float64."""
+class GroupStatistics(NamedTuple):
+    """Of the scores of all responses to each response's prompt, its own included; all tensors are [B] float64."""
 
     mean: Tensor
-    """of the scores of the whole group, this response's own included"""
+    """of the group's scores"""
     std: Tensor
     """their standard deviation, with Bessel's correction; 0 in a group of one"""
     size: Tensor
@@ -59,7 +59,7 @@ class Groups(NamedTuple):
         whole[self.own] = scores.double()
         return self.all_reduce(whole)
 
-    def statistics(self, scores: Tensor) -> Group:
+    def statistics(self, scores: Tensor) -> GroupStatistics:
         """Of each response's group, whichever ranks have its members.
 
         Args:
@@ -83,7 +83,7 @@ class Groups(NamedTuple):
         high, low = extreme("amax"), extreme("amin")
         mean, std = torch.where(high == low, high, mean), torch.where(high == low, 0.0, std)
         own = self.prompts[self.own]
-        return Group(mean[own], std[own], size[own])
+        return GroupStatistics(mean[own], std[own], size[own])
 
 
 class Sampled(NamedTuple):

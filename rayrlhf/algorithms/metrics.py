@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from rayrlhf.algorithms.experience import Group, Sampled
+from rayrlhf.algorithms.experience import GroupStatistics, Sampled
 from rayrlhf.algorithms.losses import PolicyLoss, ValueLoss
 from rayrlhf.models.ranks import Ranks
 
@@ -66,14 +66,14 @@ def reduce_sums(sums: Mapping[str, Tensor], names: tuple[str, ...], ranks: Ranks
 
 
 def batch_sums(
-    sampled: Sampled, learned: Tensor, earned: Tensor, group: Group, returns: Tensor | None
+    sampled: Sampled, learned: Tensor, adjusted: Tensor, group: GroupStatistics, returns: Tensor | None
 ) -> dict[str, Tensor]:
     """Sums over the B responses of this rank, of at most R tokens, before the update.
 
     Args:
         sampled: the responses.
         learned: [B] their scores, of which some rewards may be normalised.
-        earned: [B] the same, clipped and punished.
+        adjusted: [B] the same, after `rl.reward_clip` and `rl.overlong_tokens`.
         group: of these scores.
         returns: [B, R], with a critic.
     """
@@ -88,8 +88,8 @@ def batch_sums(
         "tokens_squared": mask.sum(1).double().square().sum(),
         "score": score.double().sum(),
         "score_squared": score.double().square().sum(),
-        "reward": earned.double().sum(),
-        "score_clipped": (earned != learned).sum(),
+        "reward": adjusted.double().sum(),
+        "score_clipped": (adjusted != learned).sum(),
         "log_ratio": response_log_ratio.sum(),
         "log_ratio_squared": response_log_ratio.square().sum(),
         # exp(-x) - 1 + x: an estimate of the same KL divergence that is never negative and varies less

@@ -164,7 +164,7 @@ class Trainer:
         sampled = Sampled.of(trajectories, logprobs, values, entropy, config.missing_eos_reward)
         mask = sampled.mask
         learned = (self.learned_scores(trajectories) if learned is None else learned).to(ranks.device)
-        scores = self._earned(learned, mask)
+        scores = self._adjusted_scores(learned, mask)
 
         beta = self.kl.beta if config.kl.estimator == "k1" else 0.0
         advantages, returns = self.algorithm.advantages(sampled, scores, groups, beta, ranks.sum)
@@ -264,11 +264,11 @@ class Trainer:
         self.kl.beta = float(state["beta"])
 
     def learned_scores(self, trajectories: Sequence[Trajectory]) -> Tensor:
-        """[whole batch] the scores that the policy learns from, before `_earned`."""
+        """[whole batch] the scores that the policy learns from, before `_adjusted_scores`."""
         return learned_scores(trajectories, self.config.missing_eos_reward, self.normalized)
 
-    def _earned(self, scores: Tensor, mask: Tensor) -> Tensor:
-        """[B] the scores as advantages are made of them: clipped, and less the punishment of long responses."""
+    def _adjusted_scores(self, scores: Tensor, mask: Tensor) -> Tensor:
+        """[B] the scores after `rl.reward_clip`, and less the punishment by `rl.overlong_tokens`."""
         config = self.config
         if config.reward_clip is not None:
             scores = scores.clamp(-config.reward_clip, config.reward_clip)

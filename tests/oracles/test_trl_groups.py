@@ -290,8 +290,10 @@ def test_soft_overlong_punishment(given: Problem, overlong_tokens: int) -> None:
     lengths = torch.arange(1, MAX_RESPONSE + 1)
     mask = torch.arange(MAX_RESPONSE) < lengths[:, None]
     scores = torch.linspace(-1.0, 1.0, len(lengths))
-    earned = trainer_of(copy.deepcopy(given.old), None, grpo(overlong_tokens=overlong_tokens))._earned(scores, mask)
+    adjusted = trainer_of(copy.deepcopy(given.old), None, grpo(overlong_tokens=overlong_tokens))._adjusted_scores(
+        scores, mask
+    )
     punish = get_soft_overlong_punishment(MAX_RESPONSE, overlong_tokens)
     punishment = torch.tensor(punish(completion_ids=[[0] * n for n in lengths.tolist()]))
     assert -1.0 == punishment.min() < punishment.max() <= 0.0
-    torch.testing.assert_close(earned, scores + punishment, rtol=0, atol=1e-6)
+    torch.testing.assert_close(adjusted, scores + punishment, rtol=0, atol=1e-6)

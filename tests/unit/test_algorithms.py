@@ -218,7 +218,7 @@ def test_over_long_responses_are_punished_softly() -> None:
     """DAPO: nothing up to 12 of 20 tokens, then an eighth a token, 1 at the limit."""
     trainer = learner(GRPOConfig(samples_per_prompt=2, overlong_tokens=8))
     batch = sampled([1, 12, 13, 16, MAX_RESPONSE], [2.0] * 5)
-    assert trainer._earned(batch.scores, batch.mask).tolist() == pytest.approx([2.0, 2.0, 1.875, 1.5, 1.0])
+    assert trainer._adjusted_scores(batch.scores, batch.mask).tolist() == pytest.approx([2.0, 2.0, 1.875, 1.5, 1.0])
 
 
 def test_groups_without_spread_are_counted() -> None:
