@@ -8,11 +8,9 @@ TRL samples with transformers, as it does unless a vLLM server is set up beside 
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from benchmarks.harness import Child, alternate, column, main
 from benchmarks.ppo_step import (
@@ -27,6 +25,7 @@ from benchmarks.ppo_step import (
     warm_up_prompts,
 )  # fmt: skip
 from benchmarks.results import Comparison, Measurement, Result
+from benchmarks.sft import step_timer
 from benchmarks.workload import MODEL, RESPONSE, THREADS, draw, lengths_text, write_reward_model
 from rayrlhf.config_rl import GRPOConfig
 from rayrlhf.data.prompts import EncodedPrompt
@@ -56,22 +55,12 @@ class TRL:
 
     def _step(self, prompts: Sequence[EncodedPrompt]) -> Measurement:
         from datasets import Dataset
-        from transformers import TrainerCallback
         from trl import import_utils
 
         # TRL 1.12 knows vLLM up to 0.27, and its GRPO fails to import beside a newer one.
         import_utils.is_vllm_available = lambda min_version=None: False
         from trl import GRPOConfig as TRLConfig
         from trl import GRPOTrainer
-
-        times: dict[str, float] = {}
-
-        class Times(TrainerCallback):
-            def on_train_begin(self, *_: Any, **__: Any) -> None:
-                times["begin"] = time.perf_counter()
-
-            def on_step_end(self, *_: Any, **__: Any) -> None:
-                times["end"] = time.perf_counter()
 
         tokenizer = load_tokenizer(MODEL)
         different = list({prompt.id: prompt for prompt in prompts}.values())
@@ -108,11 +97,11 @@ class TRL:
                 ),
                 processing_class=tokenizer,
                 train_dataset=Dataset.from_dict({"prompt": [str(i) for i in range(len(different))]}),
-                callbacks=[Times()],
+                callbacks=[timer := step_timer()],
             )
             trainer._tokenize_prompts = lambda which: ([list(different[int(i)].ids) for i in which], None, {})
             trainer.train()
-        return finished(times["end"] - times["begin"], {}, SAMPLES, SAMPLES * RESPONSE)
+        return finished(timer.seconds, {}, SAMPLES, SAMPLES * RESPONSE)
 
 
 def run(quick: bool) -> Result:

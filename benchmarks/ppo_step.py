@@ -18,6 +18,7 @@ import torch
 
 from benchmarks.harness import Child, Stopwatch, alternate, column, main, median_phases
 from benchmarks.results import Comparison, Measurement, Result
+from benchmarks.sft import step_timer
 from benchmarks.workload import CONTEXT, MODEL, RESPONSE, THREADS, Lengths, draw, lengths_text, write_reward_model
 from rayrlhf.config import Config
 from rayrlhf.config_resources import GeneratorConfig, ResourcesConfig, ScorerConfig
@@ -154,18 +155,8 @@ class TRL:
 
     def _step(self, prompts: Sequence[EncodedPrompt]) -> Measurement:
         from datasets import Dataset
-        from transformers import TrainerCallback
         from trl.experimental.ppo import PPOConfig as TRLConfig
         from trl.experimental.ppo import PPOTrainer
-
-        times: dict[str, float] = {}
-
-        class Times(TrainerCallback):
-            def on_train_begin(self, *_: Any, **__: Any) -> None:
-                times["begin"] = time.perf_counter()
-
-            def on_step_end(self, *_: Any, **__: Any) -> None:
-                times["end"] = time.perf_counter()
 
         tokenizer = load_tokenizer(MODEL)
         tokenizer.padding_side = "left"
@@ -200,14 +191,14 @@ class TRL:
                 reward_model=self.reward,
                 value_model=self.value_model,
                 train_dataset=Dataset.from_dict({"input_ids": [list(prompt.ids) for prompt in prompts]}),
-                callbacks=[Times()],
+                callbacks=[timer := step_timer()],
             )
             # The only batch is also the dataset's last, after every part of which accelerate would take a step.
             trainer.accelerator.gradient_state.plugin_kwargs["sync_with_dataloader"] = False
             self.clock.around(trainer.optimizer.optimizer, "step", "optimiser")
             self.clock.take()
             trainer.train()
-        seconds, phases = times["end"] - times["begin"], self.clock.take()
+        seconds, phases = timer.seconds, self.clock.take()
         phases["forward and backward"] = seconds - sum(phases.values())  # with GAE and metrics, which take no time
         return finished(seconds, phases, SAMPLES, SAMPLES * RESPONSE)
 
