@@ -210,7 +210,7 @@ def main(name: str) -> None:
     started = time.perf_counter()
     result: Result = module.run(options.quick)
     record = {"benchmark": name, "machine": about, "seconds": round(time.perf_counter() - started), **asdict(result)}
-    if options.only and not options.quick:
+    if options.only and not options.quick and path.is_file():
         record = with_earlier_cases(record, json.loads(path.read_text(encoding="utf-8")))
     print(as_markdown(record))
     if not options.quick:
