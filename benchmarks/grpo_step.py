@@ -31,7 +31,7 @@ from rayrlhf.config_rl import GRPOConfig
 from rayrlhf.data.prompts import EncodedPrompt
 from rayrlhf.models.loading import load_policy, load_reward_model, load_tokenizer
 
-CASES = (Case("GRPO step, real lengths, eight samples a prompt", "uncapped", 8, 3, 5.0, 16),)
+CASES = (Case("GRPO step, real lengths, eight samples a prompt", "uncapped", 8, 2, 5.0, 16),)
 
 
 def grpo(case: Case) -> GRPOConfig:
