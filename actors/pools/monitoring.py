@@ -21,7 +21,8 @@ from ray.util.metrics import Gauge
 from rayrlhf.runs.metrics import MetricsWriter
 
 EXPORT_S = 2.0
-"""Between two exports of the coordinator, in seconds. Ray collects gauges every 10 s by default."""
+"""Between two exports of the coordinator, and of a gauge whose value stays, in seconds. Ray collects gauges every 10 s
+by default."""
 CONTROL = "control"
 """The coordinator's concurrency group for calls that must not wait for a batch, such as `status`."""
 
@@ -46,18 +47,35 @@ class Status:
 
 
 class Gauges:
-    """The gauges of one run, each made when it is first set. A name must have the same tags every time."""
+    """The gauges of one run, each made when it is first set. A name must have the same tags every time.
+
+    Ray forgets a gauge that nobody has set for some seconds (17 in a trial), and a step may take longer: a thread sets
+    each one again, for as long as this process lives. NaN ends a series.
+    """
 
     def __init__(self, run: str) -> None:
         self._run = run
         self._gauges: dict[str, Gauge] = {}
+        self._values: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
+        """By name and tags."""
+        self._lock = threading.Lock()
+        threading.Thread(target=self._repeat, name="gauges", daemon=True).start()
 
     def set(self, name: str, value: float, **tags: str) -> None:
         """Set `ray_rayrlhf_NAME{run, ...}`. Characters that Prometheus refuses in a name become underscores."""
-        if name not in self._gauges:
-            safe = re.sub(r"\W", "_", name, flags=re.ASCII)
-            self._gauges[name] = Gauge(f"rayrlhf_{safe}", f"{name}, see docs/monitoring.md", ("run", *tags))
-        self._gauges[name].set(value, {"run": self._run, **tags})
+        with self._lock:
+            if name not in self._gauges:
+                safe = re.sub(r"\W", "_", name, flags=re.ASCII)
+                self._gauges[name] = Gauge(f"rayrlhf_{safe}", f"{name}, see docs/monitoring.md", ("run", *tags))
+            self._values[name, tuple(tags.items())] = value
+            self._gauges[name].set(value, {"run": self._run, **tags})
+
+    def _repeat(self) -> None:
+        while True:
+            time.sleep(EXPORT_S)
+            with self._lock:
+                for (name, tags), value in self._values.items():
+                    self._gauges[name].set(value, {"run": self._run, **dict(tags)})
 
 
 class ExportingWriter(MetricsWriter):

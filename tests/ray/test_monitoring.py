@@ -79,10 +79,7 @@ class Loops:
 
 @pytest.fixture(scope="module")
 def cluster(no_ray: None) -> Iterator[None]:
-    """As the other tests have it, with a dashboard, and collecting metrics every two seconds.
-
-    Ray forgets a gauge that its process has not sent again within two such intervals.
-    """
+    """As the other tests have it, with a dashboard, and collecting metrics every two seconds."""
     directory = tempfile.mkdtemp(prefix="ray", dir="/tmp")
     ray.init(
         address="local",
