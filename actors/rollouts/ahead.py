@@ -42,8 +42,8 @@ often."""
 class Ahead:
     """The rollout mode in which the actors go on while the learner trains; see `in_turn` for the other one.
 
-    A thread feeds the pools; with local actors the caller of `next_batch` does. It starts with the first batch that is
-    asked for, since only then the step of the newest weights is known.
+    A thread feeds the pools; with local actors the caller of `next_batch` does. The thread starts with the first batch
+    that is asked for, since only then the step of the newest weights is known.
     """
 
     def __init__(

@@ -8,7 +8,7 @@ A group is a prompt with its samples. Group p belongs to step p // groups_per_st
                  └───────────────────────────────────────────┘ it teaches nothing: another prompt has its position
 
 Groups are dispatched in the order of their positions. A batch takes those that are finished first, so that a long
-response does not hold a step up. Each group is trained exactly once.
+response does not hold a step up. Each position is trained on exactly once.
 
 No token may be older than staleness k when it is trained: at most k versions behind the learner's weights. Two rules
 keep this (as in AReaL, Fu et al. 2025, section 5.1, but for every token):

@@ -6,6 +6,7 @@ stopped, and a checkpoint needs no state of a data loader.
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,7 +45,8 @@ def prompts_of_step(count: int, seed: int, step: int, per_step: int) -> list[int
     return chosen
 
 
-def replacements_of_step(count: int, seed: int, step: int, per_step: int, redraw: int) -> list[int]:
+@functools.lru_cache(maxsize=16)  # each of a step's groups asks for it, and it orders all prompts
+def replacements_of_step(count: int, seed: int, step: int, per_step: int, redraw: int) -> tuple[int, ...]:
     """Indices of prompts that may take the places of those of `step`, at their `redraw`-th redraw, counted from 1.
 
     No prompt comes twice in a step, whatever the number of redraws: the list is shorter than `per_step`, or empty,
@@ -53,7 +55,7 @@ def replacements_of_step(count: int, seed: int, step: int, per_step: int, redraw
     used = set(prompts_of_step(count, seed, step, per_step))
     order = np.random.default_rng(derive_seed(seed, "redraw", step)).permutation(count).tolist()
     others = [index for index in order if index not in used]
-    return others[(redraw - 1) * per_step : redraw * per_step]
+    return tuple(others[(redraw - 1) * per_step : redraw * per_step])
 
 
 def requests_for(prompts: Sequence[EncodedPrompt], samples: int, *seed_parts: int | str) -> list[GenerationRequest]:

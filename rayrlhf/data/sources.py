@@ -126,7 +126,8 @@ def read_labelled(
         raise _cannot(source, "labelled answers", "labelled")
     records, dropped = _read(source, split, adapter.labelled)
     remove = special_text_remover(tokenizer)
-    prompts = _fitted(records, tokenizer, max_prompt_tokens, remove)
+    parts = [raw.prompt.map(remove) for _, _, raw in records]
+    prompts = fit_prompts(tokenizer, parts, max_prompt_tokens, [row.where for _, row, _ in records])
     answers = [
         LabelledAnswer(id, prompt, _response(remove, raw.response, row), raw.good, raw.source)
         for (id, row, raw), prompt in zip(records, prompts, strict=True)
@@ -204,17 +205,6 @@ def _text_hash(raw: RawDemonstration | RawComparison | RawLabelled) -> str:
     text = "\x1f".join((raw.prompt.text, *raw.texts))
     # surrogatepass: half an emoji, which JSON can spell, is no UTF-8 and would otherwise end the reading.
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
-
-
-def _fitted(
-    records: Sequence[tuple[str, SourceRow, RawDemonstration]] | Sequence[tuple[str, SourceRow, RawLabelled]],
-    tokenizer: PreTrainedTokenizerBase,
-    max_prompt_tokens: int,
-    remove: Callable[[str], str],
-) -> list[str]:
-    """The records' prompts, without special tokens, rendered and cut."""
-    prompts = [raw.prompt.map(remove) for _, _, raw in records]
-    return fit_prompts(tokenizer, prompts, max_prompt_tokens, [row.where for _, row, _ in records])
 
 
 def _response(remove: Callable[[str], str], text: str, row: SourceRow) -> str:
