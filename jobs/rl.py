@@ -5,7 +5,6 @@ from __future__ import annotations
 from actors.training.rl import RLArguments, rl_loop
 from jobs.session import Session
 from jobs.stage import main, stage
-from jobs.stopping import asking_first
 from rayrlhf.data.sources import as_prompts
 from rayrlhf.errors import UserError
 from rayrlhf.models.loading import check_vocabulary
@@ -35,10 +34,7 @@ def rl(session: Session) -> None:
         coordinator=coordinator,
         plugin=session.plugin,
     )
-    with asking_first(lambda: coordinator.submit("request_stop")) as stopping:
-        session.train("rl", rl_loop, arguments)
-    if stopping.is_set() and not run.done("rl"):
-        raise KeyboardInterrupt
+    session.train("rl", rl_loop, arguments)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -21,6 +22,7 @@ from jobs.cluster import connected, inside_job, preflight
 from jobs.console import console
 from jobs.follow import following
 from jobs.rollouts import RolloutClient
+from jobs.stopping import asking_first
 from rayrlhf.algorithms.registry import make_algorithm, read_plugin
 from rayrlhf.config import Config
 from rayrlhf.config_file import dump_config
@@ -57,6 +59,8 @@ class Session:
         self._started = False
         self.plugin = read_plugin(config.rl)
         """The file of an algorithm of the user's own."""
+        self.interrupted = False
+        """Whether Ctrl-C or SIGTERM came in the last step of a stage, which then finished: the next is not to begin."""
         self.placement: Table | None = None
         """Which actors go to which node; None before the start, and with `--local`."""
 
@@ -144,6 +148,7 @@ class Session:
             "run_dir": self.run.address,
             "checkpoints": self.checkpoint_name(stage),
             "keep_checkpoints": keep,
+            "stop": self.workers.stop_request(),
         }
 
     def warm_up(self, generators: bool) -> None:
@@ -155,9 +160,18 @@ class Session:
             self.rollouts.start()
 
     def train(self, stage: str, loop: TrainingLoop, arguments: LoopArguments) -> None:
-        """Run a training loop on the learner's workers and show each of its steps; see `Workers.train` for errors."""
-        with following(self.run, self.config, stage, console):
+        """Run a training loop on the learner's workers and show each of its steps; see `Workers.train` for errors.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C or SIGTERM; the loop has written a checkpoint, unless a second one followed.
+        """
+        assert arguments.stop is not None
+        ask = functools.partial(arguments.stop.submit, "request_stop")
+        with asking_first(stage, ask) as stopping, following(self.run, self.config, stage, console):
             self.workers.train(loop, arguments)
+        self.interrupted = stopping.is_set()
+        if self.interrupted and not self.run.done(stage):
+            raise KeyboardInterrupt
 
 
 @contextlib.contextmanager

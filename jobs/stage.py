@@ -36,6 +36,8 @@ def stage(
         @functools.wraps(function)
         def run_stage(session: Session) -> None:
             run = session.run
+            if session.interrupted:
+                raise KeyboardInterrupt
             if run.done(name) and not again(session):
                 console.print(f"{name}: already done, see {run.address_of(run.output(name))}")
                 return

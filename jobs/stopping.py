@@ -1,7 +1,7 @@
-"""What a stage does at SIGTERM, which `ray job stop` sends before it kills the process.
+"""What a command does at Ctrl-C, and at SIGTERM, which `ray job stop` sends before it kills the process.
 
-`rl` finishes its step, writes a checkpoint and ends. Other stages end at once, as at Ctrl-C; so does `rl` at a
-second SIGTERM that comes more than `SAME_SIGNAL_S` later. The same command continues the run in each case.
+A training stage finishes its step, writes a checkpoint and ends. What is not training ends at once, and so does a
+training stage at a second signal. The same command continues the run in each case.
 """
 
 from __future__ import annotations
@@ -9,39 +9,48 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-SAME_SIGNAL_S = 5.0
-"""Signals within this time count as one: Ray signals the child directly, and `uv run` or a shell passes it on again."""
+SAME_SIGNAL_S = {signal.SIGINT: 1.0, signal.SIGTERM: 5.0}
+"""Signals within this time of the first count as one: Ray or the terminal signals the child directly, and `uv run` or a
+shell passes it on again."""
 
 
 @contextmanager
 def interrupted_by_sigterm() -> Iterator[None]:
     """During the block, SIGTERM is a KeyboardInterrupt."""
-    with _on_sigterm(_interrupt):
+    with _on([signal.SIGTERM], _interrupt):
         yield
 
 
 @contextmanager
-def asking_first(ask: Callable[[], object]) -> Iterator[threading.Event]:
-    """During the block, the first SIGTERM calls `ask` in another thread and sets the event that the block gets."""
+def asking_first(stage: str, ask: Callable[[], object]) -> Iterator[threading.Event]:
+    """During the block, the first Ctrl-C or SIGTERM calls `ask` in another thread and sets the event that it gets.
+
+    A second one is a KeyboardInterrupt.
+
+    Args:
+        stage: its name, for the message.
+        ask: has the stage's loop save and end.
+    """
     asked, first = threading.Event(), 0.0
 
     def handle(number: int, frame: Any) -> None:
         nonlocal first
         if asked.is_set():
-            if time.monotonic() - first > SAME_SIGNAL_S:
+            if time.monotonic() - first > SAME_SIGNAL_S[signal.Signals(number)]:
                 _interrupt(number, frame)
             return
         first = time.monotonic()
         asked.set()
-        print("stopping: rl writes a checkpoint when its step ends; SIGTERM again ends it now", flush=True)
+        word = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+        print(f"stopping: {stage} writes a checkpoint when its step ends; {word} again ends it now", flush=True)
         # In a thread: this handler may have interrupted a call to Ray, and Ray is not made to be entered again there.
         threading.Thread(target=ask, name="stopping", daemon=True).start()
 
-    with _on_sigterm(handle):
+    with _on([signal.SIGTERM, signal.SIGINT], handle):
         yield asked
 
 
@@ -50,12 +59,15 @@ def _interrupt(number: int, frame: Any) -> None:
 
 
 @contextmanager
-def _on_sigterm(handler: Callable[[int, Any], None]) -> Iterator[None]:
+def _on(numbers: Sequence[signal.Signals], handler: Callable[[int, Any], None]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # a sweep's trial: Python allows handlers there only
         yield
         return
-    before = signal.signal(signal.SIGTERM, handler)
+    # A shell ignores SIGINT for what a script starts in the background (`command &`), and that is to stay so.
+    numbers = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, earlier in before.items():
+            signal.signal(number, earlier)

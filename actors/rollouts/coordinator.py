@@ -6,8 +6,8 @@ which prompts it has had.
 
 Who calls what, in the stage `rl`:
 
-    jobs/rl.py      start_generators, start_scorers, set_prompts                    request_stop
-    learner          begin ─▶ { next_version ─▶ load_weights ─▶ next_batch ─▶ train, stop_requested } for every step
+    jobs/rl.py       start_generators, start_scorers, set_prompts
+    learner          begin ─▶ { next_version ─▶ load_weights ─▶ next_batch ─▶ train } for every step
     command          status, scale
 """
 
@@ -68,7 +68,6 @@ class Coordinator:
         self.batch: Batch | None = None
         """The last batch, returned again when the same step and version are asked for."""
         self.reported = Counts()
-        self.stopping = False
         self._generators_of_batch: list[str] = []
         """The generators at the last batch, by name."""
         if not local:
@@ -239,13 +238,3 @@ class Coordinator:
         if names and names == before and generators.steady:
             idle = statistics.fmean(metrics[f"idle/{name}"] for name in names)
             generators.scale(wanted_generators(len(names), metrics["rollout/learner_wait"], idle, limits))
-
-    # ---- the end
-
-    def request_stop(self) -> None:
-        """The learner is to end after the step that it is in, with a checkpoint."""
-        self.stopping = True
-
-    def stop_requested(self) -> bool:
-        """Whether the learner is to end, see `request_stop`."""
-        return self.stopping

@@ -77,5 +77,5 @@ def dpo_loop(args: DPOArguments) -> None:
             known = [references[i] for i in chosen] if settings.reference else None
             return ranked_pass(forward, [usable[i] for i in chosen], ranks, scale, loss, known)
 
-        learn_pairs(loop, model, usable, settings, measure, state, loss.details)
-        loop.finish(lambda directory: save_model(model, tokenizer, directory))
+        if learn_pairs(loop, model, usable, settings, measure, state, loss.details):
+            loop.finish(lambda directory: save_model(model, tokenizer, directory))

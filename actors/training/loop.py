@@ -7,7 +7,7 @@
             ...                           # one optimiser step
             loop.step += 1
             loop.log(metrics)
-            loop.save(state)              # now and then
+            loop.save(state)              # now and then, and if loop.stopping(): then return
         loop.finish(write)                # the run folder's sft/
 
 All ranks call the same methods in the same order; what only one of them may do, rank 0 does.
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, SupportsFloat, TypeVar
@@ -26,6 +26,7 @@ import torch
 from transformers import PreTrainedModel
 
 from actors.pools.monitoring import metrics_writer
+from actors.pools.remote import Remote
 from rayrlhf.config import Config
 from rayrlhf.models.loading import checkpoint_gradients
 from rayrlhf.models.lora import add_adapters
@@ -49,6 +50,8 @@ class LoopArguments:
     checkpoints: str
     """Name of this training's checkpoints, see `Session.checkpoint_name`."""
     keep_checkpoints: int
+    stop: Remote | None = field(default=None, kw_only=True)
+    """A `StopRequest`; None if nobody will ask the loop to end early."""
 
 
 class Loop:
@@ -67,6 +70,7 @@ class Loop:
         self.checkpoints = Checkpoints(self.run, arguments.checkpoints, arguments.keep_checkpoints)
         self._writer = metrics_writer(self.run.address, config.name) if self.ranks.first else None
         self._models: dict[str, PreTrainedModel] = {}
+        self._stop = arguments.stop
         self._last: int | None = None
         """The newest whole checkpoint."""
 
@@ -106,6 +110,13 @@ class Loop:
         """
         for name, model in self._models.items():
             require_finite(model, f"{self.stage}: the {name}", self.ranks)
+
+    def stopping(self) -> bool:
+        """Whether the loop is to save and end now, before its last step; the same on all ranks."""
+        if self._stop is None or self.step == self.steps:
+            return False
+        asked = self.ranks.first and self._stop.call("stop_requested", timeout_s=self.config.resources.call_timeout_s)
+        return bool(self.ranks.broadcast(asked))
 
     # ---- metrics
 

@@ -37,8 +37,10 @@ def learn_pairs(
     measure: Measure,
     state: Mapping[str, Any] | None,
     details: Callable[[Measured], Mapping[str, float]],
-) -> None:
+) -> bool:
     """Train for all epochs. A restart continues from the last of `EVALS_PER_EPOCH` checkpoints an epoch.
+
+    Returns whether it did: not if the loop was asked to stop, which leaves a checkpoint of that step.
 
     Args:
         loop: of a stage whose name the metrics begin with.
@@ -93,7 +95,12 @@ def learn_pairs(
         })  # fmt: skip
         if evaluate:
             loop.log(heldout_metrics())
+        stopping = loop.stopping()
+        if evaluate or stopping:
             loop.save({"model": trained_state(model), "optimizer": optimizer.state_dict()})
+        if stopping:
+            return False
+    return True
 
 
 def check_pairs(stage: str, comparisons: Sequence[Answers], rows: Sequence[Row], context: int) -> None:

@@ -87,7 +87,8 @@ def reward_model_loop(args: RewardModelArguments) -> None:
             return ranked_pass(forward, [usable[i] for i in chosen], ranks, scale)
 
         _, state = loop.restore() or (None, None)
-        learn_pairs(loop, model, usable, settings, measure, state, REWARD_MODEL_LOSS.details)
+        if not learn_pairs(loop, model, usable, settings, measure, state, REWARD_MODEL_LOSS.details):
+            return
         loop.require_finite()  # before the scores of such a model are called its bias and its accuracy
         bias = -float(score_rows(forward, references, ranks).mean())
         loop.log({"reward_model/reward_bias": bias})

@@ -49,7 +49,7 @@ class RLArguments(LoopArguments):
 def rl_loop(args: RLArguments) -> None:
     """Train the policy; the finished one appears as the run folder's `policy/`.
 
-    It does not if the coordinator was asked to stop: the loop then ends after the step's checkpoint.
+    It does not if the loop was asked to stop: it then ends after the step's checkpoint.
     """
     config = args.config
     with Loop("rl", args) as loop:
@@ -101,7 +101,7 @@ def rl_loop(args: RLArguments) -> None:
                 "idle/learner": (learning - waiting) / (ended - started),
                 "throughput/tokens_per_s": sum(t.length for t in batch.trajectories) / (ended - started),
             })  # fmt: skip
-            stopping = generators.stop_requested()
+            stopping = loop.stopping()
             if loop.step < config.rl.steps and (stopping or loop.step % config.rl.checkpoint_every == 0):
                 # Prompts and seeds are functions of (seed, step), and generators have no state to keep: the cursor
                 # only says which prompts were trained on out of turn.
@@ -171,8 +171,3 @@ class GeneratorLink:
         if batch is None:
             batch = self.coordinator.call("next_batch", step, version, timeout_s=self.timeout_s)
         return batch
-
-    def stop_requested(self) -> bool:
-        """Whether the run is to end early; the same on all ranks."""
-        asked = self.ranks.first and self.coordinator.call("stop_requested", timeout_s=self.timeout_s)
-        return bool(self.ranks.broadcast(asked))

@@ -72,8 +72,9 @@ class Progress:
 def sft_loop(args: SFTArguments) -> None:
     """Fine-tune on demonstrations.
 
-    A restart continues from the last evaluation: weights, optimiser, step, best score, and the best model so far,
-    which waits in `checkpoints/NAME-best`. The finished one appears in the run folder's `sft/`.
+    A restart continues from the last evaluation, or from the step at which the loop was asked to stop: weights,
+    optimiser, step, best score, and the best model so far, which waits in `checkpoints/NAME-best`. The finished one
+    appears in the run folder's `sft/`.
 
     Raises:
         UserError: no data, or rows that are longer than the model's context.
@@ -111,6 +112,11 @@ def sft_loop(args: SFTArguments) -> None:
                 raise FloatingPointError(f"sft: the dev loss after step {loop.step} is {loss}")
             return loss
 
+        def save() -> None:
+            loop.save({
+                "model": trained_state(model), "optimizer": optimizer.state_dict(), "progress": asdict(progress),
+            })  # fmt: skip
+
         loop.steps = epochs.steps
         if loop.step == 0:
             loop.log({"sft/dev_loss": dev_loss()})
@@ -129,6 +135,9 @@ def sft_loop(args: SFTArguments) -> None:
                 "memory/learner_peak_mib": ranks.peak_memory_mib(),
             })  # fmt: skip
             if not evaluate:
+                if loop.stopping():
+                    save()
+                    return
                 continue
             loop.require_finite()  # before generators get the weights, and before the best model is kept
             metrics = {"sft/dev_loss": dev_loss()}
@@ -146,9 +155,9 @@ def sft_loop(args: SFTArguments) -> None:
                     save_model(model, tokenizer, best_model)
                     run.upload(best_model)
             loop.log(metrics | {"sft/best": progress.best})
-            loop.save({
-                "model": trained_state(model), "optimizer": optimizer.state_dict(), "progress": asdict(progress),
-            })  # fmt: skip
+            save()
+            if loop.stopping():
+                return
         if loop.step < epochs.steps:
             loop.note(f"stopped after {loop.step} steps: {progress.stale} evaluations without a better score")
 

@@ -49,10 +49,24 @@ class Given(NamedTuple):
     """One ObjectRef of (loop, arguments). In a tuple, so that Ray passes it on without fetching what it stands for."""
 
 
-class Tasks:
+class StopRequest:
+    """Whether the loop that is under way is to save and end before its last step. The driver says so, the loop asks."""
+
+    def __init__(self) -> None:
+        self._stop = False
+
+    def request_stop(self) -> None:
+        self._stop = True
+
+    def stop_requested(self) -> bool:
+        return self._stop
+
+
+class Tasks(StopRequest):
     """An asynchronous actor: any number of calls wait inside it at the same time."""
 
     def __init__(self, workers: int) -> None:
+        super().__init__()
         self._workers = workers
         self._current = Given()
         self._outcomes: dict[int, Outcome] = {}

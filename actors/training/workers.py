@@ -31,8 +31,8 @@ from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.callback import ControllerCallback
 
-from actors.pools.remote import ActorFailure
-from actors.training.tasks import TRAIN_ENVIRONMENT, Given, Outcome, Tasks
+from actors.pools.remote import ActorFailure, Remote
+from actors.training.tasks import TRAIN_ENVIRONMENT, Given, Outcome, StopRequest, Tasks
 from rayrlhf.config_resources import LearnerConfig
 from rayrlhf.errors import UserError
 from rayrlhf.models.ranks import Ranks
@@ -62,6 +62,7 @@ class Workers:
         """
         self.learner, self.storage, self.name, self.local = learner, storage, name, local
         self._tasks: Any = None
+        self._stop = StopRequest()
         self._number = 0
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
@@ -82,6 +83,11 @@ class Workers:
         self._number, self._failure = 0, None
         self._thread = threading.Thread(target=self._fit, args=(self._trainer(),), name="ray train", daemon=True)
         self._thread.start()
+
+    def stop_request(self) -> Remote:
+        """The `StopRequest` of these workers' loops; starts the workers unless they are up."""
+        self.start()
+        return Remote("the actor of training tasks", self._stop if self.local else self._tasks, self.local)
 
     def train(self, loop: TrainingLoop, arguments: Any) -> None:
         """Run `loop(arguments)` on every worker; returns when it has ended.

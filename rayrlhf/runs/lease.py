@@ -45,6 +45,8 @@ from rayrlhf.runs.storage import Store, as_user_error
 log = logging.getLogger(__name__)
 
 NAME = ".lock"
+LOST = signal.SIGUSR2
+"""Wakes the main thread of a process whose folder another one has taken over. At SIGINT it would write a checkpoint."""
 RENEW_S = 10.0
 """Seconds between two renewals."""
 PATIENCE_S = 35.0
@@ -63,7 +65,7 @@ def leased(store: Store) -> Iterator[None]:
         UserError: the store does not answer, it refuses to be written, or another process holds the folder.
     """
     remote, holder = f"{store.root}/{NAME}", f"process {os.getpid()} on {socket.gethostname()}"
-    token, ended, lost = uuid.uuid4().hex, threading.Event(), threading.Event()
+    token, ended = uuid.uuid4().hex, threading.Event()
 
     def write(count: int) -> None:
         store.write(remote, f"{holder}\n{token}\n{count}\n{_machine()}".encode())
@@ -79,9 +81,8 @@ def leased(store: Store) -> Iterator[None]:
             try:
                 if taken_over():
                     log.error("%s: another process has taken it over; this one ends", store.address)
-                    lost.set()
                     # A signal and no flag: it also wakes a main thread that waits for Ray.
-                    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+                    signal.pthread_kill(threading.main_thread().ident or 0, LOST)
                     return
                 write(count)
             except OSError as error:
@@ -98,7 +99,7 @@ def leased(store: Store) -> Iterator[None]:
     thread = threading.Thread(target=renew, daemon=True)
     thread.start()
     try:
-        with _interruptible(lost):
+        with _interruptible():
             yield
     finally:
         ended.set()
@@ -117,27 +118,23 @@ def lease_holder(store: Store) -> str | None:
 
 
 @contextlib.contextmanager
-def _interruptible(lost: threading.Event) -> Iterator[None]:
-    """Once `lost` is set, SIGINT raises KeyboardInterrupt, even where it was ignored.
+def _interruptible() -> Iterator[None]:
+    """During the block, the signal `LOST` raises KeyboardInterrupt in the main thread.
 
-    A shell ignores SIGINT for the commands that a script starts in the background (`command &`).
+    In a block of another thread, such as a sweep's trial, the signal ends the process, which is what it does by itself.
     """
-    if (
-        signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
-        or threading.current_thread() is not threading.main_thread()
-    ):
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        if lost.is_set():
-            raise KeyboardInterrupt
+        raise KeyboardInterrupt
 
-    signal.signal(signal.SIGINT, interrupt)
+    before = signal.signal(LOST, interrupt)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(LOST, before)
 
 
 def _wait_until_free(store: Store, remote: str) -> None:

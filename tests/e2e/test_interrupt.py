@@ -1,7 +1,7 @@
-"""PPO ahead of the learner, ended by SIGTERM, continued by the same command, and ended by Ctrl-C.
+"""PPO ahead of the learner, ended by SIGTERM, continued by the same command, and ended by Ctrl-C: both save.
 
     rayrlhf rl         step 1, 2, ... | SIGTERM: a checkpoint
-    the same command                   | the steps after it ... | Ctrl-C
+    the same command                   | the steps after it ... | Ctrl-C: a checkpoint
 
 The run has more steps than anybody waits for, and each part of the timeline lasts until its effect has been seen. So
 nothing has to happen in time.
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import psutil  # type: ignore[import-untyped]
 import pytest
+import torch
 
 from rayrlhf.runs.metrics import read_lines, read_metrics
 
@@ -113,6 +114,8 @@ def test_an_interrupted_run_continues_from_its_checkpoint(ended: Run, start: Any
     # It learns with the weights that the steps before had ended with: the policy has moved away from the reference.
     assert lines[len(before)]["rl/kl_k3"] > 10 * abs(lines[0]["rl/kl_k3"])
     assert all(line["rl/first_ratio_off_one"] < 1e-5 for line in lines[len(before) :])
+    newest = max((run / "checkpoints").glob("rl-*/checkpoint_*"))
+    assert torch.load(newest / "state.pt", weights_only=True)["step"] == len(lines), "Ctrl-C lost steps"
     shown = [int(number) for number in re.findall(rf"^rl +(\d+)/{STEPS} ", command.wait().out, re.MULTILINE)]
     assert shown[0] == len(before) + 1
 

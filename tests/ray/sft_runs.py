@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from actors.pools.remote import Remote, put
 from actors.rollouts.weight_sync import Publication
 from actors.training.sft import DevPrompt, SFTArguments, sft_loop
+from actors.training.tasks import StopRequest
 from actors.training.workers import Workers
 from rayrlhf.config import Config, DatasetConfig
 from rayrlhf.config_file import parse_config
@@ -94,6 +95,18 @@ def make_config(tmp_path: Path, lora: dict[str, Any] | None = None, **sft: Any) 
     )  # fmt: skip
 
 
+class StopsAfter(StopRequest):
+    """Asks a loop to stop at the end of its step number `steps`."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.left = steps
+
+    def stop_requested(self) -> bool:
+        self.left -= 1
+        return self.left == 0
+
+
 def demonstrations() -> tuple[list[Row], list[DevPrompt]]:
     """96 demonstrations and 24 dev prompts of the embedded TL;DR data."""
     tokenizer = load_tokenizer(TINY)
@@ -117,13 +130,14 @@ def run_sft(
     data: tuple[list[Row], list[DevPrompt]],
     coordinator: Remote | None = None,
     workers: Workers | None = None,
+    stop: Remote | None = None,
 ) -> tuple[Path, list[dict[str, Any]]]:
     """The run folder and its metrics, of a run in this process unless `workers` are given."""
     own = workers is None
     run_dir = Path(config.runs_dir) / config.name
     train, dev = data
     arguments = SFTArguments(
-        config, str(run_dir), "sft", 1, TINY, put(train, own), put(dev, own), coordinator
+        config, str(run_dir), "sft", 1, TINY, put(train, own), put(dev, own), coordinator, stop=stop
     )  # fmt: skip
     workers = workers or Workers(config.resources.learner, str(run_dir / "checkpoints"), "sft", local=True)
     workers.train(sft_loop, arguments)

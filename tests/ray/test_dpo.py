@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from actors.pools.remote import Remote
 from actors.training.dpo import DPOArguments, dpo_loop
 from actors.training.loop import Loop
 from jobs.dpo import dpo
@@ -24,6 +25,7 @@ from rayrlhf.data.comparisons import RankedAnswers
 from rayrlhf.errors import UserError
 from rayrlhf.models.loading import load_tokenizer, resolve_model
 from rayrlhf.runs.metrics import read_metrics
+from tests.ray.sft_runs import StopsAfter
 
 TINY = resolve_model("embedded:opt-tiny")
 EOS = 2
@@ -53,9 +55,11 @@ def toy(count: int, seed: int, heldout: bool = False) -> list[RankedAnswers]:
     return made
 
 
-def run_dpo(config: Config, comparisons: list[RankedAnswers]) -> tuple[Path, list[dict[str, Any]]]:
+def run_dpo(
+    config: Config, comparisons: list[RankedAnswers], stop: Remote | None = None
+) -> tuple[Path, list[dict[str, Any]]]:
     run_dir = Path(config.runs_dir) / config.name
-    dpo_loop(DPOArguments(config, str(run_dir), "dpo", 2, TINY, comparisons))
+    dpo_loop(DPOArguments(config, str(run_dir), "dpo", 2, TINY, comparisons, stop=stop))
     return run_dir, read_metrics(run_dir, "dpo")
 
 
@@ -127,6 +131,7 @@ def test_a_killed_run_continues_and_ends_as_if_nothing_had_happened(
     tmp_path: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     comparisons = toy(32, seed=0) + toy(4, seed=1, heldout=True)
+    settings = settings | {"prompts_per_batch": 4}
     whole, expected = run_dpo(make_config(tmp_path / "whole", **settings), comparisons)
     config, save = make_config(tmp_path / "broken", **settings), Loop.save
 
@@ -135,6 +140,9 @@ def test_a_killed_run_continues_and_ends_as_if_nothing_had_happened(
         if self.step == 2:
             raise ConnectionError("the machine is gone")
 
+    # First it is asked to stop, at a step after which nothing is measured, and then it dies.
+    _, metrics = run_dpo(config, comparisons, Remote("stop", StopsAfter(1), local=True))
+    assert [m["step"] for m in metrics] == [0, 1] and "dpo/heldout_accuracy" not in metrics[1]
     monkeypatch.setattr(Loop, "save", save_and_die)
     with pytest.raises(ConnectionError):
         run_dpo(config, comparisons)

@@ -20,6 +20,7 @@ from rayrlhf.trajectory import GenerationRequest, Sampling, derive_seed
 from tests.ray.sft_runs import (
     MAX_RESPONSE,
     TINY,
+    StopsAfter,
     TransformersCoordinator,
     demonstrations,
     distance,
@@ -90,6 +91,10 @@ def test_a_killed_run_continues_and_ends_as_if_nothing_had_happened(
     undisturbed = TransformersCoordinator(TINY)
     whole, _ = run_sft(make_config(tmp_path / "whole", **settings), data, Remote("c", undisturbed, local=True))
     config = make_config(tmp_path / "broken", **settings)
+    # First it is asked to stop, at a step after which nothing is measured, and then its generators die.
+    early, stop = TransformersCoordinator(TINY), Remote("stop", StopsAfter(1), local=True)
+    _, metrics = run_sft(config, data, Remote("c", early, local=True), stop=stop)
+    assert [m["step"] for m in metrics] == [0, 1] and early.versions == []
     dying = TransformersCoordinator(TINY, fail_after=2)
     with pytest.raises(ConnectionError):
         run_sft(config, data, Remote("c", dying, local=True))
