@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from pathlib import Path
 @contextlib.contextmanager
 def replacing(target: Path, directory: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside `target`, which takes the place of `target` when the block ends without an error.
+
+    What the block has written is then as readable as the umask allows.
 
     What a killed process left behind is removed first. So there must be one writer at a time, see `RunFolder.lock`.
     """
@@ -22,6 +25,8 @@ def replacing(target: Path, directory: bool = False) -> Iterator[Path]:
         temporary.mkdir()
     try:
         yield temporary
+        if directory:
+            _share(temporary)
         if target.is_dir():
             # A directory cannot be renamed over one with contents: for a moment there is none, which reads as not done.
             target.rename(target.parent / f".{target.name}.old-{os.getpid()}")
@@ -38,6 +43,17 @@ def sync_tree(directory: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def _share(directory: Path) -> None:
+    """Let the files of a new directory be read by those whom the umask allows it.
+
+    safetensors, for one, writes through temporary files, which only their owner may read.
+    """
+    allowed = directory.stat().st_mode & 0o666  # the umask is applied to a new directory
+    for path in directory.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(stat.S_IMODE(path.stat().st_mode) | allowed)
 
 
 def _remove_stale(target: Path) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import stat
+from pathlib import Path
+
 import pytest
 import torch
 
 from rayrlhf.config import LoRAConfig
+from rayrlhf.models.loading import load_tokenizer, resolve_model
 from rayrlhf.models.lora import add_adapters
 from rayrlhf.models.ranks import Ranks
-from rayrlhf.models.saving import require_finite
+from rayrlhf.models.saving import require_finite, save_model
 from tests.tiny import tiny_models
 
 
@@ -41,3 +46,15 @@ def test_a_rank_names_the_parameter_that_another_rank_has_found(monkeypatch: pyt
     monkeypatch.setattr(ranks, "max", lambda value: max(value, -3.0))  # the other rank found the fourth
     with pytest.raises(FloatingPointError, match=list(policy.named_parameters())[3][0]):
         require_finite(policy, "reward_model: the model", ranks)
+
+
+@pytest.mark.parametrize(("umask", "expected"), [(0o022, 0o644), (0o027, 0o640), (0o007, 0o660), (0o077, 0o600)])
+def test_a_models_files_are_readable_as_the_umask_says(
+    tmp_path: Path, request: pytest.FixtureRequest, umask: int, expected: int
+) -> None:
+    """safetensors gives its own to nobody but the owner."""
+    before = os.umask(umask)
+    request.addfinalizer(lambda: os.umask(before))
+    save_model(tiny_models()[0], load_tokenizer(resolve_model("embedded:opt-tiny")), tmp_path / "model")
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "model").iterdir()}
+    assert "model.safetensors" in modes and set(modes.values()) == {expected}, modes
