@@ -1,6 +1,6 @@
 """`rayrlhf compare`: tables and curves of one run, or of several that differ in their seed.
 
-The interval of a single run is a bootstrap over prompts: it says what to expect of the same models on other prompts.
+The interval of a single run is over prompts: it says what to expect of the same models on other prompts.
 Student's t interval over runs says what to expect of another seed on the same prompts. A mean over runs is given with
 the wider of the two.
 """
@@ -22,9 +22,19 @@ import yaml
 
 from rayrlhf.errors import UserError
 from rayrlhf.files import replacing
+from rayrlhf.reports import shares
 from rayrlhf.reports.curves import compare_figure
 from rayrlhf.reports.intervals import Array, Interval, over_runs, p_text, pooled
-from rayrlhf.reports.measures import AT_EQUAL_LENGTH, EVALUATED, MEASURES, PHASES, SOURCES, TOKENS_PER_S, interval_text
+from rayrlhf.reports.measures import (
+    AT_EQUAL_LENGTH,
+    EVALUATED,
+    MEASURES,
+    PHASES,
+    SOURCES,
+    TOKENS_PER_S,
+    WITHIN_ONE,
+    interval_text,
+)
 from rayrlhf.runs.addresses import join
 from rayrlhf.runs.folder import RunFolder, run_at
 from rayrlhf.runs.metrics import read_metrics
@@ -111,16 +121,16 @@ def markdown(runs: Sequence[Run]) -> str:
     parts.append(f"Evaluated on {facts.get('data', 'the test split')}: {facts['prompts']} prompts.")
     if changed := config_differences(runs):
         parts.append(f"**Not only the seed differs**: {', '.join(changed)}.")
-    kind = "Means [95 % bootstrap interval over prompts]."
+    kind = "Means [95 % interval over prompts]."
     if several:
         kind = (
             f"Means over {len(runs)} runs [95 % interval, the wider of two: Student's t over runs, "
-            "and the runs' bootstrap over prompts]."
+            "and the runs' own over prompts]."
         )
     parts += [f"## Evaluation\n\n{kind}", table(mean_rows(runs))]
     if several:
         for source in ("policy", "sft"):
-            parts.append(f"{SOURCES[source].words}, each run [95 % bootstrap interval over prompts]:")
+            parts.append(f"{SOURCES[source].words}, each run [95 % interval over prompts]:")
             parts.append(table(run_rows(runs, source)))
     parts.append(
         "## Policy minus SFT\n\nPaired differences on the same prompts [95 % bootstrap interval over prompts], "
@@ -219,7 +229,8 @@ def mean_over_runs(runs: Sequence[Run], source: str, measure: str) -> Interval |
         return None
     if len(known) == 1:
         return known[0]
-    seeds, low, high = over_runs([v.mean for v in known]), mean(v.low for v in known), mean(v.high for v in known)
+    of_runs = shares.over_runs if measure in WITHIN_ONE else over_runs
+    seeds, low, high = of_runs([v.mean for v in known]), mean(v.low for v in known), mean(v.high for v in known)
     return Interval(seeds.mean, min(low, seeds.low), max(high, seeds.high), seeds.n)
 
 

@@ -14,6 +14,7 @@ from scipy import stats
 
 from rayrlhf.reports.intervals import CONFIDENCE, Array, Interval, t_interval
 from rayrlhf.reports.measures import MEASURES, PANELS, SOURCES, Panel
+from rayrlhf.reports.shares import limits
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -194,8 +195,8 @@ def _draw_mean(axes: Axes, x: Array, curves: Sequence[Curve], panel: Panel) -> f
     else:
         mean, half = t_interval(np.stack([c.values for c in curves]))
     if len(curves) != 2:  # the t interval over two runs is 13 standard errors wide: it would hide the curves
-        top = np.minimum(mean + half, 1.0) if panel.unit == "share" else mean + half
-        axes.fill_between(x, mean - half, top, color=_colour(panel), alpha=0.18, linewidth=0)
+        low, high = limits(mean, half) if panel.unit == "share" else (mean - half, mean + half)
+        axes.fill_between(x, low, high, color=_colour(panel), alpha=0.18, linewidth=0)
     axes.plot(x, mean, color=_colour(panel), linewidth=2.2)
     return float(mean[-1])
 

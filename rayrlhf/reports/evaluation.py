@@ -6,6 +6,7 @@ Arrays have one entry for each prompt ([n]). NaN means that the measure is missi
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -26,20 +27,13 @@ from rayrlhf.reports.intervals import (
     length_controlled_difference,
     length_controlled_win_rate,
     paired_difference,
-    win_rate,
 )
-from rayrlhf.reports.measures import AT_EQUAL_LENGTH, MEASURES
+from rayrlhf.reports.measures import AT_EQUAL_LENGTH, MEASURES, SHARES
+from rayrlhf.reports.shares import share, win_rate
 from rayrlhf.rewards.rouge import rouge_per_example
 
 _ROUGE = ("rouge1", "rouge2", "rougeL")
 Statistic = Callable[..., Interval | None]
-_WIN_RATES: dict[str, tuple[Statistic, tuple[str, ...]]] = {
-    "win_rate_vs_sft": (win_rate, ("reward",)),
-    "lc_win_rate_vs_sft": (length_controlled_win_rate, ("reward", "length")),
-    "gold_win_rate_vs_sft": (win_rate, ("gold",)),
-    "gold_lc_win_rate_vs_sft": (length_controlled_win_rate, ("gold", "length")),
-}
-"""The statistic behind each of `WIN_RATES`, and the measures of the two models that it takes."""
 
 
 @dataclass(frozen=True)
@@ -148,37 +142,45 @@ def summarize(
         if name != "reference":
             present[name] = with_rouge(answers, references)
 
-    def interval(values: NDArray[np.float64] | None) -> dict[str, float] | None:
-        return None if values is None else _as_dict(bootstrap(values, samples, seed))
+    def resampled(statistic: Statistic) -> Statistic:
+        return functools.partial(statistic, samples=samples, seed=seed)
+
+    def interval(answers: Answers, measure: str) -> dict[str, float] | None:
+        values = answers.measure(measure)
+        statistic = share if measure in SHARES else resampled(bootstrap)
+        return None if values is None else _as_dict(statistic(values))
 
     def compare(statistic: Statistic, a: Answers, b: Answers, *measures: str) -> dict[str, float] | None:
         pairs = [answers.measure(measure) for measure in measures for answers in (a, b)]
         arrays = [values for values in pairs if values is not None]
-        return _as_dict(statistic(*arrays, samples=samples, seed=seed)) if len(arrays) == len(pairs) else None
+        return _as_dict(statistic(*arrays)) if len(arrays) == len(pairs) else None
 
     result: dict[str, Any] = {}
     for name, answers in present.items():
-        row: dict[str, Any] = {measure: interval(answers.measure(measure)) for measure in MEASURES}
+        row: dict[str, Any] = {measure: interval(answers, measure) for measure in MEASURES}
         meaningful = name != "reference" and labeller != "reference"
         row["win_rate_vs_reference"] = compare(win_rate, answers, reference, "reward") if meaningful else None
         result[name] = row
     for baseline in baselines:
-        result[baseline.name]["kl"] = interval(present[baseline.name].measure("kl"))
+        result[baseline.name]["kl"] = interval(present[baseline.name], "kl")
     if "policy" in present:
         pair = present["policy"], present["sft"]
-        for name, (statistic, measures) in _WIN_RATES.items():
-            result["policy"][name] = compare(statistic, *pair, *measures)
-        result["policy"]["kl"] = interval(present["policy"].measure("kl"))
+        at_equal_length = resampled(length_controlled_win_rate)
+        result["policy"]["win_rate_vs_sft"] = compare(win_rate, *pair, "reward")
+        result["policy"]["lc_win_rate_vs_sft"] = compare(at_equal_length, *pair, "reward", "length")
+        result["policy"]["gold_win_rate_vs_sft"] = compare(win_rate, *pair, "gold")
+        result["policy"]["gold_lc_win_rate_vs_sft"] = compare(at_equal_length, *pair, "gold", "length")
+        result["policy"]["kl"] = interval(present["policy"], "kl")
         result["differences"] = {
-            "policy_minus_sft": {m: compare(paired_difference, *pair, m) for m in MEASURES},
+            "policy_minus_sft": {m: compare(resampled(paired_difference), *pair, m) for m in MEASURES},
             "policy_minus_sft_at_equal_length": {
-                m: compare(length_controlled_difference, *pair, m, "length") for m in AT_EQUAL_LENGTH
+                m: compare(resampled(length_controlled_difference), *pair, m, "length") for m in AT_EQUAL_LENGTH
             },
         }
         for baseline in baselines:
             other = present["policy"], present[baseline.name]
             result["differences"][f"policy_minus_{baseline.name}"] = {
-                m: compare(paired_difference, *other, m) for m in MEASURES
+                m: compare(resampled(paired_difference), *other, m) for m in MEASURES
             }
     bootstrap_facts = {"samples": samples, "seed": seed, "confidence": CONFIDENCE, "unit": "prompt"}
     result["metadata"] = {"labeller": labeller, "prompts": len(prompts), "bootstrap": bootstrap_facts, **metadata}

@@ -1,4 +1,4 @@
-"""Statistics of evaluations: bootstrap intervals, paired tests, and win rates, also between answers of equal length.
+"""Statistics of evaluations: bootstrap intervals, paired tests, and win rates between answers of equal length.
 
 All are pure functions of arrays with one entry for each prompt ([n]); two arrays belong to the same prompts in the same
 order. A NaN entry means that the measure is missing for this prompt: the prompt is left out, and an interval's `n`
@@ -91,13 +91,6 @@ def sign_flip_p(differences: ArrayLike, seed: int = 0) -> float:
     )
 
 
-def win_rate(
-    a: ArrayLike, b: ArrayLike, samples: int = 2000, seed: int = 0, confidence: float = CONFIDENCE
-) -> Interval | None:
-    """Share of prompts on which a scores above b, a tie counting half; both [n]."""
-    return bootstrap(_wins(a, b), samples, seed, confidence)
-
-
 def length_controlled_win_rate(
     a: ArrayLike,
     b: ArrayLike,
@@ -116,11 +109,11 @@ def length_controlled_win_rate(
     Source: Dubois et al. 2024, Length-Controlled AlpacaEval, eq. 2, without the difficulty of single prompts, which
     takes many models to estimate. `RIDGE` keeps separable data finite.
     """
-    wins, difference = _wins(a, b), np.subtract(*_same_prompts(lengths_a, lengths_b))
-    scale = _scale(wins, difference)
+    won, difference = wins(a, b), np.subtract(*_same_prompts(lengths_a, lengths_b))
+    scale = _scale(won, difference)
     if scale is None:
         return None
-    return _resampled(_win_rate_at_zero, [wins, np.tanh(difference / scale)], samples, seed, confidence)
+    return _resampled(_win_rate_at_zero, [won, np.tanh(difference / scale)], samples, seed, confidence)
 
 
 def length_controlled_difference(
@@ -197,6 +190,12 @@ def t_interval(values: Array, confidence: float = CONFIDENCE) -> tuple[Array, Ar
     return values.mean(axis=0), quantile * values.std(axis=0, ddof=1) / np.sqrt(runs)
 
 
+def wins(a: ArrayLike, b: ArrayLike) -> Array:
+    """[n] 1 where a is above b, 0.5 where they are equal, 0 where it is below; NaN where either is."""
+    left, right = _same_prompts(a, b)
+    return (np.sign(left - right) + 1) / 2
+
+
 def p_text(p: float) -> str:
     """`p = 0.012`, or `p < 0.001`."""
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
@@ -262,12 +261,6 @@ def _scale(values: Array, lengths: Array) -> float | None:
     if len(measured) == 0 or not measured.any():
         return 1.0
     return None if np.ptp(measured) == 0 else float(measured.std())
-
-
-def _wins(a: ArrayLike, b: ArrayLike) -> Array:
-    """[n] 1 where a is above b, 0.5 where they are equal, 0 where it is below; NaN where either is."""
-    left, right = _same_prompts(a, b)
-    return (np.sign(left - right) + 1) / 2
 
 
 def _same_prompts(a: ArrayLike, b: ArrayLike) -> tuple[Array, Array]:

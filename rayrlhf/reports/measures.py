@@ -188,6 +188,10 @@ WIN_RATES = {
     "gold_lc_win_rate_vs_sft": "the same at equal length, gold",
 }
 """The policy's win rates over the SFT model; `lc` is length-controlled."""
+SHARES = ("eos_rate", "win_rate_vs_reference", *WIN_RATES)
+"""Measures of an evaluation that are shares of the prompts."""
+WITHIN_ONE = (*SHARES, "rouge1", "rouge2", "rougeL")
+"""Those that are never below 0 or above 1."""
 EVALUATED = {
     **MEASURES,
     "win_rate_vs_reference": "win rate against the reference",

@@ -155,7 +155,8 @@ def _evaluation(result: Mapping[str, Any]) -> str:
     caption = (
         f"{facts.get('data', 'test split')}, {facts.get('prompts', '?')} prompts; "
         f"labeller: {facts.get('labeller', '?')}. "
-        "Means with 95 % bootstrap intervals over prompts; win rates by the reward model unless it says gold, ties "
+        "Means with 95 % intervals over prompts (bootstrap; Wilson's for shares); "
+        "win rates by the reward model unless it says gold, ties "
         "count half; p of the paired sign-flip test; at equal length: by regression on the difference in length."
     )
     head = "".join(f"<th>{escape(words)}</th>" for words in ("", *heads))

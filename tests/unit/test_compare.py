@@ -144,6 +144,23 @@ def test_differences_of_each_run_and_pooled(folders: list[Path]) -> None:
     assert one.high - one.low == pytest.approx(by_prompts.high - by_prompts.low, rel=0.15)
 
 
+def test_shares_over_runs_are_shares(folders: list[Path]) -> None:
+    """Of win rates 0.6, 1 and 1, Student's t interval reaches 1.44."""
+    for folder, rate in zip(folders, (0.6, 1.0, 1.0), strict=True):
+        evaluation = json.loads((folder / "evaluation.json").read_text())
+        for name in ("win_rate_vs_sft", "eos_rate"):
+            evaluation["policy"][name] = {"mean": rate, "low": rate - 0.1, "high": min(1.0, rate + 0.1), "n": N}
+        (folder / "evaluation.json").write_text(json.dumps(evaluation))
+    runs = read_runs(folders)
+    mean, half = 2.6 / 3, T_2 * np.std([0.6, 1, 1], ddof=1) / np.sqrt(3)
+    odds = mean / (1 - mean) * np.exp([sign * half / (mean * (1 - mean)) for sign in (-1, 1)])
+    for name in ("win_rate_vs_sft", "eos_rate"):
+        found = mean_over_runs(runs, "policy", name)
+        assert found is not None and found.mean == pytest.approx(mean)
+        assert [found.low, found.high] == pytest.approx(odds / (1 + odds))
+        assert rows(markdown(runs), "## Evaluation")[name][2] == f"0.867 [{found.low:.3f}, {found.high:.3f}]"
+
+
 def test_time_tables(folders: list[Path]) -> None:
     text = markdown(read_runs(folders))
     stages = rows(text, "## Time")
@@ -212,7 +229,9 @@ def test_band_of_one_run_is_over_responses(folders: list[Path]) -> None:
     assert np.asarray(mean.get_xydata()).tolist() == [[step, 20.0] for step in range(9)]
     assert band(axes) == pytest.approx((20 - Z * 0.5, 20 + Z * 0.5))
     ends = panel(figure, "Responses that end by themselves")
-    assert band(ends) == pytest.approx((0.9 - Z * np.sqrt(0.09 / 64), 0.9 + Z * np.sqrt(0.09 / 64)))
+    # On the scale of log-odds, which are log 9, with a standard error of 1 / sqrt(64 * 0.09).
+    odds = 9 * np.exp([-Z / np.sqrt(64 * 0.09), Z / np.sqrt(64 * 0.09)])
+    assert band(ends) == pytest.approx(odds / (1 + odds))
     words = [text.get_text() for text in figure.legends[0].get_texts()]
     assert words == ["mean of a step", "95 % interval over responses"]
 

@@ -20,6 +20,7 @@ from rayrlhf.reports.evaluation import (
     write_samples,
 )
 from rayrlhf.reports.intervals import length_controlled_win_rate
+from rayrlhf.reports.measures import WIN_RATES
 
 PROMPTS = [
     Prompt("a", "post a", reference=" the cat sat on the mat", title="cat"),
@@ -60,6 +61,7 @@ def test_keys_are_those_of_the_design() -> None:
     assert set(result["sft"]) == set(result["title"]) == set(result["reference"]) == common
     win_rates = {"win_rate_vs_sft", "lc_win_rate_vs_sft", "gold_win_rate_vs_sft", "gold_lc_win_rate_vs_sft"}
     assert set(result["policy"]) == common | win_rates | {"kl"}
+    assert [name for name in result["policy"] if name in win_rates] == list(WIN_RATES)
     assert set(result["differences"]) == {"policy_minus_sft", "policy_minus_sft_at_equal_length"}
     assert set(result["differences"]["policy_minus_sft"]) == common - {"win_rate_vs_reference"}
     for value in result["differences"]["policy_minus_sft"].values():

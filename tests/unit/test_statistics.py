@@ -22,8 +22,9 @@ from rayrlhf.reports.intervals import (
     paired_difference,
     pooled,
     sign_flip_p,
-    win_rate,
 )
+from rayrlhf.reports.shares import limits, share, win_rate
+from rayrlhf.reports.shares import over_runs as shares_over_runs
 
 
 @pytest.mark.parametrize(("n", "confidence"), [(200, 0.95), (37, 0.8)])
@@ -87,13 +88,47 @@ def test_pairing_removes_what_the_prompts_have_in_common() -> None:
 
 
 def test_win_rate_counts_ties_half_and_skips_the_unmeasured() -> None:
-    got = win_rate([1.0, 2.0, 3.0, np.nan, 0.0], [0.0, 2.0, 4.0, 1.0, -1.0], 500, 0)
+    got = win_rate([1.0, 2.0, 3.0, np.nan, 0.0], [0.0, 2.0, 4.0, 1.0, -1.0])
     assert got is not None
     assert got.mean == pytest.approx((1 + 0.5 + 0 + 1) / 4)
     assert got.n == 4
     assert 0.0 <= got.low < got.mean < got.high <= 1.0
-    certain = win_rate(np.ones(20), np.zeros(20), 500, 0)
-    assert certain == Interval(1.0, 1.0, 1.0, 20)
+    certain = win_rate(np.ones(20), np.zeros(20))
+    assert certain is not None and (certain.mean, certain.high) == (1.0, 1.0)
+    assert certain.low == pytest.approx(20 / (20 + 1.959964**2))  # and not 1: twenty wins are no proof
+
+
+@pytest.mark.parametrize(("successes", "n"), [(0, 1), (1, 1), (3, 17), (60, 60), (499, 500), (0, 12)])
+def test_share_is_wilsons_interval_of_scipy(successes: int, n: int) -> None:
+    got = share([*np.ones(successes), *np.zeros(n - successes), np.nan])
+    expected = stats.binomtest(successes, n).proportion_ci(0.95, method="wilson")
+    assert got is not None and (got.mean, got.n) == (successes / n, n)
+    assert [got.low, got.high] == pytest.approx([expected.low, expected.high])
+    assert 0.0 <= got.low <= got.mean <= got.high <= 1.0
+
+
+def test_share_refuses_what_is_none() -> None:
+    assert share([np.nan]) is None
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        share([0.5, 1.5])
+
+
+@pytest.mark.parametrize("means", [[0.99, 0.99, 1.0], [0.45, 1.0, 1.0], [0.0, 0.02, 0.3], [1.0, 1.0], [0.0, 0.0, 0.0]])
+def test_shares_over_runs_stay_between_0_and_1(means: list[float]) -> None:
+    """Student's t interval of the second is 0.82 plus and minus 0.79."""
+    got = shares_over_runs(means)
+    assert got.mean == pytest.approx(np.mean(means)) and got.n == len(means)
+    assert 0.0 <= got.low <= got.mean <= got.high <= 1.0
+    assert (got.low == got.high) is (len(set(means)) == 1)
+
+
+def test_limits_of_a_share_that_is_far_from_both_ends_are_the_plain_ones() -> None:
+    low, high = limits(np.array([0.5, 0.3]), np.array([0.01, 0.001]))
+    assert low == pytest.approx([0.49, 0.299], abs=1e-4) and high == pytest.approx([0.51, 0.301], abs=1e-4)
+    # By hand: log-odds of 0.8 are log 4, and 0.1 / (0.8 * 0.2) is 0.625.
+    low, high = limits(np.array([0.8]), np.array([0.1]))
+    odds = 4 * np.exp([-0.625, 0.625])
+    assert [low[0], high[0]] == pytest.approx(odds / (1 + odds))
 
 
 def test_sign_flip_p_equals_enumeration() -> None:
@@ -190,7 +225,7 @@ def test_a_policy_that_is_only_longer_does_not_win_at_equal_length() -> None:
     longer = rng.normal(6, 8, size=n)
     wins = rng.random(n) < 1 / (1 + np.exp(-2 * np.tanh(longer / longer.std())))
     lengths = (20 + longer, np.full(n, 20.0))
-    plain = win_rate(wins, ~wins, 50)
+    plain = win_rate(wins, ~wins)
     controlled = length_controlled_win_rate(wins, ~wins, *lengths, samples=50)
     assert plain is not None and controlled is not None
     assert plain.mean > 0.65
@@ -205,7 +240,7 @@ def test_a_policy_that_is_better_at_equal_length_wins_there() -> None:
     longer = rng.normal(-6, 8, size=n)  # and shorter, which hides it
     wins = rng.random(n) < 1 / (1 + np.exp(-1 - 2 * np.tanh(longer / longer.std())))
     lengths = (20 + longer, np.full(n, 20.0))
-    plain = win_rate(wins, ~wins, 50)
+    plain = win_rate(wins, ~wins)
     controlled = length_controlled_win_rate(wins, ~wins, *lengths, samples=50)
     assert plain is not None and controlled is not None
     assert plain.mean < 0.6
