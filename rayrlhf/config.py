@@ -106,7 +106,7 @@ class SFTConfig(Section):
     eval_prompts: Annotated[int, Field(ge=1, le=64)] = 64
     """Dev prompts that are answered for ROUGE."""
     patience: Positive = 3
-    """Stop after this many evaluations without a better mean ROUGE."""
+    """Stop after this many evaluations without a better mean ROUGE, or an equal one and a lower dev loss."""
     max_demonstrations: Positive | None = None
     """Use only so many of the SFT split."""
 

@@ -2,7 +2,8 @@
 
     { global batch, loss over its tokens, AdamW } per step; now and then { dev loss, ROUGE of answers, checkpoint }
 
-The checkpoint with the best mean ROUGE on dev prompts becomes the run folder's `sft/`.
+The checkpoint with the best mean ROUGE on dev prompts, and of equal ones that with the lowest dev loss, becomes the run
+folder's `sft/`.
 """
 
 from __future__ import annotations
@@ -65,8 +66,22 @@ class Progress:
     version: int = 0
     """Weight version that was sent to the generators last."""
     best: float = float("-inf")
+    """The best score: mean ROUGE, or minus the dev loss where nothing answers."""
+    loss: float = float("inf")
+    """Dev loss of the checkpoint with that score."""
     stale: int = 0
     """Evaluations since the best one."""
+
+    def improves(self, score: float, loss: float) -> bool:
+        """Take an evaluation in: whether its score is higher than all before, or equal to the best with a lower loss.
+
+        ROUGE alone would not do: it is 0 time after time while answers share no word with the references.
+        """
+        better = (score, -loss) > (self.best, -self.loss)
+        if better:
+            self.best, self.loss = score, loss
+        self.stale = 0 if better else self.stale + 1
+        return better
 
 
 def sft_loop(args: SFTArguments) -> None:
@@ -148,12 +163,10 @@ def sft_loop(args: SFTArguments) -> None:
                 metrics |= measured
                 loop.sample(sample)
                 score = metrics["sft/rouge_mean"]
-            progress.stale = 0 if score > progress.best else progress.stale + 1
-            if score > progress.best:
-                progress.best = score
-                if ranks.first:
-                    save_model(model, tokenizer, best_model)
-                    run.upload(best_model)
+            # On all ranks, which hold the same numbers.
+            if progress.improves(score, metrics["sft/dev_loss"]) and ranks.first:
+                save_model(model, tokenizer, best_model)
+                run.upload(best_model)
             loop.log(metrics | {"sft/best": progress.best})
             save()
             if loop.stopping():

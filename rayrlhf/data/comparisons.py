@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from rayrlhf.data.records import Comparison
 from rayrlhf.data.tokens import encode_prompts, encode_responses
+from rayrlhf.data.words import count_words
 from rayrlhf.errors import UserError
 from rayrlhf.files import replacing
 
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MIN_WORDS = 5
-"""An answer with fewer words counts as nearly empty: preferences about such answers teach length, not quality."""
+"""An answer with fewer words (`rayrlhf.data.words.count_words`) counts as nearly empty: preferences about such answers
+teach length, not quality."""
 
 _SCHEMA = pa.schema(
     [
@@ -126,7 +128,7 @@ def usable_answers(answers: Sequence[str]) -> tuple[list[int], Counter[str]]:
     dropped: Counter[str] = Counter()
     seen: set[str] = set()
     for index, answer in enumerate(answers):
-        if len(answer.split()) < MIN_WORDS:
+        if count_words(answer) < MIN_WORDS:
             dropped["nearly_empty"] += 1
         elif answer.strip() in seen:  # the first one stays: in a comparison it is the better one
             dropped["identical"] += 1

@@ -9,7 +9,6 @@ Another labeller is a section of the config, a class with `name`, `rank` and `me
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from rayrlhf.plugins import Plugin
 from rayrlhf.rewards.judge_labeller import JudgeLabeller
 from rayrlhf.rewards.labeller import LabelledRanking, Labeller
 from rayrlhf.rewards.python import PythonFunction
+from rayrlhf.rewards.rouge import rouge_scorer
 from rayrlhf.trajectory import GenerationRequest
 
 
@@ -51,7 +51,7 @@ class ReferenceLabeller(Labeller):
                 f"prompt {prompt.id!r} has no reference, which collect.labeller.kind=reference compares with; "
                 "add references or use kind: file"
             )
-        return float(_rouge_l().score(prompt.reference, answer)["rougeL"].fmeasure)
+        return float(rouge_scorer("rougeL").score(prompt.reference, answer)["rougeL"].fmeasure)
 
 
 class FileLabeller(Labeller):
@@ -245,11 +245,3 @@ def _json_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
     except UnicodeDecodeError:
         raise UserError(f"{path}: not UTF-8 text") from None
     return list(json_lines(text, path))
-
-
-@functools.cache
-def _rouge_l() -> Any:
-    # Imported late: only a process that ranks pays for it.
-    from rouge_score.rouge_scorer import RougeScorer
-
-    return RougeScorer(["rougeL"], use_stemmer=True)

@@ -1,5 +1,7 @@
 """ROUGE F1 through `evaluate`, from the metric module that ships with this package.
 
+Words are those of `rayrlhf.data.words`, of every script. `rouge_score` alone drops all letters but a to z.
+
 `evaluate` copies the module into the Hugging Face modules cache, under a file lock. With `keep_in_memory` it writes
 nothing else, so any number of processes can compute ROUGE at once.
 """
@@ -15,6 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rayrlhf.data.words import words
+
 ROUGE_NAMES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
 
@@ -28,7 +32,7 @@ def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, fl
 
 
 def rouge_per_example(predictions: Sequence[str], references: Sequence[str]) -> dict[str, NDArray[np.float64]]:
-    """The F1 of each example, in [0, 1], as arrays [n] by name. Words are lower-cased and stemmed (Porter).
+    """The F1 of each example, in [0, 1], as arrays [n] by name. Words are lower-cased and stemmed, see `rouge_scorer`.
 
     ROUGE-Lsum takes newlines as the ends of sentences; for texts of one line it equals ROUGE-L.
     An empty prediction or reference scores 0.
@@ -38,10 +42,29 @@ def rouge_per_example(predictions: Sequence[str], references: Sequence[str]) -> 
     """
     if len(predictions) != len(references) or not predictions:
         raise ValueError(f"ROUGE needs pairs: {len(predictions)} predictions, {len(references)} references")
-    result = _metric().compute(
-        predictions=list(predictions), references=list(references), use_stemmer=True, use_aggregator=False
-    )
+    result = _metric().compute(predictions=list(predictions), references=list(references), use_aggregator=False)
     return {name: np.asarray(result[name], dtype=np.float64) for name in ROUGE_NAMES}
+
+
+@functools.cache
+def rouge_scorer(*names: str) -> Any:
+    """A `RougeScorer` over words of every script; those of more than three letters are stemmed (Porter, for English).
+
+    Numbers for plain English are those of `RougeScorer(names, use_stemmer=True)`.
+    """
+    # Imported late, as below: only processes that compute ROUGE pay for it.
+    from nltk.stem.porter import PorterStemmer
+    from rouge_score.rouge_scorer import RougeScorer
+    from rouge_score.tokenizers import Tokenizer
+
+    class Stems(Tokenizer):  # type: ignore[misc]  # a package without types
+        def __init__(self) -> None:
+            self.stemmer = PorterStemmer()
+
+        def tokenize(self, text: str) -> list[str]:
+            return [str(self.stemmer.stem(word)) if len(word) > 3 else word for word in words(text)]
+
+    return RougeScorer(list(names), tokenizer=Stems())
 
 
 @functools.cache

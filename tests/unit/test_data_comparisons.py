@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from rayrlhf.config import DatasetConfig
 from rayrlhf.data.comparisons import (
     RankedAnswers,
     from_comparisons,
@@ -19,8 +20,11 @@ from rayrlhf.data.comparisons import (
 )
 from rayrlhf.data.labelled import group_answers
 from rayrlhf.data.records import Comparison, LabelledAnswer
+from rayrlhf.data.sources import read_published
 from rayrlhf.data.tokens import encode_prompt, encode_response
 from rayrlhf.errors import UserError
+
+DATA = Path(__file__).parents[1] / "data"
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +68,15 @@ def test_order_must_be_a_permutation() -> None:
 def test_useless_answers_are_dropped_and_counted() -> None:
     kept, dropped = usable_answers(["one two three four", "a b c d e", " a b c d e ", "", "f g h i j"])
     assert kept == [1, 4] and dropped == {"nearly_empty": 2, "identical": 1}
+
+
+
+def test_answers_in_a_script_without_spaces_are_kept(tokenizer: PreTrainedTokenizerBase) -> None:
+    source = DatasetConfig(format="prompts", path=str(DATA / "chinese_pairs.jsonl"))
+    found = [read_published(source, split, tokenizer, 400) for split in ("train", "valid")]
+    assert sum(len(comparisons) for comparisons, _ in found) == 4
+    assert all(dropped == {} for _, dropped in found)
+    assert usable_answers(["很好。", "ดี", "因为天气变冷了", "因为天气变冷了"]) == ([2], {"nearly_empty": 2, "identical": 1})
 
 
 def test_published_comparisons(tokenizer: PreTrainedTokenizerBase) -> None:

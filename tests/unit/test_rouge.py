@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from rouge_score import rouge_scorer
 
+from rayrlhf.data.records import Prompt
+from rayrlhf.rewards.labellers import ReferenceLabeller
 from rayrlhf.rewards.rouge import ROUGE_NAMES, rouge, rouge_per_example
 
 PREDICTIONS = [
@@ -15,14 +17,14 @@ PREDICTIONS = [
     "",
     "the cat sat on the mat",
     "First sentence here.\nSecond one there.",
-    "naïve café – 数字 123",
+    "It's 3.5 km – isn't it? (123_456)",
 ]
 REFERENCES = [
     "Girlfriend lied to me about the shoes she runs in, what now?",
     "an answer",
     "the cat was sitting on the mat",
     "Second one there.\nFirst sentence here.",
-    "naive cafe 123",
+    "its 3.5 km, 456",
 ]
 
 
@@ -42,6 +44,23 @@ def test_counts_by_hand() -> None:
     assert got["rouge1"] == pytest.approx(2 * 5 / 13)
     assert got["rouge2"] == pytest.approx(2 * 3 / 11)
     assert got["rougeL"] == pytest.approx(2 * 5 / 13)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "rouge1", "rouge2"),
+    [
+        ("gr ere pfel s", "größere Äpfel süß", 0.0, 0.0),  # what is left without all letters but a to z
+        ("Größere Äpfel schmecken süß", "größere Äpfel süß", 2 * 3 / 7, 2 * 1 / 5),
+        ("сосед почистил сад вчера", "сосед почистил окно вчера", 3 / 4, 1 / 3),
+        ("叶绿素分解。", "叶绿素没有了", 2 * 3 / 11, 2 * 2 / 9),  # 5 and 6 characters
+        ("cafe", "café", 0.0, 0.0),
+    ],
+)
+def test_every_script_by_hand(prediction: str, reference: str, rouge1: float, rouge2: float) -> None:
+    got = rouge([prediction], [reference])
+    assert got["rouge1"] == pytest.approx(rouge1) and got["rouge2"] == pytest.approx(rouge2)
+    prompt = Prompt("1", "a post", reference)
+    assert ReferenceLabeller().measure(prompt, prediction) == pytest.approx(got["rougeL"])
 
 
 def test_stemmer_is_on() -> None:

@@ -1,13 +1,14 @@
 """ROUGE as a local metric module for `evaluate.load`: no hub, no network.
 
 One import per line: `evaluate` reads this file's imports line by line.
-Source: Lin 2004, "ROUGE: A Package for Automatic Evaluation of Summaries"; computed by the `rouge_score` package.
+Source: Lin 2004, "ROUGE: A Package for Automatic Evaluation of Summaries"; computed by the `rouge_score` package
+over the words of `rayrlhf.data.words`.
 """
 
 import datasets
 import evaluate
 import numpy as np
-from rouge_score import rouge_scorer
+from rayrlhf.rewards.rouge import rouge_scorer
 
 ROUGE_TYPES = ["rouge1", "rouge2", "rougeL", "rougeLsum"]
 
@@ -29,11 +30,10 @@ class Rouge(evaluate.Metric):
         self,
         predictions: list[str],
         references: list[str],
-        use_stemmer: bool = True,
         use_aggregator: bool = True,
     ) -> dict[str, float] | dict[str, list[float]]:
         """Means over the examples, or with `use_aggregator=False` one number per example."""
-        scorer = rouge_scorer.RougeScorer(ROUGE_TYPES, use_stemmer=use_stemmer)
+        scorer = rouge_scorer(*ROUGE_TYPES)
         pairs = zip(predictions, references, strict=True)
         scores = [scorer.score(reference, prediction) for prediction, reference in pairs]
         per_example = {name: [float(score[name].fmeasure) for score in scores] for name in ROUGE_TYPES}
