@@ -11,7 +11,6 @@ from functools import cached_property
 from typing import Any
 
 import ray
-from rich.markup import escape
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
@@ -59,6 +58,8 @@ class Session:
         """The file of an algorithm of the user's own."""
         self.placement: Table | None = None
         """Which actors go to which node; None before the start, and with `--local`."""
+        self.remarks: list[str] = []
+        """What the config asks for and may not mean; known after the start."""
 
     def start(self) -> bool:
         """Read the data, connect to Ray (not if local): mistakes in the data show before a cluster starts.
@@ -77,8 +78,7 @@ class Session:
             self.placement = preflight(self.config)
         train = self.data.train
         prompts = [record.prompt for record in (*train.sft, *train.reward_model, *train.rl)]
-        for remark in remarks(self.config, self.tokenizer, prompts):
-            console.print(f"[bold yellow]warning:[/] {escape(remark)}", soft_wrap=True)
+        self.remarks = remarks(self.config, self.tokenizer, prompts)
         self._started = True
         return True
 
@@ -156,7 +156,7 @@ class Session:
 
     def train(self, stage: str, loop: TrainingLoop, arguments: LoopArguments) -> None:
         """Run a training loop on the learner's workers and show each of its steps; see `Workers.train` for errors."""
-        with following(self.run, self.config, stage, console):
+        with following(self.run, stage, console):
             self.workers.train(loop, arguments)
 
 

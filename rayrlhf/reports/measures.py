@@ -83,6 +83,7 @@ PANELS: dict[str, tuple[Panel, ...]] = {
         Panel("Accuracy", "share of pairs", (
             Measure("reward_model/accuracy", "accuracy", in_line=True, legend="train"),
             Measure("reward_model/heldout_accuracy", "held-out", in_line=True, legend="held out"),
+            Measure("reward_model/minus_length", "held-out accuracy minus that of length", "+.3f"),
         )),
         Panel("Margin, chosen − rejected", "score", (Measure("reward_model/margin", "margin", in_line=True),)),
     ),
