@@ -122,10 +122,10 @@ class RolloutClient:
         Args:
             prompts: with their references, for rewards that look at these.
             reference: directory of the reference policy in the run folder.
-            gold: they have the gold measure as well, if the run has one.
+            gold: they watch the texts as well, and have the gold measure if the run has one.
         """
-        labeller = gold_labeller(self.config) if gold else None
-        measure = GoldMeasure(labeller, prompts, self.tokenizer) if labeller else None
+        watched = gold and self.config.environment is None  # trajectories in turns are no answers
+        measure = GoldMeasure(gold_labeller(self.config), prompts, self.tokenizer) if watched else None
         texts = TextRewards(self.texts, prompts, self.tokenizer) if self.texts else None
         reward_model = self.run.address_of(self.run.reward_model) if self.config.trains_reward_model else None
         self.call("start_scorers", reward_model, self.run.address_of(reference), measure, texts)

@@ -39,6 +39,12 @@ class AlarmsConfig(Section):
     """Standard deviation of the scores as a share of the start's."""
     max_steps_without_spread: Positive | None = 3
     """After so many steps in a row whose responses all score the same, `rl` stops: nothing can be learnt from them."""
+    max_repetition: Limit = 0.2
+    """Share of an answer's 4-grams that it has had before, the mean over answers."""
+    min_distinct_2: Limit = 0.5
+    """Different 2-grams among all those of a step's answers, as a share of the start's."""
+    max_common_opening: Limit = 0.5
+    """Share of a step's answers that begin with the same four words."""
     min_length: Limit = 0.5
     """Mean response length as a share of the start's."""
     min_eos_rate: Limit = 0.5

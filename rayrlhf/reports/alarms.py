@@ -125,6 +125,27 @@ ALARMS = (
         "exploited; keep the best policy (rl.select: gold), raise rl.kl.coefficient or take fewer steps",
     ),
     Alarm(
+        "max_repetition",
+        "rl/repetition",
+        _above,
+        "{value:.0%} of the 4-grams of an answer repeat one before (limit {limit:.0%}); usually the reward model likes "
+        "loops: read samples, raise rl.kl.coefficient or take fewer steps",
+    ),
+    Alarm(
+        "min_distinct_2",
+        "rl/distinct_2",
+        _below_share_of("rl/distinct_2"),
+        "only {value:.3f} of all 2-grams of the step's answers are different ones, {start:.3f} at the start; usually "
+        "the policy collapses onto a few phrases: raise rl.kl.coefficient or lower the learning rate",
+    ),
+    Alarm(
+        "max_common_opening",
+        "rl/common_opening",
+        _above,
+        "{value:.0%} of the answers begin with the same four words (limit {limit:.0%}); usually the reward model likes "
+        "a stock phrase: read samples",
+    ),
+    Alarm(
         "min_length",
         "rl/length/mean",
         _below_share_of("rl/length/mean"),

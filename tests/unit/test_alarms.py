@@ -17,6 +17,7 @@ START: dict[str, Any] = {
     "rl/length/mean": 20.0,
     "rl/entropy": 3.0,
     "rl/kl": 0.0,
+    "rl/distinct_2": 0.8,
 }
 
 
@@ -48,6 +49,9 @@ def test_nothing_to_warn_of(metrics: dict[str, Any]) -> None:
         ("max_negative_kl", 1.0, "rl/kl", -1.0, -1.01, "-1.01 nats"),
         ("max_score_drop", 1.0, "rl/score/mean", 0.11, 0.09, "to 0.090 from 0.500"),  # 0.5 - 1.0 x 0.4
         ("min_score_spread", 0.1, "rl/score/std", 0.041, 0.039, "0.039, 0.4 at the start"),
+        ("max_repetition", 0.2, "rl/repetition", 0.2, 0.21, "21% of the 4-grams"),
+        ("min_distinct_2", 0.5, "rl/distinct_2", 0.41, 0.39, "0.390 of all 2-grams of the step's answers"),
+        ("max_common_opening", 0.5, "rl/common_opening", 0.5, 0.52, "52% of the answers"),
         ("min_length", 0.5, "rl/length/mean", 10.0, 9.9, "9.9 tokens from 20.0"),
         ("min_eos_rate", 0.5, "rl/eos_rate", 0.5, 0.48, "only 48% of"),
         ("min_entropy", 0.2, "rl/entropy", 0.61, 0.59, "0.590 nats a token from 3.000"),
