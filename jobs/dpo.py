@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from actors.pools.remote import put
 from actors.training.dpo import DPOArguments, dpo_loop
-from jobs.console import console
+from jobs.console import warn_of_stage
 from jobs.reward_model import collected_or_published
 from jobs.session import Session
 from jobs.stage import main, stage
@@ -26,9 +26,11 @@ def dpo(session: Session) -> None:
         line["dpo/heldout_accuracy"] for line in read_metrics(session.run.path, "dpo") if "dpo/heldout_accuracy" in line
     ]
     if measured and measured[-1] <= 0.5:
-        console.print(
-            f"[bold yellow]warning:[/] the policy's accuracy on held-out answers is {measured[-1]:.0%}, which is no "
-            "better than chance; a higher dpo.optimizer.lr or more comparisons may help"
+        warn_of_stage(
+            session.run,
+            "dpo",
+            f"the policy's accuracy on held-out answers is {measured[-1]:.0%}, which is no better than chance; a "
+            "higher dpo.optimizer.lr or more comparisons may help",
         )
 
 

@@ -16,11 +16,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from rayrlhf.config import Config
-from rayrlhf.reports.alarms import alarms
+from jobs.console import warn
 from rayrlhf.reports.progress import Progress, has_step_line, sample_panel
 from rayrlhf.runs.folder import RunFolder
-from rayrlhf.runs.metrics import read_lines, read_metrics
+from rayrlhf.runs.metrics import WARNINGS, read_lines, read_metrics
 
 POLL_S, STORE_POLL_S = 0.25, 2.0
 
@@ -28,11 +27,10 @@ log = logging.getLogger(__name__)
 
 
 @contextmanager
-def following(run: RunFolder, config: Config, stage: str, console: Console) -> Iterator[None]:
+def following(run: RunFolder, stage: str, console: Console) -> Iterator[None]:
     """Print a line for each step of `stage` written during the block; on a terminal a bar, too."""
     offset = len(read_lines(run.address))
     earlier = read_metrics(run.address, stage)  # of an attempt that this one continues
-    start = next(iter(earlier), None)
     total = next((int(line[f"{stage}/steps"]) for line in earlier if f"{stage}/steps" in line), None)
     progress: Progress | None = None
     stop = threading.Event()
@@ -45,7 +43,7 @@ def following(run: RunFolder, config: Config, stage: str, console: Console) -> I
     )
 
     def show(line: bytes) -> None:
-        nonlocal progress, start, total
+        nonlocal progress, total
         try:
             metrics = json.loads(line)
         except ValueError:
@@ -58,6 +56,8 @@ def following(run: RunFolder, config: Config, stage: str, console: Console) -> I
         if "note" in metrics:
             console.print(f"{stage}: {metrics['note']}", soft_wrap=True, markup=False)
             return
+        for warning in metrics.get(WARNINGS, ()):
+            warn(console, f"{stage} step {metrics['step']}: {warning}")
         if "sample" in metrics:
             console.print(sample_panel(**metrics["sample"], title=f"{stage} step {metrics['step']}, first dev prompt"))
             return
@@ -69,10 +69,6 @@ def following(run: RunFolder, config: Config, stage: str, console: Console) -> I
             progress = Progress(stage, total, done=done, console=console)  # the pace counts from the first line
         progress.update(done, metrics)
         bar.update(task, completed=done)
-        if start is None or metrics["step"] <= start["step"]:
-            start = metrics
-        for warning in alarms(metrics, config, start):
-            console.print(f"[bold yellow]warning:[/] {stage} step {done}: {warning}", soft_wrap=True)
 
     def read() -> None:
         nonlocal offset

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from actors.pools.remote import put
 from actors.training.reward_model import RewardModelArguments, reward_model_loop
-from jobs.console import console
+from jobs.console import console, warn_of_stage
 from jobs.session import Session
 from jobs.stage import main, stage
 from rayrlhf.data.comparisons import Answers, read_ranked
@@ -42,9 +42,11 @@ def reward_model(session: Session) -> None:
         result = json.loads(session.run.reward_accuracy.read_text(encoding="utf-8"))
         console.print(reward_accuracy_table(result))
         if unbeaten(result):
-            console.print(
-                f"[bold yellow]warning:[/] the reward model is not clearly better than: {', '.join(unbeaten(result))}; "
-                "rl against it may find nothing. More or cleaner comparisons help, or a larger model"
+            warn_of_stage(
+                session.run,
+                "reward_model",
+                f"the reward model is not clearly better than: {', '.join(unbeaten(result))}; rl against it may find "
+                "nothing. More or cleaner comparisons help, or a larger model",
             )
 
 

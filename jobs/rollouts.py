@@ -14,6 +14,7 @@ from actors.pools.monitoring import CONTROL
 from actors.pools.remote import Call, Remote, namespace, wait
 from actors.rollouts.coordinator import Coordinator
 from actors.rollouts.weight_sync import publish_directory
+from jobs.console import warn_of_stage
 from rayrlhf.config import Config
 from rayrlhf.data.prompts import EncodedPrompt, requests_for
 from rayrlhf.data.records import Prompt
@@ -121,24 +122,24 @@ class RolloutClient:
         Args:
             prompts: with their references, for rewards that look at these.
             reference: directory of the reference policy in the run folder.
-            gold: they have the gold measure as well, if the run has one.
+            gold: they watch the texts as well, and have the gold measure if the run has one.
         """
-        labeller = gold_labeller(self.config) if gold else None
-        measure = GoldMeasure(labeller, prompts, self.tokenizer) if labeller else None
+        watched = gold and self.config.environment is None  # trajectories in turns are no answers
+        measure = GoldMeasure(gold_labeller(self.config), prompts, self.tokenizer) if watched else None
         texts = TextRewards(self.texts, prompts, self.tokenizer) if self.texts else None
         reward_model = self.run.address_of(self.run.reward_model) if self.config.trains_reward_model else None
         self.call("start_scorers", reward_model, self.run.address_of(reference), measure, texts)
 
     def score(self, trajectories: list[Trajectory], temperature: float) -> list[Trajectory]:
-        """The trajectories with rewards and reference log-probs, in order."""
+        """The trajectories with rewards and reference log-probs, in order; only the stage `evaluate` asks for it."""
         done: list[Trajectory] = []
         for piece in self._slices(trajectories, self.config.resources.scorers.count, "scored"):
             done += self.call("score", piece, temperature)
         for text in self.texts:
             if cut := sum(t.counted.get(CUT + text.reward.name, 0) for t in done):
-                print(cut_prompts(text.reward.name, cut, len(done)), flush=True)
+                warn_of_stage(self.run, "evaluate", cut_prompts(text.reward.name, cut, len(done)))
         if unusable := sum(t.counted.get(UNUSABLE, 0) for t in done):
-            print(f"{unusable} question(s) to judges got no usable reply and count as 0", flush=True)
+            warn_of_stage(self.run, "evaluate", f"{unusable} question(s) to judges got no usable reply and count as 0")
         return done
 
     def _slices(self, work: list[T], actors: int, done: str) -> Iterator[list[T]]:

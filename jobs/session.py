@@ -12,7 +12,6 @@ from functools import cached_property
 from typing import Any
 
 import ray
-from rich.markup import escape
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
@@ -63,6 +62,8 @@ class Session:
         """Whether Ctrl-C or SIGTERM came in the last step of a stage, which then finished: the next is not to begin."""
         self.placement: Table | None = None
         """Which actors go to which node; None before the start, and with `--local`."""
+        self.remarks: list[str] = []
+        """What the config asks for and may not mean; known after the start."""
 
     def start(self) -> bool:
         """Read the data, connect to Ray (not if local): mistakes in the data show before a cluster starts.
@@ -81,8 +82,7 @@ class Session:
             self.placement = preflight(self.config)
         train = self.data.train
         prompts = [record.prompt for record in (*train.sft, *train.reward_model, *train.rl)]
-        for remark in remarks(self.config, self.tokenizer, prompts):
-            console.print(f"[bold yellow]warning:[/] {escape(remark)}", soft_wrap=True)
+        self.remarks = remarks(self.config, self.tokenizer, prompts)
         self._started = True
         return True
 
@@ -167,7 +167,7 @@ class Session:
         """
         assert arguments.stop is not None
         ask = functools.partial(arguments.stop.submit, "request_stop")
-        with asking_first(stage, ask) as stopping, following(self.run, self.config, stage, console):
+        with asking_first(stage, ask) as stopping, following(self.run, stage, console):
             self.workers.train(loop, arguments)
         self.interrupted = stopping.is_set()
         if self.interrupted and not self.run.done(stage):

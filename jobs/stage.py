@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-from jobs.console import console
+from jobs.console import console, warn_of_stage
 from jobs.guard import guarded
 from jobs.session import Session, opened
 from jobs.stopping import interrupted_by_sigterm
@@ -44,6 +44,8 @@ def stage(
             _check_part(name, session)
             _check_needs(name, session)
             if session.start():
+                for remark in session.remarks:
+                    warn_of_stage(run, name, remark)
                 console.print(session.overview())
                 if session.placement:
                     console.print(session.placement)

@@ -9,6 +9,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field, model_validator
 
+from rayrlhf.config_alarms import AlarmsConfig
 from rayrlhf.config_dpo import DPOConfig, DPOSection
 from rayrlhf.config_environment import EnvironmentConfig
 from rayrlhf.config_labellers import LabellerConfig, ReferenceLabellerConfig
@@ -133,40 +134,6 @@ class RewardModelConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-4, warmup_fraction=0.05)
     max_comparisons: Positive | None = None
     """Use only so many of the comparisons."""
-
-
-Limit = Annotated[float, Field(ge=0)] | None
-
-
-class AlarmsConfig(Section):
-    """Limits of the warnings. A RL step beyond a limit prints one line; null turns a warning off. Training goes on.
-
-    "Start" is the run's first step, whose batch was sampled by the SFT model.
-    """
-
-    max_logprob_gap: Limit = 0.1
-    """Mean |generator - learner| log-prob gap, nats a token."""
-    max_kl: Limit = 30.0
-    """KL to the reference, nats a response."""
-    max_negative_kl: Limit = 1.0
-    """How far the KL estimate may fall below 0, nats a response."""
-    max_first_ratio_off_one: Limit = 0.01
-    """Mean |ratio - 1| in the first mini-batch."""
-    max_score_drop: Limit = 1.0
-    """How far the mean score may fall below the start's, in standard deviations of the start's scores."""
-    max_reward_drop: Limit = 1.0
-    """With several rewards: how far one of them may fall below the start's mean, in its standard deviations at the
-    start, while the score as a whole rises."""
-    min_score_spread: Limit = 0.1
-    """Standard deviation of the scores as a share of the start's."""
-    min_length: Limit = 0.5
-    """Mean response length as a share of the start's."""
-    min_eos_rate: Limit = 0.5
-    """Share of responses that end with EOS."""
-    min_entropy: Limit = 0.2
-    """Entropy of the policy as a share of the start's."""
-    max_clip_fraction: Limit = 0.5
-    """Share of tokens whose ratio was clipped."""
 
 
 class EvaluateConfig(DrawConfig):

@@ -93,6 +93,17 @@ class Sampling:
         return Minimum(self.min_tokens, self.ends) if self.min_tokens else None
 
 
+class Wording(NamedTuple):
+    """An answer's words, as far as `rayrlhf.rewards.diversity` compares answers by them."""
+
+    repetition: float
+    """The share of its 4-grams that it has had before; NaN if it is too short to have any."""
+    bigrams: bytes
+    """uint32 hashes of its 2-grams."""
+    opening: int
+    """A hash of its first four words."""
+
+
 @dataclass
 class Trajectory:
     """A prompt, its sampled response, and the measures of generator and scorer."""
@@ -121,6 +132,8 @@ class Trajectory:
     """How often the policy wrote."""
     environment_reward: float | None = None
     """Sum of the environment's rewards; None without one."""
+    wording: Wording | None = None
+    """How its text is worded, where that is watched."""
     counted: dict[str, int] = field(default_factory=dict)
     """What rewards count beside their scores, such as the tokens of judges; the metrics have the sum over a batch."""
     minimum: Minimum | None = None
@@ -154,7 +167,7 @@ class Trajectory:
         written = None if self.written is None else self.written.tobytes()
         packed = b"".join([array.tobytes() for array in arrays])
         about = (self.prompt_id, self.sample_index, self.seed, self.finish_reason, self.rewards, self.gold)
-        turns = (written, self.turns, self.environment_reward, self.counted, self.minimum)
+        turns = (written, self.turns, self.environment_reward, self.wording, self.counted, self.minimum)
         return _unpacked, (packed, len(self.prompt_ids), len(self.response_ids), self.written_tokens, *about, *turns)
 
 
@@ -172,6 +185,7 @@ def _unpacked(
     written: bytes | None,
     turns: int,
     environment_reward: float | None,
+    wording: Wording | None,
     counted: dict[str, int],
     minimum: Minimum | None,
 ) -> Trajectory:
@@ -195,6 +209,7 @@ def _unpacked(
         written=None if written is None else np.frombuffer(written, np.bool_).copy(),
         turns=turns,
         environment_reward=environment_reward,
+        wording=wording,
         counted=counted,
         minimum=minimum,
     )
@@ -221,6 +236,7 @@ class SerializedTrajectory(NamedTuple):
     version_sum: int
     """Sum of all its tokens' versions, from which a batch's mean staleness follows."""
     gold: float | None
+    wording: Wording | None
     rewards: dict[str, float]
     counted: dict[str, int]
     data: bytes
@@ -240,6 +256,7 @@ class SerializedTrajectory(NamedTuple):
             max(versions),
             sum(versions),
             t.gold,
+            t.wording,
             t.rewards,
             t.counted,
             pickle.dumps(t, protocol=5),

@@ -17,7 +17,7 @@ from rayrlhf.runs.metrics import read_metrics
 
 TEXTS = 4
 """Answers of each model that are compared."""
-_OTHER = ("time", "throughput/", "memory/", "idle/", "step", "stage", "note", "sample", "rl/weight_version")
+_OTHER = ("time", "throughput/", "memory/", "idle/", "step", "stage", "note", "sample", "warnings", "rl/weight_version")
 """Metrics of the machine, and counters whose start may change, by how their names begin."""
 
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import SupportsFloat
+from typing import Any, SupportsFloat
 
 import ray
 from ray.util.metrics import Gauge
@@ -87,8 +87,8 @@ class ExportingWriter(MetricsWriter):
         self._idle: dict[str, set[str]] = {}
         """By stage, the actors whose idle share has been exported."""
 
-    def write(self, stage: str, step: int, values: Mapping[str, SupportsFloat]) -> None:
-        super().write(stage, step, values)
+    def write(self, stage: str, step: int, values: Mapping[str, SupportsFloat]) -> dict[str, Any]:
+        line = super().write(stage, step, values)
         idle = {name.removeprefix("idle/") for name in values if name.startswith("idle/")}
         for gone in self._idle.get(stage, set()) - idle:  # otherwise its series would keep the last value
             self._gauges.set("idle", math.nan, stage=stage, actor=gone)
@@ -98,6 +98,7 @@ class ExportingWriter(MetricsWriter):
                 self._gauges.set("idle", float(value), stage=stage, actor=name.removeprefix("idle/"))
             else:
                 self._gauges.set(name, float(value), stage=stage)
+        return line
 
 
 def metrics_writer(run_dir: str | Path, run: str) -> MetricsWriter:

@@ -8,6 +8,7 @@ from functools import cached_property
 
 from actors.pools.remote import ActorFailure
 from actors.rollouts.groups import Cursor
+from rayrlhf.rewards.diversity import diversity
 from rayrlhf.trajectory import SerializedTrajectory, Trajectory
 
 
@@ -61,6 +62,9 @@ class Batch:
         gold = [t.gold for t in serialized if t.gold is not None]
         if gold:
             metrics |= {"rl/gold/mean": statistics.fmean(gold), "rl/gold/std": statistics.pstdev(gold)}
+        worded = [t.wording for t in serialized if t.wording is not None]
+        if worded:
+            metrics |= {f"rl/{name}": value for name, value in diversity(worded).items()}
         for name in dict.fromkeys(name for t in serialized for name in t.counted):
             metrics[f"rl/{name}"] = float(sum(t.counted.get(name, 0) for t in serialized))
         names = serialized[0].rewards

@@ -86,7 +86,7 @@ class Scorer(SerializedCalls):
         return {"name": self.name, "pid": os.getpid(), "node": this_node()}
 
     def score(self, trajectories: Sequence[Trajectory], temperature: float) -> list[Trajectory]:
-        """The trajectories with `rewards`, `ref_logprobs` and `gold` filled in, in order."""
+        """The trajectories with `rewards`, `ref_logprobs`, `gold` and `wording` filled in, in order."""
         self.limit_threads()
         rewards = {name: scores for reward in self.rewards for name, scores in reward(trajectories).items()}
         for i, trajectory in enumerate(trajectories):
@@ -94,7 +94,7 @@ class Scorer(SerializedCalls):
             if self.environment is not None:
                 own = trajectory.environment_reward or 0.0  # a given text was not played
                 trajectory.rewards[self.environment.name] = self.environment.weight * own
-            trajectory.gold = self.gold(trajectory) if self.gold else None
+            trajectory.gold, trajectory.wording = self.gold(trajectory) if self.gold else (None, None)
         rows = [Row.of(t) for t in trajectories]
         for trajectory, logprobs in zip(trajectories, self.reference.row_logprobs(rows, temperature), strict=True):
             trajectory.ref_logprobs = logprobs.cpu().numpy()

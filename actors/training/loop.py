@@ -32,8 +32,10 @@ from rayrlhf.models.loading import checkpoint_gradients
 from rayrlhf.models.lora import add_adapters
 from rayrlhf.models.ranks import Ranks
 from rayrlhf.models.saving import require_finite
+from rayrlhf.reports.warnings import Watch
 from rayrlhf.runs.checkpoints import Checkpoints
 from rayrlhf.runs.folder import RunFolder
+from rayrlhf.runs.metrics import read_metrics
 from rayrlhf.runs.storage import sync_mirrors
 
 STATE = "state.pt"
@@ -69,6 +71,7 @@ class Loop:
         self.ranks = Ranks(learner.threads, gpu=learner.gpus > 0)
         self.checkpoints = Checkpoints(self.run, arguments.checkpoints, arguments.keep_checkpoints)
         self._writer = metrics_writer(self.run.address, config.name) if self.ranks.first else None
+        self._watch = Watch(config)
         self._models: dict[str, PreTrainedModel] = {}
         self._stop = arguments.stop
         self._last: int | None = None
@@ -121,12 +124,30 @@ class Loop:
     # ---- metrics
 
     def log(self, metrics: Mapping[str, SupportsFloat]) -> None:
-        """Record metrics of the step that was finished last; before the first step, of the start."""
+        """Record metrics of the step that was finished last; before the first step, of the start.
+
+        What they warn of is recorded, too.
+        """
         if not self._said_steps and self.steps is not None:
             metrics = {f"{self.stage}/steps": self.steps, **metrics}
             self._said_steps = True
         if self._writer:
-            self._writer.write(self.stage, self.step, metrics)
+            line = self._writer.write(self.stage, self.step, metrics)
+            if begun := self._watch.add(line):
+                self._writer.warn(self.stage, self.step, begun)
+
+    def warn(self, text: str) -> None:
+        """Warn the user of something in one line."""
+        if self._writer:
+            self._writer.warn(self.stage, self.step, [text])
+
+    @property
+    def stop(self) -> str | None:
+        """Why the stage has to stop after the step that was logged last, and what to do; None if it may go on.
+
+        The same on all ranks.
+        """
+        return self.ranks.broadcast(self._watch.stop)
 
     def note(self, text: str) -> None:
         """Tell the user something in one line."""
@@ -155,6 +176,10 @@ class Loop:
         directory = self.checkpoints.read(self._last)
         state = torch.load(directory / STATE, weights_only=True, map_location=self.ranks.device)
         self.step = state["step"]
+        if self.ranks.first:
+            for line in read_metrics(self.run.address, self.stage):
+                if line["step"] <= self.step:
+                    self._watch.add(line)
         for each in damaged:  # only now: a line of an earlier step would take back the metrics of those after it
             self.note(f"{each}; continuing from {self.checkpoints.address(self._last)}")
         return directory, state

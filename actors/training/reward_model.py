@@ -29,7 +29,7 @@ from rayrlhf.errors import UserError
 from rayrlhf.models.forward import Forward
 from rayrlhf.models.loading import context_length, load_policy, load_reward_model, load_tokenizer
 from rayrlhf.models.saving import save_model
-from rayrlhf.reports.reward_accuracy import heldout_pairs, write_accuracy
+from rayrlhf.reports.reward_accuracy import heldout_pairs, minus_length, write_accuracy
 from rayrlhf.runs.storage import local_copy
 
 
@@ -99,6 +99,9 @@ def reward_model_loop(args: RewardModelArguments) -> None:
             if final and sft_logprobs is not None:
                 pairs = heldout_pairs([usable[i] for i in heldout], final.margins, sft_logprobs)
                 samples = config.evaluate.bootstrap_samples
-                write_accuracy(run.heldout_pairs, run.reward_accuracy, pairs, summary(final), samples, config.seed)
+                written = write_accuracy(
+                    run.heldout_pairs, run.reward_accuracy, pairs, summary(final), samples, config.seed
+                )
+                loop.log({"reward_model/minus_length": minus_length(written)})
             run.upload(run.heldout_pairs, run.reward_accuracy)
         loop.finish(lambda directory: save_model(model, tokenizer, directory, reward_bias=bias))

@@ -23,6 +23,7 @@ from actors.rollouts.publisher import Publisher
 from actors.training.loop import Loop, LoopArguments
 from rayrlhf.algorithms.registry import make_trainer
 from rayrlhf.config import Config
+from rayrlhf.errors import UserError
 from rayrlhf.models.forward import Forward
 from rayrlhf.models.loading import load_policy, load_reward_model, load_tokenizer
 from rayrlhf.models.lora import load_trained_state, trained_state
@@ -50,6 +51,10 @@ def rl_loop(args: RLArguments) -> None:
     """Train the policy; the finished one appears as the run folder's `policy/`.
 
     It does not if the loop was asked to stop: it then ends after the step's checkpoint.
+
+    Raises:
+        UserError: an alarm says that nothing can be learnt (`alarms.max_steps_without_spread`).
+        FloatingPointError: a gradient or a weight is not finite.
     """
     config = args.config
     with Loop("rl", args) as loop:
@@ -101,7 +106,8 @@ def rl_loop(args: RLArguments) -> None:
                 "idle/learner": (learning - waiting) / (ended - started),
                 "throughput/tokens_per_s": sum(t.length for t in batch.trajectories) / (ended - started),
             })  # fmt: skip
-            stopping = loop.stopping()
+            nothing_to_learn = loop.stop
+            stopping = loop.stopping() or nothing_to_learn is not None
             if loop.step < config.rl.steps and (stopping or loop.step % config.rl.checkpoint_every == 0):
                 # Prompts and seeds are functions of (seed, step), and generators have no state to keep: the cursor
                 # only says which prompts were trained on out of turn.
@@ -109,6 +115,8 @@ def rl_loop(args: RLArguments) -> None:
                 if config.model.lora:
                     state["trained"] = [trained_state(model) for model in (policy, value_model) if model is not None]
                 loop.save(state, save_models)
+                if nothing_to_learn is not None:
+                    raise UserError(f"rl: stopped after step {loop.step}: {nothing_to_learn}")
                 if stopping:
                     return
         loop.finish(lambda directory: save_model(policy, tokenizer, directory))

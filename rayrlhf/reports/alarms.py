@@ -1,4 +1,7 @@
-"""Warnings about a step's metrics: one line each, with its usual cause. The limits are `config.alarms`."""
+"""What a step's metrics warn of: one line each, with its usual cause. The limits are `config.alarms`.
+
+This file looks at one step. `rayrlhf.reports.warnings` follows the steps, so that each warning is said when it begins.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,24 @@ class Alarm(NamedTuple):
     """The text, with the fields `value`, `start` (the same metric in the first step) and `limit`."""
     fresh_only: bool = False
     """Whether it only holds for batches whose tokens the current policy sampled."""
+    remedy: str = ""
+    """What to do before the run may go on; empty where it goes on anyway."""
+
+
+class Found(NamedTuple):
+    """Something to warn of in one step."""
+
+    key: str
+    """What tells it from other warnings: its limit in `alarms`, or what happened."""
+    text: str
+    value: float | None = None
+    limit: float | None = None
+    remedy: str = ""
+    """As in `Alarm`."""
+
+
+GOLD_DROP, STEPS_WITHOUT_SPREAD = "history/gold_drop", "history/steps_without_spread"
+"""What earlier steps are needed for; `rayrlhf.reports.warnings` adds them to a step's metrics."""
 
 
 def _above(value: float, start: Mapping[str, Any], limit: float) -> bool:
@@ -88,6 +109,43 @@ ALARMS = (
         "answers have become the same text",
     ),
     Alarm(
+        "max_steps_without_spread",
+        STEPS_WITHOUT_SPREAD,
+        lambda value, start, limit: value >= limit,
+        "all responses of {value:.0f} steps in a row scored the same, so that there was nothing to learn from them",
+        remedy="if rl/eos_rate is low, all of them score rl.missing_eos_reward: raise data.max_response_tokens, train "
+        "sft longer, or set rl.missing_eos_reward=null; otherwise look at what `rewards` say of some responses. To go "
+        "on all the same: alarms.max_steps_without_spread=null",
+    ),
+    Alarm(
+        "max_gold_drop",
+        GOLD_DROP,
+        _above,
+        "gold fell {value:.1f} standard errors below its best steps while the score rose: the reward model is "
+        "exploited; keep the best policy (rl.select: gold), raise rl.kl.coefficient or take fewer steps",
+    ),
+    Alarm(
+        "max_repetition",
+        "rl/repetition",
+        _above,
+        "{value:.0%} of the 4-grams of an answer repeat one before (limit {limit:.0%}); usually the reward model likes "
+        "loops: read samples, raise rl.kl.coefficient or take fewer steps",
+    ),
+    Alarm(
+        "min_distinct_2",
+        "rl/distinct_2",
+        _below_share_of("rl/distinct_2"),
+        "only {value:.3f} of all 2-grams of the step's answers are different ones, {start:.3f} at the start; usually "
+        "the policy collapses onto a few phrases: raise rl.kl.coefficient or lower the learning rate",
+    ),
+    Alarm(
+        "max_common_opening",
+        "rl/common_opening",
+        _above,
+        "{value:.0%} of the answers begin with the same four words (limit {limit:.0%}); usually the reward model likes "
+        "a stock phrase: read samples",
+    ),
+    Alarm(
         "min_length",
         "rl/length/mean",
         _below_share_of("rl/length/mean"),
@@ -115,43 +173,52 @@ ALARMS = (
         "{value:.0%} of the tokens were clipped; usually the learning rate is too high, or rl.epochs too many "
         "(rl.max_approx_kl ends them early)",
     ),
+    Alarm(
+        "min_over_length",
+        "reward_model/minus_length",
+        lambda value, start, limit: value <= limit,
+        "the reward model orders held-out pairs no better than the answers' length does ({value:+.3f} of the pairs); "
+        "rl against it will find longer or shorter answers: collect more or cleaner comparisons",
+    ),
 )
 
 
-def alarms(metrics: Mapping[str, Any], config: Config, start: Mapping[str, Any]) -> list[str]:
-    """Warnings about one step (a line of metrics.jsonl).
+def alarms(metrics: Mapping[str, Any], config: Config, start: Mapping[str, Any]) -> list[Found]:
+    """What to warn of in one step (a line of metrics.jsonl).
 
     Args:
         metrics: the step's metrics; a value that was not finite is None.
         config: its `alarms` section holds the limits.
         start: metrics of the stage's first step, this step's own in the first.
     """
-    warnings = []
+    found = []
     if metrics.get("non_finite"):
-        warnings.append(f"not finite: {', '.join(metrics['non_finite'])}; usually a learning rate that is too high")
+        names = ", ".join(metrics["non_finite"])
+        found.append(Found("not finite", f"not finite: {names}; usually a learning rate that is too high"))
     for alarm in ALARMS:
         value, limit = metrics.get(alarm.metric), getattr(config.alarms, alarm.limit)
         if alarm.fresh_only and metrics.get("rollout/staleness/max"):
             continue
         if value is not None and limit is not None and alarm.beyond(value, start, limit):
-            warnings.append(alarm.means.format(value=value, start=start.get(alarm.metric), limit=limit))
-    warnings += _rewards_that_pay(metrics, config, start)
-    warnings += [
-        cut_prompts(metric.rpartition("/")[2], value, metrics["rl/responses"])
-        for metric, value in metrics.items()
-        if metric.startswith("rl/prompts_cut/") and value
-    ]
-    if metrics.get("rl/judge_unusable"):
-        warnings.append(
-            f"{metrics['rl/judge_unusable']:.0f} question(s) to judges got no usable reply and count as 0; the "
-            "reward's `body` can have the judge reply with nothing else (docs/extending.md)"
-        )
-    if metrics.get("rollout/replacements"):
-        warnings.append(
-            f"{metrics['rollout/replacements']:.0f} actor(s) died and were replaced in this step; their logs say why "
-            "(often memory)"
-        )
-    return warnings
+            text = alarm.means.format(value=value, start=start.get(alarm.metric), limit=limit)
+            found.append(Found(alarm.limit, text, value, limit, alarm.remedy))
+    found += _rewards_that_pay(metrics, config, start)
+    for metric, value in metrics.items():
+        if metric.startswith("rl/prompts_cut/") and value:
+            found.append(Found(metric, cut_prompts(metric.rpartition("/")[2], value, metrics["rl/responses"]), value))
+    for metric, text in _EVENTS.items():
+        if value := metrics.get(metric):
+            found.append(Found(metric, text.format(value=value), value))
+    return found
+
+
+_EVENTS = {
+    "rl/judge_unusable": "{value:.0f} question(s) to judges got no usable reply and count as 0; the reward's `body` "
+    "can have the judge reply with nothing else (docs/extending.md)",
+    "rollout/replacements": "{value:.0f} actor(s) died and were replaced in this step; their logs say why (often "
+    "memory)",
+}
+"""By metric what to say of a number that should be 0."""
 
 
 def cut_prompts(reward: str, cut: float, responses: float) -> str:
@@ -162,7 +229,7 @@ def cut_prompts(reward: str, cut: float, responses: float) -> str:
     )
 
 
-def _rewards_that_pay(metrics: Mapping[str, Any], config: Config, start: Mapping[str, Any]) -> list[str]:
+def _rewards_that_pay(metrics: Mapping[str, Any], config: Config, start: Mapping[str, Any]) -> list[Found]:
     """Rewards that fall while their sum rises: others grow at their cost."""
     limit, score, first = config.alarms.max_reward_drop, metrics.get("rl/score/mean"), start.get("rl/score/mean")
     if limit is None or score is None or first is None or score <= first:
@@ -174,8 +241,9 @@ def _rewards_that_pay(metrics: Mapping[str, Any], config: Config, start: Mapping
         if value is None or before is None or spread is None:
             continue
         if value < before - limit * spread:
-            found.append(
+            text = (
                 f"reward {name!r} fell to {value:.3f} from {before:.3f} at the start while the score rose: another "
                 "reward pays for it; change the weights in `rewards`, or read samples"
             )
+            found.append(Found(f"max_reward_drop of {name}", text, value, limit))
     return found

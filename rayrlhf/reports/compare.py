@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
+from rayrlhf.config_file import parse_config
 from rayrlhf.errors import UserError
 from rayrlhf.files import replacing
 from rayrlhf.reports import shares
@@ -35,6 +36,7 @@ from rayrlhf.reports.measures import (
     WITHIN_ONE,
     interval_text,
 )
+from rayrlhf.reports.warnings import warnings_of
 from rayrlhf.runs.addresses import join
 from rayrlhf.runs.folder import RunFolder, run_at
 from rayrlhf.runs.metrics import read_metrics
@@ -140,6 +142,8 @@ def markdown(runs: Sequence[Run]) -> str:
     parts += ["## Time\n\nMedians" + (" (smallest to largest run)." if several else "."), table(stage_rows(runs))]
     if any(run.stage("rl") for run in runs):
         parts.append(table(phase_rows(runs)))
+    rows = warning_rows(runs)
+    parts += ["## Warnings", table(rows) if len(rows) > 1 else "none"]
     return "\n\n".join(parts) + "\n"
 
 
@@ -215,6 +219,20 @@ def phase_rows(runs: Sequence[Run]) -> list[list[str]]:
     for phase in (*PHASES, "step"):
         seconds = [_median(run.stage("rl"), f"time/{phase}") for run in runs]
         rows.append([phase, _spread([value for value in seconds if value is not None], ".2f")])
+    return rows
+
+
+def warning_rows(runs: Sequence[Run]) -> list[list[str]]:
+    """One row for each warning of a run, with the number that passed a limit in the first and in the last step."""
+    rows = [["run", "where", "warning", "limit", "at first", "at last"]]
+    for run in runs:
+        config = None
+        with contextlib.suppress(UserError):  # of another version of this program
+            config = parse_config(dict(run.config), run.label)
+        for warned in warnings_of(run.metrics, config):
+            limit = "–" if warned.limit is None else f"{warned.key} {warned.limit:g}"
+            values = ["–" if value is None else f"{value:.3g}" for value in (warned.value, warned.latest)]
+            rows.append([run.label, warned.where, warned.text, limit, *values])
     return rows
 
 

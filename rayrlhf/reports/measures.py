@@ -83,6 +83,7 @@ PANELS: dict[str, tuple[Panel, ...]] = {
         Panel("Accuracy", "share of pairs", (
             Measure("reward_model/accuracy", "accuracy", in_line=True, legend="train"),
             Measure("reward_model/heldout_accuracy", "held-out", in_line=True, legend="held out"),
+            Measure("reward_model/minus_length", "held-out accuracy minus that of length", "+.3f"),
         )),
         Panel("Margin, chosen − rejected", "score", (Measure("reward_model/margin", "margin", in_line=True),)),
     ),
@@ -123,6 +124,11 @@ PANELS: dict[str, tuple[Panel, ...]] = {
             Measure("rl/eos_rate", "EOS", ".0%", in_line=True),
         ), compared=True),
         Panel("Entropy", "nats per token", (Measure("rl/entropy", "entropy"),), compared=True),
+        Panel("Diversity of the answers' words", "share", (
+            Measure("rl/distinct_2", "distinct-2", legend="different 2-grams"),
+            Measure("rl/repetition", "repeated 4-grams", legend="repeated 4-grams of an answer"),
+            Measure("rl/common_opening", "commonest opening"),
+        )),
         Panel("Policy loss", "", (Measure("rl/policy_loss", "policy loss", ".4f", in_line=True),)),
         Panel("Value loss", "", (Measure("rl/value_loss", "value loss", ".4f", in_line=True),)),
         Panel("Explained variance of returns", "share", (Measure("rl/explained_variance", "value model"),)),

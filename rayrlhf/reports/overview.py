@@ -14,8 +14,8 @@ import yaml
 from rayrlhf.config import Config
 from rayrlhf.config_file import load_config, parse_config
 from rayrlhf.errors import UserError
-from rayrlhf.reports.alarms import alarms
 from rayrlhf.reports.progress import has_step_line
+from rayrlhf.reports.warnings import warnings_of
 from rayrlhf.runs.folder import RunFolder, run_at
 from rayrlhf.runs.metrics import read_metrics
 from rayrlhf.runs.stages import STAGES, stages_of
@@ -57,7 +57,7 @@ class Overview:
     stages: tuple[StageOverview, ...]
     """The stages that the run has: without `collect` where comparisons are given."""
     warnings: tuple[str, ...]
-    """The newest warnings, oldest first."""
+    """The last warnings of the run, a line each."""
     updated: float | None
     """Unix time of the last line of metrics.jsonl."""
 
@@ -97,7 +97,7 @@ def _read(run: RunFolder, max_warnings: int) -> Overview:
         config,
         run.holder(),
         stages,
-        tuple(text for name in STAGES for text in _warnings(name, of[name], config))[-max_warnings:],
+        tuple(warned.line for warned in warnings_of(lines, config))[-max_warnings:],
         max((line["time"] for line in lines), default=None),
     )
 
@@ -121,7 +121,3 @@ def _stage(
     gaps = [after - before for before, after in itertools.pairwise(times)]
     last = next((line for line in reversed(lines) if has_step_line(name, line)), None)
     return StageOverview(name, done, step, steps, last, statistics.median(gaps) if gaps else None, took_s)
-
-
-def _warnings(stage: str, lines: Sequence[Mapping[str, Any]], config: Config) -> list[str]:
-    return [f"{stage} step {line['step']}: {text}" for line in lines for text in alarms(line, config, lines[0])]

@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
 
-from rayrlhf.config import Config
 from rayrlhf.config_file import load_config
 from rayrlhf.files import replacing
-from rayrlhf.reports.alarms import alarms
 from rayrlhf.reports.curves import over_kl_figure, style
 from rayrlhf.reports.intervals import p_text
 from rayrlhf.reports.measures import DIFFERENCES, EVALUATED, SCORERS, SOURCES, Panel, decimals, panels_of
+from rayrlhf.reports.warnings import Warned, warnings_of
 from rayrlhf.runs.folder import RunFolder
 from rayrlhf.runs.metrics import read_metrics
 from rayrlhf.runs.stages import STAGES
@@ -28,8 +27,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MAX_SAMPLES = 12
-MAX_WARNINGS = 12
-
 
 _COLOURS = ["#3b6fb6", "#d1772e", "#4a9a62", "#8d5fa8"]
 _STYLE = """
@@ -59,9 +56,8 @@ def write_report(run: RunFolder) -> Path:
     parts = [f"<h1>{escape(run.name)}</h1>", f'<p class="sub">done: {", ".join(done) or "nothing yet"}</p>']
     if run.evaluation.exists():
         parts.append(_evaluation(json.loads(run.evaluation.read_text(encoding="utf-8"))))
-    rl = [line for line in metrics if line["stage"] == "rl"]
-    if rl and run.config.exists():
-        parts.append(_warnings(rl, load_config(run.config)))
+    if metrics and run.config.exists():
+        parts.append(_warnings(warnings_of(metrics, load_config(run.config))))
     for stage in reversed([stage.name for stage in STAGES.values() if stage.trains]):
         lines = [line for line in metrics if line["stage"] == stage]
         figure = stage_figure(stage, lines)
@@ -187,13 +183,11 @@ def _cell(value: Mapping[str, float] | None, digits: int) -> str:
     return f'<td title="n = {value["n"]}">{mean}<br><span class="ci">{low} to {high}{p}</span></td>'
 
 
-def _warnings(lines: Sequence[Mapping[str, Any]], config: Config) -> str:
-    found = [(line["step"], warning) for line in lines for warning in alarms(line, config, lines[0])]
+def _warnings(found: Sequence[Warned]) -> str:
     if not found:
-        return "<h2>Warnings</h2><p class='sub'>none of the RL steps passed a limit of the config's alarms</p>"
-    shown = "".join(f"<li>step {step}: {escape(warning)}</li>" for step, warning in found[:MAX_WARNINGS])
-    more = f"<p class='sub'>and {len(found) - MAX_WARNINGS} more</p>" if len(found) > MAX_WARNINGS else ""
-    return f"<h2>Warnings</h2><ul>{shown}</ul>{more}"
+        return "<h2>Warnings</h2><p class='sub'>none: no stage warned, and no step passed a limit of alarms</p>"
+    shown = "".join(f"<li>{escape(warned.line)}</li>" for warned in found)
+    return f"<h2>Warnings</h2><ul>{shown}</ul>"
 
 
 def _samples(table: Any) -> str:

@@ -89,6 +89,15 @@ def unbeaten(result: Mapping[str, Any]) -> list[str]:
     return [SCORERS[name] for name, difference in result["reward_model_minus"].items() if difference["low"] <= 0]
 
 
+def minus_length(result: Mapping[str, Any]) -> float:
+    """Accuracy of the reward model minus that of the answer's length, whichever of longer and shorter does better.
+
+    Args:
+        result: the contents of reward_model.json.
+    """
+    return min(float(result["reward_model_minus"][name]["mean"]) for name in ("longer", "shorter"))
+
+
 def cluster_bootstrap(
     values: ArrayLike, clusters: ArrayLike, samples: int = 2000, seed: int = 0, confidence: float = CONFIDENCE
 ) -> Interval:
@@ -121,8 +130,10 @@ def cluster_bootstrap(
 
 def write_accuracy(
     pairs_path: Path, path: Path, pairs: pa.Table, metrics: Mapping[str, float], samples: int, seed: int
-) -> None:
+) -> dict[str, Any]:
     """Write `pairs` (Parquet) and what they say (JSON: `accuracies`, `metrics` and counts), each by one rename.
+
+    Returns what they say.
 
     Raises:
         ValueError: a number that is not finite.
@@ -139,6 +150,7 @@ def write_accuracy(
         pq.write_table(pairs, temporary)
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    return result
 
 
 def _right(margins: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 from rayrlhf.config import Config
 from rayrlhf.data.records import Prompt
 from rayrlhf.data.tokens import decode_trajectory
+from rayrlhf.rewards.diversity import wording
 from rayrlhf.rewards.labeller import Labeller
 from rayrlhf.rewards.labellers import ReferenceLabeller, make_labeller
-from rayrlhf.trajectory import Trajectory
+from rayrlhf.trajectory import Trajectory, Wording
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,15 +46,17 @@ def gold_measures(
 
 
 class GoldMeasure:
-    """A labeller, and the prompts by whose id it finds the reference of a response."""
+    """What is watched of a response's text and never trained on: the labeller's measure, and how it is worded."""
 
-    def __init__(self, labeller: Labeller, prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self, labeller: Labeller | None, prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        """The labeller finds the reference of a response by the id of its prompt; None measures no gold."""
         self.labeller, self.tokenizer = labeller, tokenizer
         self.prompts = {prompt.id: prompt for prompt in prompts}
 
-    def __call__(self, trajectory: Trajectory) -> float | None:
-        """Measure the response's text; None if the prompt is unknown or the labeller only ranks."""
-        prompt = self.prompts.get(trajectory.prompt_id)
-        if prompt is None:
-            return None
-        return self.labeller.measure(prompt, decode_trajectory(self.tokenizer, trajectory))
+    def __call__(self, trajectory: Trajectory) -> tuple[float | None, Wording]:
+        """Measure the response's text; gold is None if the prompt is unknown or the labeller only ranks."""
+        text, prompt = decode_trajectory(self.tokenizer, trajectory), self.prompts.get(trajectory.prompt_id)
+        gold = None if prompt is None or self.labeller is None else self.labeller.measure(prompt, text)
+        return gold, wording(text)

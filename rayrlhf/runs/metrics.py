@@ -4,11 +4,11 @@ A line has the stage, the number of its finished steps, Unix time in seconds, an
 
     {"stage": "rl", "step": 3, "time": 1700000000.0, "rl/kl": 0.5}
 
-Beside numbers there can be text, under `"sample"` and `"note"`. JSON has neither NaN nor infinity: a value that is not
-finite is written as null and named in `"non_finite"`.
+Beside numbers there can be text, under `"sample"`, `"note"` and `"warnings"`. JSON has neither NaN nor infinity: a
+value that is not finite is written as null and named in `"non_finite"`.
 
 A stage that restarts at step k writes k, k + 1, ... again; `read_metrics` drops what the earlier attempt wrote from
-step k on. Several lines of one step add up, and a name that is written twice has its last value:
+step k on. Several lines of one step add up; a name that is written twice has its last value, and warnings are all kept:
 
     written:  1  2  3  4   (killed, restarted from the checkpoint of step 2)   3  4  5
     read:     1  2                                                             3  4  5
@@ -21,7 +21,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, SupportsFloat
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FILE = "metrics.jsonl"
+WARNINGS = "warnings"
+"""The name under which a line has its warnings, a list of texts."""
 
 
 class MetricsWriter:
@@ -67,8 +69,8 @@ class MetricsWriter:
 
             self._mirror = Mirror(run_dir, [FILE, "tensorboard/*/*"])
 
-    def write(self, stage: str, step: int, values: Mapping[str, SupportsFloat]) -> None:
-        """Record `values` (names to scalars: numbers, 0-d arrays or tensors) of one step."""
+    def write(self, stage: str, step: int, values: Mapping[str, SupportsFloat]) -> dict[str, Any]:
+        """Record `values` (names to scalars: numbers, 0-d arrays or tensors) of one step; returns the line."""
         numbers = {name: float(value) for name, value in values.items()}
         bad = {name: str(value) for name, value in numbers.items() if not math.isfinite(value)}
         line: dict[str, Any] = {"stage": stage, "step": int(step), "time": round(time.time(), 3)}
@@ -81,6 +83,7 @@ class MetricsWriter:
         for name, value in numbers.items():
             if name not in bad:
                 board.add_scalar(name, value, step)
+        return line
 
     def write_text(self, stage: str, step: int, name: str, text: str | Mapping[str, str]) -> None:
         """Record something to read: `"sample"` (prompt, reference, answer) or `"note"` (one line)."""
@@ -88,6 +91,12 @@ class MetricsWriter:
         os.write(self._file, json.dumps(line).encode() + b"\n")
         shown = text if isinstance(text, str) else "\n\n".join(f"**{key}**: {value}" for key, value in text.items())
         self._board(stage, step).add_text(name, shown, step)
+
+    def warn(self, stage: str, step: int, warnings: Sequence[str]) -> None:
+        """Record warnings, of one line each."""
+        line = {"stage": stage, "step": int(step), "time": round(time.time(), 3), WARNINGS: list(warnings)}
+        os.write(self._file, json.dumps(line).encode() + b"\n")
+        self._board(stage, step).add_text(WARNINGS, "\n\n".join(warnings), step)
 
     def close(self) -> None:
         """Flush and close all files."""
@@ -140,7 +149,10 @@ def read_metrics(run_dir: str | Path, stage: str | None = None) -> list[dict[str
         steps = stages.setdefault(name, {})
         for later in [s for s in steps if s > step]:
             del steps[later]
-        steps[step] = steps.get(step, {}) | line
+        before = steps.get(step, {})
+        if WARNINGS in before and WARNINGS in line:
+            line[WARNINGS] = list(dict.fromkeys([*before[WARNINGS], *line[WARNINGS]]))
+        steps[step] = before | line
     return [line for name, steps in stages.items() if stage in (None, name) for line in steps.values()]
 
 

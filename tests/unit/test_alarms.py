@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from rayrlhf.config import AlarmsConfig, Config
+from rayrlhf.config import Config
+from rayrlhf.config_alarms import AlarmsConfig
 from rayrlhf.config_file import parse_config
-from rayrlhf.reports.alarms import ALARMS, alarms
+from rayrlhf.reports.alarms import ALARMS, GOLD_DROP, STEPS_WITHOUT_SPREAD, alarms
 
 START: dict[str, Any] = {
     "rl/score/mean": 0.5,
@@ -16,6 +17,7 @@ START: dict[str, Any] = {
     "rl/length/mean": 20.0,
     "rl/entropy": 3.0,
     "rl/kl": 0.0,
+    "rl/distinct_2": 0.8,
 }
 
 
@@ -47,24 +49,31 @@ def test_nothing_to_warn_of(metrics: dict[str, Any]) -> None:
         ("max_negative_kl", 1.0, "rl/kl", -1.0, -1.01, "-1.01 nats"),
         ("max_score_drop", 1.0, "rl/score/mean", 0.11, 0.09, "to 0.090 from 0.500"),  # 0.5 - 1.0 x 0.4
         ("min_score_spread", 0.1, "rl/score/std", 0.041, 0.039, "0.039, 0.4 at the start"),
+        ("max_repetition", 0.2, "rl/repetition", 0.2, 0.21, "21% of the 4-grams"),
+        ("min_distinct_2", 0.5, "rl/distinct_2", 0.41, 0.39, "0.390 of all 2-grams of the step's answers"),
+        ("max_common_opening", 0.5, "rl/common_opening", 0.5, 0.52, "52% of the answers"),
         ("min_length", 0.5, "rl/length/mean", 10.0, 9.9, "9.9 tokens from 20.0"),
         ("min_eos_rate", 0.5, "rl/eos_rate", 0.5, 0.48, "only 48% of"),
         ("min_entropy", 0.2, "rl/entropy", 0.61, 0.59, "0.590 nats a token from 3.000"),
         ("max_clip_fraction", 0.5, "rl/clip_fraction", 0.5, 0.55, "55% of the tokens"),
+        ("min_over_length", 0.02, "reward_model/minus_length", 0.021, 0.02, "(+0.020 of the pairs)"),
+        ("max_gold_drop", 3.0, GOLD_DROP, 3.0, 3.1, "3.1 standard errors"),
+        ("max_steps_without_spread", 3, STEPS_WITHOUT_SPREAD, 2, 3, "all responses of 3 steps in a row"),
     ],
 )
 def test_each_limit(limit: str, value: float, metric: str, healthy: float, beyond: float, said: str) -> None:
     config = with_limits(**{limit: value})
     assert alarms({metric: healthy}, config, START) == []
-    (line,) = alarms({metric: beyond}, config, START)
-    assert (said in line and "usually" in line) or "precision" in line
+    (found,) = alarms({metric: beyond}, config, START)
+    assert said in found.text and (found.key, found.value, found.limit) == (limit, beyond, value)
+    assert any(word in found.text for word in ("usually", "precision", "collect more", "nothing to learn", "exploited"))
     assert alarms({metric: beyond}, with_limits(**{limit: None}), START) == [], "null turns the warning off"
 
 
 def test_every_limit_of_the_config_is_watched() -> None:
     assert [alarm.limit for alarm in ALARMS if alarm.limit not in AlarmsConfig.model_fields] == []
-    of_single_rewards = {"max_reward_drop"}
-    assert set(AlarmsConfig.model_fields) == {alarm.limit for alarm in ALARMS} | of_single_rewards
+    others = {"max_reward_drop", "gold_window"}  # of single rewards, and the steps that another one is about
+    assert set(AlarmsConfig.model_fields) == {alarm.limit for alarm in ALARMS} | others
 
 
 def test_a_run_without_its_first_step_is_not_compared_with_it() -> None:
@@ -74,19 +83,19 @@ def test_a_run_without_its_first_step_is_not_compared_with_it() -> None:
 
 def test_numbers_that_are_not_finite_are_named() -> None:
     metrics = {"rl/kl": None, "rl/value_loss": None, "non_finite": {"rl/kl": "nan", "rl/value_loss": "inf"}}
-    (line,) = alarms(metrics, with_limits(), START)
-    assert "rl/kl, rl/value_loss" in line and "learning rate" in line
+    (found,) = alarms(metrics, with_limits(), START)
+    assert "rl/kl, rl/value_loss" in found.text and "learning rate" in found.text
 
 
 def test_replaced_actors_are_counted() -> None:
-    (line,) = alarms({"rollout/replacements": 2.0}, with_limits(), START)
-    assert line.startswith("2 actor(s) died")
+    (found,) = alarms({"rollout/replacements": 2.0}, with_limits(), START)
+    assert found.text.startswith("2 actor(s) died")
 
 
 def test_several_at_once_are_several_lines() -> None:
     metrics = {"rl/logprob_gap/mean": 1.0, "rollout/replacements": 1.0, "non_finite": {"rl/kl": "nan"}}
     lines = alarms(metrics, with_limits(), START)
-    assert len(lines) == 3 and not any("\n" in line for line in lines)
+    assert len(lines) == 3 and not any("\n" in found.text for found in lines)
 
 
 def test_a_reward_that_falls_while_the_score_rises() -> None:
@@ -96,7 +105,7 @@ def test_a_reward_that_falls_while_the_score_rises() -> None:
     config = with_limits(max_reward_drop=0.5)
     step = {"rl/score/mean": 0.6, "rl/rewards/model": 0.51, "rl/rewards/style": 0.09}
     (warning,) = alarms(step, config, start)
-    assert "reward 'style' fell to 0.090 from 0.200 at the start while the score rose" in warning
+    assert "reward 'style' fell to 0.090 from 0.200 at the start while the score rose" in warning.text
     assert alarms({**step, "rl/rewards/style": 0.11}, config, start) == []
     assert alarms({**step, "rl/score/mean": 0.5}, config, start) == []
     assert alarms(step, with_limits(max_reward_drop=None), start) == []

@@ -23,6 +23,7 @@ from rayrlhf.errors import UserError
 from rayrlhf.reports.overview import read_overview
 from rayrlhf.runs import lease
 from rayrlhf.runs.folder import RunFolder, open_or_create, run_folders
+from rayrlhf.runs.metrics import MetricsWriter
 from rayrlhf.runs.storage import Store
 
 NOW = 10_000.0
@@ -86,13 +87,19 @@ def test_how_far_a_run_is(tmp_path: Path) -> None:
     assert overview.holder is None
 
 
-def test_warnings_are_those_of_the_last_steps(tmp_path: Path) -> None:
+def test_warnings_say_once_in_which_steps(tmp_path: Path) -> None:
     """KL is 10 a step: above the limit of 30 in the fifth step only; with a limit of 5 in all but the first."""
     path = make_run(tmp_path).path
     (warning,) = read_overview(path).warnings
     assert warning.startswith("rl step 5: the policy is 40.0 nats")
     strict = make_run(tmp_path, "strict", alarms={"max_kl": 5.0}).path
-    assert [w[:9] for w in read_overview(strict, max_warnings=2).warnings] == ["rl step 4", "rl step 5"]
+    (warning,) = read_overview(strict).warnings
+    assert warning.startswith("rl steps 2 to 5: the policy is 10.0 nats")
+    assert warning.endswith("(max_kl 5, 10 at first, 40 at last)")
+    with MetricsWriter(strict) as writer:  # of a stage outside its steps, as `jobs.console.warn_of_stage` keeps it
+        writer.warn("run", 2, ["the reward model is not clearly better"])
+    assert read_overview(strict).warnings == ("reward_model: the reward model is not clearly better", warning)
+    assert read_overview(strict, max_warnings=1).warnings == (warning,)
 
 
 def test_a_run_with_given_comparisons_collects_none(tmp_path: Path) -> None:

@@ -197,7 +197,7 @@ def test_a_long_prompt_loses_its_beginning_and_is_counted(tmp_path: Path, monkey
         cut = batch.metrics["rl/prompts_cut/given"]
         assert cut == sum(t.counted["prompts_cut/given"] for t in given)
         (warning,) = alarms(batch.metrics | {"rl/responses": 3.0}, config_of(path), {})
-        assert warning.startswith(
+        assert warning.text.startswith(
             f"reward 'given' read {cut:.0f} of 3 responses without the beginning of their prompts"
         )
 

@@ -170,10 +170,11 @@ def test_warnings_of_the_steps_are_listed(tmp_path: Path) -> None:
         for step in range(40):
             writer.write("rl", step + 1, {"rl/kl": step / 10})
     text = Page(write_report(run).read_text(encoding="utf-8")).text
-    assert "step 32: the policy is 3.1 nats a response" in text and "step 31:" not in text
-    assert text.count("nats a response from the reference") == 9
+    assert "rl steps 32 to 40: the policy is 3.1 nats a response" in text
+    assert "(max_kl 3, 3.1 at first, 3.9 at last)" in text
+    assert text.count("nats a response from the reference") == 1, "once, not at every step"
 
     quiet = open_or_create(parse_config({"name": "quiet"}, "test"), tmp_path)
     with MetricsWriter(quiet.path) as writer:
         writer.write("rl", 0, {"rl/kl": 0.0})
-    assert "none of the RL steps" in Page(write_report(quiet).read_text(encoding="utf-8")).text
+    assert "none: no stage warned" in Page(write_report(quiet).read_text(encoding="utf-8")).text
