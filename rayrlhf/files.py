@@ -1,12 +1,16 @@
-"""Writing files and directories so that others see them whole or not at all."""
+"""Writing files and directories so that others see them whole or not at all, and knowing a file's content again."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+_DIGEST_BYTES = 16
 
 
 @contextlib.contextmanager
@@ -38,6 +42,13 @@ def sync_tree(directory: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def fingerprint(path: Path) -> dict[str, Any]:
+    """The size and hash of a file's content."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=_DIGEST_BYTES))
+    return {"bytes": path.stat().st_size, "blake2b": digest.hexdigest()}
 
 
 def _remove_stale(target: Path) -> None:
