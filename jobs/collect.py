@@ -73,6 +73,12 @@ def collect(session: Session) -> None:
             temporary.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         run.upload(run.labeller)
         console.print(f"collect: {labeller.name}: {', '.join(f'{name} {value}' for name, value in facts.items())}")
+    if not any(each.pairs and not each.heldout for each in ranked):
+        raise UserError(
+            f"collect: nothing to learn from: {labeller.name!r} ranked all answers to {len(ranked)} prompts alike, or "
+            "only held-out prompts have a preference; raise collect.prompts or collect.temperature, train SFT longer, "
+            "or choose another collect.labeller"
+        )
     with run.writing("collect") as path:
         write_comparisons(path, ranked)
     console.print(summary(ranked))
@@ -87,7 +93,7 @@ def chosen_prompts(config: Config, records: list[Demonstration]) -> list[Demonst
 def sample_answers(session: Session, records: list[Demonstration]) -> tuple[list[Unranked], Counter[str]]:
     """K samples a prompt from the SFT model, without nearly empty and repeated ones, and counts of those."""
     config, tokenizer = session.config, session.tokenizer
-    version = session.rollouts.load_weights(session.run.sft)
+    version = session.rollouts.load_weights(session.starts.of("collect"))
     count = config.collect.answers_per_prompt
     trajectories = session.rollouts.generate(
         session.data.prompts(records), config.collect, version, "collect", samples=count

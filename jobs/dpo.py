@@ -17,7 +17,7 @@ def dpo(session: Session) -> None:
     session.warm_up(generators=False)
     arguments = DPOArguments(
         **session.loop_arguments("dpo"),
-        policy=session.run.address_of(session.run.sft),
+        policy=session.starts.of("dpo"),
         comparisons=put(collected_or_published(session, session.config.dpo.max_comparisons), session.local),
     )
     session.train("dpo", dpo_loop, arguments)

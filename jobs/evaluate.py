@@ -34,19 +34,20 @@ def evaluate(session: Session) -> None:
     records = evaluation_records(session)
     prompts = as_prompts(records)
     session.rollouts.wait_for_generators()
-    session.rollouts.start_scorers(prompts, run.sft, gold=False)
+    baseline = session.starts.baseline
+    session.rollouts.start_scorers(prompts, baseline, gold=False)
     labeller = gold_labeller(config)
     # ROUGE with the reference says nothing of a trajectory in turns.
     compared = [replace(p, reference=None) for p in prompts] if config.environment else prompts
 
-    version = session.rollouts.load_weights(run.sft)
+    version = session.rollouts.load_weights(baseline)
     sft = model_answers(session, "sft", version, records, prompts, labeller)
     best = best_answers(session, version, records, prompts, labeller) if config.evaluate.best_of else None
     baselines = [best] if best else []
     if config.has("dpo") and config.has("rl"):
-        version = session.rollouts.load_weights(run.dpo)
+        version = session.rollouts.load_weights(run.address_of(run.dpo))
         baselines.append(model_answers(session, "dpo", version, records, prompts, labeller, with_kl=True))
-    version = session.rollouts.load_weights(run.final_policy(config))
+    version = session.rollouts.load_weights(session.starts.final_policy)
     policy = model_answers(session, "policy", version, records, prompts, labeller, with_kl=True)
     reference = text_answers(session, "reference", records, [p.reference for p in prompts], prompts, None)
     title = text_answers(session, "title", records, [p.title for p in prompts], prompts, labeller)

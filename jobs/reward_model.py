@@ -32,7 +32,7 @@ def reward_model(session: Session) -> None:
     ]
     arguments = RewardModelArguments(
         **session.loop_arguments("reward_model"),
-        model=session.run.address_of(session.run.sft),
+        model=session.starts.of("reward_model"),
         comparisons=put(comparisons, session.local),
         references=put(references, session.local),
     )

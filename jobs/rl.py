@@ -8,16 +8,17 @@ from jobs.stage import main, stage
 from rayrlhf.data.sources import as_prompts
 from rayrlhf.errors import UserError
 from rayrlhf.models.loading import check_vocabulary
+from rayrlhf.runs.storage import local_copy
 
 
 @stage("rl")
 def rl(session: Session) -> None:
     """Optimise the policy; continues from the last checkpoint of the same settings."""
     session.warm_up(generators=True)
-    config, run = session.config, session.run
-    start = run.start_of_rl(config)
-    if config.trains_reward_model:
-        check_vocabulary(str(run.download(start)), str(run.download(run.reward_model)))
+    config = session.config
+    start = session.starts.of("rl")
+    if session.starts.reward_model is not None:
+        check_vocabulary(local_copy(start), local_copy(session.starts.reward_model))
     prompts = session.data.prompts(session.data.train.rl)
     if not prompts:
         raise UserError("rl: no prompts are left; lower data.sft_fraction or data.reward_model_fraction")
@@ -27,10 +28,8 @@ def rl(session: Session) -> None:
     coordinator = session.rollouts.start()
     arguments = RLArguments(
         **session.loop_arguments("rl"),
-        policy=run.address_of(start),
-        value_model=run.address_of(run.reward_model if config.trains_reward_model else start)
-        if config.rl.critic
-        else None,
+        policy=start,
+        value_model=session.starts.value_model,
         coordinator=coordinator,
         plugin=session.plugin,
     )

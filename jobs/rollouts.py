@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
@@ -20,12 +19,14 @@ from rayrlhf.data.prompts import EncodedPrompt, requests_for
 from rayrlhf.data.records import Prompt
 from rayrlhf.data.tokens import sampling_of
 from rayrlhf.environments.base import EnvironmentMaker
+from rayrlhf.models.hub import local_directory
 from rayrlhf.reports.alarms import cut_prompts
 from rayrlhf.rewards.gold import GoldMeasure, gold_labeller
 from rayrlhf.rewards.judge import UNUSABLE
 from rayrlhf.rewards.pretrained import CUT
 from rayrlhf.rewards.texts import TextRewards, make_text_rewards
-from rayrlhf.runs.folder import RunFolder
+from rayrlhf.runs.starts import Starts
+from rayrlhf.runs.storage import local_copy
 from rayrlhf.sections import DrawConfig
 from rayrlhf.trajectory import Sampling, Trajectory
 
@@ -37,11 +38,9 @@ SLICE = 1024
 class RolloutClient:
     """The coordinator of one run, and what the stages ask of it. It starts when it is first needed."""
 
-    def __init__(
-        self, config: Config, run: RunFolder, model: str, tokenizer: PreTrainedTokenizerBase, local: bool
-    ) -> None:
-        """`model` is the base model, a directory or a hub name, that generators start with."""
-        self.config, self.run, self.model, self.tokenizer, self.local = config, run, model, tokenizer, local
+    def __init__(self, config: Config, starts: Starts, tokenizer: PreTrainedTokenizerBase, local: bool) -> None:
+        """Generators start with the base of `starts`, and scorers have its reward model."""
+        self.config, self.starts, self.tokenizer, self.local = config, starts, tokenizer, local
         self.texts = make_text_rewards(config.rewards)
         """The rewards that read texts."""
         self.sampling(config.rl.draw)  # a stop token that is none shows before anything starts
@@ -57,7 +56,7 @@ class RolloutClient:
                 "coordinator",
                 Coordinator,
                 self.config,
-                self.model,
+                self.starts.base,
                 data.max_prompt_tokens + data.max_response_tokens,
                 self.tokenizer.pad_token_id,
                 self.local,
@@ -93,11 +92,11 @@ class RolloutClient:
         turns = self.config.environment.max_turns if play and self.config.environment else 1
         return sampling_of(self.tokenizer, self.config.data, draw, turns)
 
-    def load_weights(self, directory: Path) -> int:
-        """Put the weights of a saved model on all generators; returns their version."""
+    def load_weights(self, model: str) -> int:
+        """Put the weights of a model (a directory, URI or hub name) on all generators; returns their version."""
         self.wait_for_generators()
         version: int = self.call("next_version")
-        self.call("load_weights", publish_directory(self.run.download(directory), version, local=self.local))
+        self.call("load_weights", publish_directory(local_directory(local_copy(model)), version, local=self.local))
         return version
 
     def generate(
@@ -116,19 +115,18 @@ class RolloutClient:
             done += self.call("generate", piece, self.sampling(draw, play=play), version)
         return done
 
-    def start_scorers(self, prompts: list[Prompt], reference: Path, *, gold: bool) -> None:
+    def start_scorers(self, prompts: list[Prompt], reference: str, *, gold: bool) -> None:
         """Scorers of responses to these prompts, with the rewards of the config.
 
         Args:
             prompts: with their references, for rewards that look at these.
-            reference: directory of the reference policy in the run folder.
+            reference: the reference policy: a directory, URI or hub name.
             gold: they watch the texts as well, and have the gold measure if the run has one.
         """
         watched = gold and self.config.environment is None  # trajectories in turns are no answers
         measure = GoldMeasure(gold_labeller(self.config), prompts, self.tokenizer) if watched else None
         texts = TextRewards(self.texts, prompts, self.tokenizer) if self.texts else None
-        reward_model = self.run.address_of(self.run.reward_model) if self.config.trains_reward_model else None
-        self.call("start_scorers", reward_model, self.run.address_of(reference), measure, texts)
+        self.call("start_scorers", self.starts.reward_model, reference, measure, texts)
 
     def score(self, trajectories: list[Trajectory], temperature: float) -> list[Trajectory]:
         """The trajectories with rewards and reference log-probs, in order; only the stage `evaluate` asks for it."""

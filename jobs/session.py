@@ -28,13 +28,18 @@ from rayrlhf.config_file import dump_config
 from rayrlhf.config_services import HOW_ASKED
 from rayrlhf.data.run_data import RunData
 from rayrlhf.data.tokens import check_context
-from rayrlhf.models.loading import context_length, load_tokenizer, parameter_counts, resolve_model
+from rayrlhf.models.loading import context_length, load_tokenizer, parameter_counts
+from rayrlhf.models.roles import check_policy, check_reward_model
 from rayrlhf.reports.progress import batch_table
 from rayrlhf.reports.remarks import remarks
 from rayrlhf.rewards.labellers import check_labeller
 from rayrlhf.runs.addresses import join, runs_address
-from rayrlhf.runs.folder import RunFolder, open_or_create
-from rayrlhf.runs.stages import stages_to
+from rayrlhf.runs.contents import hashes, read_contents
+from rayrlhf.runs.folder import RunFolder, open_or_create, stored_contents
+from rayrlhf.runs.sharing import take_over
+from rayrlhf.runs.stages import stages_from, stages_to
+from rayrlhf.runs.starts import Starts, find_models
+from rayrlhf.runs.storage import local_copy
 
 KEPT_CHECKPOINTS = 2
 """Of SFT and the reward model: where one is damaged, the one before it is taken."""
@@ -43,9 +48,10 @@ KEPT_CHECKPOINTS = 2
 class Session:
     """One run while it is being worked on. Pools start when a stage first needs them, and serve the later stages."""
 
-    def __init__(self, config: Config, run: RunFolder, local: bool) -> None:
-        self.config, self.run, self.local = config, run, local
-        self.model = resolve_model(config.model.path)
+    def __init__(self, config: Config, run: RunFolder, starts: Starts, local: bool) -> None:
+        self.config, self.run, self.starts, self.local = config, run, starts, local
+        self.model = local_copy(starts.base)
+        """The model with whose tokenizer and architecture the run begins: a directory or a hub name."""
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.model, config.model.revision)
         self.data = RunData(config, self.tokenizer)
         check_context(config.data.max_prompt_tokens, config.data.max_response_tokens, context_length(self.model))
@@ -53,7 +59,7 @@ class Session:
             config.resources.learner, run.address_of(run.checkpoints), f"workers-{config.name}", local=local
         )
         """The learner's, which serve every training stage."""
-        self.rollouts = RolloutClient(config, run, self.model, self.tokenizer, local)
+        self.rollouts = RolloutClient(config, starts, self.tokenizer, local)
         self._connection = contextlib.ExitStack()
         self._started = False
         self.plugin = read_plugin(config.rl)
@@ -72,6 +78,7 @@ class Session:
         """
         if self._started:
             return False
+        self._check_models()
         self.data.read()
         make_algorithm(self.config.rl, self.plugin)  # a mistake in the user's file
         if self.config.data.comparisons is None:
@@ -83,8 +90,27 @@ class Session:
         train = self.data.train
         prompts = [record.prompt for record in (*train.sft, *train.reward_model, *train.rl)]
         self.remarks = remarks(self.config, self.tokenizer, prompts)
+        if train.sft and not self.config.has("sft"):
+            console.print(
+                f"{len(train.sft)} demonstrations are the share of sft, which this run leaves out; if the model that "
+                "it starts from was not trained on them, data.sft_fraction=0 gives them to the other stages",
+                soft_wrap=True,
+            )
         self._started = True
         return True
+
+    def _check_models(self) -> None:
+        """
+        Raises:
+            UserError: a model that a `from` names cannot take its place in the run.
+        """
+        for key, model in self.starts.given.items():
+            path = local_copy(model)
+            if key in ("reward_model.from", "rl.value_from"):
+                trained = key == "rl.value_from" or self.config.trains_reward_model
+                check_reward_model(path, self.model, key, trained=trained)
+            else:
+                check_policy(path, self.model, key)
 
     def overview(self) -> Table:
         """What the config's batch numbers mean in steps, samples, tokens and memory."""
@@ -119,6 +145,8 @@ class Session:
         relevant = {key: settings[key] for key in ("seed", "model", "data", *stages_to(stage, self.config))}
         if stage != "sft" and self.config.stages is not None:
             relevant["stages"] = settings["stages"]  # which prompts are collected for depends on them
+        contents = stored_contents(self.run)
+        relevant["contents"] = {key: hashes(contents, key) for key in contents if stage in stages_from(key)}
         for key in ("checkpoint_every", "keep_checkpoints"):
             relevant.get("rl", {}).pop(key, None)
         asked = [relevant["collect"]["labeller"]] if "collect" in relevant else []
@@ -176,7 +204,11 @@ class Session:
 
 @contextlib.contextmanager
 def opened(config: Config, local: bool = False) -> Iterator[Session]:
-    """The run's folder (locked) and a `Session` over it; it connects to Ray when a stage starts (never if `local`)."""
+    """The run's folder (locked) and a `Session` over it; it connects to Ray when a stage starts (never if `local`).
+
+    Raises:
+        UserError: the run cannot go on with this config, or a model or run that it names is not there.
+    """
     runs_dir = runs_address(config.runs_dir, inside_job())
     # Not as it was typed: `namespace` of the run's actors is made of it, and config.yaml tells `rayrlhf status`.
     config = config.model_copy(update={"runs_dir": runs_dir})
@@ -184,9 +216,22 @@ def opened(config: Config, local: bool = False) -> Iterator[Session]:
     recorded = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"prompts": None})})
     run = RunFolder(join(runs_dir, config.name))
     with run.lock():
-        open_or_create(recorded, runs_dir)
-        session = Session(config, run, local)
+        run.download_files()
+        models = find_models(config)
+        contents = read_contents(recorded, models, stored_contents(run))
+        open_or_create(recorded, runs_dir, contents=contents)
+        if config.start is not None:
+            console.print(take_over(run, recorded, contents), soft_wrap=True, markup=False)
+        starts = Starts(config, run, models)
+        session = Session(_beginning_with(starts, config), run, starts, local)
         try:
             yield session
         finally:
             session.close()
+
+
+def _beginning_with(starts: Starts, config: Config) -> Config:
+    """The config with the model that the run begins with in place of `model.path`, where a `from` names one."""
+    if starts.base not in starts.given.values():
+        return config
+    return config.model_copy(update={"model": config.model.model_copy(update={"path": starts.base, "revision": None})})

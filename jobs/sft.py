@@ -25,7 +25,7 @@ def sft(session: Session) -> None:
     ]
     arguments = SFTArguments(
         **session.loop_arguments("sft"),
-        model=session.model,
+        model=session.starts.base,
         train=put(rows, session.local),
         dev=put(dev, session.local),
         coordinator=session.rollouts.start(),

@@ -82,8 +82,8 @@ def _check_needs(name: str, session: Session) -> None:
         UserError: a stage that `name` needs is not done.
     """
     run = session.run
-    for earlier in (STAGES[needed] for needed in STAGES[name].needs):
-        if earlier.part_of(session.config) and not run.done(earlier.name):
+    for earlier in STAGES[name].inputs(session.config):
+        if not run.done(earlier.name):
             needed = run.address_of(run.output(earlier.name))
             instead = f", or set {earlier.left_out_with}" if earlier.left_out_with else ""
             raise UserError(

@@ -36,8 +36,9 @@ from rayrlhf.reports.measures import interval_text
 from rayrlhf.reports.progress import duration
 from rayrlhf.runs.addresses import join, runs_address
 from rayrlhf.runs.folder import RunFolder, open_or_create
+from rayrlhf.runs.sharing import share
 from rayrlhf.runs.storage import Mirror
-from rayrlhf.sweeps.plan import BASE, Space, Sweep, Trial, Value, load_sweep, share
+from rayrlhf.sweeps.plan import BASE, Space, Sweep, Trial, Value, load_sweep
 from rayrlhf.sweeps.results import Result, ranked, read_result, results_table, write_results
 
 TUNE_ENVIRONMENT = {

@@ -5,7 +5,7 @@ Units: lengths are tokens, times are seconds, sizes are bytes unless the name sa
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -16,7 +16,8 @@ from rayrlhf.config_labellers import LabellerConfig, ReferenceLabellerConfig
 from rayrlhf.config_resources import ResourcesConfig
 from rayrlhf.config_rewards import EnvironmentReward, ModelReward, Reward, Rewards
 from rayrlhf.config_rl import PPOConfig, RLSection
-from rayrlhf.sections import DrawConfig, Fraction, OptimizerConfig, Positive, Section
+from rayrlhf.config_stages import StageName, fault_of_stages
+from rayrlhf.sections import DrawConfig, Fraction, OptimizerConfig, Positive, Section, StartSection
 
 
 class LoRAConfig(Section):
@@ -91,7 +92,7 @@ class DataConfig(Section):
         return self
 
 
-class SFTConfig(Section):
+class SFTConfig(StartSection):
     """Stage `sft`: supervised fine-tuning on demonstrations."""
 
     epochs: Positive = 1
@@ -124,7 +125,7 @@ class CollectConfig(DrawConfig):
     """Share of the prompts that only measures the reward model's accuracy."""
 
 
-class RewardModelConfig(Section):
+class RewardModelConfig(StartSection):
     """Stage `reward_model`: learn to order ranked answers."""
 
     epochs: Positive = 1
@@ -153,10 +154,6 @@ class EvaluateConfig(DrawConfig):
     """Resamples of every bootstrap interval."""
 
 
-StageName = Literal["sft", "collect", "reward_model", "dpo", "rl", "evaluate"]
-"""The keys of `rayrlhf.runs.stages.STAGES`, in their order."""
-
-
 class Config(Section):
     """All of a run's settings."""
 
@@ -164,10 +161,14 @@ class Config(Section):
     """Name of the run; its folder is `runs_dir/name`."""
     runs_dir: str = "runs"
     """A directory that every node sees, or a URI such as `s3://bucket/runs` (docs/jobs.md)."""
+    start: str | None = Field(default=None, alias="from")
+    """`from`: the folder of another run, whose finished stages are taken over where their settings and data are equal
+    (docs/starting_points.md)."""
     seed: Annotated[int, Field(ge=0)] = 0
     stages: Annotated[tuple[StageName, ...], Field(min_length=1)] | None = None
     """What `rayrlhf run` does, such as [sft, collect, dpo, evaluate]. null: sft, collect, reward_model, rl, evaluate,
-    without `collect` where there are `data.comparisons`. With `dpo` and `rl`, `rl` starts from the model of `dpo`."""
+    without `collect` where there are `data.comparisons`. With `dpo` and `rl`, `rl` starts from the model of `dpo`.
+    Where `sft` or `reward_model` is left out, the `from` of its section is the run's model of that name."""
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     sft: SFTConfig = SFTConfig()
@@ -191,9 +192,15 @@ class Config(Section):
         return wanted and (self.stages is None or "reward_model" in self.stages)
 
     @property
+    def has_reward_model(self) -> bool:
+        """Whether the run trains a reward model, or is given one in its place."""
+        given = any(reward.trained for reward in self.rewards) and self.reward_model.start is not None
+        return given or self.trains_reward_model
+
+    @property
     def scored_by(self) -> tuple[Reward, ...]:
-        """The rewards that the run has: all but the one that it would train, where it trains none."""
-        return tuple(r for r in self.rewards if self.trains_reward_model or not r.trained)
+        """The rewards that the run has: all but the one that it would train, where it trains none and has none."""
+        return tuple(r for r in self.rewards if self.has_reward_model or not r.trained)
 
     def has(self, stage: StageName) -> bool:
         """Whether `stages` names it. Without `stages`, whether the usual pipeline may have it."""
@@ -201,40 +208,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _stages_fit(self) -> Config:
-        chosen, order = self.stages, get_args(StageName)
-        if chosen is None:
-            return self
-        if list(chosen) != sorted(set(chosen), key=order.index):
-            raise ValueError(f"stages: name each once, in this order: {', '.join(order)}")
-        collected = self.data.comparisons is None
-        scored = any(reward.trained for reward in self.rewards)
-        for wrong, what in (
-            ("sft" not in chosen, "sft is missing; all others start from its model"),
-            (collected and "dpo" in chosen and "collect" not in chosen, "dpo needs collect, or data.comparisons"),
-            (
-                collected and "reward_model" in chosen and "collect" not in chosen,
-                "reward_model needs collect, or data.comparisons",
-            ),
-            (not collected and "collect" in chosen, "leave out collect; data.comparisons are used in place of its own"),
-            (
-                scored and "rl" in chosen and "reward_model" not in chosen,
-                "rl needs reward_model, or rewards of which none has the kind model without a path",
-            ),
-            (
-                not scored and "reward_model" in chosen,
-                "leave out reward_model; no reward has the kind model without a path",
-            ),
-            (
-                "evaluate" in chosen and self.evaluate.best_of is not None and not self.scored_by,
-                "evaluate.best_of needs a reward to choose by; add reward_model, or rewards of another kind",
-            ),
-            (
-                "evaluate" in chosen and not {"dpo", "rl"} & {*chosen},
-                "evaluate needs dpo or rl, whose model it compares with that of sft",
-            ),
-        ):
-            if wrong:
-                raise ValueError(f"stages: {what}")
+        if fault := fault_of_stages(self):
+            raise ValueError(fault)
         return self
 
     @model_validator(mode="after")

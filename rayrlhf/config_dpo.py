@@ -9,14 +9,14 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from rayrlhf.sections import OptimizerConfig, Positive, Section
+from rayrlhf.sections import OptimizerConfig, Positive, StartSection
 
 PositiveFloat = Annotated[float, Field(gt=0)]
 BALANCED = 4 / 3
 """How far good answers may outweigh bad ones, by number and weight (Ethayarajh et al. 2024, section 4.2)."""
 
 
-class PreferenceConfig(Section):
+class PreferenceConfig(StartSection):
     """What all losses have: the batches and the updates."""
 
     reference: ClassVar[bool] = True

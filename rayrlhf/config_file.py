@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from rayrlhf.config import Config
 from rayrlhf.errors import UserError
@@ -134,7 +135,7 @@ def _numbers(tree: Any, section: type[BaseModel] | None) -> Any:
         return tree
     out: dict[str, Any] = {}
     for key, value in tree.items():
-        field = section.model_fields.get(str(key))
+        field = _keys_of(section).get(str(key))
         out[key] = _typed(value, field.annotation) if field else value
     return out
 
@@ -165,6 +166,11 @@ def _nested_section(annotation: Any, tag: Any = None) -> type[BaseModel] | None:
     return next(iter(named or sections), None)
 
 
+def _keys_of(section: type[BaseModel]) -> dict[str, FieldInfo]:
+    """The fields of a section by their keys in a file."""
+    return {field.alias or name: field for name, field in section.model_fields.items()}
+
+
 def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
     """All sections in a type such as `tuple[A | B, ...]`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
@@ -187,7 +193,7 @@ def _explain(error: Any, root: type[BaseModel]) -> str:
             return f"key {key!r} is {RENAMED[key]!r} now"
         if error["loc"][-1] in ELSEWHERE:
             return f"there is no key {key!r}: {ELSEWHERE[error['loc'][-1]]}"
-        known = list(section.model_fields) if section else []
+        known = list(_keys_of(section)) if section else []
         close = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
         return f"unknown key {key!r}; {hint}"
@@ -217,7 +223,7 @@ def _key_of(places: Sequence[Any], root: type[BaseModel]) -> tuple[str, type[Bas
             continue  # pydantic's name for the member of a union, which is no key
         parts.append(str(place))
         section = inside
-        field = section.model_fields.get(str(place)) if section else None
+        field = _keys_of(section).get(str(place)) if section else None
         annotation = field.annotation if field else None
         inside = _nested_section(annotation, following)
     return ".".join(parts), section

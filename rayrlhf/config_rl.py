@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from rayrlhf.sections import DrawConfig, Fraction, OptimizerConfig, Positive, Section
+from rayrlhf.sections import DrawConfig, Fraction, OptimizerConfig, Positive, Section, StartSection
 
 ClipRange = Annotated[float, Field(gt=0)]
 
@@ -31,7 +31,7 @@ class KLConfig(Section):
     """Horizon of the adaptive controller, in samples."""
 
 
-class RLConfig(Section):
+class RLConfig(StartSection):
     """What all algorithms have: the batches, the updates, the limits of staleness, the score of a response."""
 
     critic: ClassVar[bool] = False
@@ -113,10 +113,13 @@ class RLConfig(Section):
 
 
 class CriticConfig(RLConfig):
-    """What algorithms with a value model have. It starts as the reward model, or as the policy with a new head."""
+    """What algorithms with a value model have."""
 
     critic: ClassVar[bool] = True
 
+    value_from: str | None = None
+    """What the value model starts as: `reward_model`, `policy` (with a new head), or a model as in `from`, a run's
+    folder for its reward model. null: the run's reward model, or the policy where the run has none."""
     value_lr: Annotated[float, Field(gt=0)] | None = None
     """Learning rate of the value model; the policy's when absent."""
     value_clip_range: ClipRange = 0.2

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -13,6 +15,15 @@ class UserError(Exception):
     The message is one line: what is wrong, where (file, row or key), how to mend it.
     Entry points print it without a traceback and exit with status 2.
     """
+
+
+@contextlib.contextmanager
+def naming(key: str) -> Iterator[None]:
+    """A block whose `UserError` begins with the key of the config that it is about."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from None
 
 
 def one_line(error: BaseException) -> str:

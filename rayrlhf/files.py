@@ -1,13 +1,17 @@
-"""Writing files and directories so that others see them whole or not at all."""
+"""Writing files and directories so that others see them whole or not at all, and knowing a file's content again."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+_DIGEST_BYTES = 16
 
 
 @contextlib.contextmanager
@@ -43,6 +47,13 @@ def sync_tree(directory: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def fingerprint(path: Path) -> dict[str, Any]:
+    """The size and hash of a file's content."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=_DIGEST_BYTES))
+    return {"bytes": path.stat().st_size, "blake2b": digest.hexdigest()}
 
 
 def _share(directory: Path) -> None:

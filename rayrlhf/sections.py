@@ -14,7 +14,19 @@ class Section(BaseModel):
     """Base of all sections. An unknown key is an error, and a value of another type is not converted."""
 
     # No protected namespaces: pydantic would warn of field names that begin as its own methods do.
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
+    # An alias is the key where Python reserves the word, as `from`: files and dumps know that one only.
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=(), serialize_by_alias=True
+    )
+
+
+class StartSection(Section):
+    """What stages have that begin with a model."""
+
+    start: str | None = Field(default=None, alias="from")
+    """`from`: the model to begin with, in place of an earlier stage's: a directory, a hub name, or the folder of a run,
+    which stands for the model that its stage of the same name made. null: an earlier stage's (docs/starting_points.md).
+    """
 
 
 class DrawConfig(Section):

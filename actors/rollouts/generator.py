@@ -14,6 +14,7 @@ from actors.rollouts.weight_sync import PublishedWeights, WeightSyncError
 from rayrlhf.config import ModelConfig
 from rayrlhf.config_resources import GeneratorConfig
 from rayrlhf.environments.base import EnvironmentMaker
+from rayrlhf.runs.storage import local_copy
 from rayrlhf.trajectory import GenerationRequest, Sampling, SerializedTrajectory, Trajectory
 
 INITIAL_VERSION = -1
@@ -37,13 +38,14 @@ class Generator(SerializedCalls):
     ) -> None:
         """
         Args:
-            model: its `path` is a directory or a hub name.
+            model: its `path` is a directory, a URI or a hub name.
             max_model_len: bounds prompt + response, in tokens.
             environment: answers the policy, in a run whose responses take several turns.
         """
         self._name = name
+        path = local_copy(model.path)
         self.engine = Engine(
-            model.path,
+            path,
             revision=model.revision,
             dtype=model.dtype,
             max_model_len=max_model_len,
@@ -55,7 +57,7 @@ class Generator(SerializedCalls):
             # Here, because the coordinator imports this file for the class alone: transformers takes seconds.
             from rayrlhf.models.loading import load_tokenizer
 
-            self.rollout = Episodes(self.engine, environment, load_tokenizer(model.path, model.revision))
+            self.rollout = Episodes(self.engine, environment, load_tokenizer(path, model.revision))
         self._version = INITIAL_VERSION
         self._tokens = 0
         self._given = 0

@@ -32,6 +32,7 @@ from rayrlhf.models.loading import context_length, load_policy, load_tokenizer
 from rayrlhf.models.lora import load_trained_state, trained_state
 from rayrlhf.models.saving import save_model
 from rayrlhf.rewards.rouge import rouge
+from rayrlhf.runs.storage import local_copy
 from rayrlhf.trajectory import GenerationRequest, derive_seed
 
 
@@ -50,7 +51,7 @@ class SFTArguments(LoopArguments):
     """What every worker needs; picklable, paths absolute."""
 
     model: str
-    """Resolved: an absolute directory or a hub name."""
+    """Resolved: an absolute directory, a URI or a hub name."""
     train: Any
     """list[Row] whose masks cover the responses, or `actors.pools.remote.put` of it."""
     dev: Any
@@ -100,8 +101,9 @@ def sft_loop(args: SFTArguments) -> None:
         run, ranks = loop.run, loop.ranks
         train: list[Row] = fetch(args.train)
         dev: list[DevPrompt] = fetch(args.dev)
-        tokenizer = load_tokenizer(args.model, config.model.revision)
-        model = loop.trained("model", load_policy(args.model, config.model.revision, ranks.device), config.seed)
+        start = local_copy(args.model)
+        tokenizer = load_tokenizer(start, config.model.revision)
+        model = loop.trained("model", load_policy(start, config.model.revision, ranks.device), config.seed)
         forward = Forward(
             model, pad_token_id=tokenizer.pad_token_id, max_tokens=settings.micro_batch_tokens, dtype=config.model.dtype
         )

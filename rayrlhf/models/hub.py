@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 
+from huggingface_hub import snapshot_download
 from transformers import AutoConfig, PreTrainedConfig
 
 from rayrlhf.errors import UserError
@@ -38,6 +40,18 @@ def one_line_errors(path: str) -> Iterator[None]:
         else:
             reason = f"cannot be loaded: {text[:300]}"
         raise UserError(f"model {path!r}: {reason}") from error
+
+
+def local_directory(model: str) -> Path:
+    """The directory of a model's files: a directory itself, or the copy that this machine has of a model on the hub.
+
+    Raises:
+        UserError: it is on the hub, and cannot be downloaded.
+    """
+    if Path(model).is_dir():
+        return Path(model)
+    with one_line_errors(model):
+        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors"]))
 
 
 @contextlib.contextmanager

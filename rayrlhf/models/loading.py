@@ -179,24 +179,34 @@ def checkpoint_gradients(model: PreTrainedModel) -> PreTrainedModel:
     return model.train()  # transformers does this in training mode only; dropout is off anyway
 
 
-def check_vocabulary(policy_path: str, reward_path: str) -> None:
+def check_vocabulary(
+    policy_path: str,
+    reward_path: str,
+    what: str = "reward model",
+    remedy: str = "train the reward model from a model with the policy's tokenizer",
+) -> None:
     """Check that both models mean the same by a token id: ids travel from the policy to the reward model.
+
+    Args:
+        policy_path: a directory or a hub name.
+        reward_path: the same, of the reward model or of another policy.
+        what: names the second one in errors.
+        remedy: ends these.
 
     Raises:
         UserError: the mappings from token to id differ, or the vocabulary sizes do.
     """
     policy, reward = load_tokenizer(policy_path).get_vocab(), load_tokenizer(reward_path).get_vocab()
-    remedy = "train the reward model from a model with the policy's tokenizer"
     if policy != reward:
         differing = {t for t in policy.keys() | reward.keys() if policy.get(t) != reward.get(t)}
         raise UserError(
-            f"reward model {reward_path!r} and policy {policy_path!r} have different tokenizers "
+            f"{what} {reward_path!r} and policy {policy_path!r} have different tokenizers "
             f"({len(differing)} tokens differ, such as {min(differing)!r}); {remedy}"
         )
     sizes = [read_config(path, None).get_text_config().vocab_size for path in (policy_path, reward_path)]
     if sizes[0] != sizes[1]:
         raise UserError(
-            f"reward model {reward_path!r} has a vocabulary of {sizes[1]} rows, policy {policy_path!r} of {sizes[0]}; "
+            f"{what} {reward_path!r} has a vocabulary of {sizes[1]} rows, policy {policy_path!r} of {sizes[0]}; "
             + remedy
         )
 

@@ -31,6 +31,13 @@ def join(address: str | Path, *parts: str) -> str:
     return "/".join([base.rstrip("/"), *parts]) + mark + options
 
 
+def as_typed(address: str) -> str:
+    """A folder below the current directory as people write it; any other address as it is."""
+    if is_uri(address) or not Path(address).is_relative_to(Path.cwd()):
+        return address
+    return str(Path(address).relative_to(Path.cwd()))
+
+
 def local_path(address: str | Path) -> Path:
     """Where a process of this node finds what is at an address: there, or in the node's cache."""
     if not is_uri(address):

@@ -10,7 +10,6 @@ whole checkpoint is taken; a damaged one is named, and removed when the next one
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -18,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from rayrlhf.errors import UserError
-from rayrlhf.files import replacing, sync_tree
+from rayrlhf.files import fingerprint, replacing, sync_tree
 from rayrlhf.runs.folder import RunFolder
 
 MANIFEST = "manifest.json"
 _PREFIX = "checkpoint_"
-_CHUNK_BYTES = 2**20
 
 
 class Checkpoints:
@@ -89,7 +87,7 @@ class Checkpoints:
         number = before[-1] + 1 if before else 0
         with replacing(self._path(number), directory=True) as directory:
             write(directory)
-            manifest = {"files": {name: _fingerprint(directory / name) for name in _files(directory)}}
+            manifest = {"files": {name: fingerprint(directory / name) for name in _files(directory)}}
             (directory / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
             sync_tree(directory)  # before the rename: after a power cut the name must not be all that is left
         self.run.upload(self._path(number))
@@ -117,7 +115,7 @@ def damage(directory: Path) -> str | None:
         for name, expected in files.items():
             if not (directory / name).is_file():
                 return f"{name} is missing"
-            if _fingerprint(directory / name) != expected:
+            if fingerprint(directory / name) != expected:
                 return f"{name} is not what was written"
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
@@ -128,11 +126,3 @@ def damage(directory: Path) -> str | None:
 
 def _files(directory: Path) -> list[str]:
     return sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
-
-
-def _fingerprint(path: Path) -> dict[str, Any]:
-    digest = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return {"bytes": path.stat().st_size, "blake2b": digest.hexdigest()}

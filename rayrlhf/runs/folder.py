@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import logging
 import os
+import shlex
 import shutil
 import socket
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -25,14 +26,13 @@ from rayrlhf.config import Config
 from rayrlhf.config_file import dump_config, parse_config
 from rayrlhf.errors import UserError
 from rayrlhf.files import replacing
-from rayrlhf.runs.addresses import is_uri, join
-from rayrlhf.runs.stages import STAGES, stages_from
+from rayrlhf.runs.addresses import as_typed, is_uri, join
+from rayrlhf.runs.changes import Change, config_changes, content_changes, sentence
+from rayrlhf.runs.contents import Contents, parse_contents
+from rayrlhf.runs.stages import STAGES, stages_of
 from rayrlhf.runs.stores import holder_of, lease, open_store, store_errors
 
 log = logging.getLogger(__name__)
-
-_FREE_KEYS = {"name", "runs_dir", "alarms", "resources"}
-"""Top-level keys that do not change results."""
 
 _held: dict[Path, int] = {}
 """Run folders that this process has locked, and how many times."""
@@ -49,6 +49,8 @@ class RunFolder:
         if not self.path.is_absolute():
             raise UserError(f"run folder {self.address!r} is relative; give an absolute runs_dir (runs_dir=/abs/path)")
         self.config = self.path / "config.yaml"
+        self.contents = self.path / "contents.json"
+        self.shared = self.path / "shared.json"
         self.metrics = self.path / "metrics.jsonl"
         self.report = self.path / "report.html"
         self.sft = self.path / "sft"
@@ -74,14 +76,6 @@ class RunFolder:
     def done(self, stage: str) -> bool:
         """Whether the output of `stage` exists."""
         return self.store.exists(self.output(stage)) if self.store else self.output(stage).exists()
-
-    def start_of_rl(self, config: Config) -> Path:
-        """The model that `rl` starts from and holds as its reference policy."""
-        return self.dpo if config.has("dpo") else self.sft
-
-    def final_policy(self, config: Config) -> Path:
-        """The model that the run is for: that of `rl`, or of `dpo` in a run without `rl`."""
-        return self.policy if config.has("rl") else self.dpo
 
     def address_of(self, path: Path) -> str:
         """The address by which any node finds a file or directory of the folder, with `storage.local_copy`."""
@@ -226,52 +220,63 @@ def run_folders(runs_dir: str | Path) -> list[RunFolder]:
     return [RunFolder(join(store.address, name)) for name in names]
 
 
-def open_or_create(config: Config, runs_dir: str | Path, redo: Collection[str] = ()) -> RunFolder:
-    """The folder of this run, with `config` as its config.yaml.
+def open_or_create(
+    config: Config, runs_dir: str | Path, redo: Collection[str] = (), contents: Contents | None = None
+) -> RunFolder:
+    """The folder of this run, with `config` as its config.yaml, and with `contents` as its contents.json.
 
-    A stored config must agree with `config` in every key that went into a finished stage. `model`, `data` and `seed`
-    went into all stages, a stage's own section into that stage and those after it. Other keys may change, and the new
-    config replaces the stored one.
+    A stored config must agree with `config` in every key that went into a finished stage, and stored contents with
+    `contents`. `model`, `data` and `seed` went into all stages, a stage's own section into that stage and those after
+    it. Other keys and contents may change, and the new ones replace the stored ones.
 
     Args:
         config: what this run is to do.
         runs_dir: an absolute path or a URI, see `runs_address`.
         redo: stages whose output is about to be written anew, whose old config values may therefore change.
+        contents: of the files that `config` names; None leaves the stored ones as they are.
 
     Raises:
-        UserError: a key that went into a finished stage has changed, the stored config cannot be read, or another
-            process holds the folder.
+        UserError: a key or a content that went into a finished stage has changed, the stored config cannot be read, or
+            another process holds the folder.
     """
     run = RunFolder(join(runs_dir, config.name))
     with run.lock():
         run.download_files()
         if run.config.exists():
-            _refuse_changes_of_finished_stages(run, config, redo)
-        text = yaml.safe_dump(dump_config(config), sort_keys=False, allow_unicode=True)
-        with replacing(run.config) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-        run.upload(run.config)
+            changes = changes_since(run, config, contents)
+            _refuse_changes_of_finished_stages(run, config, changes, redo)
+            for change in changes:
+                log.info("%s: %s", run.name, change.words)
+            if said := sentence(change for change in changes if change.content):
+                print(f"{said}: stages that are not finished begin anew with it", flush=True)
+        _write(run, run.config, yaml.safe_dump(dump_config(config), sort_keys=False, allow_unicode=True))
+        if contents is not None:
+            # What is not there now stays known: it may come back as another file.
+            gone = {key: entry for key, entry in stored_contents(run).items() if key not in contents}
+            _write(run, run.contents, json.dumps(gone | contents, indent=1) + "\n")
     return run
 
 
-def _refuse_changes_of_finished_stages(run: RunFolder, config: Config, redo: Collection[str]) -> None:
-    changed = _differences(dump_config(_read_stored(run)), dump_config(config))
-    bound = [(key, old, new, stage) for key, old, new in changed if (stage := _binding_stage(run, key, redo))]
-    if bound:
-        what = ", ".join(f"{key} was {old!r} and is now {new!r}" for key, old, new, _ in bound[:3])
-        more = f" (and {len(bound) - 3} more)" if len(bound) > 3 else ""
-        raise UserError(
-            f"{run.address_of(run.config)}: {what}{more}, but stage {bound[0][3]!r} is already done with the old "
-            f"value; choose another name (name=...) or delete {run.address}"
-        )
-    for key, old, new in changed:
-        log.info("%s: %s changes from %r to %r", run.name, key, old, new)
+def changes_since(run: RunFolder, config: Config, contents: Contents | None = None) -> list[Change]:
+    """How a config, and the contents that it names, differ from those that are stored in a run folder.
+
+    Raises:
+        UserError: the stored config cannot be read.
+    """
+    changed = config_changes(dump_config(stored_config(run)), dump_config(config))
+    named = {change.key for change in changed}  # another path, whose content is another one as a matter of course
+    return changed + [c for c in content_changes(stored_contents(run), contents or {}) if c.key not in named]
 
 
-def _read_stored(run: RunFolder) -> Config:
+def stored_config(run: RunFolder) -> Config:
+    """The config of record.
+
+    Raises:
+        UserError: it cannot be read.
+    """
     path = run.address_of(run.config)
     try:
-        tree = yaml.safe_load(run.config.read_text(encoding="utf-8"))
+        tree = yaml.safe_load(run.read(run.config) or b"")
     except yaml.YAMLError:
         tree = None
     if not isinstance(tree, dict):
@@ -279,20 +284,30 @@ def _read_stored(run: RunFolder) -> Config:
     return parse_config(tree, path)
 
 
-def _binding_stage(run: RunFolder, key: str, redo: Collection[str]) -> str | None:
-    """The first finished stage that the value of `key` went into."""
-    if key.split(".")[0] in _FREE_KEYS:
-        return None
-    return next((stage for stage in stages_from(key) if stage not in redo and run.done(stage)), None)
+def stored_contents(run: RunFolder) -> Contents:
+    """What the files that the config of record names held; nothing in a run folder of an earlier version."""
+    return parse_contents(run.read(run.contents))
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
-    """Dotted keys whose values differ, with both values, in the order of `new`."""
-    found: list[tuple[str, Any, Any]] = []
-    for key in [*new, *(k for k in old if k not in new)]:
-        before, after = old.get(key), new.get(key)
-        if isinstance(before, dict) and isinstance(after, dict):
-            found += _differences(before, after, f"{prefix}{key}.")
-        elif before != after:
-            found.append((prefix + key, before, after))
-    return found
+def _refuse_changes_of_finished_stages(
+    run: RunFolder, config: Config, changes: Sequence[Change], redo: Collection[str]
+) -> None:
+    finished = [stage for stage in STAGES if stage not in redo and run.done(stage)]
+    bound = [change for change in changes if {*change.stages} & {*finished}]
+    if not bound:
+        return
+    stage = next(stage for stage in finished if stage in bound[0].stages)
+    old = "content" if bound[0].content else "value"
+    shared = not any(stages_of(config)[0].name in change.stages for change in bound)
+    rest = f" from={shlex.quote(as_typed(run.address))}" if shared and run.done(stages_of(config)[0].name) else ""
+    raise UserError(
+        f"{run.address_of(run.config)}: {sentence(bound)}, but stage {stage!r} is already done with the old {old}; "
+        f"put it back, delete {run.address}, or begin another run{' that shares the rest' if rest else ''}: "
+        f"name=OTHER{rest}"
+    )
+
+
+def _write(run: RunFolder, path: Path, text: str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    run.upload(path)

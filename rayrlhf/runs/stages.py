@@ -13,6 +13,7 @@ steps: the line that describes the first step has step 1; a line of step 0 was m
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -32,8 +33,13 @@ class Stage:
     output: str
     """The file or directory in the run folder that exists exactly if the stage is done."""
     output_is_directory: bool
+    starts_from: tuple[str, ...] = ()
+    """The stages whose models this one may start from: it takes the first that the run has, unless its section has a
+    `from`."""
     needs: tuple[str, ...] = ()
-    """The stages whose outputs this one reads."""
+    """The stages whose outputs this one reads beside that."""
+    beside: tuple[str, ...] = ()
+    """Files of the run folder that it writes beside its output, some of them only in some runs."""
     trains: bool = False
     """Whether it has steps, and metrics of each."""
     left_out_with: str | None = None
@@ -47,6 +53,13 @@ class Stage:
     def command(self) -> str:
         """The sub-command of `rayrlhf` that runs this stage."""
         return self.name.replace("_", "-")
+
+    def inputs(self, config: Config) -> list[Stage]:
+        """The stages of the run whose outputs this one reads."""
+        own = [STAGES[name] for name in self.starts_from if STAGES[name].part_of(config)]
+        given = getattr(getattr(config, self.name), "start", None) is not None
+        others = [STAGES[name] for name in self.needs if STAGES[name].part_of(config)]
+        return ([] if given else own[:1]) + others
 
     def part_of(self, config: Config) -> bool:
         """Whether a run with this config has the stage."""
@@ -79,7 +92,8 @@ STAGES = {
             "Sample answers from the SFT model and have a labeller rank them.",
             output="comparisons.parquet",
             output_is_directory=False,
-            needs=("sft",),
+            starts_from=("sft",),
+            beside=("labeller.json",),
             left_out_with="data.comparisons",
             for_reward_model=True,
         ),
@@ -89,7 +103,9 @@ STAGES = {
             "Train a reward model on ranked answers, starting from the SFT model.",
             output="reward_model",
             output_is_directory=True,
-            needs=("sft", "collect"),
+            starts_from=("sft",),
+            needs=("collect",),
+            beside=("reward_model.json", "heldout_pairs.parquet"),
             trains=True,
             for_reward_model=True,
         ),
@@ -99,7 +115,8 @@ STAGES = {
             "Train the SFT policy on ranked answers by dpo.loss, without rollouts and without a reward model.",
             output="dpo",
             output_is_directory=True,
-            needs=("sft", "collect"),
+            starts_from=("sft",),
+            needs=("collect",),
             trains=True,
             on_request=True,
         ),
@@ -109,7 +126,8 @@ STAGES = {
             "Optimise the policy against the rewards by rl.algorithm. Continues from its last checkpoint.",
             output="policy",
             output_is_directory=True,
-            needs=("sft", "reward_model", "dpo"),
+            starts_from=("dpo", "sft"),
+            needs=("reward_model",),
             trains=True,
         ),
         Stage(
@@ -119,6 +137,7 @@ STAGES = {
             output="evaluation.json",
             output_is_directory=False,
             needs=("sft", "reward_model", "dpo", "rl"),
+            beside=("samples.parquet",),
         ),
     )
 }
@@ -146,7 +165,9 @@ def stages_from(key: str) -> tuple[str, ...]:
     >>> stages_from("rl.steps")
     ('rl', 'evaluate')
     """
-    names, section = tuple(STAGES), key.split(".")[0]
-    # SFT is the same whatever stages follow it.
+    names, section = tuple(STAGES), re.split(r"[.\[]", key)[0]  # rewards[0].path
+    # SFT is the same whatever stages follow it, and whatever comparisons they learn from.
     section = {"rewards": "rl", "environment": "rl", "stages": "collect"}.get(section, section)
+    if f"{key}.".startswith("data.comparisons."):
+        section = "collect"
     return names[names.index(section) if section in STAGES else 0 :]

@@ -55,10 +55,20 @@ def local_copy(address: str) -> str:
     """
     if not is_uri(address):
         return address
+    store, path = locate(address)
+    return str(store.download(path))
+
+
+def locate(address: str) -> tuple[Store, Path]:
+    """The store of the folder that a file or directory is in, and the path of its copy.
+
+    Raises:
+        UserError: as `Store.open`.
+    """
     base, mark, options = address.partition("?")
     folder, _, name = base.rstrip("/").rpartition("/")
     store = Store.open(folder + mark + options)
-    return str(store.download(store.copy / name))
+    return store, store.copy / name
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +22,7 @@ from pydantic import Field, field_validator, model_validator
 from rayrlhf.config import Config
 from rayrlhf.config_file import dump_config, parse_config, parse_override, parse_section, read_yaml, set_key
 from rayrlhf.errors import UserError
-from rayrlhf.files import replacing
 from rayrlhf.reports.measures import MEASURES
-from rayrlhf.runs.folder import RunFolder
 from rayrlhf.runs.stages import stages_from, stages_of
 from rayrlhf.sections import Positive, Section
 
@@ -211,36 +208,6 @@ def short_names(keys: Iterable[str]) -> dict[str, str]:
         unique = (n for n in lengths if sum(ending(other, n) == ending(key, n) for other in parts) == 1)
         short[key] = ending(key, next(unique))
     return short
-
-
-def share(base: RunFolder, trial: RunFolder, stages: Iterable[str]) -> None:
-    """Let `trial` start with `stages` of `base` done: with their outputs and their lines of metrics.jsonl.
-
-    Outputs are written once and never changed. So a hard link to each file of `base` is as good as a copy, in a
-    directory and in the node's copy of a store. Into a store, the trial's outputs are uploaded as those of any stage.
-    """
-    with trial.lock():
-        metrics = base.read(base.metrics)
-        if metrics is not None and trial.read(trial.metrics) is None:
-            with replacing(trial.metrics) as temporary:
-                temporary.write_bytes(metrics)
-            trial.upload(trial.metrics)
-        for stage in stages:
-            if trial.done(stage):
-                continue
-            output = base.download(base.output(stage))
-            with trial.writing(stage) as temporary:
-                if temporary.is_dir():
-                    shutil.copytree(output, temporary, copy_function=_link, dirs_exist_ok=True)
-                else:
-                    _link(output, temporary)
-
-
-def _link(source: str | Path, target: str | Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(source, target)
 
 
 def _value(config: Config, key: str) -> Value:

@@ -106,6 +106,8 @@ def test_config_of_record_round_trips(tmp_path: Path) -> None:
         (["sft", "collect"], {"collect": {"prompts": 9}}, "collect.prompts was 256 and is now 9"),
         (["rl"], {"reward_model": {"epochs": 2}}, "reward_model.epochs was 1 and is now 2"),
         (["rl"], {"rl": {"kl": {"coefficient": 0.1}}}, "rl.kl.coefficient was 0.05 and is now 0.1"),
+        (["sft", "rl"], {"rl": {"kl": {"coefficient": 0.1}}}, "rl.kl.coefficient was 0.05 and is now 0.1"),
+        (["sft", "rl"], {"rl": {"from": "runs/a/policy"}}, "rl.from was None and is now 'runs/a/policy'"),
     ],
 )
 def test_changes_that_went_into_a_finished_stage_are_refused(
@@ -118,8 +120,12 @@ def test_changes_that_went_into_a_finished_stage_are_refused(
         open_or_create(config(**change), tmp_path)
     message = str(caught.value)
     assert named in message
-    for part in ("name=...", str(run.path)):
-        assert part in message
+    # Another run shares what stays as it is, if there is anything.
+    shares = "sft" in done and "sft" not in change and not {"model", "data"} & {*change}
+    assert message.endswith(
+        f"that shares the rest: name=OTHER from={run.path}" if shares else "another run: name=OTHER"
+    )
+    assert f"delete {run.path}" in message
     assert "\n" not in message
     assert run.config.read_text() == before
 

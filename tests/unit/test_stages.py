@@ -35,7 +35,8 @@ def test_a_stage_is_a_function_of_its_name_with_a_section_of_its_name(name: str)
 def test_a_stage_needs_only_stages_before_it_and_no_two_have_one_output() -> None:
     names = list(STAGES)
     for stage in STAGES.values():
-        assert all(names.index(needed) < names.index(stage.name) for needed in stage.needs)
+        read = [*stage.starts_from, *stage.needs]
+        assert all(names.index(needed) < names.index(stage.name) for needed in read)
         assert stage.output_is_directory is not bool(Path(stage.output).suffix)
     assert len({stage.output for stage in STAGES.values()}) == len({stage.command for stage in STAGES.values()}) == 6
 

@@ -23,9 +23,10 @@ from rayrlhf.reports.page import write_report
 from rayrlhf.runs import lease
 from rayrlhf.runs.folder import RunFolder, open_or_create
 from rayrlhf.runs.metrics import MetricsWriter
+from rayrlhf.runs.sharing import share
 from rayrlhf.runs.stages import STAGES
 from rayrlhf.runs.storage import Store
-from rayrlhf.sweeps.plan import BASE, Space, Sweep, load_sweep, share, short_names, trial_name
+from rayrlhf.sweeps.plan import BASE, Space, Sweep, load_sweep, short_names, trial_name
 from rayrlhf.sweeps.results import Result, ranked, read_result, results_table, write_results
 from tests.s3 import KEYS, S3, serving
 

@@ -1,0 +1,75 @@
+"""Which stages a run may have: each needs its input from an earlier stage, or from the `from` of a section."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+StageName = Literal["sft", "collect", "reward_model", "dpo", "rl", "evaluate"]
+"""The keys of `rayrlhf.runs.stages.STAGES`, in their order."""
+
+
+def fault_of_stages(config: Any) -> str | None:
+    """What is wrong with the stages of a config and with the models that they start from; None if nothing is.
+
+    `config` is a `rayrlhf.config.Config`, whose file imports this one.
+    """
+    scored = any(reward.trained for reward in config.rewards)
+    value_from = getattr(config.rl, "value_from", None)
+    checks = (
+        (
+            config.reward_model.start is not None and not scored,
+            "reward_model.from: no reward has the kind model without a path, so nothing would read this model",
+        ),
+        (
+            value_from == "reward_model" and config.has("rl") and not config.has_reward_model,
+            "rl.value_from: the run has no reward model; set policy, or a model",
+        ),
+    )
+    return next((what for wrong, what in checks if wrong), None) or _fault_of_choice(config)
+
+
+def _fault_of_choice(config: Any) -> str | None:
+    chosen, order = config.stages, get_args(StageName)
+    if chosen is None:
+        return None
+    if list(chosen) != sorted(set(chosen), key=order.index):
+        return f"stages: name each once, in this order: {', '.join(order)}"
+    collected = config.data.comparisons is None
+    scored = any(reward.trained for reward in config.rewards)
+    has_sft = "sft" in chosen or config.sft.start is not None
+    checks = [
+        ("collect" in chosen and not has_sft, "sft is missing; collect samples from its model, or from sft.from"),
+        *(
+            (
+                stage in chosen and not has_sft and getattr(config, stage).start is None,
+                f"sft is missing; {stage} starts from its model, from sft.from, or from {stage}.from",
+            )
+            for stage in ("reward_model", "dpo")
+        ),
+        (
+            "rl" in chosen and "dpo" not in chosen and not has_sft and config.rl.start is None,
+            "sft is missing; rl starts from its model, from sft.from, or from rl.from",
+        ),
+        *(
+            (collected and stage in chosen and "collect" not in chosen, f"{stage} needs collect, or data.comparisons")
+            for stage in ("dpo", "reward_model")
+        ),
+        (not collected and "collect" in chosen, "leave out collect; data.comparisons are used in place of its own"),
+        (
+            scored and "rl" in chosen and not config.has_reward_model,
+            "rl needs reward_model, reward_model.from, or rewards of which none has the kind model without a path",
+        ),
+        (
+            not scored and "reward_model" in chosen,
+            "leave out reward_model; no reward has the kind model without a path",
+        ),
+        (
+            "evaluate" in chosen and config.evaluate.best_of is not None and not config.scored_by,
+            "evaluate.best_of needs a reward to choose by; add reward_model, or rewards of another kind",
+        ),
+        (
+            "evaluate" in chosen and not {"dpo", "rl"} & {*chosen},
+            "evaluate needs dpo or rl, whose model it compares with that of sft",
+        ),
+    ]
+    return next((f"stages: {what}" for wrong, what in checks if wrong), None)

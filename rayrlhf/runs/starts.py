@@ -1,0 +1,131 @@
+"""The model that each stage of a run starts from: an earlier stage's, or the one that a `from` of the config names.
+
+rl.from: facebook/opt-125m       a model on the hub, or a directory
+rl.from: runs/a                  what the stage `rl` of run a has made; runs/a/sft is what its stage `sft` has made
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rayrlhf.config import Config
+from rayrlhf.errors import UserError, naming
+from rayrlhf.models.loading import resolve_model
+from rayrlhf.runs.addresses import is_uri, join
+from rayrlhf.runs.folder import RunFolder, run_at
+from rayrlhf.runs.stages import STAGES
+from rayrlhf.runs.storage import locate
+
+_WORDS = ("policy", "reward_model")
+"""Values of `rl.value_from` that name a model of the run itself."""
+
+
+def find_models(config: Config) -> dict[str, str]:
+    """Where the models are that the config names to start from, by dotted key; without those of stages left out.
+
+    Raises:
+        UserError: there is no such model, or a run that has not finished the stage.
+    """
+    found = {}
+    for stage in ("sft", "reward_model", "dpo", "rl"):
+        given = getattr(config, stage).start
+        # A stage that is left out hands its model on; `dpo` and `rl` are no stage's start.
+        used = config.has_reward_model if stage == "reward_model" else stage == "sft" or config.has(stage)  # type: ignore[arg-type]
+        if given is not None and used:
+            found[f"{stage}.from"] = find_model(given, stage, f"{stage}.from")
+    value_from = getattr(config.rl, "value_from", None)
+    if value_from not in (None, *_WORDS) and config.has("rl"):
+        found["rl.value_from"] = find_model(value_from, "reward_model", "rl.value_from")
+    return found
+
+
+def find_model(given: str, stage: str, key: str) -> str:
+    """The place of the model that `given` names: an absolute directory, a URI, or a name on the hub.
+
+    Args:
+        given: the value of `key`. A run's folder stands for the model that its stage `stage` has made.
+        stage: a stage that makes a model.
+        key: for errors.
+
+    Raises:
+        UserError: there is no such model, or the run has not finished the stage.
+    """
+    run = _run_folder(given)
+    if run is not None:
+        if run.done(stage):
+            return run.address_of(run.output(stage))
+        made = [join(given, each.output) for each in STAGES.values() if each.trains and run.done(each.name)]
+        raise UserError(
+            f"{key}: run {given} has no finished stage {stage!r}; "
+            + (f"it has made: {', '.join(made)}" if made else "it has made no model yet")
+        )
+    if is_uri(given):
+        store, path = locate(given)
+        if not store.exists(path):
+            raise UserError(f"{key}: {given}: no such model, or its upload is not complete")
+        return given
+    with naming(key):
+        return resolve_model(given)
+
+
+def _run_folder(given: str) -> RunFolder | None:
+    """The run at an address; None if it is none, such as a name on the hub or a model's directory."""
+    if not is_uri(given) and not Path(given).expanduser().is_dir():
+        return None
+    run = run_at(given)
+    return run if run.read(run.config) is not None else None
+
+
+class Starts:
+    """The models that the stages of one run start from."""
+
+    def __init__(self, config: Config, run: RunFolder, given: dict[str, str]) -> None:
+        """`given` is what `find_models` has found."""
+        self.config, self.run, self.given = config, run, given
+
+    def of(self, stage: str) -> str:
+        """The model that `stage` starts from, or reads: a directory, URI or name on the hub."""
+        if (given := self.given.get(f"{stage}.from")) is not None:
+            return given
+        for earlier in STAGES[stage].starts_from:
+            if STAGES[earlier].part_of(self.config):
+                return self.run.address_of(self.run.output(earlier))
+            if (given := self.given.get(f"{earlier}.from")) is not None:
+                return given
+        assert stage == "sft", "`rayrlhf.config_stages` has seen to it"
+        return resolve_model(self.config.model.path)
+
+    @property
+    def base(self) -> str:
+        """The model whose tokenizer and architecture the run's policies have."""
+        return self.of("sft") if STAGES["sft"].part_of(self.config) else self.baseline
+
+    @property
+    def baseline(self) -> str:
+        """The policy that others are compared with: of the stage `sft`, or the one given in its place, or, where there
+        is neither, the one that the first stage with a policy starts from."""
+        if STAGES["sft"].part_of(self.config) or "sft.from" in self.given:
+            return self.of("collect")
+        return self.of("dpo" if self.config.has("dpo") else "rl")
+
+    @property
+    def final_policy(self) -> str:
+        """The model that the run is for: that of `rl`, or of `dpo` in a run without `rl`."""
+        return self.run.address_of(self.run.policy if self.config.has("rl") else self.run.dpo)
+
+    @property
+    def reward_model(self) -> str | None:
+        """The run's reward model; None if it has none."""
+        if self.config.trains_reward_model:
+            return self.run.address_of(self.run.reward_model)
+        return self.given["reward_model.from"] if self.config.has_reward_model else None
+
+    @property
+    def value_model(self) -> str | None:
+        """What the value model of `rl` starts as; None for an algorithm without one."""
+        if not self.config.rl.critic:
+            return None
+        wanted = getattr(self.config.rl, "value_from", None)
+        if (given := self.given.get("rl.value_from")) is not None:
+            return given
+        return self.of("rl") if wanted == "policy" else self.reward_model or self.of("rl")
