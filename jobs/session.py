@@ -28,6 +28,8 @@ from rayrlhf.config_file import dump_config
 from rayrlhf.config_services import HOW_ASKED
 from rayrlhf.data.run_data import RunData
 from rayrlhf.data.tokens import check_context
+from rayrlhf.models.checks import check_architecture
+from rayrlhf.models.ends import with_ends
 from rayrlhf.models.loading import context_length, load_tokenizer, parameter_counts
 from rayrlhf.models.roles import check_policy, check_reward_model
 from rayrlhf.reports.progress import batch_table
@@ -49,10 +51,13 @@ class Session:
     """One run while it is being worked on. Pools start when a stage first needs them, and serve the later stages."""
 
     def __init__(self, config: Config, run: RunFolder, starts: Starts, local: bool) -> None:
-        self.config, self.run, self.starts, self.local = config, run, starts, local
         self.model = local_copy(starts.base)
         """The model with whose tokenizer and architecture the run begins: a directory or a hub name."""
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.model, config.model.revision)
+        critic = config.has("rl") and config.rl.critic
+        check_architecture(self.model, config.model.revision, scores=config.trains_reward_model or critic)
+        config, self._ends = with_ends(config, self.model, self.tokenizer)
+        self.config, self.run, self.starts, self.local = config, run, starts, local
         self.data = RunData(config, self.tokenizer)
         check_context(config.data.max_prompt_tokens, config.data.max_response_tokens, context_length(self.model))
         self.workers = Workers(
@@ -87,9 +92,10 @@ class Session:
             self._connection.enter_context(connected(self.config))
             self.run.note_in_lock(f"Ray at {ray.get_runtime_context().gcs_address}")
             self.placement = preflight(self.config)
+        for line in self._ends:
+            console.print(line, soft_wrap=True, markup=False)
+        self.remarks = remarks(self.config)
         train = self.data.train
-        prompts = [record.prompt for record in (*train.sft, *train.reward_model, *train.rl)]
-        self.remarks = remarks(self.config, self.tokenizer, prompts)
         if train.sft and not self.config.has("sft"):
             console.print(
                 f"{len(train.sft)} demonstrations are the share of sft, which this run leaves out; if the model that "

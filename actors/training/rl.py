@@ -80,8 +80,11 @@ def rl_loop(args: RLArguments) -> None:
             version, cursor = state["version"], Cursor(*state["cursor"])
         generators.begin(cursor)
 
+        def save_policy(directory: Path) -> None:
+            save_model(policy, tokenizer, directory, stop_tokens=config.data.stop_tokens)
+
         def save_models(directory: Path) -> None:
-            save_model(policy, tokenizer, directory / "policy")
+            save_policy(directory / "policy")
             if value_model is not None:
                 save_model(value_model, tokenizer, directory / "value_model")
 
@@ -119,7 +122,7 @@ def rl_loop(args: RLArguments) -> None:
                     raise UserError(f"rl: stopped after step {loop.step}: {nothing_to_learn}")
                 if stopping:
                     return
-        loop.finish(lambda directory: save_model(policy, tokenizer, directory))
+        loop.finish(save_policy)
 
 
 def load_models(
