@@ -27,6 +27,7 @@ from rayrlhf.config_file import dump_config
 from rayrlhf.config_services import HOW_ASKED
 from rayrlhf.data.run_data import RunData
 from rayrlhf.data.tokens import check_context
+from rayrlhf.errors import naming
 from rayrlhf.models.loading import context_length, load_tokenizer, parameter_counts
 from rayrlhf.models.roles import check_policy, check_reward_model
 from rayrlhf.reports.progress import batch_table
@@ -101,12 +102,12 @@ class Session:
             UserError: a model that a `from` names cannot take its place in the run.
         """
         for key, model in self.starts.given.items():
-            path = local_copy(model)
-            if key in ("reward_model.from", "rl.value_from"):
-                trained = key == "rl.value_from" or self.config.trains_reward_model
-                check_reward_model(path, self.model, key, trained=trained)
-            else:
-                check_policy(path, self.model, key)
+            with naming(key):
+                if key in ("reward_model.from", "rl.value_from"):
+                    trained = key == "rl.value_from" or self.config.trains_reward_model
+                    check_reward_model(local_copy(model), self.model, trained=trained)
+                else:
+                    check_policy(local_copy(model), self.model)
 
     def overview(self) -> Table:
         """What the config's batch numbers mean in steps, samples, tokens and memory."""
