@@ -142,6 +142,7 @@ class Session:
         relevant = {key: settings[key] for key in ("seed", "model", "data", *stages_to(stage, self.config))}
         if stage != "sft" and self.config.stages is not None:
             relevant["stages"] = settings["stages"]  # which prompts are collected for depends on them
+        relevant["from"] = {key: model for key, model in self.starts.given.items() if stage in stages_from(key)}
         contents = stored_contents(self.run)
         relevant["contents"] = {key: hashes(contents, key) for key in contents if stage in stages_from(key)}
         for key in ("checkpoint_every", "keep_checkpoints"):

@@ -1,8 +1,8 @@
 """The reward model: the loop that runs inside Ray Train's workers.
 
-It starts from the SFT model with a fresh scalar head (Stiennon et al. 2020), or from a model that is given. It ends with
-a bias under which people's reference answers score 0 on average. At last its accuracy on held-out pairs is measured,
-beside trivial baselines.
+It starts from the SFT model with a fresh scalar head (Stiennon et al. 2020), or from a model that is given. It ends
+with a bias under which people's reference answers score 0 on average. At last its accuracy on held-out pairs is
+measured, beside trivial baselines.
 """
 
 from __future__ import annotations

@@ -119,6 +119,8 @@ def test_only_what_the_other_run_has_finished_is_taken_over_and_only_once(
     opens(own)
     assert capsys.readouterr().out == f"from {first.path}: sft was taken over before\n"
     assert not second.done("sft") and not second.done("collect")
+    shutil.rmtree(first.path)  # which nobody needs any more
+    opens(own)
 
 
 def test_a_run_with_stages_of_its_own_takes_nothing_over(posts: Path, capsys: pytest.CaptureFixture[str]) -> None:
