@@ -11,6 +11,7 @@ from typing import Any
 
 import ray
 from ray._private import ray_constants
+from ray._private.state import available_resources_per_node
 from ray.autoscaler.sdk import request_resources
 from rich.table import Table
 
@@ -18,7 +19,7 @@ from actors.pools.remote import ActorFailure
 from actors.training.tasks import TRAIN_ENVIRONMENT
 from rayrlhf.config import Config
 from rayrlhf.errors import UserError
-from rayrlhf.runs.placement import Node, Plan, demand, make_plan, roles_of
+from rayrlhf.runs.placement import Node, Plan, Role, demand, make_plan, roles_of, smaller
 
 _NOTICE_S, _POLL_S = 15.0, 1.0
 """Seconds between two lines for the user, and between two looks at the cluster, while nodes are waited for."""
@@ -109,10 +110,12 @@ def start_private(**options: Any) -> None:
 
 
 def preflight(config: Config, runs: int = 1) -> Table:
-    """Plan where the actors of a run go, or of `runs` runs at a time; wait for nodes as long as the config says.
+    """Plan where the actors of a run go, or of `runs` runs at a time.
+
+    It waits for nodes that are missing as long as the config says, and then for what other jobs hold.
 
     Raises:
-        UserError: something fits nowhere: which role, what the cluster has, and which key to change.
+        UserError: something fits nowhere: which role, what the cluster has, and what to set; or others hold too much.
     """
     roles, limit_s = roles_of(config.resources), config.resources.wait_for_nodes_s
     started = time.monotonic()
@@ -134,17 +137,44 @@ def preflight(config: Config, runs: int = 1) -> Table:
         if asked:
             request_resources(bundles=[])  # the request would outlive the run, and keep nodes that nobody uses
     if not plan.complete:
-        raise UserError(_shortage(plan, cluster_nodes(), runs))
-    return plan_table(plan)
+        raise UserError(_shortage(roles, plan, cluster_nodes(), runs))
+    return plan_table(_wait_for_others(roles, runs, config.resources.start_timeout_s))
 
 
-def cluster_nodes() -> list[Node]:
-    """The nodes that are alive."""
-    return [
-        Node(n["NodeManagerHostname"], n["Resources"].get("CPU", 0.0), n["Resources"].get("GPU", 0.0), n["Labels"])
-        for n in ray.nodes()
-        if n["Alive"]
-    ]
+def _wait_for_others(roles: Sequence[Role], runs: int, limit_s: float) -> Plan:
+    """The plan over what other jobs leave free, once the actors fit there.
+
+    Without it, Ray would let them wait in silence until they count as dead.
+
+    Raises:
+        UserError: they do not fit in time.
+    """
+    started, said = time.monotonic(), -math.inf
+    while not (plan := make_plan(roles, cluster_nodes(free=True), runs)).complete:
+        waited = time.monotonic() - started
+        if waited >= limit_s:
+            raise UserError(
+                f"placement: other jobs hold so much of the cluster that {_missing(plan)} after {limit_s:g} s; "
+                f"end them (`ray list actors` names theirs), or wait longer: resources.start_timeout_s={10 * limit_s:g}"
+            )
+        if waited - said >= _NOTICE_S:
+            said = waited
+            print(f"waiting for other jobs ({waited:.0f} of {limit_s:g} s): {_missing(plan)}", flush=True)
+        time.sleep(_POLL_S)
+    return plan
+
+
+def cluster_nodes(free: bool = False) -> list[Node]:
+    """The nodes that are alive, with all their resources, or with those that nobody holds now if `free`."""
+    left = available_resources_per_node() if free else {}
+    nodes = []
+    for node in ray.nodes():
+        if node["Alive"]:
+            # A node that has just come is not in the list of what is left yet.
+            resources = left.get(node["NodeID"], node["Resources"])
+            amounts = [resources.get(kind, 0.0) for kind in ("CPU", "GPU")]
+            nodes.append(Node(node["NodeManagerHostname"], *amounts, node["Labels"]))
+    return nodes
 
 
 def plan_table(plan: Plan) -> Table:
@@ -162,8 +192,8 @@ def _missing(plan: Plan) -> str:
     return ", ".join(f"{count} {role.name}" for role in plan.roles if (count := plan.missing(role))) + " fit nowhere"
 
 
-def _shortage(plan: Plan, nodes: Sequence[Node], runs: int) -> str:
-    """One sentence about the first role that does not fit."""
+def _shortage(roles: Sequence[Role], plan: Plan, nodes: Sequence[Node], runs: int) -> str:
+    """One sentence about the first role that does not fit; it ends with what to set, if a smaller run fits."""
     index = next(i for i, role in enumerate(plan.roles) if plan.missing(role))
     role = plan.roles[index]
     labels = _pairs(role.labels)
@@ -181,7 +211,8 @@ def _shortage(plan: Plan, nodes: Sequence[Node], runs: int) -> str:
         "add nodes (resources.wait_for_nodes_s waits for them), or lower "
         f"{'concurrent, ' if runs > 1 else ''}resources.{role.name}.{number} or resources.{role.name}.{kind}",
     )
-    return "; ".join(sentence)
+    words = smaller(roles, nodes, runs)
+    return "; ".join(sentence) + (f", for example: {' '.join(words)}" if words else "")
 
 
 def _size(cpus: float, gpus: float) -> str:

@@ -35,6 +35,7 @@ def reward_model(session: Session) -> None:
         model=session.starts.of("reward_model"),
         comparisons=put(comparisons, session.local),
         references=put(references, session.local),
+        sft=session.starts.sft,
     )
     session.train("reward_model", reward_model_loop, arguments)
     session.run.download_files()

@@ -28,6 +28,7 @@ from rayrlhf.config_file import dump_config
 from rayrlhf.config_services import HOW_ASKED
 from rayrlhf.data.run_data import RunData
 from rayrlhf.data.tokens import check_context
+from rayrlhf.errors import naming
 from rayrlhf.models.checks import check_architecture
 from rayrlhf.models.ends import with_ends
 from rayrlhf.models.loading import context_length, load_tokenizer, parameter_counts
@@ -111,12 +112,12 @@ class Session:
             UserError: a model that a `from` names cannot take its place in the run.
         """
         for key, model in self.starts.given.items():
-            path = local_copy(model)
-            if key in ("reward_model.from", "rl.value_from"):
-                trained = key == "rl.value_from" or self.config.trains_reward_model
-                check_reward_model(path, self.model, key, trained=trained)
-            else:
-                check_policy(path, self.model, key)
+            with naming(key):
+                if key in ("reward_model.from", "rl.value_from"):
+                    trained = key == "rl.value_from" or self.config.trains_reward_model
+                    check_reward_model(local_copy(model), self.model, trained=trained)
+                else:
+                    check_policy(local_copy(model), self.model)
 
     def overview(self) -> Table:
         """What the config's batch numbers mean in steps, samples, tokens and memory."""
@@ -151,6 +152,7 @@ class Session:
         relevant = {key: settings[key] for key in ("seed", "model", "data", *stages_to(stage, self.config))}
         if stage != "sft" and self.config.stages is not None:
             relevant["stages"] = settings["stages"]  # which prompts are collected for depends on them
+        relevant["from"] = {key: model for key, model in self.starts.given.items() if stage in stages_from(key)}
         contents = stored_contents(self.run)
         relevant["contents"] = {key: hashes(contents, key) for key in contents if stage in stages_from(key)}
         for key in ("checkpoint_every", "keep_checkpoints"):

@@ -86,7 +86,7 @@ class ResourcesConfig(Section):
     """How long to wait for nodes that the cluster lacks; an autoscaler is asked for them.
     A run waits before it starts, and when its last generator or scorer has died."""
     start_timeout_s: Positive = 300
-    """How long an actor may take until it is ready."""
+    """How long an actor may take until it is ready, and how long a run waits at its start for what other jobs hold."""
     call_timeout_s: Positive = 600
     """How long one call (a generation, a scoring pass, a weight load) may take."""
     dashboard: bool = True

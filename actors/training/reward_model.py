@@ -1,7 +1,8 @@
 """The reward model: the loop that runs inside Ray Train's workers.
 
-It starts from the SFT model with a fresh scalar head (Stiennon et al. 2020) and ends with a bias under which people's
-reference answers score 0 on average. At last its accuracy on held-out pairs is measured, beside trivial baselines.
+It starts from the SFT model with a fresh scalar head (Stiennon et al. 2020), or from a model that is given. It ends
+with a bias under which people's reference answers score 0 on average. At last its accuracy on held-out pairs is
+measured, beside trivial baselines.
 """
 
 from __future__ import annotations
@@ -38,11 +39,13 @@ class RewardModelArguments(LoopArguments):
     """What every worker needs; picklable, paths absolute."""
 
     model: str
-    """Path or URI of the SFT model's directory."""
+    """What it starts from: a directory, a URI or a hub name. A model without a scalar head gets a new one."""
     comparisons: Any
     """list[RankedAnswers] (`heldout` ones are only measured), or `actors.pools.remote.put` of it."""
     references: Any
     """list[Row] of prompts with people's own answers, which will score 0 on average; or `put` of it."""
+    sft: str | None = None
+    """The SFT model, whose log-probs of the held-out answers stand beside the reward model's; None: there is none."""
 
 
 def reward_model_loop(args: RewardModelArguments) -> None:
@@ -61,10 +64,10 @@ def reward_model_loop(args: RewardModelArguments) -> None:
         usable: list[RankedAnswers] = [c for c in fetch(args.comparisons) if c.pairs]
         heldout = [i for i, c in enumerate(usable) if c.heldout]
         references: list[Row] = fetch(args.references)
-        sft = local_copy(args.model)
-        tokenizer = load_tokenizer(sft)
+        start = local_copy(args.model)
+        tokenizer = load_tokenizer(start)
         rows = [*references, *(row for c in usable for row in rows_of(c))]
-        check_pairs("reward_model", usable, rows, context_length(sft))
+        check_pairs("reward_model", usable, rows, context_length(start))
         if not references:
             raise UserError("reward_model: no reference answers to set the score's zero by; give demonstrations")
         # First, and the SFT model is gone before the reward model and its optimiser take their memory.
@@ -75,10 +78,12 @@ def reward_model_loop(args: RewardModelArguments) -> None:
             dtype=config.model.dtype,
         )
         sft_logprobs = None
-        if heldout:
+        if heldout and args.sft is not None:
             answers = [row for i in heldout for row in rows_of(usable[i])]
-            sft_logprobs = answer_logprobs(forward_of(load_policy(sft, device=ranks.device)), answers, ranks)
-        model = load_reward_model(sft, device=ranks.device, fresh_head_seed=config.seed)
+            sft_logprobs = answer_logprobs(
+                forward_of(load_policy(local_copy(args.sft), device=ranks.device)), answers, ranks
+            )
+        model = load_reward_model(start, device=ranks.device, fresh_head_seed=config.seed)
         loop.trained("reward model", model, config.seed)
         model.config.reward_bias = 0.0
         forward = forward_of(model)
@@ -96,7 +101,7 @@ def reward_model_loop(args: RewardModelArguments) -> None:
         if ranks.first:
             for stale in (run.reward_accuracy, run.heldout_pairs):
                 stale.unlink(missing_ok=True)
-            if final and sft_logprobs is not None:
+            if final:
                 pairs = heldout_pairs([usable[i] for i in heldout], final.margins, sft_logprobs)
                 samples = config.evaluate.bootstrap_samples
                 written = write_accuracy(

@@ -7,45 +7,44 @@ from __future__ import annotations
 
 from typing import Any
 
-from rayrlhf.errors import UserError, naming
+from rayrlhf.errors import UserError
 from rayrlhf.models.hub import read_config
 from rayrlhf.models.loading import check_vocabulary
 
 _HEAD = "ForSequenceClassification"
 
 
-def check_policy(path: str, base: str, key: str) -> None:
+def check_policy(path: str, base: str) -> None:
     """Check that the model at `path` can be a policy of a run that begins with the one at `base`.
 
     Args:
         path: a directory or a name on the hub.
         base: another one.
-        key: of the config, for errors.
 
     Raises:
         UserError: it is a reward model, has another tokenizer, or weights of other shapes.
     """
-    _refuse_head(path, key)
+    architecture, _ = _head(path)
+    if _HEAD in architecture:
+        raise UserError(f"model {path!r} is a reward model ({architecture}); give a language model")
     if path == base:
         return
-    with naming(key):
-        check_vocabulary(base, path, "model", "all policies of a run have one tokenizer")
+    check_vocabulary(base, path, "model", "all policies of a run have one tokenizer")
     wanted, found = _shape(base), _shape(path)
     if wanted != found:
         name = next(name for name in {**wanted, **found} if wanted.get(name) != found.get(name))
         raise UserError(
-            f"{key}: model {path!r} has {name} {found.get(name)} and {base!r}, with which the run begins, "
+            f"model {path!r} has {name} {found.get(name)} and {base!r}, with which the run begins, "
             f"{wanted.get(name)}; all policies of a run have one architecture"
         )
 
 
-def check_reward_model(path: str, base: str, key: str, *, trained: bool) -> None:
+def check_reward_model(path: str, base: str, *, trained: bool) -> None:
     """Check that a reward or value model can be, or become, that of a run that begins with the model at `base`.
 
     Args:
         path: a directory or a name on the hub.
         base: another one.
-        key: of the config, for errors.
         trained: whether the run trains it, so that it may be without a head.
 
     Raises:
@@ -54,20 +53,13 @@ def check_reward_model(path: str, base: str, key: str, *, trained: bool) -> None
     architecture, labels = _head(path)
     if not trained and _HEAD not in architecture:
         raise UserError(
-            f"{key}: model {path!r} is no reward model ({architecture or 'no architecture'} has no score); "
+            f"model {path!r} is no reward model ({architecture or 'no architecture'} has no score); "
             "add reward_model to stages, which trains one from it"
         )
     if _HEAD in architecture and labels != 1:
-        raise UserError(f"{key}: model {path!r} has a head of {labels} labels; a reward model has one scalar score")
+        raise UserError(f"model {path!r} has a head of {labels} labels; a reward model has one scalar score")
     remedy = f"a model with a tokenizer of its own reads texts: rewards='[{{kind: model, path: {path}}}]'"
-    with naming(key):
-        check_vocabulary(base, path, remedy=remedy)
-
-
-def _refuse_head(path: str, key: str) -> None:
-    architecture, _ = _head(path)
-    if _HEAD in architecture:
-        raise UserError(f"{key}: model {path!r} is a reward model ({architecture}); give a language model")
+    check_vocabulary(base, path, remedy=remedy)
 
 
 def _head(path: str) -> tuple[str, int]:

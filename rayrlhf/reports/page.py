@@ -163,7 +163,7 @@ def _evaluation(result: Mapping[str, Any]) -> str:
 
 
 def _reward_accuracy(result: Mapping[str, Any]) -> str:
-    cells = {name: (result["accuracy"][name], result["reward_model_minus"].get(name)) for name in SCORERS}
+    cells = {name: (result["accuracy"][name], result["reward_model_minus"].get(name)) for name in result["accuracy"]}
     rows = [f"<tr><th>{SCORERS[name]}</th>{''.join(_cell(c, 3) for c in both)}</tr>" for name, both in cells.items()]
     caption = (
         f"{result['pairs']} held-out pairs of {result['prompts']} prompts: share ordered rightly, ties count half, "

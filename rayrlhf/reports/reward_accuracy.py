@@ -26,32 +26,35 @@ _BLOCK = 4_000_000
 """Resampled values held at once, to bound memory."""
 
 
-def heldout_pairs(comparisons: Sequence[RankedAnswers], margins: ArrayLike, logprobs: ArrayLike) -> pa.Table:
+def heldout_pairs(comparisons: Sequence[RankedAnswers], margins: ArrayLike, logprobs: ArrayLike | None) -> pa.Table:
     """One row a pair: `id` of its record, `prompt` (a number; records with equal prompts share it), `better` and
     `worse` (indices of the record's answers), `source`, and each scorer's margin under its name in `SCORERS`.
 
     Args:
         comparisons: the records, in order.
         margins: [m] the reward model's, pair by pair, as `rayrlhf.algorithms.ranked_pass.ranked_pass` returns them.
-        logprobs: [n] sum of each answer's token log-probs under the SFT model, nats, answer by answer.
+        logprobs: [n] sum of each answer's token log-probs under the SFT model, nats, answer by answer; None, and no
+            columns for it, in a run without one.
     """
-    sums = iter(np.asarray(logprobs, np.float64).tolist())
+    sums = None if logprobs is None else iter(np.asarray(logprobs, np.float64).tolist())
     own = iter(np.asarray(margins, np.float64).tolist())
     numbers: dict[tuple[int, ...], int] = {}
     rows = []
     for c in comparisons:
         prompt = numbers.setdefault(c.prompt_ids, len(numbers))
         lengths = [len(ids) for ids in c.response_ids]
-        totals = [next(sums) for _ in lengths]
+        totals = None if sums is None else [next(sums) for _ in lengths]
         for better, worse in c.pairs:
-            rows.append({
+            row = {
                 "id": c.id, "prompt": prompt, "better": better, "worse": worse, "source": c.source,
                 "reward_model": next(own),
                 "longer": float(lengths[better] - lengths[worse]),
                 "shorter": float(lengths[worse] - lengths[better]),
-                "sft_logprob_sum": totals[better] - totals[worse],
-                "sft_logprob_mean": totals[better] / lengths[better] - totals[worse] / lengths[worse],
-            })  # fmt: skip
+            }  # fmt: skip
+            if totals is not None:
+                row["sft_logprob_sum"] = totals[better] - totals[worse]
+                row["sft_logprob_mean"] = totals[better] / lengths[better] - totals[worse] / lengths[worse]
+            rows.append(row)
     return pa.Table.from_pylist(rows)
 
 
@@ -62,10 +65,10 @@ def accuracies(pairs: pa.Table, prompts: ArrayLike, samples: int = 2000, seed: i
     the same resamples.
 
     Args:
-        pairs: a column of margins [m] for each of `SCORERS`.
+        pairs: a column of margins [m] for each of `SCORERS`, those of the SFT model only in a run that has one.
         prompts: [m] what each pair's prompt is called; pairs of one prompt stand or fall together.
     """
-    right = {name: _right(pairs.column(name).to_numpy()) for name in SCORERS}
+    right = {name: _right(pairs.column(name).to_numpy()) for name in SCORERS if name in pairs.column_names}
     own = right["reward_model"]
 
     def interval(values: NDArray[np.float64]) -> dict[str, float]:
@@ -73,7 +76,7 @@ def accuracies(pairs: pa.Table, prompts: ArrayLike, samples: int = 2000, seed: i
 
     return {
         "accuracy": {name: interval(values) for name, values in right.items()},
-        "reward_model_minus": {name: interval(own - right[name]) for name in SCORERS if name != "reward_model"},
+        "reward_model_minus": {name: interval(own - right[name]) for name in right if name != "reward_model"},
         "ties": {name: int((values == 0.5).sum()) for name, values in right.items()},
     }
 

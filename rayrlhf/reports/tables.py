@@ -52,7 +52,7 @@ def reward_accuracy_table(result: Mapping[str, Any]) -> Table:
     table = Table("ordered by", title=title, title_justify="left", box=SIMPLE_HEAD)
     for heading in ("accuracy", "reward model minus it"):
         table.add_column(heading, justify="right")
-    for name, words in SCORERS.items():
+    for name, accuracy in result["accuracy"].items():
         difference = result["reward_model_minus"].get(name)
-        table.add_row(words, interval_text(result["accuracy"][name]), interval_text(difference))
+        table.add_row(SCORERS[name], interval_text(accuracy), interval_text(difference))
     return table

@@ -77,11 +77,9 @@ def _named(tree: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 def _existing(value: str) -> Path | None:
     """The file or directory of a value such as `data.jsonl`, `model/` or `reward.py:score`; None if there is none."""
-    for text in (value, value.rpartition(":")[0]):
-        path = Path(text).expanduser()
-        if text and path.exists():
-            return path.absolute()
-    return None
+    file, _, name = value.rpartition(":")
+    path = Path(file if name and file.endswith(".py") else value).expanduser()
+    return path.absolute() if path.exists() else None
 
 
 def _read(key: str, path: Path, before: Mapping[str, Any]) -> dict[str, Any]:

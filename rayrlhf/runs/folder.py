@@ -250,10 +250,9 @@ def open_or_create(
             if said := sentence(change for change in changes if change.content):
                 print(f"{said}: stages that are not finished begin anew with it", flush=True)
         _write(run, run.config, yaml.safe_dump(dump_config(config), sort_keys=False, allow_unicode=True))
-        if contents is not None:
+        if contents:
             # What is not there now stays known: it may come back as another file.
-            gone = {key: entry for key, entry in stored_contents(run).items() if key not in contents}
-            _write(run, run.contents, json.dumps(gone | contents, indent=1) + "\n")
+            _write(run, run.contents, json.dumps(stored_contents(run) | contents, indent=1) + "\n")
     return run
 
 

@@ -1,19 +1,23 @@
 """Where the actors of a run fit: a plan over the nodes of a cluster, made before anything starts.
 
 It mirrors how Ray places them: by labels, whole and fractional GPUs, learners kept together, generators and scorers
-spread. It takes the nodes as if they were empty: for what other jobs hold, Ray waits.
+spread. Of a node it is given all resources, to see whether a run fits at all, or what other jobs leave free of them.
 """
 
 from __future__ import annotations
 
+import bisect
+import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from rayrlhf.config_resources import ResourcesConfig
 
 _ROUNDING = 1e-6
 """Fractions of a GPU are added up in floating point."""
+_SHRINK, _SMALLEST = 0.9, 0.1
+"""Shares of CPUs and GPUs are tried in steps of this factor, down to this share of what was asked for."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,8 @@ class _Free:
 
     def __init__(self, node: Node) -> None:
         self.node, self.cpus = node, node.cpus
-        self.gpus = [1.0] * int(node.gpus)
+        whole = int(node.gpus + _ROUNDING)
+        self.gpus = [1.0] * whole + ([node.gpus - whole] if node.gpus - whole > _ROUNDING else [])
         self.held = 0
 
     def takes(self, role: Role) -> bool:
@@ -111,6 +116,47 @@ def make_plan(roles: Sequence[Role], nodes: Sequence[Node], runs: int = 1) -> Pl
                 break
             placed[role.name][taken.node.name] += 1
     return Plan(roles, placed)
+
+
+def smaller(roles: Sequence[Role], nodes: Sequence[Node], runs: int = 1) -> list[str]:
+    """What to set, as `resources.learner.cpus=0.5`, so that roles that do not fit these nodes do; nothing if no smaller
+    count or share does.
+
+    Counts are lowered first: they cost time only. Shares say how many actors are on a node or GPU together.
+    """
+
+    def fits(tried: list[Role]) -> bool:
+        return make_plan(tried, nodes, runs).complete
+
+    def at_most(count: int) -> list[Role]:
+        return [replace(role, count=min(role.count, count)) for role in roles]
+
+    most = bisect.bisect_left(range(1, max(r.count for r in roles)), True, key=lambda n: not fits(at_most(n)))
+    tried = [at_most(most)] if most else []
+    share = _SHRINK
+    while share >= _SMALLEST:
+        # Several whole GPUs are what a model needs; a part of them is no share.
+        tried.append([
+            replace(role, cpus=_cut(role.cpus * share), gpus=_cut(role.gpus * share) if role.gpus <= 1 else role.gpus)
+            for role in roles
+        ])  # fmt: skip
+        share *= _SHRINK
+    found = next(filter(fits, tried), [])
+    return [word for old, new in zip(roles, found, strict=False) for word in _settings(old, new)]
+
+
+def _cut(amount: float) -> float:
+    """Hundredths, at least one of what is not 0: without GPUs an actor would do its work on a CPU."""
+    return max(1, math.floor(100 * amount)) / 100 if amount else 0.0
+
+
+def _settings(old: Role, new: Role) -> Iterator[str]:
+    count = "workers" if old.together else "count"
+    for key, before, after in (
+        (count, old.count, new.count), ("cpus", old.cpus, new.cpus), ("gpus", old.gpus, new.gpus),
+    ):  # fmt: skip
+        if before != after:
+            yield f"resources.{old.name}.{key}={after:g}"
 
 
 def demand(plan: Plan) -> tuple[list[dict[str, float]], list[dict[str, str]]]:

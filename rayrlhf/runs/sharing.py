@@ -65,11 +65,11 @@ def take_over(run: RunFolder, config: Config, contents: Contents) -> str:
     other = run_at(config.start)
     if other.path == run.path:
         raise UserError(f"from: {config.start} is this run; give it another name (name=OTHER)")
-    if other.read(other.config) is None:
-        raise UserError(f"from: {config.start}: no run folder (it has no config.yaml)")
     place = as_typed(other.address)
     if (recorded := run.read(run.shared)) is not None and (before := json.loads(recorded))["from"] == other.address:
         return f"from {place}: {', '.join(before['stages']) or 'nothing'} was taken over before"
+    if other.read(other.config) is None:
+        raise UserError(f"from: {config.start}: no run folder (it has no config.yaml)")
     if own := [stage.name for stage in stages_of(config) if run.done(stage.name)]:
         return f"from {place}: nothing is taken over, since this run has finished {', '.join(own)} itself"
     shared, because = _equal_stages(other, config, contents)

@@ -98,15 +98,22 @@ class Starts:
     @property
     def base(self) -> str:
         """The model whose tokenizer and architecture the run's policies have."""
-        return self.of("sft") if STAGES["sft"].part_of(self.config) else self.baseline
+        if STAGES["sft"].part_of(self.config):
+            return self.of("sft")
+        policies = self.sft or self.config.has("dpo") or self.config.has("rl")
+        return self.baseline if policies else self.of("reward_model")
 
     @property
     def baseline(self) -> str:
         """The policy that others are compared with: of the stage `sft`, or the one given in its place, or, where there
         is neither, the one that the first stage with a policy starts from."""
-        if STAGES["sft"].part_of(self.config) or "sft.from" in self.given:
-            return self.of("collect")
-        return self.of("dpo" if self.config.has("dpo") else "rl")
+        return self.sft or self.of("dpo" if self.config.has("dpo") else "rl")
+
+    @property
+    def sft(self) -> str | None:
+        """The model of the stage `sft`, or the one given in its place; None where there is neither."""
+        has = STAGES["sft"].part_of(self.config) or "sft.from" in self.given
+        return self.of("collect") if has else None
 
     @property
     def final_policy(self) -> str:

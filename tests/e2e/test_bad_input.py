@@ -41,7 +41,7 @@ def mistake(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Mistake:
         assert err.startswith("error: ") and err.count("\n") == 1, err
         assert "Traceback" not in out
         left = {path.name for path in (tmp_path / "runs" / "bad").glob("*")}
-        assert left <= {".lock", "config.yaml", *done}, f"the run folder holds {left}"
+        assert left <= {".lock", "config.yaml", "contents.json", *done}, f"the run folder holds {left}"
         return err
 
     return make
@@ -167,7 +167,7 @@ def test_run_folder_of_another_config(mistake: Mistake, tmp_path: Path) -> None:
     mistake("seed=0", stages=[rl], done=["sft"])  # needs a reward model; stores the config
     line = mistake("seed=1", done=["sft"])
     assert f"{folder / 'config.yaml'}: seed was 0 and is now 1, but stage 'sft' is already done" in line
-    assert "choose another name" in line
+    assert line.endswith("or begin another run: name=OTHER\n")
 
 
 def test_stage_before_its_time(mistake: Mistake, tmp_path: Path) -> None:

@@ -172,7 +172,7 @@ def other_loops(cluster: None, config: Config) -> Iterator[Remote]:
     ]
     loops = exporting_loops("other-loops")
     loops.call("run", sft_loop, SFTArguments(config, run_dir, "sft", 1, TINY, rows, dev, None), timeout_s=600)
-    ranking = RewardModelArguments(config, run_dir, "reward_model", 1, TINY, ranked, rows)
+    ranking = RewardModelArguments(config, run_dir, "reward_model", 1, TINY, ranked, rows, sft=TINY)
     loops.call("run", reward_model_loop, ranking, timeout_s=600)
     yield loops
     loops.kill()

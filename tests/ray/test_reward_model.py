@@ -67,7 +67,8 @@ def references(count: int = 12) -> list[Row]:
 
 def run_reward_model(config: Config, comparisons: list[RankedAnswers]) -> tuple[Path, list[dict[str, Any]]]:
     run_dir = Path(config.runs_dir) / config.name
-    reward_model_loop(RewardModelArguments(config, str(run_dir), "reward_model", 2, TINY, comparisons, references()))
+    arguments = (config, str(run_dir), "reward_model", 2, TINY, comparisons, references())
+    reward_model_loop(RewardModelArguments(*arguments, sft=TINY))
     return run_dir, read_metrics(run_dir, "reward_model")
 
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import shlex
 from collections import Counter
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jobs import cluster
+from rayrlhf.config_file import parse_override, parse_section, set_key
 from rayrlhf.config_resources import GeneratorConfig, LearnerConfig, ResourcesConfig
-from rayrlhf.runs.placement import Node, Role, demand, make_plan, roles_of
+from rayrlhf.errors import UserError
+from rayrlhf.runs.placement import Node, Role, demand, make_plan, roles_of, smaller
 
 
 def role(
@@ -90,3 +94,76 @@ def test_like_actors_fit_whenever_they_can(nodes: list[tuple[int, int]], count: 
 
     assert plan.complete == any(map(fits, itertools.product(range(len(nodes)), repeat=count)))
     assert fits(tuple(int(name) for name in plan.placed["generators"].elements()))
+
+
+# ---- what to set
+
+
+@pytest.mark.parametrize(
+    ("roles", "nodes", "words"),
+    [
+        # Fewer generators, as many as there is room for.
+        ([role("learner", together=True), role(count=64), role("scorers")], NODES, "resources.generators.count=10"),
+        # On two cores and on one GPU, three roles with a whole one each: shares of 0.9^7 and of 0.9^11.
+        (
+            [role("learner", cpus=2, together=True), role(), role("scorers")],
+            [Node("a", 2, 0)],
+            "resources.learner.cpus=0.95 resources.generators.cpus=0.47 resources.scorers.cpus=0.47",
+        ),
+        (
+            [role("learner", cpus=0, gpus=1, together=True), role(cpus=0, gpus=1), role("scorers", cpus=0, gpus=1)],
+            [Node("a", 2, 1)],
+            "resources.learner.gpus=0.31 resources.generators.gpus=0.31 resources.scorers.gpus=0.31",
+        ),
+        # No label, no GPU: nothing smaller fits.
+        ([role(role="generator")], NODES, ""),
+        ([role(gpus=1)], NODES, ""),
+        ([role(gpus=8)], [Node("a", 64, 4)], ""),
+    ],
+)
+def test_what_to_set_is_what_fits(roles: list[Role], nodes: list[Node], words: str) -> None:
+    assert smaller(roles, nodes) == shlex.split(words)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    nodes=st.lists(st.tuples(st.integers(1, 8), st.integers(0, 4)), min_size=1, max_size=3),
+    counts=st.lists(st.integers(1, 6), min_size=3, max_size=3),
+    cpus=st.lists(st.floats(0.5, 4), min_size=3, max_size=3),
+    runs=st.integers(1, 2),
+)
+def test_a_config_with_these_settings_fits(
+    nodes: list[tuple[int, int]], counts: list[int], cpus: list[float], runs: int
+) -> None:
+    """They are read as a config reads them, and placed by the plan."""
+    machines = [Node(f"n{i}", *size) for i, size in enumerate(nodes)]
+    sizes = [{key: n, "cpus": c} for key, n, c in zip(("workers", "count", "count"), counts, cpus, strict=True)]
+    tree = dict(zip(("learner", "generators", "scorers"), sizes, strict=True))
+    before = roles_of(parse_section(ResourcesConfig, tree, "test"))
+    for word in smaller(before, machines, runs):
+        key, value = parse_override(word)
+        set_key(tree, key.removeprefix("resources."), value, word)
+    after = roles_of(parse_section(ResourcesConfig, tree, "test"))
+    assert make_plan(after, machines, runs).complete or after == before
+
+
+# ---- on a shared cluster
+
+
+def test_a_run_waits_for_what_other_jobs_hold(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At the third look the other job has ended, or it never does. A second is one look here."""
+    clock = itertools.count()
+    left = iter([[Node("a", 0.5, 0)], [Node("a", 0.5, 0)], [Node("a", 2, 0)]])
+    monkeypatch.setattr(cluster, "cluster_nodes", lambda free: next(left))
+    monkeypatch.setattr(cluster.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(cluster.time, "sleep", lambda seconds: None)
+    roles = [role("learner", together=True), role()]
+    plan = cluster._wait_for_others(roles, 1, limit_s=30)
+    assert plan.placed == {"learner": {"a": 1}, "generators": {"a": 1}}
+    assert capsys.readouterr().out == "waiting for other jobs (1 of 30 s): 1 learner, 1 generators fit nowhere\n"
+    monkeypatch.setattr(cluster, "cluster_nodes", lambda free=False: [Node("a", 1, 0)])
+    with pytest.raises(UserError, match=r"1 generators fit nowhere after 30 s; .*: resources\.start_timeout_s=300$"):
+        cluster._wait_for_others(roles, 1, limit_s=30)
+    assert len(capsys.readouterr().out.splitlines()) == 2, "a line every 15 s"
