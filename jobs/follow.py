@@ -11,13 +11,14 @@ import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
 from jobs.console import warn
-from rayrlhf.reports.progress import Progress, has_step_line, sample_panel
+from rayrlhf.reports.progress import Progress, has_step_line, sample_panel, step_line
 from rayrlhf.runs.folder import RunFolder
 from rayrlhf.runs.metrics import WARNINGS, read_lines, read_metrics
 
@@ -42,12 +43,22 @@ def following(run: RunFolder, stage: str, console: Console) -> Iterator[None]:
         TimeRemainingColumn(),
     )
 
+    def show_evaluation(metrics: dict[str, Any]) -> None:
+        if "answers" in metrics:
+            console.print(f"{stage} step {metrics['step']}, answers to dev prompts:", markup=False)
+            console.print(metrics["answers"], soft_wrap=True, markup=False, highlight=False)
+        else:
+            console.print(step_line(metrics["stage"], metrics["step"], None, metrics), soft_wrap=True)
+
     def show(line: bytes) -> None:
         nonlocal progress, total
         try:
             metrics = json.loads(line)
         except ValueError:
             return  # the last line of a writer that was killed
+        if metrics.get("stage") == f"{stage}_eval":
+            show_evaluation(metrics)
+            return
         if metrics.get("stage") != stage:
             return
         if f"{stage}/steps" in metrics:

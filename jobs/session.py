@@ -115,7 +115,7 @@ class Session:
         relevant = {key: settings[key] for key in ("seed", "model", "data", *stages_to(stage, self.config))}
         if stage != "sft" and self.config.stages is not None:
             relevant["stages"] = settings["stages"]  # which prompts are collected for depends on them
-        for key in ("checkpoint_every", "keep_checkpoints"):
+        for key in self.config.rl.of_no_result:
             relevant.get("rl", {}).pop(key, None)
         asked = [relevant["collect"]["labeller"]] if "collect" in relevant else []
         if "rl" in relevant:

@@ -138,6 +138,16 @@ class Loop:
         """
         return self.ranks.broadcast(self._watch.stop)
 
+    def log_evaluation(self, metrics: Mapping[str, SupportsFloat]) -> None:
+        """Record what the model of this step does on dev prompts: the lines and names of `STAGE_eval`."""
+        if self._writer:
+            self._writer.write(f"{self.stage}_eval", self.step, metrics)
+
+    def show_answers(self, text: str) -> None:
+        """Show what it answers, in a few lines."""
+        if self._writer:
+            self._writer.write_text(f"{self.stage}_eval", self.step, "answers", text)
+
     def note(self, text: str) -> None:
         """Tell the user something in one line."""
         if self._writer:

@@ -20,6 +20,7 @@ from rayrlhf.data.tokens import encode_prompts, encode_responses
 from rayrlhf.models.loading import load_tokenizer
 
 MEASURES = {"reward", "gold", "rouge1", "rouge2", "rougeL", "length", "eos_rate", "win_rate_vs_reference"}
+DIVERSITY = {"distinct_2", "repetition", "common_opening"}
 WIN_RATES = {"win_rate_vs_sft", "lc_win_rate_vs_sft", "gold_win_rate_vs_sft", "gold_lc_win_rate_vs_sft"}
 
 
@@ -86,8 +87,8 @@ def test_metrics_are_complete_and_say_that_ppo_starts_on_policy(metrics: list[di
 
 def test_evaluation_has_exactly_the_documented_keys(evaluation: dict[str, Any]) -> None:
     assert set(evaluation) == {"sft", "policy", "title", "reference", "differences", "metadata"}
-    assert set(evaluation["sft"]) == set(evaluation["title"]) == set(evaluation["reference"]) == MEASURES
-    assert set(evaluation["policy"]) == MEASURES | WIN_RATES | {"kl"}
+    assert set(evaluation["sft"]) == set(evaluation["title"]) == set(evaluation["reference"]) == MEASURES | DIVERSITY
+    assert set(evaluation["policy"]) == MEASURES | DIVERSITY | WIN_RATES | {"kl"}
     differences = evaluation["differences"]
     assert set(differences) == {"policy_minus_sft", "policy_minus_sft_at_equal_length"}
     assert set(differences["policy_minus_sft"]) == MEASURES - {"win_rate_vs_reference"}

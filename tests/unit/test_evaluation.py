@@ -56,6 +56,7 @@ def summary(labeller: str, policy: Answers | None = POLICY) -> dict[str, Any]:
 def test_keys_are_those_of_the_design() -> None:
     result = summary("file")
     common = {"reward", "gold", "rouge1", "rouge2", "rougeL", "length", "eos_rate", "win_rate_vs_reference"}
+    common |= {"distinct_2", "repetition", "common_opening"}
     assert set(result) == {"sft", "policy", "title", "reference", "differences", "metadata"}
     assert set(result["sft"]) == set(result["title"]) == set(result["reference"]) == common
     win_rates = {"win_rate_vs_sft", "lc_win_rate_vs_sft", "gold_win_rate_vs_sft", "gold_lc_win_rate_vs_sft"}
