@@ -50,25 +50,14 @@ def following(run: RunFolder, stage: str, console: Console) -> Iterator[None]:
         else:
             console.print(step_line(metrics["stage"], metrics["step"], None, metrics), soft_wrap=True)
 
-    def show(line: bytes) -> None:
+    def show_step(metrics: dict[str, Any]) -> None:
         nonlocal progress, total
-        try:
-            metrics = json.loads(line)
-        except ValueError:
-            return  # the last line of a writer that was killed
-        if metrics.get("stage") == f"{stage}_eval":
-            show_evaluation(metrics)
-            return
-        if metrics.get("stage") != stage:
-            return
         if f"{stage}/steps" in metrics:
             total = int(metrics[f"{stage}/steps"])
             bar.update(task, total=total)
         if "note" in metrics:
             console.print(f"{stage}: {metrics['note']}", soft_wrap=True, markup=False)
             return
-        for warning in metrics.get(WARNINGS, ()):
-            warn(console, f"{stage} step {metrics['step']}: {warning}")
         if "sample" in metrics:
             console.print(sample_panel(**metrics["sample"], title=f"{stage} step {metrics['step']}, first dev prompt"))
             return
@@ -80,6 +69,18 @@ def following(run: RunFolder, stage: str, console: Console) -> Iterator[None]:
             progress = Progress(stage, total, done=done, console=console)  # the pace counts from the first line
         progress.update(done, metrics)
         bar.update(task, completed=done)
+
+    def show(line: bytes) -> None:
+        try:
+            metrics = json.loads(line)
+        except ValueError:
+            return  # the last line of a writer that was killed
+        if metrics.get("stage") == f"{stage}_eval":
+            show_evaluation(metrics)
+        if metrics.get("stage") == stage:
+            show_step(metrics)
+            for warning in metrics.get(WARNINGS, ()):
+                warn(console, f"{stage} step {metrics['step']}: {warning}")
 
     def read() -> None:
         nonlocal offset

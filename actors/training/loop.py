@@ -121,9 +121,7 @@ class Loop:
             metrics = {f"{self.stage}/steps": self.steps, **metrics}
             self._said_steps = True
         if self._writer:
-            line = self._writer.write(self.stage, self.step, metrics)
-            if begun := self._watch.add(line):
-                self._writer.warn(self.stage, self.step, begun)
+            self._writer.write(self.stage, self.step, metrics, self._watch.add)
 
     def warn(self, text: str) -> None:
         """Warn the user of something in one line."""
