@@ -139,7 +139,7 @@ def model_answers(
     kl = None
     if with_kl:
         drawn = session.rollouts.generate(encoded, config.rl.draw, version, "evaluate-kl", play=True)
-        kl = [response_kl(t) for t in session.rollouts.score(drawn, config.rl.temperature)]
+        kl = [t.log_ratio for t in session.rollouts.score(drawn, config.rl.temperature)]
     texts = [decode_trajectory(session.tokenizer, t) for t in scored]
     return Answers(
         name,
@@ -212,12 +212,6 @@ def text_answers(
 def summed_rewards(config: Config, scored: Sequence[Trajectory]) -> list[float] | None:
     """[n] weighted sum of the rewards; None in a run without rewards, such as one whose policy is that of `dpo`."""
     return [sum(t.rewards.values()) for t in scored] if config.scored_by else None
-
-
-def response_kl(trajectory: Trajectory) -> float:
-    """Sum over the response's tokens of log p - log p_ref, in nats (the k1 estimate of the response's KL)."""
-    assert trajectory.ref_logprobs is not None
-    return float(np.sum(trajectory.generator_logprobs.astype(np.float64) - trajectory.ref_logprobs))
 
 
 if __name__ == "__main__":

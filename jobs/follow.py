@@ -11,13 +11,14 @@ import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
 from jobs.console import warn
-from rayrlhf.reports.progress import Progress, has_step_line, sample_panel
+from rayrlhf.reports.progress import Progress, has_step_line, sample_panel, step_line
 from rayrlhf.runs.folder import RunFolder
 from rayrlhf.runs.metrics import WARNINGS, read_lines, read_metrics
 
@@ -42,22 +43,21 @@ def following(run: RunFolder, stage: str, console: Console) -> Iterator[None]:
         TimeRemainingColumn(),
     )
 
-    def show(line: bytes) -> None:
+    def show_evaluation(metrics: dict[str, Any]) -> None:
+        if "answers" in metrics:
+            console.print(f"{stage} step {metrics['step']}, answers to dev prompts:", markup=False)
+            console.print(metrics["answers"], soft_wrap=True, markup=False, highlight=False)
+        else:
+            console.print(step_line(metrics["stage"], metrics["step"], None, metrics), soft_wrap=True)
+
+    def show_step(metrics: dict[str, Any]) -> None:
         nonlocal progress, total
-        try:
-            metrics = json.loads(line)
-        except ValueError:
-            return  # the last line of a writer that was killed
-        if metrics.get("stage") != stage:
-            return
         if f"{stage}/steps" in metrics:
             total = int(metrics[f"{stage}/steps"])
             bar.update(task, total=total)
         if "note" in metrics:
             console.print(f"{stage}: {metrics['note']}", soft_wrap=True, markup=False)
             return
-        for warning in metrics.get(WARNINGS, ()):
-            warn(console, f"{stage} step {metrics['step']}: {warning}")
         if "sample" in metrics:
             console.print(sample_panel(**metrics["sample"], title=f"{stage} step {metrics['step']}, first dev prompt"))
             return
@@ -69,6 +69,18 @@ def following(run: RunFolder, stage: str, console: Console) -> Iterator[None]:
             progress = Progress(stage, total, done=done, console=console)  # the pace counts from the first line
         progress.update(done, metrics)
         bar.update(task, completed=done)
+
+    def show(line: bytes) -> None:
+        try:
+            metrics = json.loads(line)
+        except ValueError:
+            return  # the last line of a writer that was killed
+        if metrics.get("stage") == f"{stage}_eval":
+            show_evaluation(metrics)
+        if metrics.get("stage") == stage:
+            show_step(metrics)
+            for warning in metrics.get(WARNINGS, ()):
+                warn(console, f"{stage} step {metrics['step']}: {warning}")
 
     def read() -> None:
         nonlocal offset

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from actors.pools.remote import put
+from actors.training.dev_answers import DevPrompt
 from actors.training.rl import RLArguments, rl_loop
 from jobs.session import Session
 from jobs.stage import main, stage
@@ -22,8 +24,9 @@ def rl(session: Session) -> None:
     prompts = session.data.prompts(session.data.train.rl)
     if not prompts:
         raise UserError("rl: no prompts are left; lower data.sft_fraction or data.reward_model_fraction")
+    dev = dev_prompts(session)
     session.rollouts.wait_for_generators()
-    session.rollouts.start_scorers(as_prompts(session.data.train.rl), start, gold=True)
+    session.rollouts.start_scorers([*as_prompts(session.data.train.rl), *(p.prompt for p in dev)], start, gold=True)
     session.rollouts.call("set_prompts", prompts, session.rollouts.sampling(config.rl.draw, play=True))
     coordinator = session.rollouts.start()
     arguments = RLArguments(
@@ -32,8 +35,27 @@ def rl(session: Session) -> None:
         value_model=session.starts.value_model,
         coordinator=coordinator,
         plugin=session.plugin,
+        dev=put(dev, session.local),
     )
     session.train("rl", rl_loop, arguments)
+
+
+def dev_prompts(session: Session) -> list[DevPrompt]:
+    """The dev prompts that the policy answers while it trains, the first ones.
+
+    Raises:
+        UserError: it is to be evaluated on some, and there are none.
+    """
+    settings = session.config.rl
+    sampled = settings.sample_prompts if settings.sample_every else 0
+    evaluated = settings.eval_prompts if settings.eval_every else 0
+    records = session.data.dev[: max(sampled, evaluated)]
+    if settings.eval_every and not records:
+        raise UserError("rl.eval_every: there are no dev prompts; raise data.dev_fraction")
+    return [
+        DevPrompt(encoded, prompt)
+        for encoded, prompt in zip(session.data.prompts(records), as_prompts(records), strict=True)
+    ]
 
 
 if __name__ == "__main__":

@@ -155,7 +155,7 @@ class Session:
         relevant["from"] = {key: model for key, model in self.starts.given.items() if stage in stages_from(key)}
         contents = stored_contents(self.run)
         relevant["contents"] = {key: hashes(contents, key) for key in contents if stage in stages_from(key)}
-        for key in ("checkpoint_every", "keep_checkpoints"):
+        for key in self.config.rl.of_no_result:
             relevant.get("rl", {}).pop(key, None)
         asked = [relevant["collect"]["labeller"]] if "collect" in relevant else []
         if "rl" in relevant:

@@ -219,6 +219,12 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _gold_is_measured(self) -> Config:
+        if self.environment is not None and self.rl.select == "gold":
+            raise ValueError("rl.select: gold is not measured with an environment; take score")
+        return self
+
+    @model_validator(mode="after")
     def _some_length_is_free(self) -> Config:
         overlong, longest = self.rl.overlong_tokens, self.data.max_response_tokens
         if overlong is not None and overlong > longest:

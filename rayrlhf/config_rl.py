@@ -82,6 +82,26 @@ class RLConfig(StartSection):
     """Steps between two checkpoints."""
     keep_checkpoints: Positive = 2
     """So many checkpoints stay, the newest ones: if one is damaged, the one before it is taken."""
+    sample_every: Positive | None = 10
+    """Every so many steps, and before the first and after the last, the policy answers the first dev prompts to look
+    at, near-greedily as in `evaluate`. null: never."""
+    sample_prompts: Positive = 4
+    """So many of them."""
+    eval_every: Positive | None = None
+    """As often, score, gold, KL, length and diversity of answers to dev prompts are measured. null: never."""
+    eval_prompts: Positive = 64
+    """On at most so many of them."""
+    select: Literal["gold", "score"] | None = None
+    """The policy with the highest mean of this over these answers is kept and becomes the run's policy. null: the last
+    one does."""
+    patience: Positive | None = None
+    """Stop after this many evaluations without a better one by `select`. null: make all steps."""
+
+    @property
+    def of_no_result(self) -> tuple[str, ...]:
+        """The keys of the section that do not decide which policy comes out."""
+        looks = ("checkpoint_every", "keep_checkpoints", "sample_every", "sample_prompts")
+        return looks if self.select else (*looks, "eval_every", "eval_prompts", "select", "patience")
 
     @property
     def draw(self) -> DrawConfig:
@@ -101,6 +121,14 @@ class RLConfig(StartSection):
         # More of them would leave a mini-batch without a sample.
         if self.minibatches > self.prompts_per_step * self.samples_per_prompt:
             raise ValueError("minibatches must not exceed prompts_per_step * samples_per_prompt")
+        return self
+
+    @model_validator(mode="after")
+    def _choices_need_measures(self) -> RLConfig:
+        if self.select and self.eval_every is None:
+            raise ValueError(f"select: {self.select} needs eval_every, such as 10: it chooses by these evaluations")
+        if self.patience and self.select is None:
+            raise ValueError("patience needs select, gold or score: it waits for a better one")
         return self
 
     @model_validator(mode="after")

@@ -97,7 +97,7 @@ class Wording(NamedTuple):
     """An answer's words, as far as `rayrlhf.rewards.diversity` compares answers by them."""
 
     repetition: float
-    """The share of its 4-grams that it has had before; NaN if it is too short to have any."""
+    """The share of its 4-grams that it has had before."""
     bigrams: bytes
     """uint32 hashes of its 2-grams."""
     opening: int
@@ -148,6 +148,12 @@ class Trajectory:
     def length(self) -> int:
         """P + R: the tokens of a forward pass over this trajectory."""
         return len(self.prompt_ids) + len(self.response_ids)
+
+    @property
+    def log_ratio(self) -> float:
+        """Sum over the response's tokens of log p - log p_ref, in nats (the k1 estimate of the response's KL)."""
+        assert self.ref_logprobs is not None
+        return float(np.sum(self.generator_logprobs.astype(np.float64) - self.ref_logprobs))
 
     @property
     def token_ids(self) -> NDArray[np.int64]:

@@ -13,12 +13,12 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, SupportsFloat
+from typing import SupportsFloat
 
 import ray
 from ray.util.metrics import Gauge
 
-from rayrlhf.runs.metrics import MetricsWriter
+from rayrlhf.runs.metrics import MetricsWriter, Watcher, unwatched
 
 EXPORT_S = 2.0
 """Between two exports of the coordinator, and of a gauge whose value stays, in seconds. Ray collects gauges every 10 s
@@ -87,8 +87,8 @@ class ExportingWriter(MetricsWriter):
         self._idle: dict[str, set[str]] = {}
         """By stage, the actors whose idle share has been exported."""
 
-    def write(self, stage: str, step: int, values: Mapping[str, SupportsFloat]) -> dict[str, Any]:
-        line = super().write(stage, step, values)
+    def write(self, stage: str, step: int, values: Mapping[str, SupportsFloat], watch: Watcher = unwatched) -> None:
+        super().write(stage, step, values, watch)
         idle = {name.removeprefix("idle/") for name in values if name.startswith("idle/")}
         for gone in self._idle.get(stage, set()) - idle:  # otherwise its series would keep the last value
             self._gauges.set("idle", math.nan, stage=stage, actor=gone)
@@ -98,7 +98,6 @@ class ExportingWriter(MetricsWriter):
                 self._gauges.set("idle", float(value), stage=stage, actor=name.removeprefix("idle/"))
             else:
                 self._gauges.set(name, float(value), stage=stage)
-        return line
 
 
 def metrics_writer(run_dir: str | Path, run: str) -> MetricsWriter:

@@ -8,6 +8,7 @@ Who calls what, in the stage `rl`:
 
     jobs/rl.py       start_generators, start_scorers, set_prompts
     learner          begin ─▶ { next_version ─▶ load_weights ─▶ next_batch ─▶ train } for every step
+                     answer, after some of the batches
     command          status, scale
 """
 
@@ -19,6 +20,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from actors.pools.monitoring import Status, export_status
+from actors.pools.remote import ActorDied, ActorFailure
 from actors.pools.worker import Worker
 from actors.rollouts.ahead import Ahead
 from actors.rollouts.batch import Batch, Counts
@@ -160,8 +162,7 @@ class Coordinator:
 
     def begin(self, cursor: Cursor) -> None:
         """A learner starts, anew or from a checkpoint that was written when `cursor` was left."""
-        self.rollouts.stop()
-        self.rollouts = self._ahead(cursor) if self.config.rl.max_staleness else self._in_turn(cursor)
+        self._go_on_from(cursor)
         self.batch = None
         self._reset_deaths()
         self.reported = self._counts()
@@ -177,8 +178,7 @@ class Coordinator:
             return self.batch
         batch = self.rollouts.next_batch(step, version)
         if batch.cursor == Cursor(self.config.rl.steps):  # that was the last one: the actors are free for other work
-            self.rollouts.stop()
-            self.rollouts = self._in_turn(batch.cursor)
+            self._go_on_from(batch.cursor)
         now, before = self._counts(), self.reported
         generators = self.pools.generators
         batch.metrics.update(now.since(before) | {"rollout/generators": float(len(generators))})
@@ -191,6 +191,34 @@ class Coordinator:
         self.reported, self.batch = now, batch
         self._reset_deaths()
         return batch
+
+    def answer(self, requests: Sequence[GenerationRequest], sampling: Sampling, version: int) -> list[Trajectory]:
+        """Scored answers outside the batches, in order, drawn from the weights of `version`, those published last.
+
+        What runs ahead of the learner makes way: no answer may mix versions. It begins again with the next batch, and
+        what was under way is drawn anew.
+
+        Raises:
+            ActorFailure: other weights were published, an actor raised or was late, or too many died.
+        """
+        publication = self.publication
+        if publication is None or publication.version != version:
+            raise ActorFailure(f"answer: load weights of version {version} before it")
+        self._go_on_from(self.rollouts.cursor())
+        generators = self.pools.generators
+        for worker in [worker for worker in generators.workers if worker.version != version]:
+            try:  # running ahead, a generator loads weights with its next work only
+                self._bring_up_to_date(worker)
+            except ActorDied as death:
+                generators.lose(worker, death)
+        answers = [serialized.load() for serialized in generate(generators, requests, sampling, version)]
+        return score(self.pools.scorers, answers, sampling.temperature)
+
+    def _go_on_from(self, cursor: Cursor) -> None:
+        """End what is under way; the next batch begins anew, with the groups that the cursor leaves."""
+        self.rollouts.stop()
+        ahead = self.config.rl.max_staleness and cursor != Cursor(self.config.rl.steps)
+        self.rollouts = self._ahead(cursor) if ahead else self._in_turn(cursor)
 
     def _in_turn(self, cursor: Cursor) -> InTurn:
         return InTurn(self.pools, self.prompts.groups, self.sampling, cursor=cursor, redraw=self.prompts.redraw)

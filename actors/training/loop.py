@@ -132,9 +132,7 @@ class Loop:
             metrics = {f"{self.stage}/steps": self.steps, **metrics}
             self._said_steps = True
         if self._writer:
-            line = self._writer.write(self.stage, self.step, metrics)
-            if begun := self._watch.add(line):
-                self._writer.warn(self.stage, self.step, begun)
+            self._writer.write(self.stage, self.step, metrics, self._watch.add)
 
     def warn(self, text: str) -> None:
         """Warn the user of something in one line."""
@@ -148,6 +146,16 @@ class Loop:
         The same on all ranks.
         """
         return self.ranks.broadcast(self._watch.stop)
+
+    def log_evaluation(self, metrics: Mapping[str, SupportsFloat]) -> None:
+        """Record what the model of this step does on dev prompts: the lines and names of `STAGE_eval`."""
+        if self._writer:
+            self._writer.write(f"{self.stage}_eval", self.step, metrics)
+
+    def show_answers(self, text: str) -> None:
+        """Show what it answers, in a few lines."""
+        if self._writer:
+            self._writer.write_text(f"{self.stage}_eval", self.step, "answers", text)
 
     def note(self, text: str) -> None:
         """Tell the user something in one line."""

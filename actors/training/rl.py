@@ -9,6 +9,7 @@ frozen and live with the scorers.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,10 +17,11 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from actors.pools.remote import Call, Remote, wait
+from actors.pools.remote import Call, Remote, fetch, wait
 from actors.rollouts.batch import Batch
 from actors.rollouts.groups import Cursor
 from actors.rollouts.publisher import Publisher
+from actors.training.dev_answers import DevAnswers, DevPrompt
 from actors.training.loop import Loop, LoopArguments
 from rayrlhf.algorithms.registry import make_trainer
 from rayrlhf.config import Config
@@ -31,7 +33,7 @@ from rayrlhf.models.ranks import Ranks
 from rayrlhf.models.saving import save_model
 from rayrlhf.plugins import Plugin
 from rayrlhf.runs.storage import local_copy
-from rayrlhf.trajectory import derive_seed
+from rayrlhf.trajectory import GenerationRequest, Sampling, Trajectory, derive_seed
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ class RLArguments(LoopArguments):
     coordinator: Remote
     plugin: Plugin | None = None
     """The file of an algorithm of the user's own."""
+    dev: Any = ()
+    """list[DevPrompt] to look at while it trains, or `actors.pools.remote.put` of it."""
 
 
 def rl_loop(args: RLArguments) -> None:
@@ -79,14 +83,18 @@ def rl_loop(args: RLArguments) -> None:
             trainer.load_state_dict(state["trainer"])
             version, cursor = state["version"], Cursor(*state["cursor"])
         generators.begin(cursor)
+        dev_prompts: list[DevPrompt] = fetch(args.dev)
 
         def save_policy(directory: Path) -> None:
             save_model(policy, tokenizer, directory, stop_tokens=config.data.stop_tokens)
+
+        dev = DevAnswers(loop, dev_prompts, tokenizer, save_policy, generators.answer, args.checkpoints, found)
 
         def save_models(directory: Path) -> None:
             save_policy(directory / "policy")
             if value_model is not None:
                 save_model(value_model, tokenizer, directory / "value_model")
+            dev.save_best(directory)
 
         loop.steps = config.rl.steps
         while loop.step < config.rl.steps:
@@ -94,20 +102,26 @@ def rl_loop(args: RLArguments) -> None:
             version = generators.send_weights(after=version)
             waiting = time.perf_counter()
             batch = generators.next_batch(loop.step, version)
+            arrived = time.perf_counter()
+            # Not before the batch: keys and values of these prompts would be in the engines' prefix cache then.
+            dev.look(version)
+            if dev.enough:
+                break
             learning = time.perf_counter()
             metrics = trainer.step(batch.trajectories, loop.step)
             ended = time.perf_counter()
+            seconds = (arrived - started) + (ended - learning)
 
             loop.step += 1
             loop.log(metrics | batch.metrics | {
                 "rl/weight_version": version,
                 "time/sync": waiting - started,
-                "time/wait": learning - waiting,
+                "time/wait": arrived - waiting,
                 "time/learn": ended - learning,
-                "time/step": ended - started,
+                "time/step": seconds,
                 "memory/learner_peak_mib": loop.ranks.peak_memory_mib(),
-                "idle/learner": (learning - waiting) / (ended - started),
-                "throughput/tokens_per_s": sum(t.length for t in batch.trajectories) / (ended - started),
+                "idle/learner": (arrived - waiting) / seconds,
+                "throughput/tokens_per_s": sum(t.length for t in batch.trajectories) / seconds,
             })  # fmt: skip
             nothing_to_learn = loop.stop
             stopping = loop.stopping() or nothing_to_learn is not None
@@ -115,6 +129,7 @@ def rl_loop(args: RLArguments) -> None:
                 # Prompts and seeds are functions of (seed, step), and generators have no state to keep: the cursor
                 # only says which prompts were trained on out of turn.
                 state = {"version": version, "cursor": tuple(batch.cursor), "trainer": trainer.state_dict()}
+                state |= dev.state_dict()
                 if config.model.lora:
                     state["trained"] = [trained_state(model) for model in (policy, value_model) if model is not None]
                 loop.save(state, save_models)
@@ -122,7 +137,10 @@ def rl_loop(args: RLArguments) -> None:
                     raise UserError(f"rl: stopped after step {loop.step}: {nothing_to_learn}")
                 if stopping:
                     return
-        loop.finish(save_policy)
+        if dev.due(last=True) and not dev.enough:
+            version = generators.send_weights(after=version)
+            dev.look(version, last=True)
+        loop.finish(dev.publish)
 
 
 def load_models(
@@ -182,3 +200,9 @@ class GeneratorLink:
         if batch is None:
             batch = self.coordinator.call("next_batch", step, version, timeout_s=self.timeout_s)
         return batch
+
+    def answer(self, requests: Sequence[GenerationRequest], sampling: Sampling, version: int) -> list[Trajectory]:
+        """Scored answers outside the batches, from the weights of `version`, which were sent last. For rank 0 alone."""
+        calls = [*self.loading, self.coordinator.submit("answer", requests, sampling, version)]
+        answers: list[Trajectory] = wait(calls, self.timeout_s)[-1]
+        return answers

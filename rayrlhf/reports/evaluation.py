@@ -24,12 +24,20 @@ from rayrlhf.reports.intervals import (
     CONFIDENCE,
     Interval,
     bootstrap,
+    jackknife,
     length_controlled_difference,
     length_controlled_win_rate,
     paired_difference,
 )
-from rayrlhf.reports.measures import AT_EQUAL_LENGTH, MEASURES, SHARES
+from rayrlhf.reports.measures import AT_EQUAL_LENGTH, DIVERSITY, MEASURES, SHARES
 from rayrlhf.reports.shares import share, win_rate
+from rayrlhf.rewards.diversity import (
+    common_opening,
+    common_opening_without,
+    distinct_2,
+    distinct_2_without,
+    wording,
+)
 from rayrlhf.rewards.rouge import rouge_per_example
 
 _ROUGE = ("rouge1", "rouge2", "rougeL")
@@ -71,6 +79,21 @@ class Answers:
         return np.where([text is None for text in self.texts], np.nan, values)
 
 
+def diversity_of(answers: Answers) -> dict[str, Interval | None]:
+    """`DIVERSITY` of one source's answers, by name; None where fewer than two answers can be measured."""
+    worded = [wording(text) for text in answers.texts if text is not None]
+    if len(worded) < 2:
+        return dict.fromkeys(DIVERSITY)
+    repeated, distinct = np.array([each.repetition for each in worded]), distinct_2(worded)
+    without = np.array(distinct_2_without(worded))
+    measurable = distinct is not None and not np.isnan(without).any()
+    return {
+        "distinct_2": jackknife(distinct, without) if distinct is not None and measurable else None,
+        "repetition": jackknife(repeated.mean(), (repeated.sum() - repeated) / (len(repeated) - 1)),
+        "common_opening": jackknife(common_opening(worded), common_opening_without(worded)),
+    }
+
+
 def with_rouge(answers: Answers, references: Sequence[str | None]) -> Answers:
     """The same answers with ROUGE F1 against `references` [n]; NaN where either text is missing."""
     pairs = [
@@ -103,7 +126,7 @@ def summarize(
 ) -> dict[str, Any]:
     """The contents of evaluation.json, from answers to the same n prompts.
 
-    Each of `sft`, `policy`, `title` and `reference` maps every name of `MEASURES` to
+    Each of `sft`, `policy`, `title` and `reference` maps every name of `MEASURES` and `DIVERSITY` to
     `{"mean", "low", "high", "n"}` or null.
 
     - `win_rate_vs_reference` is by the reward model. It is null for the reference itself, and for all where the
@@ -158,6 +181,7 @@ def summarize(
     result: dict[str, Any] = {}
     for name, answers in present.items():
         row: dict[str, Any] = {measure: interval(answers, measure) for measure in MEASURES}
+        row |= {measure: _as_dict(value) for measure, value in diversity_of(answers).items()}
         meaningful = name != "reference" and labeller != "reference"
         row["win_rate_vs_reference"] = compare(win_rate, answers, reference, "reward") if meaningful else None
         result[name] = row

@@ -148,8 +148,24 @@ PANELS: dict[str, tuple[Panel, ...]] = {
         ), stacked=True),
         Panel("Throughput", "tokens per s", (TOKENS_PER_S,)),
     ),
+    "rl_eval": (
+        Panel("Dev prompts: score", "score", (Measure("rl_eval/score", "score", in_line=True),)),
+        Panel("Dev prompts: gold", "gold", (Measure("rl_eval/gold", "gold", in_line=True),)),
+        Panel("Dev prompts: KL to the reference policy", "nats per response", (
+            Measure("rl_eval/kl", "KL", ".3f nats", in_line=True),
+        )),
+        Panel("Dev prompts: length", "tokens", (Measure("rl_eval/length", "length", ".1f", in_line=True),)),
+        Panel("Dev prompts: answers that end by themselves", "share", (
+            Measure("rl_eval/eos_rate", "EOS", ".0%", in_line=True),
+        )),
+        Panel("Dev prompts: diversity of the words", "share", (
+            Measure("rl_eval/distinct_2", "distinct-2", in_line=True, legend="different 2-grams"),
+            Measure("rl_eval/repetition", "repeated 4-grams", legend="repeated 4-grams of an answer"),
+            Measure("rl_eval/common_opening", "commonest opening"),
+        )),
+    ),
 }  # fmt: skip
-"""By stage, in the order in which they are read: what its steps measure."""
+"""By stage, in the order in which they are read: what its steps measure; of `rl_eval` its evaluations during `rl`."""
 
 
 def panels_of(stage: str, names: Iterable[str]) -> tuple[Panel, ...]:
@@ -176,8 +192,8 @@ def measures_in_line(stage: str) -> list[Measure]:
 # ---- what an evaluation measures
 
 MEASURES = {
-    "reward": "reward model's score",
     "gold": "labeller's measure (gold)",
+    "reward": "reward model's score",
     "rouge1": "ROUGE-1",
     "rouge2": "ROUGE-2",
     "rougeL": "ROUGE-L",
@@ -185,6 +201,12 @@ MEASURES = {
     "eos_rate": "ends with EOS",
 }
 """Measures of one answer, and their words."""
+DIVERSITY = {
+    "distinct_2": "different 2-grams of all answers",
+    "repetition": "repeated 4-grams of an answer",
+    "common_opening": "commonest opening of 4 words",
+}
+"""Measures of all answers of a source together, shares, and their words."""
 AT_EQUAL_LENGTH = ("reward", "gold")
 """Measures whose paired difference is also given for answers of equal length."""
 WIN_RATES = {
@@ -200,11 +222,13 @@ WITHIN_ONE = (*SHARES, "rouge1", "rouge2", "rougeL")
 """Those that are never below 0 or above 1."""
 EVALUATED = {
     **MEASURES,
+    "kl": "KL to SFT, nats per response",
+    **DIVERSITY,
     "win_rate_vs_reference": "win rate against the reference",
     **WIN_RATES,
-    "kl": "KL to SFT, nats per response",
 }
-"""All that evaluation.json has of one source of answers, in the order of the tables' rows."""
+"""All that evaluation.json has of one source of answers, in the order of the tables' rows: gold and score lead, since a
+win rate does not say by how much, nor whether all answers have become one."""
 
 
 @dataclass(frozen=True)

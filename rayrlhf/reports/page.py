@@ -16,7 +16,8 @@ from rayrlhf.config_file import load_config
 from rayrlhf.files import replacing
 from rayrlhf.reports.curves import over_kl_figure, style
 from rayrlhf.reports.intervals import p_text
-from rayrlhf.reports.measures import DIFFERENCES, EVALUATED, SCORERS, SOURCES, Panel, decimals, panels_of
+from rayrlhf.reports.measures import DIFFERENCES, EVALUATED, PANELS, SCORERS, SOURCES, Panel, decimals, panels_of
+from rayrlhf.reports.progress import headline
 from rayrlhf.reports.warnings import Warned, warnings_of
 from rayrlhf.runs.folder import RunFolder
 from rayrlhf.runs.metrics import read_metrics
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MAX_SAMPLES = 12
+MAX_LOOKS = 5
+"""Steps whose answers to a dev prompt stand side by side."""
 
 _COLOURS = ["#3b6fb6", "#d1772e", "#4a9a62", "#8d5fa8"]
 _STYLE = """
@@ -68,8 +71,13 @@ def write_report(run: RunFolder) -> Path:
         over_kl = over_kl_figure(lines) if stage == "rl" else None
         if over_kl is not None:
             parts.append(f'<img alt="gains of proxy and gold against KL" src="{_inline(over_kl)}">')
+        evaluations = stage_figure(f"{stage}_eval", [line for line in metrics if line["stage"] == f"{stage}_eval"])
+        if evaluations is not None:
+            parts.append(f'<img alt="measures on dev prompts" src="{_inline(evaluations)}">')
         if stage == "reward_model" and run.reward_accuracy.exists():
             parts.append(_reward_accuracy(json.loads(run.reward_accuracy.read_text(encoding="utf-8"))))
+    if shown := _dev_samples(run, metrics):
+        parts.append(shown)
     if run.samples.exists():
         parts.append(_samples(pq.read_table(run.samples)))
     if run.config.exists():
@@ -88,7 +96,8 @@ def stage_figure(stage: str, lines: Sequence[Mapping[str, Any]]) -> Figure | Non
     from matplotlib.figure import Figure
 
     names = {name for line in lines for name, value in line.items() if value is not None}
-    panels = [panel for panel in panels_of(stage, names) if names & {measure.name for measure in panel.measures}]
+    known = panels_of(stage, names) if stage in PANELS else ()
+    panels = [panel for panel in known if names & {measure.name for measure in panel.measures}]
     if not panels:
         return None
     columns = min(3, len(panels))
@@ -190,6 +199,38 @@ def _warnings(found: Sequence[Warned]) -> str:
     return f"<h2>Warnings</h2><ul>{shown}</ul>"
 
 
+def _dev_samples(run: RunFolder, metrics: Sequence[Mapping[str, Any]]) -> str:
+    """The answers to dev prompts while `rl` ran, side by side: the first, some between, the last; empty without any."""
+    if run.store and run.store.exists(run.dev_samples):
+        run.download(run.dev_samples)
+    files = sorted(run.dev_samples.glob("step_*.jsonl"))
+    if not files:
+        return ""
+    places = {round(i * (len(files) - 1) / (MAX_LOOKS - 1)) for i in range(MAX_LOOKS)}
+    looks = [[json.loads(line) for line in files[i].read_text(encoding="utf-8").splitlines()] for i in sorted(places)]
+    best = [int(line["rl_eval/best_step"]) for line in metrics if "rl_eval/best_step" in line]
+    published = best[-1] if best else looks[-1][0]["step"]
+    parts = [
+        "<h2>Answers while rl ran</h2><p class='sub'>the same dev prompts, near-greedily; step 0 is the model that rl "
+        f"started from; {len(looks)} of {len(files)} steps (all in {run.dev_samples.name}/)</p>"
+    ]
+    for rows in zip(*looks, strict=True):
+        answers = "".join(_look(row, row["step"] == published and run.done("rl")) for row in rows)
+        post = escape(rows[0]["prompt"].strip())
+        parts.append(
+            f'<details><summary>{escape(headline(rows[0]["prompt"]))}</summary><div class="post">{post}</div></details>'
+            f'<div class="answers">{answers}</div>'
+        )
+    return "\n".join(parts)
+
+
+def _look(row: Mapping[str, Any], published: bool) -> str:
+    numbers = ", ".join(f"{kind} {row[kind]:.3f}" for kind in ("score", "gold") if row[kind] is not None)
+    name = f"step {row['step']}" + (", the policy" if published else "")
+    text = escape(row["answer"].strip()) or "<i>(empty)</i>"
+    return f'<div><b>{name} <span class="ci">{numbers}</span></b>{text}</div>'
+
+
 def _samples(table: Any) -> str:
     parts = [f"<h2>Samples</h2><p class='sub'>the first {min(MAX_SAMPLES, table.num_rows)} of {table.num_rows}</p>"]
     sources = [name for name in ("reference", "sft", "policy") if name in table.column_names]
@@ -197,7 +238,7 @@ def _samples(table: Any) -> str:
         post = escape(str(row["post"]).strip())
         answers = "".join(_answer(row, source) for source in sources if row[source] is not None)
         parts.append(
-            f'<details><summary>{escape(_headline(str(row["post"])))}</summary><div class="post">{post}</div></details>'
+            f'<details><summary>{escape(headline(str(row["post"])))}</summary><div class="post">{post}</div></details>'
             f'<div class="answers">{answers}</div>'
         )
     return "\n".join(parts)
@@ -208,11 +249,3 @@ def _answer(row: Mapping[str, Any], source: str) -> str:
     numbers = ", ".join(f"{kind} {value:.3f}" for kind, value in measures if value is not None)
     text = escape(row[source].strip()) or "<i>(empty)</i>"
     return f'<div><b>{escape(SOURCES[source].in_full)} <span class="ci">{numbers}</span></b>{text}</div>'
-
-
-def _headline(post: str) -> str:
-    """A post in one line: its title, or else its first line."""
-    lines = [line.strip() for line in post.splitlines() if line.strip()]
-    title = next((line.removeprefix("TITLE:").strip() for line in lines if line.startswith("TITLE:")), None)
-    text = title or (lines[0] if lines else "(empty post)")
-    return text if len(text) <= 110 else text[:109] + "…"

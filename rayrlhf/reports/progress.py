@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -233,6 +233,33 @@ class Progress:
         line.highlight_regex(r"ETA .*", "dim")
         # A log has no width: a wrapped line could not be searched.
         self.console.print(line, soft_wrap=True)
+
+
+def headline(post: str) -> str:
+    """A post in one line: its title, or else its first line."""
+    lines = [line.strip() for line in post.splitlines() if line.strip()]
+    title = next((line.removeprefix("TITLE:").strip() for line in lines if line.startswith("TITLE:")), None)
+    return shortened(title or (lines[0] if lines else "(empty post)"), 110)
+
+
+def shortened(text: str, longest: int) -> str:
+    """A text in one line of at most so many characters; an ellipsis stands for what is left out."""
+    line = " ".join(text.split())
+    return line if len(line) <= longest else line[: longest - 1] + "…"
+
+
+def answers_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Two lines for each answer to a dev prompt: the prompt, then the answer with its score and gold.
+
+    Args:
+        rows: with `prompt`, `answer`, `score`, `gold` and `weight_version`.
+    """
+    lines = []
+    for row in rows:
+        gold = "" if row["gold"] is None else f", gold {row['gold']:.3f}"
+        answer = shortened(row["answer"], 200) or "(empty)"
+        lines += [headline(row["prompt"]), f"  → {answer} (score {row['score']:.3f}{gold})"]
+    return "\n".join(lines)
 
 
 def sample_panel(prompt: str, reference: str | None, answer: str, title: str = "sample") -> Panel:

@@ -10,13 +10,14 @@ from rich.console import Group
 from rich.table import Table
 
 from rayrlhf.reports.intervals import p_text
-from rayrlhf.reports.measures import SCORERS, SOURCES, interval_text
+from rayrlhf.reports.measures import EVALUATED, SCORERS, SOURCES, interval_text
 
 
 def evaluation_table(result: Mapping[str, Any]) -> Group:
     """evaluation.json as two tables: the means of each source, then policy minus SFT."""
     sources = [name for name in SOURCES if name in result]
-    measures = list(dict.fromkeys(measure for name in ("policy", "sft") for measure in result.get(name, {})))
+    measured = {measure for name in ("policy", "sft") for measure in result.get(name, {})}
+    measures = [measure for measure in EVALUATED if measure in measured]
     facts = result["metadata"]
     table = _narrow_table(f"{facts['data']}: {facts['prompts']} prompts, mean [95 % interval]")
     table.add_column("measure", no_wrap=True)

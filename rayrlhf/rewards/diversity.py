@@ -29,13 +29,13 @@ def words(text: str) -> list[str]:
 
 
 def repetition(text: str) -> float:
-    """The share of an answer's 4-grams that it has had before; NaN for one that is too short to have any.
+    """The share of an answer's 4-grams that it has had before; 0 for one that is too short to have any.
 
     >>> repetition("a b c d a b c d")  # abcd bcda cdab dabc abcd
     0.2
     """
     grams = _grams(words(text), REPEATED)
-    return (len(grams) - len(set(grams))) / len(grams) if grams else math.nan
+    return (len(grams) - len(set(grams))) / len(grams) if grams else 0.0
 
 
 def wording(text: str) -> Wording:
@@ -57,11 +57,10 @@ def common_opening(answers: Sequence[Wording]) -> float:
 
 
 def diversity(answers: Sequence[Wording]) -> dict[str, float]:
-    """All three of at least one answer, by name. What no answer is long enough for is left out."""
-    long = [answer.repetition for answer in answers if not math.isnan(answer.repetition)]
+    """All three of at least one answer, by name; no `distinct_2` where no answer has two words."""
     distinct = distinct_2(answers)
     return {
-        **({"repetition": sum(long) / len(long)} if long else {}),
+        "repetition": sum(answer.repetition for answer in answers) / len(answers),
         **({"distinct_2": distinct} if distinct is not None else {}),
         "common_opening": common_opening(answers),
     }

@@ -62,6 +62,8 @@ class RunFolder:
         self.comparisons = self.path / "comparisons.parquet"
         self.labeller = self.path / "labeller.json"
         self.samples = self.path / "samples.parquet"
+        self.dev_samples = self.path / "samples"
+        """Answers to a few dev prompts while `rl` ran: `step_000020.jsonl` and so on."""
         self.evaluation = self.path / "evaluation.json"
         self.checkpoints = self.path / "checkpoints"
 

@@ -21,7 +21,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, SupportsFloat
@@ -39,6 +39,15 @@ log = logging.getLogger(__name__)
 FILE = "metrics.jsonl"
 WARNINGS = "warnings"
 """The name under which a line has its warnings, a list of texts."""
+
+
+Watcher = Callable[[Mapping[str, Any]], Sequence[str]]
+"""The warnings of a line, of one line of text each."""
+
+
+def unwatched(line: Mapping[str, Any]) -> Sequence[str]:
+    """The `Watcher` that warns of nothing."""
+    return ()
 
 
 class MetricsWriter:
@@ -69,8 +78,8 @@ class MetricsWriter:
 
             self._mirror = Mirror(run_dir, [FILE, "tensorboard/*/*"])
 
-    def write(self, stage: str, step: int, values: Mapping[str, SupportsFloat]) -> dict[str, Any]:
-        """Record `values` (names to scalars: numbers, 0-d arrays or tensors) of one step; returns the line."""
+    def write(self, stage: str, step: int, values: Mapping[str, SupportsFloat], watch: Watcher = unwatched) -> None:
+        """Record `values` (names to scalars: numbers, 0-d arrays or tensors) of a step, and what `watch` says of it."""
         numbers = {name: float(value) for name, value in values.items()}
         bad = {name: str(value) for name, value in numbers.items() if not math.isfinite(value)}
         line: dict[str, Any] = {"stage": stage, "step": int(step), "time": round(time.time(), 3)}
@@ -78,12 +87,14 @@ class MetricsWriter:
         if bad:
             line["non_finite"] = bad
             log.warning("%s step %d: not finite, written as null: %s", stage, step, bad)
+        if warnings := watch(line):
+            line[WARNINGS] = list(warnings)
+            self._board(stage, step).add_text(WARNINGS, "\n\n".join(warnings), step)
         os.write(self._file, json.dumps(line, allow_nan=False).encode() + b"\n")
         board = self._board(stage, step)
         for name, value in numbers.items():
             if name not in bad:
                 board.add_scalar(name, value, step)
-        return line
 
     def write_text(self, stage: str, step: int, name: str, text: str | Mapping[str, str]) -> None:
         """Record something to read: `"sample"` (prompt, reference, answer) or `"note"` (one line)."""

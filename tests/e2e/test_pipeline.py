@@ -20,6 +20,7 @@ from rayrlhf.data.tokens import encode_prompts, encode_responses
 from rayrlhf.models.loading import load_tokenizer
 
 MEASURES = {"reward", "gold", "rouge1", "rouge2", "rougeL", "length", "eos_rate", "win_rate_vs_reference"}
+DIVERSITY = {"distinct_2", "repetition", "common_opening"}
 WIN_RATES = {"win_rate_vs_sft", "lc_win_rate_vs_sft", "gold_win_rate_vs_sft", "gold_lc_win_rate_vs_sft"}
 
 
@@ -37,7 +38,7 @@ def test_the_run_folder_holds_what_the_design_says(finished: Any) -> None:
     names = {path.name for path in finished.path.iterdir() if not path.name.startswith(".")}
     documented = {"config.yaml", "metrics.jsonl", "report.html", "sft", "reward_model", "policy", "comparisons.parquet"}
     documented |= {"samples.parquet", "evaluation.json", "reward_model.json", "heldout_pairs.parquet"}
-    assert names == documented | {"checkpoints", "tensorboard"}
+    assert names == documented | {"checkpoints", "tensorboard", "samples"}
     assert [p.name for p in finished.path.iterdir() if p.name.startswith(".")] == [".lock"]  # no temporaries
     stored = yaml.safe_load((finished.path / "config.yaml").read_text())
     assert (
@@ -64,11 +65,14 @@ def test_what_the_terminal_shows(finished: Any) -> None:
 
 
 def test_metrics_are_complete_and_say_that_ppo_starts_on_policy(metrics: list[dict[str, Any]]) -> None:
-    assert {line["stage"] for line in metrics} == {"sft", "reward_model", "rl", "run"}
+    assert {line["stage"] for line in metrics} == {"sft", "reward_model", "rl", "rl_eval", "run"}
     assert all(line["time"] > 1.7e9 and not line.get("non_finite") for line in metrics)
     assert all(a["time"] <= b["time"] for a, b in itertools.pairwise(metrics))
     rl = [line for line in metrics if line["stage"] == "rl"]
     assert [line["step"] for line in rl] == [1, 2, 3]
+    assert [(line["step"], set(line)) for line in metrics if line["stage"] == "rl_eval"] == [
+        (step, {"stage", "step", "time", "answers"}) for step in (0, 3)
+    ]
     versions = [line["rl/weight_version"] for line in rl]
     assert all(a < b for a, b in itertools.pairwise(versions))
     assert abs(rl[0]["rl/kl"]) < 1e-3
@@ -86,8 +90,8 @@ def test_metrics_are_complete_and_say_that_ppo_starts_on_policy(metrics: list[di
 
 def test_evaluation_has_exactly_the_documented_keys(evaluation: dict[str, Any]) -> None:
     assert set(evaluation) == {"sft", "policy", "title", "reference", "differences", "metadata"}
-    assert set(evaluation["sft"]) == set(evaluation["title"]) == set(evaluation["reference"]) == MEASURES
-    assert set(evaluation["policy"]) == MEASURES | WIN_RATES | {"kl"}
+    assert set(evaluation["sft"]) == set(evaluation["title"]) == set(evaluation["reference"]) == MEASURES | DIVERSITY
+    assert set(evaluation["policy"]) == MEASURES | DIVERSITY | WIN_RATES | {"kl"}
     differences = evaluation["differences"]
     assert set(differences) == {"policy_minus_sft", "policy_minus_sft_at_equal_length"}
     assert set(differences["policy_minus_sft"]) == MEASURES - {"win_rate_vs_reference"}
@@ -104,6 +108,18 @@ def test_evaluation_has_exactly_the_documented_keys(evaluation: dict[str, Any]) 
             assert all(math.isfinite(value) for value in interval.values())
     assert evaluation["metadata"]["prompts"] == 16
     assert evaluation["metadata"]["temperature"] == 0.01
+
+
+def test_dev_prompts_are_answered_before_and_after_rl(finished: Any) -> None:
+    """By the model that it starts from, and by the one that it leaves."""
+    files = sorted((finished.path / "samples").iterdir())
+    assert [file.name for file in files] == ["step_000000.jsonl", "step_000003.jsonl"]
+    first, last = ([json.loads(line) for line in file.read_text().splitlines()] for file in files)
+    assert [row["id"] for row in first] == [row["id"] for row in last] and len(first) == 4
+    assert {row["weight_version"] for row in first}.isdisjoint({row["weight_version"] for row in last})
+    assert all(math.isfinite(row["score"]) and 0 <= row["gold"] <= 1 for row in first + last)
+    assert finished.outcome.out.count("answers to dev prompts:") == 2
+    assert "step 3, the policy" in (finished.path / "report.html").read_text()
 
 
 def test_samples_agree_with_the_evaluation(finished: Any, evaluation: dict[str, Any]) -> None:

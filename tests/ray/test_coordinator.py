@@ -211,6 +211,23 @@ def test_versions_that_no_generator_holds_are_refused(coordinator: Remote, first
     assert coordinator.call("next_version", 10, timeout_s=600) == 11  # a restored learner knows of later ones
 
 
+def test_answers_outside_the_batches_change_none(
+    coordinator: Remote, first: Batch, sampling: Sampling, prompts: list[EncodedPrompt]
+) -> None:
+    requests = requests_for(prompts[:3], 2, 5, "outside")
+    version = coordinator.call("next_version", timeout_s=600)
+    with pytest.raises(ActorFailure, match=f"answer: load weights of version {version} before it"):
+        coordinator.call("answer", requests, sampling, version, timeout_s=600)
+    coordinator.call("load_weights", publish_directory(TINY, version, local=False), timeout_s=600)
+    answers = coordinator.call("answer", requests, sampling, version, timeout_s=600)
+    alone = coordinator.call("generate", requests, sampling, version, timeout_s=600)
+    assert_same_samples(answers, alone)
+    for answer, scored in zip(answers, coordinator.call("score", alone, TEMPERATURE, timeout_s=600), strict=True):
+        assert answer.rewards == pytest.approx(scored.rewards, abs=1e-5) and answer.ref_logprobs is not None
+    again = coordinator.call("next_batch", 0, version, timeout_s=600)
+    assert_same_samples(again.trajectories, first.trajectories)
+
+
 def test_the_samples_do_not_depend_on_who_makes_them(coordinator: Remote, first: Batch, sampling: Sampling) -> None:
     """Scaled up, the coordinator gives the newcomers the weights, and the batch of a step is the same."""
     version = coordinator.call("next_version", timeout_s=600)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from actors.rollouts.batch import Batch
 from actors.rollouts.coordinator import Coordinator
 from actors.rollouts.publisher import AdapterPublication
 from actors.rollouts.weight_sync import PublishedWeights
+from actors.training.dev_answers import DevPrompt
 from actors.training.rl import RLArguments, rl_loop
 from rayrlhf.config import Config
 from rayrlhf.config_file import parse_config
@@ -38,7 +40,12 @@ STEPS = 3
 
 
 def make_config(
-    runs_dir: Path, lr: float = 1e-3, max_staleness: int = 0, lora: dict[str, Any] | None = None, updates: int = 2
+    runs_dir: Path,
+    lr: float = 1e-3,
+    max_staleness: int = 0,
+    lora: dict[str, Any] | None = None,
+    updates: int = 2,
+    looks: dict[str, Any] | None = None,
 ) -> Config:
     settings = {
         "name": "run",
@@ -56,6 +63,7 @@ def make_config(
             "max_staleness": max_staleness,
             "checkpoint_every": 1,
             "optimizer": {"lr": lr, "eps": 1e-5, "betas": (0.9, 0.999)},
+            **(looks or {"sample_every": None}),
         },
         "resources": {"generators": {"kv_cache_mib": 64, "max_num_seqs": 32}},
     }
@@ -70,6 +78,7 @@ class Watched(Coordinator):
         self.seen: list[Batch] = []
         self.interrupt_at: int | None = None
         self.published: list[PublishedWeights] = []
+        self.dev: list[DevPrompt] = []
 
     def load_weights(self, publication: PublishedWeights) -> int:
         self.published.append(publication)
@@ -102,6 +111,8 @@ def coordinator(tmp_path_factory: pytest.TempPathFactory, reward_model: Path) ->
         [EncodedPrompt(r.id, tuple(i)) for r, i in zip(records, ids, strict=True)],
         Sampling(0.7, MAX_RESPONSE, tokenizer.eos_token_id, min_tokens=MIN_RESPONSE),
     )
+    encoded = [EncodedPrompt(r.id, tuple(i)) for r, i in zip(records, ids, strict=True)]
+    own.dev = [DevPrompt(*pair) for pair in zip(encoded[:3], as_prompts(records[:3]), strict=True)]
     yield own
     for worker in own.pools.generators.workers:
         worker.remote._target.engine.close()
@@ -114,7 +125,7 @@ def train(
     config = coordinator.config = make_config(runs_dir, **settings)
     run_dir = runs_dir / "run"
     coordinator_here = Remote("coordinator", coordinator, local=True)
-    rl_loop(RLArguments(config, str(run_dir), "rl", 1, TINY, str(reward_model), coordinator_here))
+    rl_loop(RLArguments(config, str(run_dir), "rl", 1, TINY, str(reward_model), coordinator_here, dev=coordinator.dev))
     return run_dir, read_metrics(run_dir, "rl")
 
 
@@ -202,15 +213,28 @@ def test_an_interrupted_loop_ends_with_the_weights_of_an_undisturbed_one(
     reward_model: Path,
     tmp_path: Path,
 ) -> None:
+    """Also if it answers dev prompts in between, which the other did not: the batches do not notice."""
     whole, metrics, batches = undisturbed
-    interrupted(2, tmp_path, coordinator, reward_model)
+    looks = {"eval_every": 1, "eval_prompts": 3, "sample_every": 2, "sample_prompts": 2}
+    interrupted(2, tmp_path, coordinator, reward_model, looks=looks)
     run_dir = tmp_path / "run"
     assert not (run_dir / "policy").exists()
     assert len(list((run_dir / "checkpoints" / "rl").iterdir())) == 1  # as many as are to be kept
-    _, continued = train(tmp_path, coordinator, reward_model)
+    _, continued = train(tmp_path, coordinator, reward_model, looks=looks)
 
     assert [batch.step for batch in coordinator.seen] == [0, 1, 2]  # none trained twice
     versions = [batch.version for batch in coordinator.seen]
+    measured = read_metrics(run_dir, "rl_eval")
+    assert [line["step"] for line in measured] == [0, 1, 2, 3]
+    assert [line["rl_eval/weight_version"] for line in measured[:3]] == versions, "the policy that the step began with"
+    assert abs(measured[0]["rl_eval/kl"]) < 1e-3 < abs(measured[3]["rl_eval/kl"])
+    assert all(line["rl_eval/prompts"] == 3 and 0 < line["rl_eval/gold"] < 1 for line in measured)
+    files = sorted((run_dir / "samples").iterdir())
+    assert [file.name for file in files] == [f"step_00000{step}.jsonl" for step in (0, 2, 3)]
+    rows = [json.loads(line) for line in files[1].read_text().splitlines()]
+    assert [(row["id"], row["weight_version"]) for row in rows] == [
+        (d.prompt.id, versions[2]) for d in coordinator.dev[:2]
+    ]
     assert versions[0] < versions[1] < versions[2] - 1  # published anew, under a version that nobody has seen
     for ours, theirs in zip(coordinator.seen, batches, strict=True):
         for one, other in zip(ours.trajectories, theirs.trajectories, strict=True):
@@ -230,8 +254,14 @@ def test_an_interrupted_loop_that_runs_ahead_trains_each_prompt_once(
 ) -> None:
     """The same prompts and seeds as in turn, in some order, and no token older than it may be."""
     _, _, batches = undisturbed
-    interrupted(1, tmp_path, coordinator, reward_model, max_staleness=2)
-    _, metrics = train(tmp_path, coordinator, reward_model, max_staleness=2)
+    looks = {"sample_every": 2, "sample_prompts": 2}  # for which the generators stop to run ahead
+    interrupted(1, tmp_path, coordinator, reward_model, max_staleness=2, looks=looks)
+    run_dir, metrics = train(tmp_path, coordinator, reward_model, max_staleness=2, looks=looks)
+    assert [file.stem for file in sorted((run_dir / "samples").iterdir())] == [
+        "step_000000",
+        "step_000002",
+        "step_000003",
+    ]
 
     assert [batch.step for batch in coordinator.seen] == list(range(STEPS))
     ours, expected = (

@@ -186,6 +186,20 @@ def test_configs_that_differ_are_named(folders: list[Path], tmp_path: Path) -> N
     assert "**Not only the seed differs**: rl.kl.coefficient (not set, 0.1), rl.lr (not set, 1)." in text
 
 
+def test_warnings_of_each_run_are_listed_with_their_limits(folders: list[Path]) -> None:
+    """KL is a quarter of the step's square: 12.25 in step 7 and 16 in step 8."""
+    assert "## Warnings\n\nnone" in markdown(read_runs(folders))
+    config = yaml.safe_load((folders[1] / "config.yaml").read_text())
+    (folders[1] / "config.yaml").write_text(yaml.safe_dump({**config, "alarms": {"max_kl": 12.0}}))
+    with (folders[0] / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"stage": "run", "step": 2, "warnings": ["no better than length"]}) + "\n")
+    section = markdown(read_runs(folders)).split("## Warnings\n\n")[1]
+    labels = [run.label for run in read_runs(folders)]
+    assert f"| {labels[0]} | reward_model | no better than length | – | – | – |" in section
+    assert f"| {labels[1]} | rl steps 7 to 8 | the policy is 12.2 nats" in section
+    assert "| max_kl 12 | 12.2 | 16 |" in section
+
+
 def test_runs_of_before_lengths_and_p_values(folders: list[Path]) -> None:
     for folder in folders:
         table = pq.read_table(folder / "samples.parquet")

@@ -1,6 +1,8 @@
 """evaluation.json key by key, and samples.parquet, against numpy on the same arrays."""
 
+import itertools
 import json
+from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from rouge_score import rouge_scorer
 from rayrlhf.data.records import Prompt
 from rayrlhf.reports.evaluation import (
     Answers,
+    diversity_of,
     samples_table,
     summarize,
     with_rouge,
@@ -57,6 +60,7 @@ def summary(labeller: str, policy: Answers | None = POLICY) -> dict[str, Any]:
 def test_keys_are_those_of_the_design() -> None:
     result = summary("file")
     common = {"reward", "gold", "rouge1", "rouge2", "rougeL", "length", "eos_rate", "win_rate_vs_reference"}
+    common |= {"distinct_2", "repetition", "common_opening"}
     assert set(result) == {"sft", "policy", "title", "reference", "differences", "metadata"}
     assert set(result["sft"]) == set(result["title"]) == set(result["reference"]) == common
     win_rates = {"win_rate_vs_sft", "lc_win_rate_vs_sft", "gold_win_rate_vs_sft", "gold_lc_win_rate_vs_sft"}
@@ -131,6 +135,34 @@ def test_equal_length_uses_the_lengths_of_both() -> None:
     )
     assert unmeasured["policy"]["lc_win_rate_vs_sft"] is None
     assert unmeasured["differences"]["policy_minus_sft_at_equal_length"] == {"reward": None, "gold": None}
+
+
+def test_diversity_is_of_all_answers_of_a_source_together() -> None:
+    """By the plain definition, with the interval of a plain jackknife; an answer that is missing does not count."""
+    texts = ["a b c d e", "a b c d f", None, "x y", "a b c d a b c d"]
+    found = diversity_of(Answers("sft", texts))
+    given = [text.split() for text in texts if text is not None]
+
+    def distinct(answers: list[list[str]]) -> float:
+        pairs = [pair for words in answers for pair in itertools.pairwise(words)]
+        return len(set(pairs)) / len(pairs)
+
+    def common(answers: list[list[str]]) -> float:
+        return max(Counter(tuple(words[:4]) for words in answers).values()) / len(answers)
+
+    def repeated(answers: list[list[str]]) -> float:
+        return sum(0.2 for words in answers if len(words) == 8) / len(answers)
+
+    for name, statistic in (("distinct_2", distinct), ("common_opening", common), ("repetition", repeated)):
+        left = np.array([statistic(given[:i] + given[i + 1 :]) for i in range(4)])
+        error = np.sqrt(3 / 4 * np.sum((left - left.mean()) ** 2))
+        interval = found[name]
+        assert interval is not None and interval.n == 4
+        assert interval.mean == pytest.approx(statistic(given))
+        assert interval.low == pytest.approx(max(0.0, statistic(given) - 1.959964 * error))
+        assert interval.high == pytest.approx(min(1.0, statistic(given) + 1.959964 * error))
+    assert set(diversity_of(Answers("sft", ["a b", None])).values()) == {None}
+    assert diversity_of(Answers("sft", ["a", "b c"]))["distinct_2"] is None, "without the second there is no pair"
 
 
 def test_rouge_is_against_the_reference_of_the_same_prompt() -> None:

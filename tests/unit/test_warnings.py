@@ -125,8 +125,7 @@ def test_what_stages_said_and_what_steps_show_are_one_list(tmp_path: Path) -> No
         writer.write("sft", 1, {"sft/loss": float("nan")})
         watch = Watch(config)
         for step, value in enumerate([10.0, 40.0, 45.0], start=1):
-            if begun := watch.add(writer.write("rl", step, {"rl/kl": value})):
-                writer.warn("rl", step, begun)
+            writer.write("rl", step, {"rl/kl": value}, watch.add)
         writer.warn("rl", 3, ["something else", "something else"])
     lines = read_metrics(tmp_path)
     assert [line["warnings"] for line in lines if "warnings" in line] == [
