@@ -6,8 +6,6 @@ from actors.training.rl import RLArguments, rl_loop
 from jobs.session import Session
 from jobs.stage import main, stage
 from jobs.stopping import asking_first
-from rayrlhf.data.sources import as_prompts
-from rayrlhf.errors import UserError
 from rayrlhf.models.loading import check_vocabulary
 
 
@@ -19,11 +17,9 @@ def rl(session: Session) -> None:
     start = run.start_of_rl(config)
     if config.trains_reward_model:
         check_vocabulary(str(run.download(start)), str(run.download(run.reward_model)))
-    prompts = session.data.prompts(session.data.train.rl)
-    if not prompts:
-        raise UserError("rl: no prompts are left; lower data.sft_fraction or data.reward_model_fraction")
+    prompts = session.data.prompts(session.data.rl)
     session.rollouts.wait_for_generators()
-    session.rollouts.start_scorers(as_prompts(session.data.train.rl), start, gold=True)
+    session.rollouts.start_scorers(session.data.rl, start, gold=True)
     session.rollouts.call("set_prompts", prompts, session.rollouts.sampling(config.rl.draw, play=True))
     coordinator = session.rollouts.start()
     arguments = RLArguments(

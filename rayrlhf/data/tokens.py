@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from rayrlhf.config import DataConfig
+from rayrlhf.config_data import DataConfig
 from rayrlhf.errors import UserError
 from rayrlhf.sections import DrawConfig
 from rayrlhf.trajectory import Sampling, Trajectory, Truncation

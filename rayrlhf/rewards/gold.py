@@ -52,7 +52,7 @@ class GoldMeasure:
         self.prompts = {prompt.id: prompt for prompt in prompts}
 
     def __call__(self, trajectory: Trajectory) -> float | None:
-        """Measure the response's text; None if the prompt is unknown or the labeller only ranks."""
+        """Measure the response's text; None if the prompt is unknown or the labeller has no measure of it."""
         prompt = self.prompts.get(trajectory.prompt_id)
         if prompt is None:
             return None

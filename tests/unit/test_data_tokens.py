@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from rayrlhf.config import DataConfig, DatasetConfig
+from rayrlhf.config_data import DataConfig, DatasetConfig
 from rayrlhf.config_file import parse_config
 from rayrlhf.data.records import Message
 from rayrlhf.data.sources import read_demonstrations
@@ -76,7 +76,8 @@ def chatml_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerB
 
 
 def fit(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[PromptParts], limit: int) -> list[str]:
-    return fit_prompts(tokenizer, prompts, limit, [f"row {i}" for i in range(1, len(prompts) + 1)])
+    where = [f"row {i}" for i in range(1, len(prompts) + 1)]
+    return [fitted.text for fitted in fit_prompts(tokenizer, prompts, limit, where)]
 
 
 # ---- ids
@@ -116,7 +117,7 @@ def test_a_dialogue_ends_with_the_cue_and_a_response_with_the_end_of_turn(
     rows = [{"messages": [*messages, {"role": "user", "content": "Who?"}], "response": "a quiet town"}]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     source = DatasetConfig(format="prompts", path=str(tmp_path / "rows.jsonl"))
-    (found,) = read_demonstrations(source, "all", tokenizer, 64)
+    (found,) = read_demonstrations([source], "all", tokenizer, 64)
     start, end = (tokenizer.convert_tokens_to_ids(f"<|im_{which}|>") for which in ("start", "end"))
 
     def said(text: str) -> list[int]:
