@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from rayrlhf.config import DataConfig
+from rayrlhf.config_data import DataConfig
 from rayrlhf.data.prompts import EncodedPrompt
 from rayrlhf.data.records import Demonstration
 from rayrlhf.data.sources import read_demonstrations

@@ -154,6 +154,27 @@ def init_command(
     _exit(action)
 
 
+@app.command("data")
+def data_command(
+    source: Annotated[
+        str, typer.Argument(metavar="CONFIG|FILE", help="A run's YAML file, or a file, directory or hub name of data.")
+    ],
+    overrides: Overrides = None,
+    model: Annotated[
+        str | None, typer.Option(help="Count tokens with this model's tokenizer. A file alone has the embedded one.")
+    ] = None,
+) -> None:
+    """Show what a run would use of its data: records by use, lengths, what is dropped, cut or unused, an example."""
+
+    def action() -> None:
+        from jobs.console import console
+        from jobs.data import show_data
+
+        show_data(source, overrides or [], model, console)
+
+    _exit(action)
+
+
 @app.command("sweep")
 def sweep_command(
     file: Annotated[

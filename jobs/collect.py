@@ -13,7 +13,6 @@ from jobs.stage import main, stage
 from rayrlhf.config import Config
 from rayrlhf.data.comparisons import RankedAnswers, rank_answers, usable_answers, write_comparisons
 from rayrlhf.data.records import Demonstration, Prompt
-from rayrlhf.data.sources import as_prompts
 from rayrlhf.data.splits import is_heldout
 from rayrlhf.data.tokens import decode_response, encode_response
 from rayrlhf.errors import UserError
@@ -26,7 +25,7 @@ from rayrlhf.trajectory import derive_seed
 def collect(session: Session) -> None:
     """Sample K answers to each prompt of the reward-model split and have the labeller rank them."""
     config, run = session.config, session.run
-    records = chosen_prompts(config, session.data.train.reward_model)
+    records = chosen_prompts(config, session.data.collect)
     to_rank = run.path / "to_rank.jsonl"
     section = config.collect.labeller
     people = section if section.kind == "file" else None
@@ -50,7 +49,7 @@ def collect(session: Session) -> None:
         raise request
 
     labeller = make_labeller(section)
-    prompts: dict[str, Prompt] = {p.id: p for p in as_prompts(session.data.train.reward_model)}
+    prompts: dict[str, Prompt] = {p.id: p for p in session.data.collect}
     labeller.prepare([(prompts[a.id], a.answers) for a in answers])
     ranked = []
     for answer in answers:

@@ -12,8 +12,9 @@ from jobs.console import console
 from jobs.session import Session
 from jobs.stage import main, stage
 from rayrlhf.config import Config
-from rayrlhf.data.records import Demonstration, Prompt
-from rayrlhf.data.sources import as_prompts, read_demonstrations
+from rayrlhf.config_data import paths_of
+from rayrlhf.data.records import Prompt
+from rayrlhf.data.sources import DataSet
 from rayrlhf.data.tokens import decode_trajectory
 from rayrlhf.errors import UserError
 from rayrlhf.reports.evaluation import Answers, samples_table, summarize, write_evaluation, write_samples
@@ -31,8 +32,7 @@ from rayrlhf.trajectory import Trajectory
 def evaluate(session: Session) -> None:
     """Answer held-out prompts with both models; writes evaluation.json, samples.parquet and report.html."""
     config, run = session.config, session.run
-    records = evaluation_records(session)
-    prompts = as_prompts(records)
+    prompts = evaluation_prompts(session)
     session.rollouts.wait_for_generators()
     baseline = session.starts.baseline
     session.rollouts.start_scorers(prompts, baseline, gold=False)
@@ -41,17 +41,18 @@ def evaluate(session: Session) -> None:
     compared = [replace(p, reference=None) for p in prompts] if config.environment else prompts
 
     version = session.rollouts.load_weights(baseline)
-    sft = model_answers(session, "sft", version, records, prompts, labeller)
-    best = best_answers(session, version, records, prompts, labeller) if config.evaluate.best_of else None
+    sft = model_answers(session, "sft", version, prompts, labeller)
+    best = best_answers(session, version, prompts, labeller) if config.evaluate.best_of else None
     baselines = [best] if best else []
     if config.has("dpo") and config.has("rl"):
         version = session.rollouts.load_weights(run.address_of(run.dpo))
-        baselines.append(model_answers(session, "dpo", version, records, prompts, labeller, with_kl=True))
+        baselines.append(model_answers(session, "dpo", version, prompts, labeller, with_kl=True))
     version = session.rollouts.load_weights(session.starts.final_policy)
-    policy = model_answers(session, "policy", version, records, prompts, labeller, with_kl=True)
-    reference = text_answers(session, "reference", records, [p.reference for p in prompts], prompts, None)
-    title = text_answers(session, "title", records, [p.title for p in prompts], prompts, labeller)
+    policy = model_answers(session, "policy", version, prompts, labeller, with_kl=True)
+    reference = text_answers(session, "reference", [p.reference for p in prompts], prompts, None)
+    title = text_answers(session, "title", [p.title for p in prompts], prompts, labeller)
 
+    asked = paths_of(config.data.prompts or config.data.demonstrations)
     result = summarize(
         compared,
         sft,
@@ -61,7 +62,7 @@ def evaluate(session: Session) -> None:
         baselines,
         labeller=labelled_by(config),
         metadata={
-            "data": config.evaluate.prompts or f"{config.data.demonstrations.path}, {config.evaluate.split} split",
+            "data": config.evaluate.prompts or f"{asked}, {config.evaluate.split} split",
             **config.evaluate.model_dump(include=set(DrawConfig.model_fields)),
             "kl_temperature": config.rl.temperature,
             **({"best_of": config.evaluate.best_of} if best else {}),
@@ -101,15 +102,15 @@ def labelled_by(config: Config) -> str:
     return "people" if config.data.comparisons is not None or kind == "file" else kind
 
 
-def evaluation_records(session: Session) -> list[Demonstration]:
-    """The records of `evaluate.split`, or the posts and references of `evaluate.prompts`."""
+def evaluation_prompts(session: Session) -> list[Prompt]:
+    """The prompts of `evaluate.split`, or those of `evaluate.prompts`."""
     config = session.config
     if config.evaluate.prompts is None:
         session.data.read()  # checks that they overlap with nothing that was trained on
         records = session.data.evaluated
     else:
-        source = config.data.demonstrations.model_copy(update={"path": config.evaluate.prompts})
-        records = read_demonstrations(source, "all", session.tokenizer, config.data.max_prompt_tokens)
+        source = config.data.demonstrations[0].model_copy(update={"path": config.evaluate.prompts})
+        records = DataSet([source], session.data.rendering, "prompt").prompts("all").records
     if not records:
         raise UserError(
             f"evaluate: the {config.evaluate.split} split is empty; change data.dev_fraction or name a file in "
@@ -122,7 +123,6 @@ def model_answers(
     session: Session,
     name: str,
     version: int,
-    records: list[Demonstration],
     prompts: list[Prompt],
     labeller: Labeller | None,
     *,
@@ -133,7 +133,7 @@ def model_answers(
     The KL to the SFT model is of separate samples at the training temperature.
     """
     config = session.config
-    encoded = session.data.prompts(records)
+    encoded = session.data.prompts(prompts)
     sampled = session.rollouts.generate(encoded, config.evaluate, version, "evaluate", play=True)
     scored = session.rollouts.score(sampled, config.evaluate.temperature)
     kl = None
@@ -152,16 +152,14 @@ def model_answers(
     )
 
 
-def best_answers(
-    session: Session, version: int, records: list[Demonstration], prompts: list[Prompt], labeller: Labeller | None
-) -> Answers:
+def best_answers(session: Session, version: int, prompts: list[Prompt], labeller: Labeller | None) -> Answers:
     """For each prompt, the best of `evaluate.best_of` samples of the SFT model, whose `version` the generators hold.
 
     They are drawn as those of the stage `rl` are, and chosen by what that stage maximises.
     """
     config, n = session.config, session.config.evaluate.best_of
     assert n is not None
-    encoded = session.data.prompts(records)
+    encoded = session.data.prompts(prompts)
     drawn = session.rollouts.generate(encoded, config.rl.draw, version, "evaluate-best-of", samples=n, play=True)
     scored = session.rollouts.score(drawn, config.rl.temperature)
     by_prompt = scores(scored, config.rl.missing_eos_reward).reshape(-1, n)
@@ -181,14 +179,13 @@ def best_answers(
 def text_answers(
     session: Session,
     name: str,
-    records: list[Demonstration],
     texts: list[str | None],
     prompts: list[Prompt],
     labeller: Labeller | None,
 ) -> Answers:
     """A baseline that is text already (references, titles), scored by the same reward model."""
-    encoded = session.data.prompts(records)
-    responses = session.data.responses(records, [text or "" for text in texts])
+    encoded = session.data.prompts(prompts)
+    responses = session.data.responses(prompts, [text or "" for text in texts])
     given = [
         Trajectory(
             p.id,

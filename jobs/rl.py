@@ -7,7 +7,6 @@ from actors.training.dev_answers import DevPrompt
 from actors.training.rl import RLArguments, rl_loop
 from jobs.session import Session
 from jobs.stage import main, stage
-from rayrlhf.data.sources import as_prompts
 from rayrlhf.errors import UserError
 from rayrlhf.models.loading import check_vocabulary
 from rayrlhf.runs.storage import local_copy
@@ -21,12 +20,10 @@ def rl(session: Session) -> None:
     start = session.starts.of("rl")
     if session.starts.reward_model is not None:
         check_vocabulary(local_copy(start), local_copy(session.starts.reward_model))
-    prompts = session.data.prompts(session.data.train.rl)
-    if not prompts:
-        raise UserError("rl: no prompts are left; lower data.sft_fraction or data.reward_model_fraction")
+    prompts = session.data.prompts(session.data.rl)
     dev = dev_prompts(session)
     session.rollouts.wait_for_generators()
-    session.rollouts.start_scorers([*as_prompts(session.data.train.rl), *(p.prompt for p in dev)], start, gold=True)
+    session.rollouts.start_scorers([*session.data.rl, *(p.prompt for p in dev)], start, gold=True)
     session.rollouts.call("set_prompts", prompts, session.rollouts.sampling(config.rl.draw, play=True))
     coordinator = session.rollouts.start()
     arguments = RLArguments(
@@ -49,13 +46,10 @@ def dev_prompts(session: Session) -> list[DevPrompt]:
     settings = session.config.rl
     sampled = settings.sample_prompts if settings.sample_every else 0
     evaluated = settings.eval_prompts if settings.eval_every else 0
-    records = session.data.dev[: max(sampled, evaluated)]
-    if settings.eval_every and not records:
+    prompts = session.data.rl_dev[: max(sampled, evaluated)]
+    if settings.eval_every and not prompts:
         raise UserError("rl.eval_every: there are no dev prompts; raise data.dev_fraction")
-    return [
-        DevPrompt(encoded, prompt)
-        for encoded, prompt in zip(session.data.prompts(records), as_prompts(records), strict=True)
-    ]
+    return [DevPrompt(encoded, prompt) for encoded, prompt in zip(session.data.prompts(prompts), prompts, strict=True)]
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from rayrlhf.config_alarms import AlarmsConfig
+from rayrlhf.config_data import DataConfig
 from rayrlhf.config_dpo import DPOConfig, DPOSection
 from rayrlhf.config_environment import EnvironmentConfig
 from rayrlhf.config_labellers import LabellerConfig, ReferenceLabellerConfig
@@ -41,55 +42,6 @@ class ModelConfig(Section):
     """Compute type of the forward passes; master weights and optimiser state are always float32."""
     lora: LoRAConfig | None = None
     """Train adapters only, in every stage, and the head of a reward or value model. A stage's output is merged."""
-
-
-class DatasetConfig(Section):
-    """The source of records. `format` is a key of `rayrlhf.data.formats.FORMATS`."""
-
-    format: str
-    path: str
-    """A .jsonl(.gz), .json or .parquet file, a directory that `datasets` can load, a hub name, or `embedded:tldr`."""
-    train_split: str = "train"
-    valid_split: str = "validation"
-
-
-class DataConfig(Section):
-    """The data, how it is split, and how long prompts and responses may be."""
-
-    demonstrations: DatasetConfig = DatasetConfig(format="tldr", path="embedded:tldr")
-    comparisons: DatasetConfig | None = None
-    """Comparisons by people, to train the reward model or for `dpo`; or, for KTO, labelled answers. null: the stage
-    `collect` makes comparisons."""
-    sft_fraction: Fraction = 0.4
-    reward_model_fraction: Fraction = 0.3
-    """Shares of the training records, by a hash of their id. The rest are the prompts of `rl`."""
-    dev_fraction: Fraction = 0.4
-    """Share of the validation records that selects checkpoints (dev); the rest is the test split."""
-    max_prompt_tokens: Positive = 160
-    """A longer prompt is cut (`rayrlhf.data.template`)."""
-    max_response_tokens: Positive = 48
-    """A longer response in the data is cut and has no EOS; generators stop here."""
-    min_response_tokens: Annotated[int, Field(ge=0)] = 0
-    """Generators sample at least so many tokens before the one that ends a response, at every stage. With an
-    `environment`: in each turn of the policy. Responses in the data may be shorter."""
-    stop_tokens: tuple[str, ...] = ()
-    """Further tokens that end a sampled response beside the EOS, such as `<|eot_id|>`. Each is one of the tokenizer's
-    tokens: where a text of several tokens ends a response, its last token would not be the policy's own choice."""
-
-    @model_validator(mode="after")
-    def _responses_can_end(self) -> DataConfig:
-        if self.min_response_tokens >= self.max_response_tokens:
-            raise ValueError(
-                f"min_response_tokens ({self.min_response_tokens}) must be below max_response_tokens "
-                f"({self.max_response_tokens}): no response could end"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _leave_prompts_for_ppo(self) -> DataConfig:
-        if self.sft_fraction + self.reward_model_fraction >= 1.0:
-            raise ValueError("sft_fraction + reward_model_fraction must stay below 1: the rest are the prompts of rl")
-        return self
 
 
 class SFTConfig(StartSection):
@@ -210,6 +162,17 @@ class Config(Section):
     def _stages_fit(self) -> Config:
         if fault := fault_of_stages(self):
             raise ValueError(fault)
+        return self
+
+    @model_validator(mode="after")
+    def _prompts_are_left_for_rl(self) -> Config:
+        data = self.data
+        taken = data.sft_fraction + data.reward_model_fraction
+        if self.has("rl") and data.prompts is None and data.rl_prompts == "rest" and taken >= 1.0:
+            raise ValueError(
+                "data: sft_fraction + reward_model_fraction must stay below 1: the rest are the prompts of rl; "
+                "or set rl_prompts: sft, which takes those of SFT again"
+            )
         return self
 
     @model_validator(mode="after")

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from rayrlhf.config_file import load_config
 from rayrlhf.data.comparisons import from_comparisons
 from rayrlhf.data.loading import read_file
-from rayrlhf.data.sources import read_published
+from rayrlhf.data.sources import DataSet, Rendering
 from rayrlhf.data.splits import hash_fraction
 from rayrlhf.files import replacing
 from rayrlhf.models.loading import load_tokenizer, resolve_model
@@ -87,11 +87,12 @@ def pooled_table(tables: Sequence[pa.Table]) -> list[str]:
 def usage_of(data: Path, overrides: Sequence[str]) -> str:
     """What became of the pairs of the file: used, dropped and why, cut."""
     config = load_config(CONFIG, [*overrides, f"data.comparisons.path={data}"])
-    source, limits = config.data.comparisons, config.data
-    assert source is not None
+    sources, limits = config.data.comparisons, config.data
+    assert sources is not None
     tokenizer = load_tokenizer(resolve_model(config.model.path), config.model.revision)
-    whole, dropped = read_published(source, "all", tokenizer, 10**6)
-    fitted, _ = read_published(source, "all", tokenizer, limits.max_prompt_tokens)
+    found = DataSet(sources, Rendering(tokenizer, 10**6), "comparison").comparisons("all")
+    whole, dropped = found.records, found.dropped
+    fitted = DataSet(sources, Rendering(tokenizer, limits.max_prompt_tokens), "comparison").comparisons("all").records
     answers = [len(ids) for c in from_comparisons(whole, tokenizer, 10**6) for ids in c.response_ids]
     used = len(from_comparisons(fitted, tokenizer, limits.max_response_tokens))
     reasons = Counter(dropped) + Counter(equal_after_cutting=len(fitted) - used)

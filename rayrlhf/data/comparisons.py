@@ -197,7 +197,7 @@ def from_comparisons(
             prompt_ids=tuple(ids),
             responses=c.responses,
             response_ids=tuple(tuple(next(encoded)) for _ in c.responses),
-            scores=None,
+            scores=c.scores,
             labeller="people",
             heldout=heldout,
             source=c.source,

@@ -1,286 +1,201 @@
-"""The meaning of each known data set's columns. Another data set is a function and a row of `FORMATS`.
+"""The meaning of each known kind of rows. Another one is a function or two and a row of `FORMATS`.
 
-A row becomes a `RawDemonstration`, a `RawComparison` or a `RawLabelled`. The prompt stays in parts, because cutting
-needs the tokenizer.
-A bad row of a user's own file is an error. A bad row of a published data set, which nobody can mend, is skipped and
-counted.
+A row becomes what its use wants (`rayrlhf.data.raw`): a demonstration, a comparison, a labelled answer or a prompt.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
-from rayrlhf.data.loading import SourceRow
-from rayrlhf.data.records import Message
-from rayrlhf.data.template import ChatPrompt, PromptParts, TextPrompt, plain_prompt, tldr_prompt
+from rayrlhf.data import own, published
+from rayrlhf.data.files import SourceRow
+from rayrlhf.data.raw import Compare, Demonstrate, RawLabelled, RawPrompt, chosen
 from rayrlhf.errors import UserError
 
+Use = Literal["demonstration", "comparison", "labelled", "prompt"]
 
-class SkipRow(Exception):
-    """Raised for a row of a published data set that cannot be used; the message is the reason that is counted."""
-
-
-@dataclass(frozen=True)
-class RawDemonstration:
-    """A prompt in parts, and the response to imitate."""
-
-    prompt: PromptParts
-    response: str
-    title: str | None = None
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-    """The columns that the format does not use; published data sets have none."""
-
-    @property
-    def texts(self) -> tuple[str, ...]:
-        """What tells rows of the same prompt apart."""
-        return (self.response,)
-
-
-@dataclass(frozen=True)
-class RawComparison:
-    """A prompt in parts, and at least two responses, best first."""
-
-    prompt: PromptParts
-    responses: tuple[str, ...]
-    source: str = ""
-    """Where within the data set it comes from; the reward model's accuracy is also reported by source."""
-
-    @property
-    def texts(self) -> tuple[str, ...]:
-        """As in `RawDemonstration`."""
-        return self.responses
-
-
-@dataclass(frozen=True)
-class RawLabelled:
-    """A prompt in parts, and one response that is good or bad by itself."""
-
-    prompt: PromptParts
-    response: str
-    good: bool
-    source: str = ""
-    """As in `RawComparison`."""
-
-    @property
-    def texts(self) -> tuple[str, ...]:
-        """As in `RawDemonstration`."""
-        return (self.response, "good" if self.good else "bad")
+LOOKED_AT = 100
+"""Rows at the beginning of a source by which its format is recognised."""
 
 
 @dataclass(frozen=True)
 class Format:
-    """How to read a row of one kind of data set, in up to three ways; None for those that it cannot be read in."""
+    """How to read a row of one kind, in up to four ways; None for those that it cannot be read in."""
 
-    demonstration: Callable[[SourceRow], RawDemonstration] | None
-    comparison: Callable[[SourceRow], RawComparison] | None
+    columns: str
+    """What a row has, in words."""
+    fits: Callable[[SourceRow], bool]
+    """Whether a row looks like one of this kind."""
+    demonstration: Demonstrate | None = None
+    comparison: Compare | None = None
     labelled: Callable[[SourceRow], RawLabelled] | None = None
+    prompt: Callable[[SourceRow], RawPrompt] | None = None
+
+    def __post_init__(self) -> None:
+        if self.prompt is None and self.demonstration is not None:
+            object.__setattr__(self, "prompt", _prompt_of(self.demonstration))
 
 
-# --- tldr: subreddit, title, post, summary, [id] ---------------------------------------------------------------------
+def _prompt_of(demonstration: Demonstrate) -> Callable[[SourceRow], RawPrompt]:
+    def prompt(row: SourceRow) -> RawPrompt:
+        raw = demonstration(row)
+        return RawPrompt(raw.prompt, raw.response, raw.title, raw.metadata)
+
+    return prompt
 
 
-def _tldr(row: SourceRow) -> RawDemonstration:
-    title = row.text("title", allow_empty=True)
-    prompt = tldr_prompt(row.text("subreddit", allow_empty=True), title, row.text("post"))
-    metadata = row.other_than("id", "subreddit", "title", "post", "summary")
-    return RawDemonstration(prompt, row.text("summary").strip(), title.strip() or None, metadata)
+def _has(*columns: str) -> Callable[[SourceRow], bool]:
+    return lambda row: row.holds(*columns)
 
 
-# --- CarperAI/openai_summarize_{tldr,comparisons}: posts already rendered, with single newlines ----------------------
-
-_RENDERED_POST = re.compile(
-    r"\s*SUBREDDIT:[ \t]*(?:r/)?(?P<subreddit>[^\n]*?)\s+TITLE:(?P<title>.*?)\sPOST:(?P<post>.*?)(?:TL;DR:\s*)?",
-    re.DOTALL,
-)
+def _is_rendered_post(row: SourceRow) -> bool:
+    prompt = row.values.get("prompt")
+    return isinstance(prompt, str) and published.RENDERED_POST.fullmatch(prompt) is not None
 
 
-def _rendered_post(row: SourceRow) -> tuple[TextPrompt, str | None]:
-    match = _RENDERED_POST.fullmatch(row.text("prompt"))
-    if match is None or not match["post"].strip():
-        raise SkipRow("not_a_tldr_post")
-    title = match["title"].strip()
-    return tldr_prompt(match["subreddit"], title, match["post"]), title or None
+def _is_labelled(row: SourceRow) -> bool:
+    return own.verdict(row.values.get("label")) is not None and _asks(row)
 
 
-def _summary(row: SourceRow, column: str) -> str:
-    """The summary of a column. Some rows repeat `TL;DR:`, which already ends the prompt, so it is taken off."""
-    summary = row.text(column, allow_empty=True).strip().removeprefix("TL;DR:").strip()
-    if not summary:
-        raise SkipRow("empty_response")
-    return summary
+def _asks(row: SourceRow) -> bool:
+    return row.holds(row.first_of("prompt", *own.DIALOGUES))
 
 
-def _openai_tldr(row: SourceRow) -> RawDemonstration:
-    prompt, title = _rendered_post(row)
-    return RawDemonstration(prompt, _summary(row, "label"), title)
+def _ends_with_reply(row: SourceRow) -> bool:
+    turns = row.values.get("messages")
+    return isinstance(turns, list) and bool(turns) and isinstance(turns[-1], dict) and turns[-1].get("role") != "user"
 
 
-def _openai_comparison(row: SourceRow) -> RawComparison:
-    return RawComparison(_rendered_post(row)[0], (_summary(row, "chosen"), _summary(row, "rejected")))
-
-
-# --- Anthropic/hh-rlhf: chosen and rejected are whole dialogues that differ in the last reply ------------------------
-
-_TURN = re.compile(r"\n\n(Human|Assistant):")
-_ROLES = {"Human": "user", "Assistant": "assistant"}
-
-
-def parse_dialogue(text: str) -> tuple[Message, ...]:
-    """Parse `\\n\\nHuman: ..\\n\\nAssistant: ..` into messages. Successive turns of one speaker become one turn."""
-    before, *parts = _TURN.split("\n\n" + text.lstrip())
-    if before.strip() or not parts:
-        raise SkipRow("not_a_dialogue")
-    messages: list[Message] = []
-    for speaker, content in zip(parts[::2], parts[1::2], strict=True):
-        role, content = _ROLES[speaker], content.strip()
-        if messages and messages[-1].role == role:
-            messages[-1] = Message(role, f"{messages[-1].content}\n\n{content}".strip())
-        else:
-            messages.append(Message(role, content))
-    return tuple(messages)
-
-
-def _hh_comparison(row: SourceRow) -> RawComparison:
-    context, _, chosen = row.text("chosen").rpartition("\n\nAssistant:")
-    other, _, rejected = row.text("rejected").rpartition("\n\nAssistant:")
-    if context != other:
-        raise SkipRow("different_prompts")
-    if not chosen.strip() or not rejected.strip():
-        raise SkipRow("empty_response")
-    messages = parse_dialogue(context)
-    if messages[-1].role != "user" or not messages[-1].content:
-        raise SkipRow("no_question")
-    return RawComparison(ChatPrompt(messages), (chosen.strip(), rejected.strip()))
-
-
-# --- stanfordnlp/SHP: a Reddit post and two comments, labels 1 where A got more votes --------------------------------
-
-
-def _shp_comparison(row: SourceRow) -> RawComparison:
-    a, b = row.text("human_ref_A", allow_empty=True).strip(), row.text("human_ref_B", allow_empty=True).strip()
-    history = row.text("history", allow_empty=True).strip()
-    if not history or not a or not b:
-        raise SkipRow("empty_response" if history else "no_question")
-    label = row.get("labels")
-    if label not in (0, 1):
-        raise UserError(f"{row.where}: 'labels' must be 1 (A preferred) or 0 (B preferred), found {label!r}")
-    domain = row.values.get("domain")  # the subreddit
-    return RawComparison(
-        ChatPrompt((Message("user", history),)), (a, b) if label == 1 else (b, a), str(domain) if domain else ""
+def _is_answered(row: SourceRow) -> bool:
+    answered = _ends_with_reply(row) or (
+        row.holds(row.first_of("prompt", "messages")) and row.holds(row.first_of(*own.RESPONSES))
     )
+    return answered and not row.holds("chosen", "rejected") and not _is_labelled(row)
 
 
-def _chosen(comparison: Callable[[SourceRow], RawComparison]) -> Callable[[SourceRow], RawDemonstration]:
-    """Read a comparison as a demonstration: its better answer is the response."""
-
-    def demonstration(row: SourceRow) -> RawDemonstration:
-        raw = comparison(row)
-        return RawDemonstration(raw.prompt, raw.responses[0])
-
-    return demonstration
-
-
-# --- prompts: own files ----------------------------------------------------------------------------------------------
-
-
-def _messages(row: SourceRow, column: str) -> list[Message]:
-    value = row.get(column)
-    if not isinstance(value, list) or not value:
-        raise UserError(f'{row.where}: {column!r} must be a list of {{"role", "content"}} objects')
-    messages = []
-    for number, item in enumerate(value, start=1):
-        role, content = (item.get("role"), item.get("content")) if isinstance(item, dict) else (None, None)
-        if role not in ("system", "user", "assistant") or not isinstance(content, str) or not content.strip():
-            raise UserError(f"{row.where}: message {number} needs a role (system, user or assistant) and a content")
-        messages.append(Message(role, content.strip()))
-    return messages
-
-
-def _own_prompt(row: SourceRow) -> tuple[PromptParts, str | None, str]:
-    """The prompt, the reply if `messages` ends with one, and the column that they are from."""
-    if row.values.get("messages") is None:
-        if row.values.get("prompt") is None:
-            raise UserError(
-                f"{row.where}: no 'prompt' (text) or 'messages'; there are: {', '.join(row.values) or 'none'}"
-            )
-        return plain_prompt(row.text("prompt")), None, "prompt"
-    messages = _messages(row, "messages")
-    reply = messages.pop().content if messages[-1].role == "assistant" else None
-    if not messages or messages[-1].role != "user":
-        raise UserError(f"{row.where}: 'messages' must hold a user's turn before the answer")
-    return ChatPrompt(tuple(messages)), reply, "messages"
-
-
-def _own_demonstration(row: SourceRow) -> RawDemonstration:
-    prompt, reply, *used = _own_prompt(row)
-    if reply is None:
-        column = next((name for name in ("response", "reference") if row.values.get(name) is not None), "response")
-        reply = row.text(column).strip()
-        used.append(column)
-    # Every row of a Parquet file has all columns; of those named here, a null says that the row has another one.
-    used += [name for name in ("prompt", "messages", "response", "reference") if row.values.get(name) is None]
-    return RawDemonstration(prompt, reply, metadata=row.other_than("id", *used))
-
-
-def _own_comparison(row: SourceRow) -> RawComparison:
-    prompt, reply, _ = _own_prompt(row)
-    if reply is not None:
-        raise UserError(
-            f"{row.where}: 'messages' of a comparison must end with the user's turn; the answers are 'responses'"
-        )
-    source = str(row.values.get("source") or "")
-    if row.values.get("responses") is None:
-        return RawComparison(prompt, (row.text("chosen").strip(), row.text("rejected").strip()), source)
-    responses = row.get("responses")
-    if not isinstance(responses, list) or len(responses) < 2 or not all(isinstance(r, str) for r in responses):
-        raise UserError(f"{row.where}: 'responses' must be a list of at least two texts, best first")
-    return RawComparison(prompt, tuple(response.strip() for response in responses), source)
-
-
-# --- unpaired: own files, and TRL's unpaired preferences -------------------------------------------------------------
-
-
-def _unpaired(row: SourceRow) -> RawLabelled:
-    if isinstance(row.values.get("prompt"), list):  # as TRL has dialogues
-        row = SourceRow(row.where, {**row.values, "messages": row.values["prompt"]})
-    prompt, reply, _ = _own_prompt(row)
-    column = next((name for name in ("completion", "response") if row.values.get(name) is not None), "completion")
-    if reply is None:
-        reply = _completion(row, column)
-    elif row.values.get(column) is not None:
-        raise UserError(f"{row.where}: the dialogue ends with a reply and there is a {column!r}, too; remove one")
-    label = row.get("label")
-    if label not in (True, False):  # 1 and 0, too
-        raise UserError(f"{row.where}: 'label' must be true (a good answer) or false (a bad one), found {label!r}")
-    return RawLabelled(prompt, reply, bool(label), str(row.values.get("source") or ""))
-
-
-def _completion(row: SourceRow, column: str) -> str:
-    """An answer: a text, or a list with one reply, as TRL has dialogues."""
-    if not isinstance(row.values.get(column), list):
-        return row.text(column).strip()
-    messages = _messages(row, column)
-    if [message.role for message in messages] != ["assistant"]:
-        raise UserError(f"{row.where}: {column!r} must be a text or one message of the assistant")
-    return messages[0].content
-
-
-def _good(row: SourceRow) -> RawDemonstration:
-    raw = _unpaired(row)
-    if not raw.good:
-        raise SkipRow("bad_answer")
-    return RawDemonstration(raw.prompt, raw.response)
+def _is_hh(row: SourceRow) -> bool:
+    texts = [row.values.get(column) for column in ("chosen", "rejected")]
+    return not _asks(row) and all(isinstance(text, str) and published.is_dialogue(text) for text in texts)
 
 
 FORMATS: dict[str, Format] = {
-    "tldr": Format(_tldr, None),
-    "openai_summarize_tldr": Format(_openai_tldr, None),
-    "openai_summarize_comparisons": Format(None, _openai_comparison),
-    "hh_rlhf": Format(_chosen(_hh_comparison), _hh_comparison),
-    "shp": Format(_chosen(_shp_comparison), _shp_comparison),
-    "prompts": Format(_own_demonstration, _own_comparison),
-    "unpaired": Format(_good, None, _unpaired),
-}
+    "tldr": Format(
+        "subreddit, title, post, summary", _has("post", "summary"), published.tldr,
+    ),
+    "openai_summarize_tldr": Format(
+        "prompt (a TL;DR post), label (its summary)",
+        lambda row: _is_rendered_post(row) and isinstance(row.values.get("label"), str),
+        published.openai_tldr,
+    ),
+    "openai_summarize_comparisons": Format(
+        "prompt (a TL;DR post), chosen, rejected",
+        lambda row: _is_rendered_post(row) and row.holds("chosen", "rejected"),
+        comparison=published.openai_comparison,
+    ),
+    "hh_rlhf": Format(
+        "chosen, rejected (whole dialogues of Human and Assistant)", _is_hh,
+        chosen(published.hh_comparison), published.hh_comparison,
+    ),
+    "shp": Format(
+        "history, human_ref_A, human_ref_B, labels", _has("history", "human_ref_A", "human_ref_B", "labels"),
+        chosen(published.shp_comparison), published.shp_comparison,
+    ),
+    "unpaired": Format(
+        "prompt or messages, completion, label", _is_labelled,
+        own.good_answer, labelled=own.labelled, prompt=own.unlabelled_prompt,
+    ),
+    "prompts": Format(
+        "prompt or messages, response", _is_answered,
+        own.demonstration, own.comparison, prompt=own.prompt_only,
+    ),
+    "alpaca": Format(
+        "instruction, input, output", _has("instruction", "output"), own.alpaca, prompt=own.alpaca_prompt,
+    ),
+    "sharegpt": Format(
+        "conversations", _has("conversations"), own.sharegpt, prompt=own.sharegpt_prompt,
+    ),
+    "preferences": Format(
+        "prompt or messages, chosen, rejected; chosen, rejected with a common beginning; or prompt, responses",
+        lambda row: row.holds("chosen", "rejected") or (_asks(row) and row.holds("responses")),
+        chosen(own.comparison), own.comparison,
+    ),
+    "prompt_only": Format(
+        "prompt or messages", _asks, prompt=own.prompt_only,
+    ),
+}  # fmt: skip
+"""By its key in the config. Where several fit a source, the first one is taken."""
+
+_RIVALS = ("prompts", "alpaca", "sharegpt")
+"""Formats of which no two may fit: each takes the answer from other columns."""
+
+_COLUMNS = {
+    "id", "prompt", "messages", "conversations", "system", "history", "response", "completion", "reference", "chosen",
+    "rejected", "responses", "ranking", "scores", "label", "labels", "source", "instruction", "input", "output",
+    "subreddit", "title", "post", "summary", "human_ref_A", "human_ref_B", "domain",
+}  # fmt: skip
+
+
+def format_named(name: str) -> Format:
+    """
+    Raises:
+        UserError: there is no such format.
+    """
+    if name not in FORMATS:
+        raise UserError(f"data format {name!r} is unknown; there are: {', '.join(FORMATS)}")
+    return FORMATS[name]
+
+
+def recognise(path: str, rows: Sequence[SourceRow], uses: Sequence[Use]) -> str:
+    """The format of a source by its first rows.
+
+    Args:
+        path: names the source in errors.
+        rows: the first ones.
+        uses: what the source is for; a format has to serve one of these.
+
+    Raises:
+        UserError: no format fits most of the rows, or two that contradict each other do.
+    """
+    there_are = f"its columns are: {', '.join(columns_of(rows)) or 'none'}"
+    able = {name: each for name, each in FORMATS.items() if any(getattr(each, use) for use in uses)}
+    fitting = [name for name, each in able.items() if 2 * sum(map(each.fits, rows)) > len(rows)]
+    rivals = [name for name in fitting if name in _RIVALS]
+    if len(rivals) > 1:
+        raise UserError(f"{path}: the format may be {' or '.join(rivals)} ({there_are}); set format")
+    if not fitting:
+        known = "; ".join(f"{name}: {each.columns}" for name, each in able.items())
+        raise UserError(
+            f"{path}: the format is not recognised, {there_are}; set columns: {{our name: the file's}}, such as "
+            f"columns: {{prompt: question}}, or set format to one of these: {known}"
+        )
+    return fitting[0]
+
+
+def columns_of(rows: Sequence[SourceRow]) -> list[str]:
+    """The columns that hold something in one of the rows."""
+    return list(dict.fromkeys(column for row in rows for column in row.values if row.holds(column)))
+
+
+def check_columns(path: str, columns: dict[str, str], rows: Sequence[SourceRow]) -> None:
+    """Check the config's names of columns against a source's first rows.
+
+    Raises:
+        UserError: there is no such column, among ours or in the rows.
+    """
+    found = list(dict.fromkeys(column for row in rows for column in row.values))
+    for ours, theirs in columns.items():
+        if ours not in _COLUMNS:
+            raise UserError(
+                f"{path}: columns: no format has a column {ours!r}; there are: {', '.join(sorted(_COLUMNS))}"
+            )
+        if theirs not in found:
+            raise UserError(f"{path}: columns: the file has no column {theirs!r}; there are: {', '.join(found)}")
+
+
+def renamed(row: SourceRow, columns: dict[str, str]) -> SourceRow:
+    """The row with our names of columns."""
+    others = row.other_than(*columns, *columns.values())
+    given = {ours: row.values[theirs] for ours, theirs in columns.items() if theirs in row.values}
+    return SourceRow(row.where, {**given, **others}, row.mended)

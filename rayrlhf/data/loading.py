@@ -1,217 +1,195 @@
-"""The rows of a file, a directory or a hub data set, before `rayrlhf.data.formats` gives them a meaning.
+"""The rows of a source, before `rayrlhf.data.formats` gives them a meaning.
 
-Nothing is unpickled and no code of a data set runs: only JSON, Parquet and data that `datasets` loads without scripts.
+A source is a file or several, a directory or a hub data set. No code of a data set runs: `datasets` loads without
+scripts.
 """
 
 from __future__ import annotations
 
-import gzip
-import json
+import glob
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.fs as fs
 
-from rayrlhf.config import DatasetConfig
+from rayrlhf.config_data import DatasetConfig
+from rayrlhf.data.files import READERS, DataFile, SourceRow, first_line, kind_of, rows_of
 from rayrlhf.errors import UserError
 
 Split = Literal["train", "valid", "all"]
 
-_FILE_KINDS = (".parquet", ".jsonl", ".jsonl.gz", ".json")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_URI = re.compile(r"[a-z][a-z0-9+.-]+://")
 _VALIDATION_NAMES = ("validation", "valid", "val", "dev")
 _ASSETS = Path(__file__).parent.parent / "assets"
+_BATCH = 1000  # rows of a hub data set that are read at once
 
 
 @dataclass(frozen=True)
-class SourceRow:
-    """One row and its place, so that every error can name it."""
+class Rows:
+    """Rows that are read each time when somebody iterates over them."""
 
-    where: str
-    """`FILE row 3` (rows of Parquet) or `FILE line 3` (JSONL), counted from 1."""
-    values: dict[str, Any]
+    read: Callable[[], Iterator[SourceRow]]
 
-    @property
-    def id(self) -> str | None:
-        """The value of the column `id`; None if it is missing or blank."""
-        value = self.values.get("id")
-        return None if value is None or str(value).strip() == "" else str(value)
-
-    def get(self, column: str) -> Any:
-        """The value of a column.
-
-        Raises:
-            UserError: there is no such column.
-        """
-        if column not in self.values:
-            raise UserError(f"{self.where}: no column {column!r}; there are: {', '.join(self.values) or 'none'}")
-        return self.values[column]
-
-    def text(self, column: str, allow_empty: bool = False) -> str:
-        """The text of a column.
-
-        Raises:
-            UserError: there is no such column, it holds no text, or it is blank and not `allow_empty`.
-        """
-        value = self.get(column)
-        if value is None and allow_empty:
-            return ""
-        if value is not None and not isinstance(value, str):
-            raise UserError(f"{self.where}: {column!r} must be text, found {type(value).__name__}")
-        if value is None or (not allow_empty and not value.strip()):
-            raise UserError(f"{self.where}: {column!r} is empty; fill it in or remove the row")
-        return str(value)
-
-    def other_than(self, *columns: str) -> dict[str, Any]:
-        """The values of all columns but these."""
-        return {column: value for column, value in self.values.items() if column not in columns}
+    def __iter__(self) -> Iterator[SourceRow]:
+        return self.read()
 
 
 @dataclass(frozen=True)
 class SourceRows:
     """The rows of a source.
 
-    `valid` is None if the source has no validation split; `read_demonstrations` then takes a share of `train`.
+    `valid` is None if the source has no validation split; `rayrlhf.data.sources` then takes a share of `train`.
     """
 
     name: str
-    train: list[SourceRow]
-    valid: list[SourceRow] | None
+    train: Rows
+    valid: Rows | None
+    from_hub: bool = False
+    """Whether others have published it, so that the user cannot mend its rows."""
+    unused: tuple[str, ...] = ()
+    """Its other splits."""
 
 
 def load_source(config: DatasetConfig) -> SourceRows:
-    """Read `config.path`: `embedded:tldr`, a file, a directory that `datasets` can load, or a hub name.
+    """Find `config.path`: `embedded:tldr`, files, a directory, or a hub name.
 
     Raises:
-        UserError: nothing is at the path, it cannot be read, it is empty, or it lacks a split that `config` names.
+        UserError: nothing is at the path, it cannot be opened, or it lacks a split that `config` names. Further
+            errors, of a file that is damaged or holds no rows, come when the rows are read.
     """
-    if config.path == "embedded:tldr":
-        return SourceRows(
-            config.path, read_file(_ASSETS / "tldr/train.parquet"), read_file(_ASSETS / "tldr/valid.parquet")
-        )
-    if config.path.startswith("embedded:"):
-        raise UserError(f"{config.path}: no such embedded data; there is embedded:tldr")
-    path = Path(config.path).expanduser()
-    if path.is_file():
-        return SourceRows(config.path, read_file(path), None)
-    looks_like_a_file = config.path.endswith(_FILE_KINDS) or not _HUB_NAME.fullmatch(config.path)
-    if not path.is_dir() and looks_like_a_file:
+    path = config.path
+    if path == "embedded:tldr":
+        train, valid = (_local(_ASSETS / f"tldr/{split}.parquet") for split in ("train", "valid"))
+        return SourceRows(path, _rows([train]), _rows([valid]))
+    if path.startswith("embedded:"):
+        raise UserError(f"{path}: no such embedded data; there is embedded:tldr")
+    if _URI.match(path):
+        return SourceRows(path, _rows(_remote(path)), None)
+    expanded = Path(path).expanduser()
+    if expanded.is_file():
+        return SourceRows(path, _rows([_local(expanded)]), None)
+    if expanded.is_dir():
+        return _load_directory(config, expanded)
+    if glob.has_magic(path):
+        found = sorted(name for name in glob.glob(str(expanded), recursive=True) if Path(name).is_file())
+        if not found:
+            raise UserError(f"{path}: no file matches this pattern (a relative one starts at {Path.cwd()})")
+        return SourceRows(path, _rows([_local(Path(name)) for name in found]), None)
+    if kind_of(path)[0] or not _HUB_NAME.fullmatch(path):
         raise UserError(
-            f"{config.path}: no such file or directory; check data.*.path (a relative path starts at {Path.cwd()})"
+            f"{path}: no such file or directory; check data.*.path (a relative path starts at {Path.cwd()})"
         )
-    return _load_splits(config)
+    return _load_published(config)
 
 
 def read_file(path: Path) -> list[SourceRow]:
-    """All rows of one .parquet, .jsonl, .jsonl.gz or .json file; a .json file holds an array of objects.
+    """All rows of one local file; see `DataFile.rows` for errors."""
+    return list(_local(path).rows())
 
-    Raises:
-        UserError: another kind of file, no such file, an unreadable or an empty one.
-    """
-    if not path.name.endswith(_FILE_KINDS):
-        raise UserError(f"{path}: unknown kind of file; use {', '.join(_FILE_KINDS)}")
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
+
+def _local(path: Path) -> DataFile:
+    return DataFile(str(path), str(path.absolute()), fs.LocalFileSystem())
+
+
+def _remote(uri: str) -> list[DataFile]:
+    """The files of a store that a URI names. It may end with a pattern such as `part-*.parquet`."""
+    scheme = uri.partition("://")[0]
+    address, mark, options = uri.partition("?")  # such as a region
+    directory, _, name = address.rpartition("/")
+    pattern = re.compile(re.escape(name).replace(r"\*", "[^/]*"))
     try:
-        rows = list(_parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path))
-    except (pa.ArrowException, OSError, EOFError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({_first_line(error)})") from None
-    if not rows:
-        raise UserError(f"{path}: the file holds no rows")
-    return rows
+        filesystem, base = fs.FileSystem.from_uri(directory + mark + options)
+        entries = filesystem.get_file_info(fs.FileSelector(base, allow_not_found=True))
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{uri}: cannot be opened ({first_line(error)}); check the address and its access") from None
+    found = sorted(each.path for each in entries if each.is_file and pattern.fullmatch(each.base_name))
+    if not found:
+        raise UserError(f"{uri}: no such file; name a file, or a pattern of files such as {directory}/*.parquet")
+    return [DataFile(f"{scheme}://{path.lstrip('/')}", path, filesystem) for path in found]
 
 
-def _parquet_rows(path: Path) -> Iterator[SourceRow]:
-    for number, values in enumerate(pq.read_table(path).to_pylist(), start=1):
-        yield SourceRow(f"{path} row {number}", values)
+def _rows(files: Sequence[DataFile]) -> Rows:
+    return Rows(lambda: (row for file in files for row in file.rows()))
 
 
-def _json_rows(path: Path) -> Iterator[SourceRow]:
-    raw = path.read_bytes()
-    # utf-8-sig: editors on Windows put a byte-order mark in front, which is no part of the first value.
-    text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
-    if path.suffix == ".json":
-        try:
-            array = json.loads(text) if text.strip() else []
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}: not valid JSON ({error}); one object a line belongs into a .jsonl file") from None
-        if not isinstance(array, list):
-            raise UserError(f"{path}: expected an array of objects, found {type(array).__name__}")
-        for number, item in enumerate(array, start=1):
-            yield SourceRow(f"{path} row {number}", _object(item, f"{path} row {number}"))
-    else:
-        for number, values in json_lines(text, path):
-            yield SourceRow(f"{path} line {number}", values)
+def _load_directory(config: DatasetConfig, folder: Path) -> SourceRows:
+    """`datasets` says which file belongs to which split, as on the hub; the files are read as single ones are.
 
-
-def json_lines(text: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects of a text with one a line, each with the number of its line; blank lines are left out.
-
-    Args:
-        text: the content of a JSON Lines file.
-        path: its name in errors.
-
-    Raises:
-        UserError: a line that is not JSON, or not an object.
+    It would read them, too, but takes all for one table: two files that differ in a column, used or not, are an error
+    there, whose cause and row it does not tell.
     """
-    for number, line in enumerate(text.split("\n"), start=1):  # splitlines() would also cut inside JSON strings
-        if not line.strip():
-            continue
-        try:
-            item = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path} line {number}: not valid JSON ({error.msg} at column {error.colno})") from None
-        yield number, _object(item, f"{path} line {number}")
+    from datasets import Dataset, load_dataset_builder, load_from_disk  # late: it takes seconds, and most are files
 
-
-def _object(item: Any, where: str) -> dict[str, Any]:
-    if not isinstance(item, dict):
-        raise UserError(f"{where}: expected an object, found {type(item).__name__}")
-    return item
-
-
-def _load_splits(config: DatasetConfig) -> SourceRows:
-    from datasets import DatasetDict, load_dataset  # imported late: it takes seconds, and most sources are files
-
-    folder = Path(config.path).expanduser()
     try:
-        data = load_dataset(str(folder) if folder.is_dir() else config.path)
-    except Exception as error:  # the hub client raises whatever its network stack does
+        if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+            saved = load_from_disk(str(folder))
+            return _of_splits(config, {"train": saved} if isinstance(saved, Dataset) else saved, _table_rows)
+        splits = load_dataset_builder(str(folder), config.name).config.data_files
+    except Exception as error:  # it raises whatever it meets
         raise UserError(
-            f"{config.path}: cannot be loaded as a data set ({type(error).__name__}: {_first_line(error)}); "
+            f"{config.path}: cannot be taken for a data set ({first_line(error)}); put files into it "
+            f"that end with {', '.join(READERS)}"
+        ) from error
+    files = {
+        str(split): [_local(Path(name)) for name in names if kind_of(str(name))[0]]
+        for split, names in (splits or {}).items()
+    }
+    return _of_splits(config, files, lambda files, name: _rows(files))
+
+
+def _load_published(config: DatasetConfig) -> SourceRows:
+    from datasets import DatasetDict, load_dataset
+
+    try:
+        data = load_dataset(config.path, config.name, revision=config.revision)
+    except Exception as error:  # the hub client raises whatever its network stack does
+        cause = f"; {first_line(error.__cause__)}" if error.__cause__ else ""
+        raise UserError(
+            f"{config.path}: cannot be loaded as a data set ({type(error).__name__}: {first_line(error)}{cause}); "
             "check the name, the network, or give a local file"
         ) from error
     if not isinstance(data, DatasetDict):
         raise UserError(f"{config.path}: expected a data set with named splits")
-    there_are = f"there are: {', '.join(map(str, data))}"
-    train = _find_split(data, config.train_split)
+    return _of_splits(config, data, _table_rows, from_hub=True)
+
+
+def _table_rows(data: Any, name: str) -> Rows:
+    """The rows of what `datasets` has loaded."""
+    return Rows(partial(_table_reader, data, name))
+
+
+def _table_reader(data: Any, name: str) -> Iterator[SourceRow]:
+    if not len(data):
+        raise UserError(f"{name} holds no rows")
+    return rows_of(data.with_format("arrow").iter(_BATCH), name)
+
+
+def _of_splits(
+    config: DatasetConfig, splits: Any, rows: Callable[[Any, str], Rows], from_hub: bool = False
+) -> SourceRows:
+    """
+    Raises:
+        UserError: there is no split of a name that `config` has.
+    """
+    there_are = f"there are: {', '.join(map(str, splits)) or 'none'}"
+    train = _find_split(splits, config.train_split)
     if train is None:
         raise UserError(f"{config.path}: no split {config.train_split!r}; {there_are}; set train_split")
-    valid = _find_split(data, config.valid_split)
+    valid = _find_split(splits, config.valid_split)
     if valid is None and config.valid_split not in _VALIDATION_NAMES:
         raise UserError(f"{config.path}: no split {config.valid_split!r}; {there_are}; set valid_split")
-    rows = {
-        name: [
-            SourceRow(f"{config.path} {name} row {n}", values) for n, values in enumerate(data[name].to_list(), start=1)
-        ]
-        for name in (train, valid)
-        if name is not None
-    }
-    for name, found in rows.items():
-        if not found:
-            raise UserError(f"{config.path}: split {name!r} holds no rows")
-    return SourceRows(config.path, rows[train], rows[valid] if valid is not None else None)
+    made = [rows(splits[split], f"{config.path} {split}") for split in (train, valid) if split is not None]
+    unused = tuple(str(split) for split in splits if split not in (train, valid))
+    return SourceRows(config.path, made[0], made[1] if valid is not None else None, from_hub, unused)
 
 
 def _find_split(names: Any, wanted: str) -> str | None:
     """Find the split of that name. The usual names of a validation split stand for each other."""
     aliases = (wanted, *_VALIDATION_NAMES) if wanted in _VALIDATION_NAMES else (wanted,)
     return next((name for name in aliases if name in names), None)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -28,18 +28,30 @@ class Prompt:
     """The dialogue that `text` renders, whole also where `text` is cut; empty where the data has a text."""
     metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """The columns of the prompt's row that its format does not use, for rewards of the user's own."""
+    tokens: int = field(default=0, compare=False)
+    """Of the whole prompt, before it is cut; BOS included."""
+    group: str | None = field(default=None, compare=False)
+    """What all records of this prompt share; None if it is the only one."""
+
+    @property
+    def split_key(self) -> str:
+        """What its split follows from."""
+        return self.group or self.id
 
 
 @dataclass(frozen=True)
-class Demonstration:
-    """A prompt with the response to imitate."""
+class Demonstration(Prompt):
+    """A prompt whose reference is the response to imitate."""
 
-    id: str
-    prompt: str
-    response: str
-    title: str | None = None
-    messages: tuple[Message, ...] = ()
-    metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    reference: str
+
+    @property
+    def prompt(self) -> str:
+        return self.text
+
+    @property
+    def response(self) -> str:
+        return self.reference
 
 
 @dataclass(frozen=True)
@@ -50,6 +62,10 @@ class Comparison:
     prompt: str
     responses: tuple[str, ...]
     source: str = ""
+    scores: tuple[float, ...] | None = None
+    """[K] falling; equal ones are no preference. None if the answers only have an order."""
+    tokens: int = field(default=0, compare=False)
+    """As in `Prompt`."""
 
 
 @dataclass(frozen=True)
@@ -61,3 +77,5 @@ class LabelledAnswer:
     response: str
     good: bool
     source: str = ""
+    tokens: int = field(default=0, compare=False)
+    """As in `Prompt`."""

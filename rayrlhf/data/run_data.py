@@ -2,54 +2,88 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cached_property
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from rayrlhf.config import Config, DatasetConfig
+from rayrlhf.config import Config
+from rayrlhf.config_data import Sources
+from rayrlhf.config_rewards import JudgeReward
 from rayrlhf.data.comparisons import Answers, from_comparisons
 from rayrlhf.data.labelled import group_answers
 from rayrlhf.data.loading import Split
 from rayrlhf.data.prompts import EncodedPrompt
-from rayrlhf.data.records import Demonstration
-from rayrlhf.data.sources import holds_labels, read_demonstrations, read_labelled, read_published
+from rayrlhf.data.records import Demonstration, Prompt
+from rayrlhf.data.sources import DataSet, Found, Rendering, one_each
 from rayrlhf.data.splits import Splits, check_disjoint, split_train, split_valid
 from rayrlhf.data.tokens import encode_prompts, encode_responses
 from rayrlhf.errors import UserError
 
 _SPLITS: tuple[Split, ...] = ("train", "valid")
+KINDS = ("demonstrations", "comparisons", "prompts")
+"""The keys of `data` that name sources."""
+_CHUNK = 1024  # responses tokenised at a time, where only their lengths are wanted
+
+
+def print_line(line: str) -> None:
+    """Print a line at once."""
+    print(line, flush=True)
 
 
 class RunData:
     """The records that a config names. Each source is read when it is first asked for."""
 
-    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.config, self.tokenizer = config, tokenizer
+    def __init__(
+        self, config: Config, tokenizer: PreTrainedTokenizerBase, say: Callable[[str], None] = print_line
+    ) -> None:
+        """Note what to read.
 
-    def read(self) -> None:
-        """Read everything now, so that mistakes in the data show before anything starts.
+        Args:
+            config: of the run.
+            tokenizer: of its model.
+            say: takes the lines about what was read.
+        """
+        self.config, self.tokenizer, self.say = config, tokenizer, say
+        self.rendering = Rendering(tokenizer, config.data.max_prompt_tokens, config.data.system_prompt)
+
+    def read(self, kinds: Collection[str] = KINDS) -> None:
+        """Read all of these kinds now, so that mistakes in the data show before anything starts.
+
+        A line for each source and split says how many records it has, and how many were dropped, cut or are unused.
 
         Raises:
-            UserError: a file that cannot be read, a malformed row, splits that overlap, or labelled answers for a
-                stage that needs pairs.
+            UserError: a file that cannot be read, a malformed row, splits that overlap, no prompts for a stage, or
+                records that a stage cannot use.
         """
-        _ = self.train, self.comparisons  # which stay, once read
+        if "demonstrations" in kinds:
+            _ = self.train  # which stays, once read
+        if "comparisons" in kinds:
+            _ = self.comparisons
+        if self.config.has("rl") and (self.config.data.prompts or "demonstrations" in kinds):
+            self._check_prompts()
+        if "demonstrations" in kinds and self.unused:
+            self.say(
+                f"{len(self.unused)} train demonstrations are used by no stage; data.sft_fraction=1 gives them to sft"
+            )
 
     @cached_property
     def train(self) -> Splits[Demonstration]:
-        """The training records: the shares of SFT, of the reward model, and the prompts of `rl`."""
-        config = self.config
-        learns_from_comparisons = config.trains_reward_model or config.has("dpo")
+        """The training records: the shares of SFT, of the reward model, and the rest, which `rl` may have."""
+        data = self.config.data
         splits = split_train(
-            self._demonstrations("train"), config.data, reward_model=learns_from_comparisons, rl=config.has("rl")
+            self._demonstrations[0],
+            data,
+            reward_model=self._learns and (self._collects or data.reward_model_fraction > 0),
+            rl=self._rl_has_the_rest or not self._collects,
         )
         check_disjoint(sft=splits.sft, reward_model=splits.reward_model, rl=splits.rl, dev=self.dev, test=self.test)
         return splits
 
     @property
     def dev(self) -> list[Demonstration]:
-        """The validation records that something is chosen by."""
+        """The validation records by which SFT's checkpoint is chosen."""
         return self._valid[0]
 
     @property
@@ -57,10 +91,41 @@ class RunData:
         """The validation records that only the final evaluation reads."""
         return self._valid[1]
 
+    @cached_property
+    def collect(self) -> list[Demonstration]:
+        """The prompts to which the stage `collect` may sample answers, each once."""
+        return one_each(self.train.reward_model)
+
+    @cached_property
+    def rl(self) -> list[Prompt]:
+        """The prompts of `rl`, each once."""
+        if self._prompts is not None:
+            return self._prompts[0]
+        splits, wanted = self.train, self.config.data.rl_prompts
+        if wanted == "rest":
+            return [*one_each(splits.rl)]
+        return [*one_each(splits.sft if wanted == "sft" else self._demonstrations[0])]
+
+    @cached_property
+    def evaluated(self) -> list[Prompt]:
+        """The held-out prompts of `evaluate.split`, each once: of `data.prompts`, or else of the demonstrations."""
+        dev, test = self._heldout
+        return one_each(dev if self.config.evaluate.split == "dev" else test)
+
+    @cached_property
+    def rl_dev(self) -> list[Prompt]:
+        """The held-out prompts that the policy may answer while `rl` trains it, each once."""
+        return one_each(self._heldout[0])
+
     @property
-    def evaluated(self) -> list[Demonstration]:
-        """The records of `evaluate.split`."""
-        return self.dev if self.config.evaluate.split == "dev" else self.test
+    def _heldout(self) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
+        """Dev and test of the prompts of `rl`."""
+        return (self.dev, self.test) if self._prompts is None else split_valid(self._prompts[1], self.config.data)
+
+    @property
+    def unused(self) -> list[Demonstration]:
+        """The training demonstrations that no stage of the run learns from or asks for."""
+        return [] if self._rl_has_the_rest else self.train.rl
 
     @cached_property
     def comparisons(self) -> list[Answers]:
@@ -68,22 +133,89 @@ class RunData:
         source = self.config.data.comparisons
         if source is None:
             return []
-        return self._labelled(source) if holds_labels(source) else self._ranked(source)
+        found = self._opened("comparisons", source, "comparison", "labelled")
+        return self._labelled(found) if found.reading.use == "labelled" else self._ranked(found)
 
-    def _ranked(self, source: DatasetConfig) -> list[Answers]:
+    def prompts(self, records: Sequence[Prompt]) -> list[EncodedPrompt]:
+        """The prompts of `records` as token ids."""
+        ids = encode_prompts(self.tokenizer, [record.text for record in records])
+        if self.config.environment is None:
+            return [EncodedPrompt(record.id, tuple(own)) for record, own in zip(records, ids, strict=True)]
+        return [
+            EncodedPrompt(record.id, tuple(own), record.text, record.reference)
+            for record, own in zip(records, ids, strict=True)
+        ]
+
+    def responses(self, records: Sequence[Prompt], texts: Sequence[str] | None = None) -> list[list[int]]:
+        """The references of `records`, or other `texts` in their place, as token ids that follow the prompts."""
+        texts = [record.reference or "" for record in records] if texts is None else texts
+        prompts = [record.text for record in records]
+        return encode_responses(self.tokenizer, texts, self.config.data.max_response_tokens, prompts)
+
+    # ---- sources
+
+    @property
+    def _collects(self) -> bool:
+        """Whether the run has answers sampled and ranked."""
+        return self._learns and self.config.data.comparisons is None
+
+    @property
+    def _learns(self) -> bool:
+        return self.config.trains_reward_model or self.config.has("dpo")
+
+    @property
+    def _rl_has_the_rest(self) -> bool:
+        """Whether `rl` asks for the training prompts that no other stage takes."""
+        data = self.config.data
+        return self.config.has("rl") and data.prompts is None and data.rl_prompts != "sft"
+
+    @cached_property
+    def _demonstrations(self) -> tuple[list[Demonstration], list[Demonstration]]:
+        data = self.config.data
+        source = self._opened("demonstrations", data.demonstrations, "demonstration")
+        found = [source.demonstrations(split) for split in _SPLITS]
+        for split, own in zip(_SPLITS, found, strict=True):
+            responses = self._responses_in_turn(own.records)
+            self._say(f"{len(own.records)} {split} demonstrations", source, own, own.dropped, responses)
+        return found[0].records, found[1].records
+
+    @cached_property
+    def _valid(self) -> tuple[list[Demonstration], list[Demonstration]]:
+        return split_valid(self._demonstrations[1], self.config.data)
+
+    @cached_property
+    def _prompts(self) -> tuple[list[Prompt], list[Prompt]] | None:
+        """The training and the validation prompts of `data.prompts`."""
+        if self.config.data.prompts is None:
+            return None
+        source = self._opened("prompts", self.config.data.prompts, "prompt")
+        found = [source.prompts(split) for split in _SPLITS]
+        for split, own in zip(_SPLITS, found, strict=True):
+            self._say(f"{len(own.records)} {split} prompts", source, own, own.dropped)
+        return found[0].records, found[1].records
+
+    def _opened(self, key: str, sources: Sources, *uses: Any) -> DataSet:
+        source = DataSet(sources, self.rendering, *uses)
+        for remark in source.remarks:
+            self.say(f"data.{key}: {remark}")
+        return source
+
+    def _ranked(self, source: DataSet) -> list[Answers]:
         data, ranked = self.config.data, list[Answers]()
         for split in _SPLITS:
-            found, dropped = read_published(source, split, self.tokenizer, data.max_prompt_tokens)
-            own = from_comparisons(found, self.tokenizer, data.max_response_tokens, heldout=split == "valid")
-            if len(own) < len(found):
-                dropped["equal_when_cut"] = len(found) - len(own)
-            _say(f"{len(own)} {split} comparisons", source, dropped)
+            found = source.comparisons(split)
+            own = from_comparisons(found.records, self.tokenizer, data.max_response_tokens, heldout=split == "valid")
+            dropped = dict(found.dropped)
+            if len(own) < len(found.records):
+                dropped["equal_when_cut"] = len(found.records) - len(own)
+            self._say(f"{len(own)} {split} comparisons", source, found, dropped, _ids(own))
             ranked += own
         return ranked
 
-    def _labelled(self, source: DatasetConfig) -> list[Answers]:
+    def _labelled(self, source: DataSet) -> list[Answers]:
         data, config, labelled = self.config.data, self.config, list[Answers]()
-        single = f"data.comparisons: format {source.format!r} has single answers with a label, and"
+        kind = ", ".join(dict.fromkeys(each.name for each in source.reading.sources))
+        single = f"data.comparisons: format {kind!r} has single answers with a label, and"
         if config.trains_reward_model:
             raise UserError(
                 f"{single} the reward model learns from pairs; give ranked answers in another format, or leave the "
@@ -92,55 +224,80 @@ class RunData:
         if config.has("dpo") and not config.dpo.takes_labels:
             raise UserError(f"{single} dpo.loss={config.dpo.loss} learns from pairs; set dpo.loss=kto")
         for split in _SPLITS:
-            found, dropped = read_labelled(source, split, self.tokenizer, data.max_prompt_tokens)
+            found = source.labelled(split)
             own, contradictory = group_answers(
-                found, self.tokenizer, data.max_response_tokens, heldout=split == "valid"
+                found.records, self.tokenizer, data.max_response_tokens, heldout=split == "valid"
             )
             if not own:
                 raise UserError(
-                    f"{source.path}: all answers of split {split!r} are called good by one row and bad by another; "
-                    "keep one label for each answer"
+                    f"{source.reading.paths}: all answers of split {split!r} are called good by one row and bad by "
+                    "another; keep one label for each answer"
                 )
             good, bad = _sides(own)
             counts = f"{len(own)} {split} prompts with {good} good and {bad} bad answers"
-            _say(counts, source, {**dropped, **contradictory})
+            self._say(counts, source, found, {**found.dropped, **contradictory}, _ids(own))
             labelled += own
         train = [c for c in labelled if not c.heldout]
         if config.has("dpo") and (advice := config.dpo.balance(*_sides(train[: config.dpo.max_comparisons]))):
-            print(advice, flush=True)
+            self.say(advice)
         return labelled
 
-    def prompts(self, records: Sequence[Demonstration]) -> list[EncodedPrompt]:
-        """The prompts of `records` as token ids."""
-        ids = encode_prompts(self.tokenizer, [record.prompt for record in records])
-        if self.config.environment is None:
-            return [EncodedPrompt(record.id, tuple(own)) for record, own in zip(records, ids, strict=True)]
-        return [
-            EncodedPrompt(record.id, tuple(own), record.prompt, record.response)
-            for record, own in zip(records, ids, strict=True)
-        ]
+    def _check_prompts(self) -> None:
+        """
+        Raises:
+            UserError: `rl` has no prompts, or a reward compares with references that are not there.
+        """
+        if not self.rl:
+            raise UserError(
+                "rl: no prompts are left; lower data.sft_fraction or data.reward_model_fraction, or set data.prompts"
+            )
+        bare = sum(prompt.reference is None for prompt in self.rl)
+        if not bare:
+            return
+        for reward in self.config.rewards:
+            if isinstance(reward, JudgeReward) and reward.compare == "reference":
+                raise UserError(
+                    f"rewards: {reward.name!r} compares with the prompt's reference, and {bare} of {len(self.rl)} "
+                    "prompts of rl have none; set compare: nothing, or give them a response"
+                )
+        self.say(
+            f"{bare} of {len(self.rl)} prompts of rl have no reference: what compares with one, such as gold by ROUGE, "
+            "leaves them out"
+        )
 
-    def responses(self, records: Sequence[Demonstration], texts: Sequence[str] | None = None) -> list[list[int]]:
-        """The responses of `records`, or other `texts` in their place, as token ids that follow the prompts."""
-        texts = [record.response for record in records] if texts is None else texts
-        prompts = [record.prompt for record in records]
-        return encode_responses(self.tokenizer, texts, self.config.data.max_response_tokens, prompts)
+    def _responses_in_turn(self, records: Sequence[Demonstration]) -> Iterable[list[int]]:
+        for start in range(0, len(records), _CHUNK):
+            yield from self.responses(records[start : start + _CHUNK])
 
-    @cached_property
-    def _valid(self) -> tuple[list[Demonstration], list[Demonstration]]:
-        return split_valid(self._demonstrations("valid"), self.config.data)
+    def _say(
+        self,
+        counts: str,
+        source: DataSet,
+        found: Found[Any],
+        dropped: Mapping[str, int],
+        responses: Iterable[Sequence[int]] = (),
+    ) -> None:
+        """One line about a split: its records, what was dropped, and what is cut."""
+        data, eos = self.config.data, self.tokenizer.eos_token_id
+        reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(dropped.items())) or "none"
+        prompts = sum(record.tokens > data.max_prompt_tokens for record in found.records)
+        # The EOS is the first token that a cut takes.
+        answers = sum(len(ids) == data.max_response_tokens and ids[-1] != eos for ids in responses)
+        line = f"{counts} from {source.reading.paths}; dropped: {reasons}"
+        if prompts:
+            line += f"; {prompts} prompts cut to data.max_prompt_tokens={data.max_prompt_tokens}"
+        if answers:
+            line += f"; {answers} responses cut to data.max_response_tokens={data.max_response_tokens}"
+        if found.mended:
+            line += f"; {found.mended} rows had characters that are none, U+FFFD stands for them"
+        self.say(line)
 
-    def _demonstrations(self, split: Split) -> list[Demonstration]:
-        data = self.config.data
-        return read_demonstrations(data.demonstrations, split, self.tokenizer, data.max_prompt_tokens)
+
+def _ids(answers: Sequence[Answers]) -> Iterable[Sequence[int]]:
+    return (ids for each in answers for ids in each.response_ids)
 
 
 def _sides(answers: Sequence[Answers]) -> tuple[int, int]:
     """How many labelled answers are good, and how many are bad."""
     good, bad = (sum(each.counts[side] for each in answers) for side in ("good answers", "bad answers"))
     return good, bad
-
-
-def _say(found: str, source: DatasetConfig, dropped: Mapping[str, int]) -> None:
-    counts = ", ".join(f"{n} {reason}" for reason, n in sorted(dropped.items())) or "none"
-    print(f"{found} from {source.path}; dropped: {counts}", flush=True)

@@ -1,7 +1,8 @@
 """Splits by a hash of the record's id.
 
-A record's split does not depend on its place in the file, on other records, or on Python's hash seed. So adding rows
-to a file moves none of the old ones, and every machine finds the same splits.
+A record's split does not depend on its place in the file, on other prompts, or on Python's hash seed. So adding prompts
+to a file moves none of the old ones, and every machine finds the same splits. Records of one prompt are in one split:
+that of the smallest of their ids.
 """
 
 from __future__ import annotations
@@ -11,15 +12,20 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
-from rayrlhf.config import DataConfig
+from rayrlhf.config_data import DataConfig
 from rayrlhf.errors import UserError
 
 
 class HasId(Protocol):
-    """A record that can be split: it has an id."""
+    """A record that can be split."""
 
     @property
-    def id(self) -> str: ...
+    def id(self) -> str:
+        """Its own."""
+
+    @property
+    def split_key(self) -> str:
+        """The same for all records of a prompt."""
 
 
 R = TypeVar("R", bound=HasId)
@@ -56,7 +62,7 @@ def split_train(records: Iterable[R], data: DataConfig, *, reward_model: bool = 
     splits: Splits[R] = Splits([], [], [])
     for record in records:
         # The salt is part of the format: another one would move records between the splits of existing runs.
-        place = hash_fraction(record.id, "train")
+        place = hash_fraction(record.split_key, "train")
         if place < data.sft_fraction:
             splits.sft.append(record)
         elif reward_model and (not rl or place < data.sft_fraction + data.reward_model_fraction):
@@ -76,7 +82,7 @@ def split_valid(records: Iterable[R], data: DataConfig) -> tuple[list[R], list[R
     dev: list[R] = []
     test: list[R] = []
     for record in records:
-        (dev if hash_fraction(record.id, "valid") < data.dev_fraction else test).append(record)
+        (dev if hash_fraction(record.split_key, "valid") < data.dev_fraction else test).append(record)
     check_disjoint(dev=dev, test=test)
     return dev, test
 

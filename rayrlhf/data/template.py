@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from jinja2 import TemplateError
 
@@ -38,6 +38,11 @@ class TextPrompt:
     def text(self) -> str:
         return self.head + self.body + self.tail
 
+    @property
+    def blank(self) -> bool:
+        """Whether it asks nothing. A head and a tail around a body only frame it."""
+        return not (self.body if self.head else self.text).strip()
+
     def map(self, change: Callable[[str], str]) -> TextPrompt:
         return TextPrompt(change(self.head), change(self.body), change(self.tail))
 
@@ -54,11 +59,24 @@ class ChatPrompt:
         turns = (f"\n\n{SPEAKERS[role]}: {content}" for role, content in self.messages)
         return "".join(turns) + "\n\nAssistant:"
 
+    @property
+    def blank(self) -> bool:
+        """Whether it asks nothing."""
+        return not self.messages[-1].content.strip()
+
     def map(self, change: Callable[[str], str]) -> ChatPrompt:
         return ChatPrompt(tuple(Message(role, change(content)) for role, content in self.messages))
 
 
 PromptParts = TextPrompt | ChatPrompt
+
+
+class Fitted(NamedTuple):
+    """A rendered prompt that fits the limit."""
+
+    text: str
+    tokens: int
+    """Of the whole prompt, BOS included, before it was cut."""
 
 
 def tldr_prompt(subreddit: str, title: str, post: str) -> TextPrompt:
@@ -92,9 +110,29 @@ def render(tokenizer: PreTrainedTokenizerBase, prompt: PromptParts) -> str:
     return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
 
+def told_first(tokenizer: PreTrainedTokenizerBase, system: str, prompt: PromptParts) -> PromptParts:
+    """Put `data.system_prompt` before a prompt.
+
+    A dialogue gets a system turn, unless it has one. A text becomes the user's turn under one, if the tokenizer has a
+    chat template, and stays a text that can be cut as before; else the system prompt is its first paragraph.
+
+    Raises:
+        TemplateError: the chat template refuses a system turn.
+    """
+    first = Message("system", system)
+    if not isinstance(prompt, TextPrompt):
+        has_one = any(message.role == "system" for message in prompt.messages)
+        return prompt if has_one else ChatPrompt((first, *prompt.messages))
+    if not tokenizer.chat_template:
+        return TextPrompt(f"{system}\n\n{prompt.head}", prompt.body, prompt.tail)
+    place = "xyzzy"  # many templates strip a content, and would change the text itself
+    before, _, behind = render(tokenizer, ChatPrompt((first, Message("user", place)))).rpartition(place)
+    return TextPrompt(before + prompt.head, prompt.body, prompt.tail + behind)
+
+
 def fit_prompts(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[PromptParts], max_tokens: int, where: Sequence[str]
-) -> list[str]:
+) -> list[Fitted]:
     """Render prompts with at most `max_tokens` tokens each, BOS included.
 
     A text is cut at the last newline of its body that fits, else at the last space. If the body is one endless word,
@@ -111,7 +149,7 @@ def fit_prompts(
         raise UserError(
             f"tokenizer {tokenizer.name_or_path!r} has no fast version (tokenizer.json); cutting prompts needs one"
         )
-    fitted: list[str] = []
+    fitted: list[Fitted] = []
     for start in range(0, len(prompts), _CHUNK):
         chunk = slice(start, start + _CHUNK)
         fitted += _fit_chunk(tokenizer, prompts[chunk], max_tokens, where[chunk])
@@ -120,7 +158,7 @@ def fit_prompts(
 
 def _fit_chunk(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[PromptParts], max_tokens: int, where: Sequence[str]
-) -> list[str]:
+) -> list[Fitted]:
     texts: list[str] = []
     for prompt, origin in zip(prompts, where, strict=True):
         try:
@@ -131,9 +169,12 @@ def _fit_chunk(
     assert encodings is not None  # a fast tokenizer has them
     lead = len(leading_ids(tokenizer))
     waiting: dict[int, Iterator[str]] = {}
+    lengths = []
     for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
         # A text that spells its BOS has it among its own tokens already.
-        room = max_tokens - (0 if starts_with_bos(tokenizer, text) else lead)
+        added = 0 if starts_with_bos(tokenizer, text) else lead
+        room = max_tokens - added
+        lengths.append(len(encodings[i].ids) + added)
         if len(encodings[i].ids) <= room:
             continue
         if isinstance(prompt, TextPrompt):
@@ -154,7 +195,7 @@ def _fit_chunk(
         for i, ids in zip(indices, encode_prompts(tokenizer, [texts[i] for i in indices]), strict=True):
             if len(ids) <= max_tokens:
                 del waiting[i]
-    return texts
+    return list(map(Fitted, texts, lengths))
 
 
 def _cuts(prompt: TextPrompt, offsets: Sequence[tuple[int, int]], room: int) -> Iterator[str]:

@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from rayrlhf.config import DataConfig
+from rayrlhf.config_data import DataConfig
 from rayrlhf.data.turns import cue, end_of_turn, remover, spelled_tokens, turn_texts
 from rayrlhf.errors import UserError
 from rayrlhf.sections import DrawConfig

@@ -56,7 +56,7 @@ class GoldMeasure:
         self.prompts = {prompt.id: prompt for prompt in prompts}
 
     def __call__(self, trajectory: Trajectory) -> tuple[float | None, Wording]:
-        """Measure the response's text; gold is None if the prompt is unknown or the labeller only ranks."""
+        """Measure the response's text; gold is None if the prompt is unknown or the labeller has no measure of it."""
         text, prompt = decode_trajectory(self.tokenizer, trajectory), self.prompts.get(trajectory.prompt_id)
         gold = None if prompt is None or self.labeller is None else self.labeller.measure(prompt, text)
         return gold, wording(text)

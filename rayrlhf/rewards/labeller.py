@@ -43,7 +43,7 @@ class Labeller(ABC):
 
     @abstractmethod
     def measure(self, prompt: Prompt, answer: str) -> float | None:
-        """Measure one answer by itself, higher is better; None if the labeller only ranks.
+        """Measure one answer by itself, higher is better; None if the labeller only ranks, or lacks a reference.
 
         This is the gold measure of `rl` and of the evaluation.
         """

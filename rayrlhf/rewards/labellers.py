@@ -21,7 +21,7 @@ from rayrlhf.config_labellers import (
     PythonLabellerConfig,
 )
 from rayrlhf.config_rewards import PythonReward
-from rayrlhf.data.loading import json_lines
+from rayrlhf.data.files import json_lines
 from rayrlhf.data.records import Prompt
 from rayrlhf.errors import UserError
 from rayrlhf.files import replacing
@@ -42,7 +42,7 @@ class ReferenceLabeller(Labeller):
         return LabelledRanking.by([self._score(prompt, answer) for answer in answers])
 
     def measure(self, prompt: Prompt, answer: str) -> float | None:
-        return self._score(prompt, answer)
+        return None if prompt.reference is None else self._score(prompt, answer)
 
     @staticmethod
     def _score(prompt: Prompt, answer: str) -> float:

@@ -15,7 +15,8 @@ from actors.rollouts.weight_sync import Publication
 from actors.training.sft import DevPrompt, SFTArguments, sft_loop
 from actors.training.tasks import StopRequest
 from actors.training.workers import Workers
-from rayrlhf.config import Config, DatasetConfig
+from rayrlhf.config import Config
+from rayrlhf.config_data import DatasetConfig
 from rayrlhf.config_file import parse_config
 from rayrlhf.data.rows import Row
 from rayrlhf.data.sources import read_demonstrations
@@ -112,7 +113,9 @@ def demonstrations() -> tuple[list[Row], list[DevPrompt]]:
     tokenizer = load_tokenizer(TINY)
 
     def encoded(split: Any, count: int) -> list[tuple[Any, list[int], list[int]]]:
-        records = read_demonstrations(DatasetConfig(format="tldr", path="embedded:tldr"), split, tokenizer, MAX_PROMPT)
+        records = read_demonstrations(
+            [DatasetConfig(format="tldr", path="embedded:tldr")], split, tokenizer, MAX_PROMPT
+        )
         records = records[:count]
         prompts = encode_prompts(tokenizer, [r.prompt for r in records])
         responses = encode_responses(

@@ -25,7 +25,7 @@ from actors.training.rl import RLArguments, rl_loop
 from rayrlhf.config import Config
 from rayrlhf.config_file import parse_config
 from rayrlhf.data.prompts import EncodedPrompt
-from rayrlhf.data.sources import as_prompts, read_demonstrations
+from rayrlhf.data.sources import read_demonstrations
 from rayrlhf.data.tokens import encode_prompts
 from rayrlhf.models.loading import load_reward_model, load_tokenizer, resolve_model
 from rayrlhf.models.saving import save_model
@@ -105,14 +105,14 @@ def coordinator(tmp_path_factory: pytest.TempPathFactory, reward_model: Path) ->
     own = Watched(config, TINY, MAX_PROMPT + MAX_RESPONSE, tokenizer.pad_token_id, True)
     records = read_demonstrations(config.data.demonstrations, "train", tokenizer, MAX_PROMPT)[:60]
     ids = encode_prompts(tokenizer, [r.prompt for r in records])
-    own.start_scorers(str(reward_model), TINY, GoldMeasure(ReferenceLabeller(), as_prompts(records), tokenizer))
+    own.start_scorers(str(reward_model), TINY, GoldMeasure(ReferenceLabeller(), records, tokenizer))
     own.start_generators()
     own.set_prompts(
         [EncodedPrompt(r.id, tuple(i)) for r, i in zip(records, ids, strict=True)],
         Sampling(0.7, MAX_RESPONSE, tokenizer.eos_token_id, min_tokens=MIN_RESPONSE),
     )
     encoded = [EncodedPrompt(r.id, tuple(i)) for r, i in zip(records, ids, strict=True)]
-    own.dev = [DevPrompt(*pair) for pair in zip(encoded[:3], as_prompts(records[:3]), strict=True)]
+    own.dev = [DevPrompt(*pair) for pair in zip(encoded[:3], records[:3], strict=True)]
     yield own
     for worker in own.pools.generators.workers:
         worker.remote._target.engine.close()

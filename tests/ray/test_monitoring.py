@@ -37,7 +37,7 @@ from rayrlhf.config_file import parse_config
 from rayrlhf.data.comparisons import RankedAnswers
 from rayrlhf.data.prompts import EncodedPrompt
 from rayrlhf.data.rows import Row
-from rayrlhf.data.sources import as_prompts, read_demonstrations
+from rayrlhf.data.sources import read_demonstrations
 from rayrlhf.data.tokens import encode_prompts
 from rayrlhf.models.loading import load_reward_model, load_tokenizer, resolve_model
 from rayrlhf.models.saving import save_model
@@ -138,7 +138,7 @@ def coordinator(cluster: None, config: Config, tmp_path_factory: pytest.TempPath
         return False
 
     remote = exporting(spawn, "ray_rayrlhf_weight_version", lambda labels: labels["run"] == config.name, name_is_free)
-    gold = GoldMeasure(ReferenceLabeller(), as_prompts(records), tokenizer)
+    gold = GoldMeasure(ReferenceLabeller(), records, tokenizer)
     remote.call("start_scorers", str(reward_model), TINY, gold, timeout_s=600)
     remote.call("start_generators", timeout_s=600)
     prompts = [EncodedPrompt(record.id, tuple(own)) for record, own in zip(records, ids, strict=True)]

@@ -15,11 +15,12 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from actors.training.loop import Loop
 from actors.training.reward_model import RewardModelArguments, reward_model_loop
 from rayrlhf.algorithms.ranked_pass import score_rows
-from rayrlhf.config import Config, DatasetConfig
+from rayrlhf.config import Config
+from rayrlhf.config_data import DatasetConfig
 from rayrlhf.config_file import parse_config
 from rayrlhf.data.comparisons import RankedAnswers, from_comparisons
 from rayrlhf.data.rows import Row
-from rayrlhf.data.sources import read_published
+from rayrlhf.data.sources import DataSet, Rendering
 from rayrlhf.errors import UserError
 from rayrlhf.models.forward import Forward
 from rayrlhf.models.loading import load_reward_model, load_tokenizer, resolve_model
@@ -192,7 +193,8 @@ def test_a_killed_run_continues_and_ends_as_if_nothing_had_happened(
 
 def test_people_s_comparisons_of_harmlessness_train(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(TINY)
-    found, _ = read_published(DatasetConfig(format="hh_rlhf", path=str(HH)), "train", tokenizer, 160)
+    source = DataSet([DatasetConfig(format="hh_rlhf", path=str(HH))], Rendering(tokenizer, 160), "comparison")
+    found = source.comparisons("train").records
     comparisons = from_comparisons(found[:24], tokenizer, 48) + from_comparisons(
         found[24:32], tokenizer, 48, heldout=True
     )

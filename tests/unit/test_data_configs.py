@@ -38,9 +38,9 @@ def test_all_examples_are_there() -> None:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_config_is_valid_and_names_what_exists(path: Path) -> None:
     config = load_config(path)
-    sources = [config.data.demonstrations, *([config.data.comparisons] if config.data.comparisons else [])]
-    assert FORMATS[sources[0].format].demonstration
-    assert all(FORMATS[source.format].comparison for source in sources[1:])
+    demonstrations, comparisons = config.data.demonstrations, config.data.comparisons or ()
+    assert all(FORMATS[str(source.format)].demonstration for source in demonstrations)
+    assert all(FORMATS[str(source.format)].comparison for source in comparisons)
     assert config.collect.labeller.kind in LABELLERS
     # Without comparisons of its own, a reward model needs a share of the posts.
     given = config.data.comparisons is not None or not config.trains_reward_model
@@ -52,16 +52,16 @@ def test_config_is_valid_and_names_what_exists(path: Path) -> None:
 def test_the_scripts_write_what_the_configs_read(name: str, tmp_path: Path) -> None:
     config, file = load_config(ROOT / f"configs/{name}.yaml"), tmp_path / "rows.jsonl"
     subprocess.run([sys.executable, ROOT / f"scripts/make_{name}.py", file], check=True)
-    source = config.data.demonstrations.model_copy(update={"path": str(file)})
+    sources = [config.data.demonstrations[0].model_copy(update={"path": str(file)})]
     tokenizer = load_tokenizer(resolve_model(config.model.path))
-    found = {split: read_demonstrations(source, split, tokenizer, config.data.max_prompt_tokens) for split in SPLITS}
+    found = {split: read_demonstrations(sources, split, tokenizer, config.data.max_prompt_tokens) for split in SPLITS}
     assert len(found["train"]) > 1500 and found["valid"]
     assert all(each.response.isdigit() for each in found["train"])
 
 
 def test_quickstart_needs_nothing_but_two_cores() -> None:
     config = load_config(ROOT / "configs/quickstart.yaml")
-    assert config.model.path.startswith("embedded:") and config.data.demonstrations.path.startswith("embedded:")
+    assert config.model.path.startswith("embedded:") and config.data.demonstrations[0].path.startswith("embedded:")
     roles = (config.resources.generators, config.resources.scorers, config.resources.learner)
     assert all(role.gpus == 0 for role in roles) and sum(role.cpus for role in roles) <= 2
 

@@ -12,10 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from rayrlhf.config import DatasetConfig
-from rayrlhf.data.formats import FORMATS, parse_dialogue
+from rayrlhf.config_data import DatasetConfig
+from rayrlhf.data.formats import FORMATS
+from rayrlhf.data.loading import Split
+from rayrlhf.data.published import parse_dialogue
 from rayrlhf.data.records import Comparison, Demonstration, LabelledAnswer, Message
-from rayrlhf.data.sources import as_prompts, read_demonstrations, read_labelled, read_published
+from rayrlhf.data.sources import DataSet, Rendering, read_demonstrations
 from rayrlhf.data.splits import check_disjoint
 from rayrlhf.data.tokens import encode_prompts
 from rayrlhf.errors import UserError
@@ -29,8 +31,22 @@ def tokenizer() -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(ROOT / "rayrlhf/assets/opt-tiny")
 
 
-def source(format: str, path: Path | str, **splits: str) -> DatasetConfig:
-    return DatasetConfig(format=format, path=str(path), **splits)
+def source(format: str | None, path: Path | str, **keys: Any) -> list[DatasetConfig]:
+    return [DatasetConfig(format=format, path=str(path), **keys)]
+
+
+def read_published(
+    sources: list[DatasetConfig], split: Split, tokenizer: PreTrainedTokenizerBase, limit: int
+) -> tuple[list[Comparison], dict[str, int]]:
+    found = DataSet(sources, Rendering(tokenizer, limit), "comparison").comparisons(split)
+    return found.records, found.dropped
+
+
+def read_labelled(
+    sources: list[DatasetConfig], split: Split, tokenizer: PreTrainedTokenizerBase, limit: int
+) -> tuple[list[LabelledAnswer], dict[str, int]]:
+    found = DataSet(sources, Rendering(tokenizer, limit), "labelled").labelled(split)
+    return found.records, found.dropped
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -90,8 +106,7 @@ def test_openai_summarize_tldr(tokenizer: PreTrainedTokenizerBase) -> None:
     )
     assert train[1].response == "My dough does not rise in a cold kitchen and I look for a warm place."
     assert len(read_demonstrations(hub_like, "valid", tokenizer, 200)) == 2
-    prompt = as_prompts(train)[2]
-    assert (prompt.id, prompt.reference, prompt.title) == (train[2].id, train[2].response, train[2].title)
+    assert (train[2].prompt, train[2].response) == (train[2].text, train[2].reference)
 
 
 def test_openai_summarize_comparisons(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -225,7 +240,7 @@ def test_further_columns_of_own_rows_are_metadata(tokenizer: PreTrainedTokenizer
     pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema(columns)), tmp_path / "m.parquet")
     for kind in ("jsonl", "parquet"):
         records = read_demonstrations(source("prompts", tmp_path / f"m.{kind}"), "all", tokenizer, 50)
-        assert [prompt.metadata for prompt in as_prompts(records)] == expected
+        assert [prompt.metadata for prompt in records] == expected
 
 
 def test_a_dialogue_stays_whole_where_its_text_is_cut(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
@@ -324,7 +339,9 @@ def test_directory_without_validation_split_is_carved(tokenizer: PreTrainedToken
 def test_id_in_both_splits_is_an_error(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     write_jsonl(tmp_path / "train.jsonl", tldr_rows(5))
     write_jsonl(tmp_path / "validation.jsonl", tldr_rows(1, id="p3", post="Another."))
-    with pytest.raises(UserError, match=r"validation row 1: id 'p3' is also in training \(.* train row 4\)"):
+    with pytest.raises(
+        UserError, match=r"validation.jsonl line 1: id 'p3' is also in training \(.*train.jsonl line 4\)"
+    ):
         read_demonstrations(source("tldr", tmp_path), "valid", tokenizer, 100)
 
 
@@ -339,19 +356,11 @@ def test_text_of_both_splits_without_ids_is_dropped_from_validation(
     assert [c.prompt for c in comparisons] == ["What is 3?"] and dropped == {"in_train": 1}
 
 
-def test_dropped_demonstrations_are_counted_in_a_warning(
-    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """The commands show warnings; a clean source says nothing."""
+def test_dropped_demonstrations_are_counted(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     rows = tldr_rows(3)
     path = write_jsonl(tmp_path / "t.jsonl", [*rows, rows[0], rows[1]])
-    assert len(read_demonstrations(source("tldr", path), "all", tokenizer, 100)) == 3
-    assert [(r.levelname, r.getMessage()) for r in caplog.records] == [
-        ("WARNING", f"{path}, split all: 3 records; dropped: 2 duplicate")
-    ]
-    caplog.clear()
-    read_demonstrations(source("tldr", write_jsonl(tmp_path / "clean.jsonl", rows)), "all", tokenizer, 100)
-    assert not caplog.records
+    found = DataSet(source("tldr", path), Rendering(tokenizer, 100), "demonstration").demonstrations("all")
+    assert len(found.records) == 3 and found.dropped == {"duplicate": 2}
 
 
 # ---- mistakes: one line that says what, where and how to mend it
@@ -374,13 +383,22 @@ GOOD = {"prompt": "What is tea?", "response": "A drink."}
         ("tldr", tldr_rows(2, summary=7), r"line 1: 'summary' must be text, found int"),
         ("tldr", [GOOD], r"line 1: no column 'title'; there are: prompt, response"),
         ("hh_rlhf", [GOOD], r"line 1: no column 'chosen'; there are: prompt, response"),
-        ("openai_summarize_tldr", [GOOD], r"no records for split 'all' \(dropped: {'not_a_tldr_post': 1}\)"),
+        (
+            "openai_summarize_tldr",
+            [GOOD],
+            r"no usable demonstration in split 'all' \(dropped: {'not_a_tldr_post': 1}\)",
+        ),
         ("prompts", [GOOD, {"response": "A drink."}], r"line 2: no 'prompt' .text. or 'messages'; there are: response"),
         ("prompts", [GOOD, GOOD | {"prompt": ""}], r"line 2: 'prompt' is empty"),
         ("prompts", [GOOD | {"response": " \n"}], r"line 1: 'response' is empty"),
         ("prompts", [GOOD | {"response": "</s>"}], r"line 1: the response holds nothing but special tokens"),
         ("prompts", [{"prompt": "Tea?"}], r"line 1: no column 'response'; there are: prompt"),
-        ("prompts", [{"messages": [{"role": "me", "content": "a"}]}], r"line 1: message 1 needs a role"),
+        (
+            "prompts",
+            [{"messages": [{"role": "me", "content": "a"}]}],
+            r"message 1 has the role 'me'; .*: system, ",
+        ),
+        ("prompts", [{"messages": [{"content": "a"}]}], r"line 1: message 1 needs a role"),
         ("prompts", [{"messages": "Tea?"}], r"line 1: 'messages' must be a list"),
         (
             "prompts",
@@ -438,7 +456,7 @@ TURNS = [{"role": "user", "content": "Tea?"}, {"role": "assistant", "content": "
         (LABELLED | {"completion": "</s>"}, r"line 1: the response holds nothing but special tokens"),
         (LABELLED | {"completion": TURNS}, r"line 1: 'completion' must be a text or one message of the assistant"),
         (LABELLED | {"prompt": TURNS}, r"line 1: the dialogue ends with a reply and there is a 'completion', too"),
-        (LABELLED | {"prompt": []}, r"line 1: 'messages' must be a list"),
+        (LABELLED | {"prompt": []}, r"line 1: 'prompt' must be a list"),
     ],
 )
 def test_bad_labelled_answers(
@@ -456,12 +474,12 @@ def test_bad_labelled_answers(
         ("a.jsonl", b'{"prompt": "a"\n', r"a.jsonl line 1: not valid JSON"),
         ("a.jsonl", b"\n \n", r"a.jsonl: the file holds no rows"),
         ("a.jsonl", b"[1]\n", r"a.jsonl line 1: expected an object, found list"),
-        ("a.jsonl", b"\xff\xfe\x00", r"a.jsonl: cannot be read"),
+        ("a.jsonl", b'{"prompt": "a", "response": "b"}\n\xff\xfe\x00', r"a.jsonl line 2: not UTF-8 text \(byte 0xff\)"),
         ("a.jsonl.gz", b"not gzip", r"a.jsonl.gz: cannot be read"),
         ("a.json", b'{"prompt": "a"}\n{"prompt": "b"}\n', r"a.json: not valid JSON .* into a .jsonl file"),
         ("a.json", b'{"prompt": "a"}', r"a.json: expected an array of objects, found dict"),
         ("a.parquet", b"PAR1nonsense", r"a.parquet: cannot be read"),
-        ("a.csv", b"prompt\n", r"a.csv: unknown kind of file; use .parquet, .jsonl"),
+        ("a.txt", b"prompt\n", r"a.txt: unknown kind of file; use .parquet, .jsonl"),
     ],
 )
 def test_bad_files(tokenizer: PreTrainedTokenizerBase, tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -491,11 +509,13 @@ def test_bad_sources(tokenizer: PreTrainedTokenizerBase, format: str, path: str,
 def test_format_without_comparisons(tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(UserError, match="'tldr' holds no comparisons; those that do: openai_summarize_comparisons, "):
         read_published(source("tldr", "embedded:tldr"), "train", tokenizer, 100)
-    assert all(adapter.demonstration or adapter.comparison for adapter in FORMATS.values())
+    assert all(adapter.prompt or adapter.comparison for adapter in FORMATS.values())
 
 
 def test_file_too_small_for_a_validation_split(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "t.jsonl", [GOOD])
-    with pytest.raises(UserError, match=r"no records for split '(train|valid)'.*a train and a validation file"):
+    with pytest.raises(
+        UserError, match=r"no usable demonstration in split '(train|valid)'.*a train and a validation file"
+    ):
         for split in ("train", "valid"):
             read_demonstrations(source("prompts", path), split, tokenizer, 100)

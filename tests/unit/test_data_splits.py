@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rayrlhf.config import DataConfig
+from rayrlhf.config_data import DataConfig
 from rayrlhf.data.records import Prompt
 from rayrlhf.data.splits import check_disjoint, hash_fraction, is_heldout, split_train, split_valid
 from rayrlhf.errors import UserError

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from rayrlhf.config import DataConfig, DatasetConfig
+from rayrlhf.config_data import DataConfig, DatasetConfig
 from rayrlhf.data.records import Message
 from rayrlhf.data.sources import read_demonstrations
 from rayrlhf.data.template import (
@@ -78,7 +78,8 @@ def chatml_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerB
 
 
 def fit(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[PromptParts], limit: int) -> list[str]:
-    return fit_prompts(tokenizer, prompts, limit, [f"row {i}" for i in range(1, len(prompts) + 1)])
+    where = [f"row {i}" for i in range(1, len(prompts) + 1)]
+    return [fitted.text for fitted in fit_prompts(tokenizer, prompts, limit, where)]
 
 
 # ---- ids
@@ -118,7 +119,7 @@ def test_a_dialogue_ends_with_the_cue_and_a_response_with_the_end_of_turn(
     rows = [{"messages": [*messages, {"role": "user", "content": "Who?"}], "response": "a quiet town"}]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     source = DatasetConfig(format="prompts", path=str(tmp_path / "rows.jsonl"))
-    (found,) = read_demonstrations(source, "all", tokenizer, 64)
+    (found,) = read_demonstrations([source], "all", tokenizer, 64)
     start, end = (tokenizer.convert_tokens_to_ids(f"<|im_{which}|>") for which in ("start", "end"))
 
     def said(text: str) -> list[int]:

@@ -57,6 +57,19 @@ def summary(labeller: str, policy: Answers | None = POLICY) -> dict[str, Any]:
     return summarize(PROMPTS, SFT, policy, REFERENCE, TITLE, labeller=labeller, metadata=facts, samples=200)
 
 
+def test_without_references_rouge_and_gold_are_left_out() -> None:
+    bare = [replace(prompt, reference=None) for prompt in PROMPTS]
+    sft, policy = (replace(answers, gold=[np.nan] * 4) for answers in (SFT, POLICY))
+    reference = Answers("reference", [None] * 4, rewards=[1.0] * 4, lengths=[1] * 4)
+    result = summarize(bare, sft, policy, reference, None, labeller="people", metadata={}, samples=200)
+    for measure in ("gold", "rouge1", "rouge2", "rougeL"):
+        assert result["policy"][measure] is None and result["differences"]["policy_minus_sft"][measure] is None
+    assert result["policy"]["gold_win_rate_vs_sft"] is result["policy"]["win_rate_vs_reference"] is None
+    assert set(result["reference"].values()) == {None}
+    assert result["policy"]["reward"] == summary("file")["policy"]["reward"]
+    assert samples_table(bare, [reference, sft, policy]).column("reference").null_count == 4
+
+
 def test_keys_are_those_of_the_design() -> None:
     result = summary("file")
     common = {"reward", "gold", "rouge1", "rouge2", "rougeL", "length", "eos_rate", "win_rate_vs_reference"}

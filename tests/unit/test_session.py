@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from actors.pools.remote import namespace
 from jobs.reward_model import reward_model
 from jobs.session import opened
-from rayrlhf.config import Config, DatasetConfig
+from rayrlhf.config import Config
+from rayrlhf.config_data import DatasetConfig
 from rayrlhf.config_file import parse_config
 from rayrlhf.errors import UserError
 from rayrlhf.models.loading import load_policy, load_tokenizer, resolve_model
@@ -30,7 +31,7 @@ def config(directory: Path, **settings: Any) -> Config:
     for name in ("train", "validation"):
         ids = [f"{name}{i}" for i in range(40)]
         comparisons = [
-            {"id": id, "prompt": prompt, "chosen": chosen, "rejected": rejected}
+            {"id": id, "prompt": f"{name}: {prompt}", "chosen": chosen, "rejected": rejected}
             for id, (prompt, chosen, rejected) in zip(ids, pairs, strict=False)
         ]
         demonstrations = [{"id": id, "prompt": f"What is {id}?", "response": f"It is {id}."} for id in ids]
@@ -81,7 +82,7 @@ def labelled(directory: Path, labels: str, split: str = "train") -> None:
 def unpaired(directory: Path, **settings: Any) -> Config:
     own = config(directory, **settings)
     source = DatasetConfig(format="unpaired", path=str(directory / "labelled"))
-    return own.model_copy(update={"data": own.data.model_copy(update={"comparisons": source})})
+    return own.model_copy(update={"data": own.data.model_copy(update={"comparisons": (source,)})})
 
 
 WITHOUT_PAIRS = {"stages": ["sft", "dpo", "evaluate"], "dpo": {"loss": "kto", "max_comparisons": 3}}
@@ -101,6 +102,7 @@ def test_labelled_answers_are_counted_and_weighed(tmp_path: Path, capsys: pytest
         # Of the three prompts that are trained on.
         "dpo: 5 good answers of weight 1 and 1 bad ones of weight 1 are 5 to 1; the authors of KTO advise 1 to 4/3: "
         "set dpo.undesirable_weight between 3.75 and 5",
+        *(f"40 {split} demonstrations from {tmp_path}/demonstrations; dropped: none" for split in ("train", "valid")),
     ]
     cells = {column.header: [*column.cells] for column in table.columns}
     row = cells["stage"].index("dpo")
@@ -108,7 +110,9 @@ def test_labelled_answers_are_counted_and_weighed(tmp_path: Path, capsys: pytest
 
 
 def test_labelled_answers_are_refused_where_pairs_are_needed(tmp_path: Path) -> None:
-    """Before the file is read, and so before any stage starts."""
+    """Before any stage starts."""
+    for split in ("train", "validation"):
+        labelled(tmp_path, "gb", split)
     for settings, said in (
         ({}, "the reward model learns from pairs; .* stages=.sft, dpo, evaluate. with dpo.loss=kto"),
         ({"stages": ["sft", "dpo"]}, "dpo.loss=dpo learns from pairs; set dpo.loss=kto"),

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from rayrlhf.config_file import load_config
-from rayrlhf.data.formats import FORMATS
-from rayrlhf.data.loading import SourceRow, load_source
+from rayrlhf.data.files import SourceRow
+from rayrlhf.data.formats import FORMATS, recognise
+from rayrlhf.data.reading import Source
 from rayrlhf.errors import UserError
 from rayrlhf.starter import FILES, write_starter
 
@@ -25,7 +26,7 @@ def test_the_config_is_valid_and_named_after_the_folder(tmp_path: Path, folder: 
     assert f"runs/{name}" in paths[1].read_text()
 
 
-def test_rows_as_its_comments_say_are_read_in_the_format_that_it_names(tmp_path: Path) -> None:
+def test_rows_as_its_comments_say_are_recognised(tmp_path: Path) -> None:
     config_file, _ = write_starter(tmp_path / "mine")
     text = config_file.read_text()
     rows = [json.loads(row) for row in re.findall(r"^ *# +(\{\".*\})$", text, re.MULTILINE)]
@@ -36,14 +37,16 @@ def test_rows_as_its_comments_say_are_read_in_the_format_that_it_names(tmp_path:
     assert len(demonstrations) == len(comparisons) == 2
     file = tmp_path / "demonstrations.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in demonstrations))
-    data = load_config(config_file, [f"data.demonstrations.path={file}"]).data.demonstrations
-    own = FORMATS[data.format]
-    assert own.demonstration is not None and own.comparison is not None
-    assert [own.demonstration(row).response for row in load_source(data).train] == ["...", "..."]
+    (data,) = load_config(config_file, [f"data.demonstrations.path={file}"]).data.demonstrations
+    own = Source.open(data, "demonstration")
+    assert own.name == "prompts" and own.format.demonstration is not None
+    assert [own.format.demonstration(row).response for row in own.rows.train] == ["...", "..."]
+    compare = FORMATS[
+        recognise("comments", [SourceRow("comment", row) for row in comparisons], ["comparison"])
+    ].comparison
+    assert compare is not None
     for row in comparisons:
-        assert len(own.comparison(SourceRow("comment", row)).responses) == 2
-    others = re.search(r"# Others: (.*) \(", text)
-    assert others and all(name in FORMATS for name in others[1].split(", "))
+        assert len(compare(SourceRow("comment", row)).responses) == 2
 
 
 @pytest.mark.parametrize("name", FILES)

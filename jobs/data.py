@@ -1,0 +1,68 @@
+"""`rayrlhf data`: what a run would use of its data, or what a file holds. Starts nothing and writes nothing."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from rayrlhf.config import Config
+from rayrlhf.config_data import DatasetConfig
+from rayrlhf.config_file import load_config, parse_config, parse_override, set_key
+from rayrlhf.data.formats import FORMATS, LOOKED_AT, recognise
+from rayrlhf.data.loading import load_source
+from rayrlhf.data.run_data import KINDS, RunData
+from rayrlhf.models.loading import load_tokenizer, resolve_model
+from rayrlhf.reports.data_usage import example_panels, shared_prompts, usage_table, usages
+
+
+def show_data(source: str, overrides: Sequence[str], model: str | None, console: Console) -> None:
+    """Print a table of records by use, what is dropped, cut or unused, and an example of each kind of records.
+
+    Args:
+        source: a run's YAML file; or anything that `data.demonstrations.path` may be.
+        overrides: changes to the config.
+        model: the model whose tokenizer counts, in place of the config's; of a file alone, of the embedded one.
+        console: where to print.
+
+    Raises:
+        UserError: the config, a source or a row cannot be read.
+    """
+    changes = [*overrides, *([f"model.path={model}"] if model else [])]
+    if source.endswith((".yaml", ".yml")):
+        config = load_config(source, changes)
+        kinds = [kind for kind in KINDS if getattr(config.data, kind)]
+    else:
+        kinds = [_kind_of(source)]
+        config = _config_of(source, kinds[0], changes)
+    tokenizer = load_tokenizer(resolve_model(config.model.path), config.model.revision)
+    data = RunData(config, tokenizer)
+    data.read(kinds)
+    found = usages(config, tokenizer, kinds)
+    console.print(usage_table(config, found))
+    for line in shared_prompts(found):
+        console.print(escape(line), soft_wrap=True)
+    for panel in example_panels(tokenizer, found):
+        console.print(panel)
+
+
+def _kind_of(source: str) -> str:
+    """What a file alone is for, by its format."""
+    first = list(itertools.islice(load_source(DatasetConfig(path=source)).train, LOOKED_AT))
+    name = recognise(source, first, ("comparison", "labelled", "demonstration", "prompt"))
+    found = FORMATS[name]
+    if name != "prompts" and (found.labelled or found.comparison):
+        return "comparisons"
+    return "demonstrations" if found.demonstration else "prompts"
+
+
+def _config_of(source: str, kind: str, changes: Sequence[str]) -> Config:
+    tree: dict[str, Any] = {"name": "data", "data": {kind: {"path": source}}}
+    if kind == "comparisons":  # labelled answers are refused where a stage needs pairs
+        tree["stages"] = ["sft"]
+    for change in changes:
+        set_key(tree, *parse_override(change), f"override {change!r}")
+    return parse_config(tree, source)

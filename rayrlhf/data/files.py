@@ -1,0 +1,281 @@
+"""The rows of one file, on this machine or in a store that pyarrow knows, such as S3.
+
+Nothing is unpickled. Rows come one after the other, so that a file may be larger than the memory.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs as fs
+import pyarrow.parquet as pq
+
+from rayrlhf.errors import UserError
+
+_COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
+_BATCH = 1000  # rows of a columnar file that are Python objects at once
+_HALVES = re.compile(r"\\u[dD][89a-fA-F]")  # two of these in a row spell one character
+_LONGEST_FIELD = 2**31 - 1  # of CSV, in characters; the library's own limit is shorter than many a post
+
+
+@dataclass(frozen=True)
+class SourceRow:
+    """One row and its place, so that every error can name it."""
+
+    where: str
+    """`FILE line 3` of a file of lines, `FILE row 3` of another one, counted from 1."""
+    values: dict[str, Any]
+    mended: bool = False
+    """Whether the file spells characters that no text can hold; U+FFFD stands in their place."""
+
+    @property
+    def id(self) -> str | None:
+        """The value of the column `id`; None if it is missing or blank."""
+        value = self.values.get("id")
+        return None if value is None or str(value).strip() == "" else str(value)
+
+    def get(self, column: str) -> Any:
+        """The value of a column.
+
+        Raises:
+            UserError: there is no such column.
+        """
+        if column not in self.values:
+            raise UserError(f"{self.where}: no column {column!r}; there are: {', '.join(self.values) or 'none'}")
+        return self.values[column]
+
+    def text(self, column: str, allow_empty: bool = False) -> str:
+        """The text of a column.
+
+        Raises:
+            UserError: there is no such column, it holds no text, or it is blank and not `allow_empty`.
+        """
+        value = self.get(column)
+        if value is None and allow_empty:
+            return ""
+        if value is not None and not isinstance(value, str):
+            raise UserError(f"{self.where}: {column!r} must be text, found {type(value).__name__}")
+        if value is None or (not allow_empty and not value.strip()):
+            raise UserError(f"{self.where}: {column!r} is empty; fill it in or remove the row")
+        return str(value)
+
+    def holds(self, *columns: str) -> bool:
+        """Whether all these columns are there and hold something."""
+        return all(self.values.get(column) is not None for column in columns)
+
+    def first_of(self, *columns: str) -> str:
+        """The first of these columns that holds something; if none does, the first of them."""
+        return next((column for column in columns if self.holds(column)), columns[0])
+
+    def other_than(self, *columns: str) -> dict[str, Any]:
+        """The values of all columns but these."""
+        return {column: value for column, value in self.values.items() if column not in columns}
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A file of rows."""
+
+    name: str
+    """As errors name it."""
+    path: str
+    """In `filesystem`."""
+    filesystem: fs.FileSystem
+
+    def rows(self) -> Iterator[SourceRow]:
+        """Read the rows, in their order.
+
+        Raises:
+            UserError: another kind of file, no such file, one that cannot be read, or one without rows.
+        """
+        ending, compression = kind_of(self.name)
+        if ending is None:
+            raise UserError(f"{self.name}: unknown kind of file; use {', '.join(READERS)} ({' or '.join(_COMPRESSED)})")
+        empty = True
+        try:
+            with self.filesystem.open_input_file(self.path) as opened:
+                stream = pa.CompressedInputStream(opened, compression) if compression else opened
+                for row in READERS[ending](stream, self.name):
+                    empty = False
+                    yield row
+        except FileNotFoundError:
+            raise UserError(f"{self.name}: no such file") from None
+        except (pa.ArrowException, OSError, EOFError) as error:
+            raise UserError(f"{self.name}: cannot be read ({first_line(error)})") from None
+        if empty:
+            raise UserError(f"{self.name}: the file holds no rows")
+
+
+def kind_of(name: str) -> tuple[str | None, str | None]:
+    """The ending by which a file is read, a key of `READERS`, and its compression; None where there is none."""
+    lower = name.lower()
+    packed = next((ending for ending in _COMPRESSED if lower.endswith(ending)), "")
+    ending = next((each for each in READERS if lower.removesuffix(packed).endswith(each)), None)
+    return ending, _COMPRESSED.get(packed)
+
+
+def json_lines(text: str, path: object) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of a text with one a line, each with the number of its line; blank lines are left out.
+
+    Args:
+        text: the content of a JSON Lines file.
+        path: its name in errors.
+
+    Raises:
+        UserError: a line that is not JSON, or not an object.
+    """
+    for number, line in enumerate(text.split("\n"), start=1):  # splitlines() would also cut inside JSON strings
+        if line.strip():
+            yield number, _parsed(line, f"{path} line {number}")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+# The readers of `datasets` and pyarrow take JSON for a table: they count the rows of a block from 0 in their errors
+# and refuse a column that holds a text here and a list there, as `prompt` may.
+def _json_rows(stream: Any, name: str) -> Iterator[SourceRow]:
+    for where, line in _lines(stream, name):
+        if line.strip():
+            yield _row(where, _parsed(line, where), _HALVES.search(line) is not None)
+
+
+def _json_array(stream: Any, name: str) -> Iterator[SourceRow]:
+    text = "".join(line for _, line in _lines(stream, name))
+    try:
+        array = json.loads(text) if text.strip() else []
+    except json.JSONDecodeError as error:
+        raise UserError(f"{name}: not valid JSON ({error}); one object a line belongs into a .jsonl file") from None
+    if not isinstance(array, list):
+        raise UserError(f"{name}: expected an array of objects, found {type(array).__name__}")
+    halves = _HALVES.search(text) is not None
+    for number, item in enumerate(array, start=1):
+        where = f"{name} row {number}"
+        yield _row(where, _object(item, where), halves)
+
+
+def _separated(stream: Any, name: str, delimiter: str) -> Iterator[SourceRow]:
+    """CSV as RFC 4180 has it: all values are text, and an empty one counts as missing."""
+    csv.field_size_limit(_LONGEST_FIELD)
+    table = csv.reader((line for _, line in _lines(stream, name)), delimiter=delimiter, strict=True)
+    header: list[str] = []
+    begin = 1  # a quoted value may go over several lines
+    try:
+        for values in table:
+            where, begin = f"{name} line {begin}", table.line_num + 1
+            if not values:  # a blank line
+                continue
+            if not header:
+                header = [value.strip() for value in values]
+                if twice := next((column for column in header if header.count(column) > 1), None):
+                    raise UserError(f"{where}: two columns are called {twice!r}; rename one")
+                continue
+            if len(values) != len(header):
+                raise UserError(
+                    f"{where}: {len(values)} values for the {len(header)} columns {', '.join(header)}; a value with a "
+                    'comma, tab or quote in it has to stand in "quotes"'
+                )
+            yield SourceRow(where, {column: value or None for column, value in zip(header, values, strict=True)})
+    except csv.Error as error:
+        raise UserError(f"{name} line {begin}: not valid CSV ({error})") from None
+
+
+def _csv(stream: Any, name: str) -> Iterator[SourceRow]:
+    return _separated(stream, name, ",")
+
+
+def _tsv(stream: Any, name: str) -> Iterator[SourceRow]:
+    return _separated(stream, name, "\t")
+
+
+def _parquet(stream: Any, name: str) -> Iterator[SourceRow]:
+    return rows_of(pq.ParquetFile(stream).iter_batches(_BATCH), name)
+
+
+def _arrow(stream: Any, name: str) -> Iterator[SourceRow]:
+    try:
+        opened = pa.ipc.open_file(stream)
+    except pa.ArrowInvalid:  # as `datasets` writes it
+        stream.seek(0)
+        return rows_of(pa.ipc.open_stream(stream), name)
+    return rows_of((opened.get_batch(i) for i in range(opened.num_record_batches)), name)
+
+
+READERS: dict[str, Callable[[Any, str], Iterator[SourceRow]]] = {
+    ".parquet": _parquet,
+    ".jsonl": _json_rows,
+    ".ndjson": _json_rows,
+    ".json": _json_array,
+    ".csv": _csv,
+    ".tsv": _tsv,
+    ".arrow": _arrow,
+}
+"""By a file's ending what reads its rows from a stream."""
+
+
+def rows_of(batches: Any, name: str) -> Iterator[SourceRow]:
+    """The rows of Arrow's record batches or tables."""
+    number = 0
+    for batch in batches:
+        for start in range(0, batch.num_rows, _BATCH):
+            for values in batch.slice(start, _BATCH).to_pylist():
+                number += 1
+                yield SourceRow(f"{name} row {number}", values)
+
+
+def _lines(stream: Any, name: str) -> Iterator[tuple[str, str]]:
+    """The lines of a text, each with its place."""
+    for number, line in enumerate(io.BufferedReader(stream), start=1):
+        where = f"{name} line {number}"
+        try:
+            # Editors on Windows put a byte-order mark in front, which is no part of the first value.
+            yield where, line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            byte = line[error.start]
+            raise UserError(f"{where}: not UTF-8 text (byte 0x{byte:02x}); save the file as UTF-8") from None
+
+
+def _parsed(line: str, where: str) -> dict[str, Any]:
+    try:
+        item = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from None
+    return _object(item, where)
+
+
+def _object(item: Any, where: str) -> dict[str, Any]:
+    if not isinstance(item, dict):
+        raise UserError(f"{where}: expected an object, found {type(item).__name__}")
+    return item
+
+
+def _row(where: str, values: dict[str, Any], halves: bool) -> SourceRow:
+    """A row of JSON, which can spell half an emoji: that is no character, and a tokenizer would end the run there."""
+    if not halves or _is_text(values):
+        return SourceRow(where, values)
+    return SourceRow(where, _replaced(values), mended=True)
+
+
+def _is_text(values: dict[str, Any]) -> bool:
+    try:
+        json.dumps(values, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _replaced(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, dict):
+        return {_replaced(key): _replaced(inner) for key, inner in value.items()}
+    return [_replaced(inner) for inner in value] if isinstance(value, list) else value

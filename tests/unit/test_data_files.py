@@ -1,0 +1,127 @@
+"""The rows of every kind of file, by a name, a pattern, a directory or a URI."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.feather as feather
+import pyarrow.parquet as pq
+import pytest
+
+from rayrlhf.config_data import DatasetConfig
+from rayrlhf.data.files import READERS
+from rayrlhf.data.loading import load_source, read_file
+from rayrlhf.errors import UserError
+
+ROWS = [{"prompt": 'A "quoted", long\nquestion', "response": "grüße"}, {"prompt": "b", "response": "c"}]
+LINES = "".join(json.dumps(row, ensure_ascii=False) + "\r\n\r\n" for row in ROWS)
+CSV = 'prompt,response\r\n"A ""quoted"", long\nquestion",grüße\r\n\r\nb,c\r\n'
+
+
+def arrow_stream(path: Path) -> None:
+    table = pa.Table.from_pylist(ROWS)
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+
+
+WRITERS: dict[str, Callable[[Path], Any]] = {
+    "a.jsonl": lambda path: path.write_text(LINES, encoding="utf-8-sig", newline=""),
+    "a.JSONL.gz": lambda path: path.write_bytes(gzip.compress(LINES.encode()[:9]) + gzip.compress(LINES.encode()[9:])),
+    "a.jsonl.zst": lambda path: path.write_bytes(pa.compress(LINES.encode(), "zstd", asbytes=True)),
+    "a.json": lambda path: path.write_text(json.dumps(ROWS, indent=1)),
+    "a.csv": lambda path: path.write_text(CSV, encoding="utf-8-sig", newline=""),
+    "a.csv.gz": lambda path: path.write_bytes(gzip.compress(CSV.encode())),
+    "a.tsv": lambda path: path.write_text(CSV.replace(",", "\t").replace('"\t long', '", long'), newline=""),
+    "a.parquet": lambda path: pq.write_table(pa.Table.from_pylist(ROWS), path),
+    "a.arrow": arrow_stream,
+    "b.arrow": lambda path: feather.write_feather(pa.Table.from_pylist(ROWS), str(path)),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_kind_of_file_has_the_same_rows(tmp_path: Path, name: str) -> None:
+    WRITERS[name](tmp_path / name)
+    for path in (str(tmp_path / name), f"file://{tmp_path}/{name}"):
+        found = list(load_source(DatasetConfig(path=path)).train)
+        assert [row.values for row in found] == ROWS
+        assert path.removeprefix("file://") in found[0].where
+
+
+def test_rows_are_named_by_their_lines(tmp_path: Path) -> None:
+    """A quoted value over two lines and a blank line count; the header is the first one."""
+    (tmp_path / "a.csv").write_text(CSV)
+    assert [row.where.split()[-1] for row in read_file(tmp_path / "a.csv")] == ["2", "5"]
+    (tmp_path / "a.jsonl").write_text(LINES)
+    assert [row.where.split()[-1] for row in read_file(tmp_path / "a.jsonl")] == ["1", "3"]
+
+
+def test_an_empty_value_of_csv_is_a_missing_one(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("id,prompt\n,a\n")
+    (row,) = read_file(tmp_path / "a.csv")
+    assert row.values == {"id": None, "prompt": "a"} and row.id is None
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", b"a,b\n1,2\n1,2,3\n", r"a.csv line 3: 3 values for the 2 columns a, b; .* in \"quotes\""),
+        ("a.csv", b"a,a\n1,2\n", r"a.csv line 1: two columns are called 'a'"),
+        ("a.csv", b'a,b\n1,2\n"1,2\n', r"a.csv line 3: not valid CSV"),
+        ("a.csv", b"a,b\n1,\xe9\n", r"a.csv line 2: not UTF-8 text \(byte 0xe9\)"),
+        ("a.csv", b"a,b\n", r"a.csv: the file holds no rows"),
+        ("a.jsonl.zst", b"nonsense", r"a.jsonl.zst: cannot be read"),
+        ("a.arrow", b"nonsense", r"a.arrow: cannot be read"),
+    ],
+)
+def test_damaged_files(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message) as error:
+        read_file(tmp_path / name)
+    assert "\n" not in str(error.value)
+
+
+def test_patterns_of_files(tmp_path: Path) -> None:
+    for k in (2, 1):
+        (tmp_path / f"part-{k}.jsonl").write_text(json.dumps({"prompt": str(k)}))
+    (tmp_path / "other.jsonl").write_text("nonsense")
+    for path in (f"{tmp_path}/part-*.jsonl", f"file://{tmp_path}/part-*.jsonl"):
+        assert [row.values["prompt"] for row in load_source(DatasetConfig(path=path)).train] == ["1", "2"]
+    for path in (f"{tmp_path}/no-*.jsonl", f"file://{tmp_path}/no.jsonl", f"file://{tmp_path}/nowhere/a.jsonl"):
+        with pytest.raises(UserError, match=r"no.*: no (such file|file matches)"):
+            load_source(DatasetConfig(path=path))
+
+
+def test_files_of_a_directory_may_differ_in_their_columns(tmp_path: Path) -> None:
+    """As rows of one file may. `datasets` takes all files for one table and refuses them."""
+    rows = [{"prompt": "a", "x": 1}, {"prompt": [{"role": "user", "content": "b"}]}]
+    for k, row in enumerate(rows):
+        (tmp_path / f"train-{k}.jsonl").write_text(json.dumps(row))
+    (tmp_path / "validation.jsonl").write_text(json.dumps({"prompt": "c"}))
+    (tmp_path / "test.jsonl").write_text(json.dumps({"prompt": "d"}))
+    found = load_source(DatasetConfig(path=str(tmp_path)))
+    assert [row.values for row in found.train] == rows and found.valid is not None
+    assert [row.values for row in found.valid] == [{"prompt": "c"}] and found.unused == ("test",)
+
+
+def test_what_datasets_has_saved(tmp_path: Path) -> None:
+    from datasets import Dataset, DatasetDict
+
+    one = Dataset.from_list(ROWS)
+    one.save_to_disk(tmp_path / "one")
+    DatasetDict({"train": one, "validation": one.select([1])}).save_to_disk(tmp_path / "both")
+    found = load_source(DatasetConfig(path=str(tmp_path / "one")))
+    assert [row.values for row in found.train] == ROWS and found.valid is None
+    found = load_source(DatasetConfig(path=str(tmp_path / "both")))
+    assert found.valid is not None and [row.values for row in found.valid] == ROWS[1:]
+    assert [row.where for row in found.train] == [f"{tmp_path}/both train row {n}" for n in (1, 2)]
+
+
+def test_every_reader_is_tried() -> None:
+    assert {ending for ending in READERS if ending != ".ndjson"} == {
+        f".{name.split('.')[1].lower()}" for name in WRITERS
+    }
