@@ -135,9 +135,11 @@ class RolloutClient:
             done += self.call("score", piece, temperature)
         for text in self.texts:
             if cut := sum(t.counted.get(CUT + text.reward.name, 0) for t in done):
-                warn_of_stage(self.run, "evaluate", cut_prompts(text.reward.name, cut, len(done)))
+                warn_of_stage(self.starts.run, "evaluate", cut_prompts(text.reward.name, cut, len(done)))
         if unusable := sum(t.counted.get(UNUSABLE, 0) for t in done):
-            warn_of_stage(self.run, "evaluate", f"{unusable} question(s) to judges got no usable reply and count as 0")
+            warn_of_stage(
+                self.starts.run, "evaluate", f"{unusable} question(s) to judges got no usable reply and count as 0"
+            )
         return done
 
     def _slices(self, work: list[T], actors: int, done: str) -> Iterator[list[T]]:

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 from rayrlhf.config import Config
 from rayrlhf.data.prompts import EncodedPrompt, prompts_of_step, replacements_of_step, requests_for
-from rayrlhf.rewards.functions import score_of
+from rayrlhf.rewards.score import score_of
 from rayrlhf.trajectory import GenerationRequest, SerializedTrajectory
 
 SEEDED_AS = "ppo"

@@ -30,7 +30,7 @@ from rayrlhf.errors import UserError
 from rayrlhf.files import replacing
 from rayrlhf.reports.progress import answers_text
 from rayrlhf.rewards.diversity import diversity
-from rayrlhf.rewards.functions import score_of
+from rayrlhf.rewards.score import score_of
 from rayrlhf.sections import DrawConfig
 from rayrlhf.trajectory import GenerationRequest, Sampling, Trajectory
 

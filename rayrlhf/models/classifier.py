@@ -21,8 +21,8 @@ from rayrlhf.errors import UserError, one_line
 from rayrlhf.models.batching import micro_batches
 from rayrlhf.models.files import stored_names
 from rayrlhf.models.heads import with_classifier
-from rayrlhf.models.hub import one_line_errors, read_config, read_tokenizer
-from rayrlhf.models.loading import check_embedding, context_length, load_pretrained
+from rayrlhf.models.hub import check_embedding, one_line_errors, read_config, read_tokenizer
+from rayrlhf.models.loading import context_length, load_pretrained
 
 
 class Facts(NamedTuple):

@@ -50,7 +50,7 @@ def with_ends(config: Config, path: str, tokenizer: PreTrainedTokenizerBase) -> 
 
 def end_ids(tokenizer: PreTrainedTokenizerBase, stop_tokens: Sequence[str]) -> int | list[int]:
     """EOS and stop tokens as a generation config has them: one id, or several."""
-    ids = list(dict.fromkeys([int(tokenizer.eos_token_id), *stop_token_ids(tokenizer, stop_tokens)]))  # type: ignore[arg-type]
+    ids = list(dict.fromkeys([int(tokenizer.eos_token_id), *stop_token_ids(tokenizer, stop_tokens)]))
     return ids if len(ids) > 1 else ids[0]
 
 

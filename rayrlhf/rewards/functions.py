@@ -17,6 +17,7 @@ from torch import Tensor
 from rayrlhf.data.rows import Row
 from rayrlhf.errors import UserError
 from rayrlhf.models.forward import Forward
+from rayrlhf.rewards.score import score_of
 from rayrlhf.trajectory import Trajectory
 
 
@@ -40,18 +41,6 @@ class RewardModelFunction:
     def __call__(self, trajectories: Sequence[Trajectory]) -> dict[str, list[float]]:
         rows = [Row.completion(t.prompt_ids, t.response_ids) for t in trajectories]
         return {self.name: [self.weight * score for score in self.forward.row_scores(rows)]}
-
-
-def score_of(rewards: Mapping[str, float], ended: bool, missing_eos_reward: float | None) -> float:
-    """The sum of a response's rewards.
-
-    Args:
-        ended: whether the response ended by itself.
-        missing_eos_reward: score of a response that did not, in place of its rewards; None leaves the rewards. A fixed
-            penalty is what Stiennon et al. 2020 and Huang et al. 2024 use (-1): their reward model, like this one, has
-            only seen responses that ended.
-    """
-    return sum(rewards.values()) if ended or missing_eos_reward is None else missing_eos_reward
 
 
 def scores(trajectories: Sequence[Trajectory], missing_eos_reward: float | None) -> Tensor:

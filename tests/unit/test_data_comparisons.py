@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from rayrlhf.config import DatasetConfig
+from rayrlhf.config_data import DatasetConfig
 from rayrlhf.data.comparisons import (
     RankedAnswers,
     from_comparisons,
@@ -20,7 +20,7 @@ from rayrlhf.data.comparisons import (
 )
 from rayrlhf.data.labelled import group_answers
 from rayrlhf.data.records import Comparison, LabelledAnswer
-from rayrlhf.data.sources import read_published
+from rayrlhf.data.sources import DataSet, Rendering
 from rayrlhf.data.tokens import encode_prompt, encode_response
 from rayrlhf.errors import UserError
 
@@ -72,9 +72,10 @@ def test_useless_answers_are_dropped_and_counted() -> None:
 
 def test_answers_in_a_script_without_spaces_are_kept(tokenizer: PreTrainedTokenizerBase) -> None:
     source = DatasetConfig(format="prompts", path=str(DATA / "chinese_pairs.jsonl"))
-    found = [read_published(source, split, tokenizer, 400) for split in ("train", "valid")]
-    assert sum(len(comparisons) for comparisons, _ in found) == 4
-    assert all(dropped == {} for _, dropped in found)
+    pairs = DataSet([source], Rendering(tokenizer, 400), "comparison")
+    found = [pairs.comparisons(split) for split in ("train", "valid")]
+    assert sum(len(each.records) for each in found) == 4
+    assert all(each.dropped == {} for each in found)
     short = ["很好。", "ดี", "因为天气变冷了", "因为天气变冷了"]
     assert usable_answers(short) == ([2], {"nearly_empty": 2, "identical": 1})
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -22,6 +25,7 @@ from actors.rollouts.in_turn import load_on_all
 from actors.rollouts.weight_sync import Publication
 from rayrlhf.trajectory import GenerationRequest, Sampling, SerializedTrajectory, Trajectory
 
+ROOT = Path(__file__).parents[2]
 SAMPLING = Sampling(1.0, 1000, 0)
 
 
@@ -376,3 +380,12 @@ def test_where_the_groups_are() -> None:
     assert [g.position for g in rollouts.take(0, 11, 10.0)] == [0, 1, 2, 3]
     assert rollouts.versions() == {"generator-1": 11}
     assert set(rollouts.places().values()) == {0}
+
+
+def test_the_coordinator_starts_without_transformers_and_vllm() -> None:
+    """They take seconds in each process, and it computes nothing."""
+    code = (
+        "import sys; import actors.rollouts.coordinator; print({'transformers', 'vllm', 'scipy'} & sys.modules.keys())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
