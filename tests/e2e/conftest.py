@@ -43,7 +43,7 @@ SHRUNKEN = [
 ]
 """The quick start with every stage cut to a few steps."""
 MARK = "RAYRLHF_TEST_COMMAND"
-FIRST = ("test_golden.py", "test_rules.py", "test_interrupt.py", "test_store.py", "test_jobs.py", "test_dpo.py")
+FIRST = ("test_golden.py", "test_rules.py", "test_interrupt.py", "test_jobs.py", "test_dpo.py")
 """Files of whole runs, the longest ones. The first makes the run that most others wait for, see `finished`; the second
 does not wait for it."""
 HANGS_S = 1500

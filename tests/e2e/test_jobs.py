@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import shutil
 import socket
@@ -14,7 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 from ray.job_submission import JobStatus, JobSubmissionClient
 
+from rayrlhf.runs.folder import RunFolder
 from rayrlhf.runs.metrics import read_metrics
+from tests.s3 import KEYS, S3, serving
 
 
 class Cluster(NamedTuple):
@@ -31,10 +34,22 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def cluster(start_head: Any) -> Iterator[Cluster]:
-    """Two CPUs and a dashboard. The agent that takes the jobs has a fixed port unless told: another may use it."""
+def bucket() -> Iterator[S3]:
+    with serving() as s3:
+        yield s3
+
+
+@pytest.fixture(scope="module")
+def cluster(start_head: Any, bucket: S3, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Two CPUs and a dashboard, and keys of the bucket.
+
+    The agent that takes the jobs has a fixed port unless told: another may use it.
+    """
     port = free_port()
-    head = start_head(f"--port={free_port()}", f"--dashboard-port={port}", "--dashboard-agent-listen-port=0")
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in {**KEYS, "RAYRLHF_CACHE": str(tmp_path_factory.mktemp("node"))}.items():
+            environment.setenv(name, value)
+        head = start_head(f"--port={free_port()}", f"--dashboard-port={port}", "--dashboard-agent-listen-port=0")
     address = f"http://127.0.0.1:{port}"
     deadline = time.monotonic() + 600
     while True:
@@ -48,11 +63,16 @@ def cluster(start_head: Any) -> Iterator[Cluster]:
     head.end()
 
 
-def test_a_stage_as_a_job(cluster: Cluster, finished: Any, start: Any, tmp_path: Path) -> None:
-    run = tmp_path / "quick"
-    run.mkdir()
-    shutil.copytree(finished.path / "sft", run / "sft")
-    arguments = ["python", "-m", "jobs.collect", "--config", *finished.arguments, f"runs_dir={tmp_path}"]
+def test_a_stage_as_a_job_in_a_bucket(
+    cluster: Cluster, bucket: S3, finished: Any, start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cluster and submitter share nothing but the bucket."""
+    for name, value in {**KEYS, "RAYRLHF_CACHE": str(tmp_path / "here")}.items():
+        monkeypatch.setenv(name, value)
+    run = RunFolder(bucket.uri("runs/quick"))
+    shutil.copytree(finished.path / "sft", run.sft)
+    run.upload(run.sft)
+    arguments = ["python", "-m", "jobs.collect", "--config", *finished.arguments, f"runs_dir={bucket.uri('runs')}"]
     command = start("ray", "job", "submit", "--address", cluster.address, "--working-dir", ".", "--", *arguments)
     outcome = command.wait()
     assert outcome.code == 0, outcome.out + outcome.err
@@ -61,9 +81,11 @@ def test_a_stage_as_a_job(cluster: Cluster, finished: Any, start: Any, tmp_path:
     assert {"jobs", "actors", "rayrlhf", "configs"} <= names and not names & {".git", ".venv", "runs", "tests"}
     assert sum(path.stat().st_size for path in uploaded.rglob("*")) < 30e6, "see .rayignore"
     assert "collect: done in" in outcome.out
-    # The same prompts and seeds: another process collects the same comparisons.
-    here, before = (pq.read_table(path / "comparisons.parquet").to_pylist() for path in (run, finished.path))
-    assert here == before
+    objects = bucket.objects("runs/quick/")
+    assert {"config.yaml", "metrics.jsonl"} <= objects.keys() and ".lock" not in objects
+    # The same prompts and seeds: another process, whose files are elsewhere, collects the same comparisons.
+    here = pq.read_table(io.BytesIO(objects["comparisons.parquet"])).to_pylist()
+    assert here == pq.read_table(finished.path / "comparisons.parquet").to_pylist()
 
 
 # A job that only starts; unit/test_storage has the refusal itself.

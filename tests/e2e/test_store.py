@@ -71,6 +71,8 @@ def files(path: Path) -> set[str]:
     return {name for name in names if not name.startswith(("checkpoints/", "tensorboard/"))}
 
 
+# A cluster and a start of its workers for the caches of two machines; e2e/test_jobs has a stage in a bucket.
+@pytest.mark.long
 def test_a_stage_in_a_bucket(
     bucket: Bucket,
     finished: Any,
