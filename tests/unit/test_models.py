@@ -237,6 +237,9 @@ def test_a_half_downloaded_model_names_the_file(tmp_path: Path) -> None:
         resolve_model(str(single))
 
 
+BART = {"layers": 1, "ffn_dim": 8, "attention_heads": 2}
+
+
 def test_what_a_later_stage_needs_is_looked_for_first(tmp_path: Path) -> None:
     for name, config in FAMILIES.items():
         config.save_pretrained(tmp_path / name)
@@ -244,8 +247,8 @@ def test_what_a_later_stage_needs_is_looked_for_first(tmp_path: Path) -> None:
     MixtralConfig(**LLAMA, num_local_experts=2).save_pretrained(tmp_path / "mixtral")
     with pytest.raises(UserError, match="MixtralForCausalLM holds 4 weights under other names than its files"):
         check_architecture(str(tmp_path / "mixtral"), None, scores=False)
-    BartConfig(d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=8, decoder_ffn_dim=8,
-               encoder_attention_heads=2, decoder_attention_heads=2, vocab_size=20).save_pretrained(tmp_path / "bart")  # fmt: skip
+    layers = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in BART.items()}
+    BartConfig(d_model=16, vocab_size=20, **layers).save_pretrained(tmp_path / "bart")
     check_architecture(str(tmp_path / "bart"), None, scores=False)
     with pytest.raises(UserError, match="no linear `score` head"):
         check_architecture(str(tmp_path / "bart"), None, scores=True)
