@@ -35,5 +35,6 @@ def with_classifier(config: AnyConfig) -> AnyConfig:
     # Of the two prefixes the family's counts, under which a language model has saved its base model's weights.
     body = {"config_class": kind, "base_model_prefix": family.base_model_prefix, "__module__": __name__}
     made = type(name, (GenericForSequenceClassification, family), body)
-    AutoModelForSequenceClassification.register(kind, made)
+    # Without `exist_ok` transformers passes over configs of its own, and says nothing.
+    AutoModelForSequenceClassification.register(kind, made, exist_ok=True)
     return config

@@ -245,7 +245,7 @@ def test_what_a_later_stage_needs_is_looked_for_first(tmp_path: Path) -> None:
         config.save_pretrained(tmp_path / name)
         check_architecture(str(tmp_path / name), None, scores=True)
     MixtralConfig(**LLAMA, num_local_experts=2).save_pretrained(tmp_path / "mixtral")
-    with pytest.raises(UserError, match="MixtralForCausalLM holds 4 weights under other names than its files"):
+    with pytest.raises(UserError, match="MixtralForCausalLM holds other weights than its files do .6, first .*experts"):
         check_architecture(str(tmp_path / "mixtral"), None, scores=False)
     layers = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in BART.items()}
     BartConfig(d_model=16, vocab_size=20, **layers).save_pretrained(tmp_path / "bart")
