@@ -6,6 +6,7 @@ import difflib
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import UnionType
 from typing import Any, TypeVar, get_args
 
 import yaml
@@ -131,7 +132,7 @@ def _text_kinds(key: str, root: type[BaseModel]) -> set[Any]:
         fields = [section.model_fields[part] for section in sections if part in section.model_fields]
         sections = [inner for field in fields for inner in _sections(field.annotation)]
     annotations = [section.model_fields[last].annotation for section in sections if last in section.model_fields]
-    kinds = {kind for annotation in annotations for kind in get_args(annotation) or (annotation,)}
+    kinds = {kind for each in annotations for kind in (get_args(each) if isinstance(each, UnionType) else (each,))}
     return kinds if str in kinds and kinds <= {str, type(None)} else set()
 
 

@@ -127,7 +127,8 @@ def decode_trajectory(tokenizer: PreTrainedTokenizerBase, trajectory: Trajectory
     ids = trajectory.response_ids.tolist()
     if trajectory.written is None:
         return decode_response(tokenizer, ids)
-    ids = [token for token in ids if token != _turn_end(tokenizer)]  # which need not be a special token
+    end = _turn_end(tokenizer)  # which need not be a special token
+    ids = [token for token in ids if token != end]
     return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)).strip()
 
 

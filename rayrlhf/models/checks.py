@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
@@ -46,17 +48,19 @@ def check_architecture(path: str, revision: str | None, *, scores: bool) -> None
 
 
 def _check_names(model: PreTrainedModel, path: str) -> None:
-    """Generators are sent weights by their names in memory, and read files by the names there.
+    """Generators are sent the tensors that the model holds, and vLLM reads those that files have.
+
+    A tensor with another name only passes: vLLM serves such models, as GPT-NeoX, by transformers' own modules.
 
     Raises:
-        UserError: transformers saves a weight under another name: the experts of Mixtral, which it holds as one tensor.
+        UserError: transformers saves other tensors than it holds: the experts of Mixtral are one in memory.
     """
     held = model.state_dict()
     saved = revert_weight_conversion(model, dict(held))
-    changed = sorted(held.keys() - saved.keys())
-    if changed:
+    shapes = [Counter(tuple(tensor.shape) for tensor in state.values()) for state in (held, saved)]
+    if shapes[0] != shapes[1]:
+        changed = sorted(held.keys() - saved.keys())
         raise UserError(
-            f"model {path!r}: {type(model).__name__} holds {len(changed)} weights under other names than its files, "
-            f"first {changed[0]!r}, so that they cannot be sent to generators; choose an architecture without, such as "
-            "a dense model"
+            f"model {path!r}: {type(model).__name__} holds other weights than its files do ({len(changed)}, first "
+            f"{changed[0]!r}), so that they cannot be sent to generators; choose a model without, such as a dense one"
         )

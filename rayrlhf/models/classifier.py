@@ -6,6 +6,7 @@ padded rectangles with an attention mask, and go through the model's own forward
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -157,15 +158,11 @@ def _output(config: PreTrainedConfig, path: str, label: str | int | None) -> int
 def _weight_names(path: str, revision: str | None) -> set[str]:
     """The names of a model's weights by the headers of its safetensors files: in a directory, the cache, or the hub."""
     with one_line_errors(path):
-        try:
-            # Of a hub model that was loaded here before, which also works without the network.
-            directory = (
-                path if Path(path).is_dir() else snapshot_download(path, revision=revision, local_files_only=True)
-            )
-        except LocalEntryNotFoundError:
-            directory = ""
-        if directory:
-            return stored_names(Path(directory), path)
+        if Path(path).is_dir():
+            return stored_names(Path(path), path)
+        # What was loaded here before also works without the network; what is not whole here is so on the hub.
+        with contextlib.suppress(LocalEntryNotFoundError, UserError):
+            return stored_names(Path(snapshot_download(path, revision=revision, local_files_only=True)), path)
         try:
             return set(get_safetensors_metadata(path, revision=revision).weight_map)
         except NotASafetensorsRepoError:

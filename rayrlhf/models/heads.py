@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TypeVar
 
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     MODEL_MAPPING,
     AutoModelForSequenceClassification,
@@ -22,9 +23,10 @@ AnyConfig = TypeVar("AnyConfig", bound=PreTrainedConfig)
 
 
 def with_classifier(config: AnyConfig) -> AnyConfig:
-    """See that AutoModelForSequenceClassification knows the architecture, if it has a base model; gives the config."""
+    """See that AutoModelForSequenceClassification knows the architecture of a language model; gives the config."""
     kind = type(config)
-    if kind in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING or kind not in MODEL_MAPPING:
+    speaks = kind in MODEL_FOR_CAUSAL_LM_MAPPING and kind in MODEL_MAPPING
+    if kind in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING or not speaks:
         return config
     base = MODEL_MAPPING[kind]
     # Its family: what the base model and the language model have in common, such as how weights are drawn.
@@ -33,5 +35,6 @@ def with_classifier(config: AnyConfig) -> AnyConfig:
     # Of the two prefixes the family's counts, under which a language model has saved its base model's weights.
     body = {"config_class": kind, "base_model_prefix": family.base_model_prefix, "__module__": __name__}
     made = type(name, (GenericForSequenceClassification, family), body)
-    AutoModelForSequenceClassification.register(kind, made)
+    # Without `exist_ok` transformers passes over configs of its own, and says nothing.
+    AutoModelForSequenceClassification.register(kind, made, exist_ok=True)
     return config

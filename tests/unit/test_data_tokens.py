@@ -288,14 +288,14 @@ def llama_like(kind: str) -> PreTrainedTokenizerBase:
     else:
         core = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
         trainer = trainers.BpeTrainer(vocab_size=150, special_tokens=["<s>", "</s>", "<unk>"])
-    if kind == "bpe prepend":  # Llama 1 and 2, TinyLlama
+    scheme = kind.split()[1].replace("prepend", "never")
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    core.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    core.train_from_iterator(lines, trainer)
+    if kind == "bpe prepend":  # Llama 1 and 2, TinyLlama: no words after the training, and a space before every piece
+        core = Tokenizer.from_str(json.dumps(json.loads(core.to_str()) | {"pre_tokenizer": None}))
         core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
         core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-    else:
-        scheme = kind.split()[1]
-        core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
-        core.decoder = decoders.Metaspace(prepend_scheme=scheme)
-    core.train_from_iterator(lines, trainer)
     core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 

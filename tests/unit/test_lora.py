@@ -116,7 +116,7 @@ def test_a_reward_models_head_is_trained_beside_its_adapters(tmp_path: Path) -> 
     save_model(model, load_tokenizer(TINY), tmp_path / "saved")
     batch = collate([Row.completion([5, 6, 7], [8, 9])], pad_token_id=1)
     saved = load_reward_model(str(tmp_path / "saved"))
-    base = AutoModelForSequenceClassification.from_pretrained(TINY, num_labels=1, pad_token_id=1)
+    base = AutoModelForSequenceClassification.from_pretrained(TINY, num_labels=1, pad_token_id=1, dtype=torch.float32)
     own = PeftModel.from_pretrained(base, tmp_path / "saved" / "adapters").eval()
     ids = torch.tensor([[5, 6, 7, 8, 9]])
     with torch.no_grad():
