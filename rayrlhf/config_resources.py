@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, model_validator
 
+from rayrlhf.machine import resources_for, usable_cores, usable_gpus
 from rayrlhf.sections import Fraction, Positive, Section
 
 
@@ -79,6 +80,9 @@ class LearnerConfig(Placement):
 class ResourcesConfig(Section):
     """The only section that differs between a laptop and a cluster. Nothing here changes the mathematics."""
 
+    auto: bool = False
+    """Share this machine out (`rayrlhf.machine`): counts, CPUs, GPUs and threads that are not given follow from its
+    cores and GPUs. For a Ray of this machine; on a cluster they are to be given."""
     generators: GeneratorConfig = GeneratorConfig()
     scorers: ScorerConfig = ScorerConfig()
     learner: LearnerConfig = LearnerConfig()
@@ -91,6 +95,18 @@ class ResourcesConfig(Section):
     """How long one call (a generation, a scoring pass, a weight load) may take."""
     dashboard: bool = True
     """Start Ray's dashboard with a local cluster."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _share_the_machine(cls, tree: Any) -> Any:
+        if not (isinstance(tree, dict) and tree.get("auto") is True):
+            return tree
+        shares = resources_for(usable_cores(), usable_gpus())
+        return tree | {
+            role: share | given
+            for role, share in shares.items()
+            if isinstance(given := tree.get(role) or {}, dict)  # anything else is for the validation to refuse
+        }
 
     @property
     def newcomer_timeout_s(self) -> int:
