@@ -73,11 +73,11 @@ def test_without_references_rouge_and_gold_are_left_out() -> None:
 def test_keys_are_those_of_the_design() -> None:
     result = summary("file")
     common = {"reward", "gold", "rouge1", "rouge2", "rougeL", "length", "eos_rate", "win_rate_vs_reference"}
-    common |= {"distinct_2", "repetition", "common_opening"}
+    together = {"distinct_2", "repetition", "common_opening"}
     assert set(result) == {"sft", "policy", "title", "reference", "differences", "metadata"}
-    assert set(result["sft"]) == set(result["title"]) == set(result["reference"]) == common
+    assert set(result["sft"]) == set(result["title"]) == set(result["reference"]) == common | together
     win_rates = {"win_rate_vs_sft", "lc_win_rate_vs_sft", "gold_win_rate_vs_sft", "gold_lc_win_rate_vs_sft"}
-    assert set(result["policy"]) == common | win_rates | {"kl"}
+    assert set(result["policy"]) == common | together | win_rates | {"kl"}
     assert [name for name in result["policy"] if name in win_rates] == list(WIN_RATES)
     assert set(result["differences"]) == {"policy_minus_sft", "policy_minus_sft_at_equal_length"}
     assert set(result["differences"]["policy_minus_sft"]) == common - {"win_rate_vs_reference"}
