@@ -4,6 +4,7 @@
 
 BIN := .venv/bin
 STAMP := .venv/.installed
+DEV_STAMP := .venv/.installed-dev
 
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 PYTHON ?= $(firstword $(foreach p,python3.11 python3 python3.12 python3.13,$(shell $(p) -c "$(SUPPORTED)" 2>/dev/null && echo $(p))))
@@ -23,7 +24,7 @@ endif
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-setup: $(STAMP) ## create .venv and install everything (CPU build), once
+setup: $(STAMP) ## create .venv and install the product (CPU build), once
 
 # Bytecode at once: uv leaves it to the first import, and where PYTHONDONTWRITEBYTECODE is set, as in many containers,
 # every process would compile vLLM, Ray and torch again, which doubles what it takes to start.
@@ -33,17 +34,21 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c "import ensurepip, venv" 2>/dev/null || { \
 	  echo "make: $(PYTHON) has no venv module; install it (Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }
 	@$(BIN)/uv --version >/dev/null 2>&1 || { $(PYTHON) -m venv .venv && $(BIN)/python -m pip install --quiet -c constraints.txt uv; }
-	$(BIN)/uv pip install --python $(BIN)/python --compile-bytecode -c constraints.txt -e ".[cpu]" \
-	  --group dev --group docs --group oracles
+	$(BIN)/uv pip install --python $(BIN)/python --compile-bytecode -c constraints.txt -e ".[cpu]"
+	@touch $@
+
+# What tests, lint, documents and benchmarks need besides.
+$(DEV_STAMP): $(STAMP)
+	$(BIN)/uv pip install --python $(BIN)/python --compile-bytecode -c constraints.txt --group dev --group docs --group oracles
 	@touch $@
 
 quickstart: $(STAMP) ## run the whole pipeline on the embedded data and model
 	$(BIN)/rayrlhf run configs/quickstart.yaml $(ARGS)
 
-bench: $(STAMP) ## all benchmarks; rewrites the tables of docs/benchmarks.md
+bench: $(DEV_STAMP) ## all benchmarks; rewrites the tables of docs/benchmarks.md
 	$(BIN)/python -m benchmarks $(ARGS)
 
-docs: $(STAMP) ## the documentation as a site, into build/site; needs no network
+docs: $(DEV_STAMP) ## the documentation as a site, into build/site; needs no network
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # `ray up` calls ssh and rsync, and its test runs it. Debian's packages where root may install them, else a clear word.
@@ -58,25 +63,25 @@ test: lint ## lint, then all tests but the long ones
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit tests/oracles $(ARGS)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/ray tests/e2e $(ARGS)
 
-test-long: $(STAMP) test-tools ## the tests that `make test` leaves out
+test-long: $(DEV_STAMP) test-tools ## the tests that `make test` leaves out
 	$(BIN)/python -m pytest -m long $(ARGS)
 
-lint: $(STAMP) ## ruff, mypy and the import linter
+lint: $(DEV_STAMP) ## ruff, mypy and the import linter
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test-unit: $(STAMP) ## tests without Ray (fast)
+test-unit: $(DEV_STAMP) ## tests without Ray (fast)
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit $(ARGS)
 
-test-oracles: $(STAMP) ## our numbers against other people's code
+test-oracles: $(DEV_STAMP) ## our numbers against other people's code
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/oracles $(ARGS)
 
-test-ray: $(STAMP) ## tests with Ray and vLLM
+test-ray: $(DEV_STAMP) ## tests with Ray and vLLM
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/ray $(ARGS)
 
-test-e2e: $(STAMP) ## whole runs
+test-e2e: $(DEV_STAMP) ## whole runs
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/e2e $(ARGS)
 
 clean: ## remove .venv, caches and build output; runs/ stays

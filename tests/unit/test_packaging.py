@@ -104,3 +104,37 @@ def test_environment_is_free_of_cuda_media_builds(name: str) -> None:
         pytest.skip("a CUDA torch goes with them")
     with pytest.raises(PackageNotFoundError):
         version(name)
+
+
+def rules() -> dict[str, tuple[list[str], str]]:
+    """By target of the Makefile: what it needs, and its recipe."""
+    text = (ROOT / "Makefile").read_text(encoding="utf-8").replace("\\\n", " ")
+    found = re.findall(r"^([\w$().-]+):(?!=)([^\n#]*)[^\n]*\n((?:\t[^\n]*\n)*)", text, re.MULTILINE)
+    return {target: (needs.split(), recipe) for target, needs, recipe in found}
+
+
+def test_who_runs_the_product_installs_nothing_of_the_tests() -> None:
+    makefile = rules()
+    for target in ("setup", "quickstart"):
+        assert makefile[target][0] == ["$(STAMP)"]
+    assert '-e ".[cpu]"' in makefile["$(STAMP)"][1] and "--group" not in makefile["$(STAMP)"][1]
+
+
+def test_who_tests_installs_every_group() -> None:
+    makefile = rules()
+    needs, recipe = makefile["$(DEV_STAMP)"]
+    assert needs == ["$(STAMP)"] and "-c constraints.txt" in recipe
+    assert set(re.findall(r"--group (\w+)", recipe)) == set(PROJECT["dependency-groups"])
+    for target, (needs, recipe) in makefile.items():
+        if re.search(r"pytest|ruff|mypy|mkdocs|benchmarks", recipe) and target != "clean":
+            assert "$(DEV_STAMP)" in needs or "$(DEV_STAMP)" in makefile[needs[0]][0], target
+
+
+def test_the_table_of_dependencies_is_that_of_the_project() -> None:
+    text = (ROOT / "docs" / "install.md").read_text(encoding="utf-8")
+    table = text[text.index("## What each dependency is for") : text.index("## What was tried")]
+    cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    named = [re.split(r"\[", name)[0] for cell in cells for name in re.findall(r"`([^`]+)`", cell)]
+    extras = PROJECT["project"]["optional-dependencies"]
+    declared = [*PROJECT["project"]["dependencies"], *extras["cpu"], *extras["gpu"]]
+    assert {*named} - {*extras} == {Requirement(each).name for each in declared}

@@ -1,5 +1,6 @@
 """Runs in a store: what is complete, what a node knows already, who may write. Against pyarrow's filesystems and S3."""
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -20,8 +21,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from rayrlhf.config import Config
 from rayrlhf.config_file import parse_config
 from rayrlhf.errors import UserError
-from rayrlhf.runs import lease
+from rayrlhf.runs import conditional, lease
 from rayrlhf.runs.addresses import join, local_path, runs_address
+from rayrlhf.runs.conditional import ChangedError, ConditionalObject
 from rayrlhf.runs.folder import RunFolder, open_or_create
 from rayrlhf.runs.lease import leased
 from rayrlhf.runs.metrics import MetricsWriter, read_lines, read_metrics
@@ -250,7 +252,7 @@ def test_a_run_in_a_store_continues_from_an_empty_cache(
     assert local_copy(there.address_of(there.sft)) == str(there.sft)
     with pytest.raises(UserError, match=r"seed was 0 and is now 1.*delete s3://bucket/continued/one"):
         open_or_create(config(seed=1), runs)
-    assert set(s3.objects("continued/one/")) == {"config.yaml", "comparisons.parquet", "sft/file", "sft/.done"}
+    assert set(s3.objects("continued/one/")) == {"config.yaml", "comparisons.parquet", "sft/file", "sft/.done", ".lock"}
 
 
 def test_metrics_reach_the_store_and_the_next_writer(s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -319,51 +321,154 @@ on_s3 = pytest.mark.parametrize("store", ["s3"], indirect=True)
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "RENEW_S", 0.2)
-    monkeypatch.setattr(lease, "PATIENCE_S", 2.5)
-    monkeypatch.setattr(lease, "SETTLE_S", 0.05)
+    monkeypatch.setattr(lease, "_WATCH_S", 0.05)
+    monkeypatch.setattr(lease, "PATIENCE_S", math.inf)  # a holder of this process never counts as dead
 
 
-def left_behind(store: Store, holder: str, machine: str = "another") -> str:
+def left_behind(store: Store, holder: str, machine: str = "another", patience: float = 0.5) -> str:
     store.filesystem.create_dir(store.root, recursive=True)
-    store.write(f"{store.root}/.lock", f"{holder}\ntoken\n0\n{machine}".encode())
+    store.write(f"{store.root}/.lock", f"{holder}\ntoken\n0\n{machine}\n{patience}".encode())
     return f"{store.root}/.lock"
 
 
+OTHER = "process 2 on another-machine"
+
+
 @on_s3
-def test_a_lease_that_is_renewed_keeps_others_out(store: Store, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lease, "PATIENCE_S", math.inf)  # it is refused because the other renews, not in the end
+def test_a_lease_that_is_renewed_keeps_others_out(store: Store, quick: None) -> None:
     refused = pytest.raises(UserError, match=f"written by process {os.getpid()} on .*another name")
     with leased(store), refused, leased(store):
         raise AssertionError("two holders")
     with leased(store):
         pass
-    assert store.read(f"{store.root}/.lock") is None
+    assert store.read(f"{store.root}/.lock") == b"" and lease.lease_holder(store) is None
 
 
 @on_s3
-def test_a_lease_that_nobody_renews_is_taken(store: Store, quick: None) -> None:
-    left_behind(store, "process 1 on another-machine")
+def test_a_lease_that_nobody_renews_is_taken_when_it_says_so(store: Store, quick: None) -> None:
+    left_behind(store, OTHER, patience=1.5)
+    assert lease.lease_holder(store) == OTHER
     started = time.monotonic()
     with leased(store):
-        assert time.monotonic() - started > 2.5
+        assert time.monotonic() - started > 1.5
+        assert str(lease.lease_holder(store)).startswith(f"process {os.getpid()} ")
 
 
 @on_s3
-def test_a_lease_of_a_dead_process_of_this_machine_is_taken_at_once(
+def test_of_many_writers_of_one_version_one_succeeds(store: Store) -> None:
+    written = ConditionalObject(store, ".lock")
+    assert written.read() is None
+    for before in (None, "0", "the winner's"):
+        version, won, together = written.read(), [], threading.Barrier(6)
+
+        def write(i: int, version: Any = version, won: Any = won, together: Any = together) -> None:
+            together.wait(60)
+            with contextlib.suppress(ChangedError):
+                won.append(ConditionalObject(store, ".lock").write(f"{version}, then {i}", version))
+
+        threads = [threading.Thread(target=write, args=[i]) for i in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert (version is None) is (before is None)
+        assert len(won) == 1 and won == [written.read()]
+
+
+@on_s3
+@pytest.mark.parametrize("expired", [False, True], ids=["none", "expired"])
+def test_of_two_that_find_the_same_lease_one_holds_it(
+    store: Store, quick: None, monkeypatch: pytest.MonkeyPatch, expired: bool
+) -> None:
+    """The other one's write falls between what this one reads and what it writes."""
+    if expired:
+        left_behind(store, "process 1 on a third machine", patience=0.1)
+    look = lease._free_version
+
+    def look_and_be_late(*args: Any) -> Any:
+        found = look(*args)
+        left_behind(store, OTHER)
+        return found
+
+    monkeypatch.setattr(lease, "_free_version", look_and_be_late)
+    with pytest.raises(UserError, match=f"written by {OTHER}"), leased(store):
+        raise AssertionError("two holders")
+    assert lease.lease_holder(store) == OTHER
+
+
+@on_s3
+def test_a_write_whose_answer_was_lost_is_known_as_ones_own(
     store: Store, quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The client tries it again, and the store refuses that for the sake of the first one."""
+    plain, lost = ConditionalObject.write, []
+
+    def write(self: ConditionalObject, content: str, before: Any) -> Any:
+        version = plain(self, content, before)
+        if f"\n{len(lost)}\n" in content:  # the first write, and the first two renewals
+            lost.append(version)
+            raise ChangedError
+        return version
+
+    monkeypatch.setattr(ConditionalObject, "write", write)
+    with leased(store):
+        while len(lost) < 3:
+            time.sleep(0.05)
+    assert store.read(f"{store.root}/.lock") == b""
+
+
+@on_s3
+def test_a_server_without_conditions_is_refused(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    put = conditional.obstore.put
+    monkeypatch.setattr(conditional.obstore, "put", lambda bucket, path, content, mode: put(bucket, path, content))
+    with pytest.raises(UserError, match="the server ignores If-None-Match"), leased(store):
+        raise AssertionError("began")
+
+
+def test_the_bucket_of_each_kind_of_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """obstore opens the bucket, the folder and the account that pyarrow does."""
+
+    def bucket(address: str, root: str) -> Any:
+        return conditional._bucket(Store(address, SimpleNamespace(region="eu-west-1"), root, tmp_path))
+
+    google, folder = bucket("gs://b/runs/one", "b/runs/one")
+    assert (type(google).__name__, google.config["bucket"], folder) == ("GCSStore", "b", "runs/one")
+    azure, folder = bucket("abfs://c@acct.dfs.core.windows.net/runs/one", "c/runs/one")
+    assert (azure.config["container_name"], azure.config["account_name"], folder) == ("c", "acct", "runs/one")
+    amazon, folder = bucket("s3://b/runs/one?endpoint_override=127.0.0.1:9&scheme=http", "b/runs/one")
+    assert (amazon.config["region"], amazon.config["endpoint"]) == ("eu-west-1", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match="hdfs://h/runs: runs are kept in s3://, gs:// or abfs://"):
+        bucket("hdfs://h/runs", "runs")
+
+
+def test_keys_of_the_file_of_profiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """pyarrow reads it by itself."""
+    file = tmp_path / "credentials"
+    file.write_text("[default]\naws_access_key_id = a\naws_secret_access_key = b%\n[team]\naws_access_key_id = c\n")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(file))
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID", raising=False)
+    monkeypatch.delenv("AWS_PROFILE", raising=False)
+    assert conditional._profile_keys() == {"access_key_id": "a", "secret_access_key": "b%"}
+    monkeypatch.setenv("AWS_PROFILE", "team")
+    assert conditional._profile_keys() == {"access_key_id": "c"}
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "of the environment")
+    assert conditional._profile_keys() == {}
+
+
+@on_s3
+def test_a_lease_of_a_dead_process_of_this_machine_is_taken_at_once(store: Store, quick: None) -> None:
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    left_behind(store, f"process {ended.pid} on {socket.gethostname()}", lease._machine())
-    with monkeypatch.context() as patience:
-        patience.setattr(lease, "PATIENCE_S", math.inf)  # whoever waited would wait for ever
-        with leased(store):
-            pass
+    left_behind(
+        store, f"process {ended.pid} on {socket.gethostname()}", lease._machine(), math.inf
+    )  # whoever waited would wait for ever
+    with leased(store):
+        pass
     # On another machine of the same name (a container, say) a process of that number may well live.
-    left_behind(store, f"process {ended.pid} on {socket.gethostname()}")
+    left_behind(store, f"process {ended.pid} on {socket.gethostname()}", patience=0.5)
     started = time.monotonic()
     with leased(store):
-        assert time.monotonic() - started > 2.5
+        assert time.monotonic() - started > 0.5
 
 
 @on_s3
@@ -380,18 +485,8 @@ def test_who_has_lost_its_lease_ends_and_leaves_it_to_the_other(
     with pytest.raises(KeyboardInterrupt), leased(store):
         if handler is signal.SIG_IGN:
             os.kill(os.getpid(), signal.SIGINT)
-        lock = left_behind(store, "process 2 on another-machine")
+        lock = left_behind(store, OTHER)
         time.sleep(250)  # until it is interrupted
     found = store.read(lock)
     assert found is not None and found.startswith(b"process 2 on another-machine")
     assert signal.getsignal(signal.SIGINT) is handler
-
-
-@on_s3
-def test_of_two_at_once_the_last_to_write_wins(store: Store, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    def settle(seconds: float) -> None:
-        left_behind(store, "process 2 on another-machine")
-
-    monkeypatch.setattr(lease, "time", SimpleNamespace(sleep=settle, monotonic=time.monotonic))
-    with pytest.raises(UserError, match="written by process 2 on another-machine"), leased(store):
-        raise AssertionError("two holders")
