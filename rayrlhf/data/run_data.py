@@ -104,11 +104,9 @@ class RunData:
     @cached_property
     def evaluated(self) -> list[Prompt]:
         """The held-out prompts of `evaluate.split`, each once: of `data.prompts`, or else of the demonstrations."""
-        dev: Sequence[Prompt] = self.dev
-        test: Sequence[Prompt] = self.test
-        if self._prompts is not None:
-            dev, test = split_valid(self._prompts[1], self.config.data)
-        return self.once(dev if self.config.evaluate.split == "dev" else test)
+        halves: tuple[Sequence[Prompt], Sequence[Prompt]]
+        halves = self._valid if self._prompts is None else split_valid(self._prompts[1], self.config.data)
+        return self.once(halves[0 if self.config.evaluate.split == "dev" else 1])
 
     def once(self, records: Sequence[P]) -> list[P]:
         """The records without those whose prompt an earlier one has.
