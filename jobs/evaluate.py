@@ -110,7 +110,8 @@ def evaluation_prompts(session: Session) -> list[Prompt]:
         records = session.data.evaluated
     else:
         source = config.data.demonstrations[0].model_copy(update={"path": config.evaluate.prompts})
-        records = DataSet([source], session.data.rendering, "prompt").prompts("all").records
+        found = DataSet([source], session.data.rendering, "prompt").prompts("all")
+        records = session.data.once(found.records)
     if not records:
         raise UserError(
             f"evaluate: the {config.evaluate.split} split is empty; change data.dev_fraction or name a file in "

@@ -160,6 +160,8 @@ def recognise(path: str, rows: Sequence[SourceRow], uses: Sequence[Use]) -> str:
     """
     there_are = f"its columns are: {', '.join(columns_of(rows)) or 'none'}"
     able = {name: each for name, each in FORMATS.items() if any(getattr(each, use) for use in uses)}
+    if not {"demonstration", "prompt"} & {*uses}:
+        able.pop("prompts", None)  # which fits rows with an answer; its comparisons are those of `preferences`
     fitting = [name for name, each in able.items() if 2 * sum(map(each.fits, rows)) > len(rows)]
     rivals = [name for name in fitting if name in _RIVALS]
     if len(rivals) > 1:

@@ -16,7 +16,7 @@ from rayrlhf.data.labelled import group_answers
 from rayrlhf.data.loading import Split
 from rayrlhf.data.prompts import EncodedPrompt
 from rayrlhf.data.records import Demonstration, Prompt
-from rayrlhf.data.sources import DataSet, Found, Rendering, one_each
+from rayrlhf.data.sources import DataSet, Found, P, Rendering, one_each
 from rayrlhf.data.splits import Splits, check_disjoint, split_train, split_valid
 from rayrlhf.data.tokens import encode_prompts, encode_responses
 from rayrlhf.errors import UserError
@@ -94,28 +94,30 @@ class RunData:
     @cached_property
     def collect(self) -> list[Demonstration]:
         """The prompts to which the stage `collect` may sample answers, each once."""
-        return one_each(self.train.reward_model)
+        return self.once(self.train.reward_model)
 
     @cached_property
     def rl(self) -> list[Prompt]:
         """The prompts of `rl`, each once."""
-        if self._prompts is not None:
-            return self._prompts[0]
-        splits, wanted = self.train, self.config.data.rl_prompts
-        if wanted == "rest":
-            return [*one_each(splits.rl)]
-        return [*one_each(splits.sft if wanted == "sft" else self._demonstrations[0])]
+        return self.once(self._rl_rows)
 
     @cached_property
     def evaluated(self) -> list[Prompt]:
         """The held-out prompts of `evaluate.split`, each once: of `data.prompts`, or else of the demonstrations."""
         dev, test = self._heldout
-        return one_each(dev if self.config.evaluate.split == "dev" else test)
+        return self.once(dev if self.config.evaluate.split == "dev" else test)
+
+    def once(self, records: Sequence[P]) -> list[P]:
+        """The records without those whose prompt an earlier one has.
+
+        With an environment all stay: the same prompt may begin different games, which the reference tells apart.
+        """
+        return one_each(records) if self.config.environment is None else list(records)
 
     @cached_property
     def rl_dev(self) -> list[Prompt]:
         """The held-out prompts that the policy may answer while `rl` trains it, each once."""
-        return one_each(self._heldout[0])
+        return self.once(self._heldout[0])
 
     @property
     def _heldout(self) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
@@ -168,6 +170,13 @@ class RunData:
         """Whether `rl` asks for the training prompts that no other stage takes."""
         data = self.config.data
         return self.config.has("rl") and data.prompts is None and data.rl_prompts != "sft"
+
+    @property
+    def _rl_rows(self) -> Sequence[Prompt]:
+        if self._prompts is not None:
+            return self._prompts[0]
+        shares = {"rest": self.train.rl, "sft": self.train.sft, "all": self._demonstrations[0]}
+        return shares[self.config.data.rl_prompts]
 
     @cached_property
     def _demonstrations(self) -> tuple[list[Demonstration], list[Demonstration]]:
@@ -251,6 +260,8 @@ class RunData:
             raise UserError(
                 "rl: no prompts are left; lower data.sft_fraction or data.reward_model_fraction, or set data.prompts"
             )
+        if len(self.rl) < len(self._rl_rows):
+            self.say(f"rl asks {len(self.rl)} prompts, each once, of {len(self._rl_rows)} rows")
         bare = sum(prompt.reference is None for prompt in self.rl)
         if not bare:
             return

@@ -87,7 +87,7 @@ class DataSet:
         return self._made(split, clean, make)
 
     def prompts(self, split: Split) -> Found[Prompt]:
-        """The prompts of a split, each once: of several rows, the first. See `demonstrations` for errors."""
+        """The prompts of a split. See `demonstrations` for errors."""
 
         def make(record: Record, raw: RawPrompt, fitted: Fitted) -> Prompt:
             return Prompt(
@@ -99,10 +99,7 @@ class DataSet:
             reference = remove(raw.reference).strip() or None if raw.reference else None
             return replace(raw, reference=reference)
 
-        found = self._made(split, clean, make)
-        kept = one_each(found.records)
-        again = len(found.records) - len(kept)
-        return replace(found, records=kept, dropped={**found.dropped, **({"same_prompt": again} if again else {})})
+        return self._made(split, clean, make)
 
     def comparisons(self, split: Split) -> Found[Comparison]:
         """The comparisons of a split.

@@ -160,13 +160,6 @@ def test_prompts(
     assert found.dropped == {"duplicate": 1}
 
 
-def test_a_prompt_is_asked_once_whatever_its_references(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    rows = [{"prompt": prompt, "response": answer} for prompt, answer in (("a?", "1"), ("b?", "2"), ("a?", "3"))]
-    found = opened(tokenizer, write(tmp_path / "a.jsonl", rows), "prompt").prompts("all")
-    assert [(p.text, p.reference) for p in found.records] == [("a?", "1"), ("b?", "2")]
-    assert found.dropped == {"same_prompt": 1}
-
-
 @pytest.mark.parametrize(
     ("rows", "uses", "message"),
     [
@@ -180,6 +173,11 @@ def test_a_prompt_is_asked_once_whatever_its_references(tokenizer: PreTrainedTok
             [{"prompt": "a", "response": "b", "instruction": "c", "output": "d"}],
             ["demonstration"],
             "may be prompts or alpaca .*: prompt, response, instruction, output.; set format",
+        ),
+        (
+            [{"prompt": "a", "response": "b"}],
+            ["comparison", "labelled"],
+            "not recognised, .*: prompt, resp",
         ),
         ([{"chosen": "a"}], ["comparison", "labelled"], "not recognised, its columns are: chosen"),
     ],

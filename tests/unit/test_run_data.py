@@ -57,14 +57,18 @@ def texts(records: Any) -> set[str]:
 
 def test_which_prompts_rl_has(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     """Each once, though every prompt has two rows."""
-    path, found = demonstrations(tmp_path, again=2), {}
+    path, found, lines = demonstrations(tmp_path, again=2), {}, list[str]()
     for wanted in ("rest", "sft", "all"):
-        data = run_data(tokenizer, [], {"demonstrations": path, "rl_prompts": wanted})
+        data = run_data(tokenizer, lines, {"demonstrations": path, "rl_prompts": wanted})
         data.read()
         assert len(texts(data.rl)) == len(data.rl) and len(texts(data.evaluated)) == len(data.evaluated)
         assert len(data.collect) == len(texts(data.collect)) > 0
         found[wanted] = texts(data.rl)
+        assert f"rl asks {len(data.rl)} prompts, each once, of {2 * len(data.rl)} rows" in lines
+        assert [record.reference for record in data.rl] == ["It is 0."] * len(data.rl)  # those of the first rows
         train = data.train
+    game = {"environment": {"path": "rayrlhf.environments.guess:Guess"}, "rewards": [{"kind": "environment"}]}
+    assert len(run_data(tokenizer, [], {"demonstrations": path}, **game).rl) == 2 * len(found["rest"])
     assert found["sft"] == texts(train.sft) and len(train.sft) == 2 * len(found["sft"])
     assert not found["rest"] & (found["sft"] | texts(train.reward_model))
     # In the last run nobody else asks for the rest: it is part of all.
