@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def test_every_node_on_azure_names_an_image() -> None:
 
 @pytest.mark.parametrize("name", CLOUDS)
 def test_generators_alone_are_on_spot(name: str) -> None:
-    spot = {
+    spot: Callable[[dict[str, Any]], bool] = {
         "cluster.yaml": lambda each: each.get("InstanceMarketOptions") == {"MarketType": "spot"},
         "cluster.gcp.yaml": lambda each: each.get("scheduling", {}).get("provisioningModel") == "SPOT",
         "cluster.azure.yaml": lambda each: each.get("priority") == "Spot",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -223,7 +224,7 @@ def test_models_that_do_not_fit_are_one_line_with_the_key(tmp_path: Path) -> Non
     check_policy(TINY, TINY)
     check_reward_model(str(score), TINY, trained=False)
     check_reward_model(TINY, TINY, trained=True)
-    for check, said in (
+    checks: tuple[tuple[Callable[[], None], str], ...] = (
         (lambda: check_policy(str(score), TINY), "is a reward model (OPTForSequenceClassification)"),
         (lambda: check_policy(neighbour, llama), "has model_type mistral and"),
         (lambda: check_policy(llama, TINY), "model .* has a vocabulary of 96 rows"),
@@ -231,7 +232,8 @@ def test_models_that_do_not_fit_are_one_line_with_the_key(tmp_path: Path) -> Non
         (lambda: check_reward_model(str(labels), llama, trained=True), "has a head of 2 labels"),
         (lambda: check_reward_model(other, TINY, trained=False), "'zebra-crossing'); a model with a token"),
         (lambda: check_reward_model(other, TINY, trained=False), f"[{{kind: model, path: {other}}}]"),
-    ):
+    )
+    for check, said in checks:
         with pytest.raises(UserError) as raised:
             check()
         text = str(raised.value)
