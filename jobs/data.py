@@ -11,12 +11,15 @@ from rich.markup import escape
 
 from rayrlhf.config import Config
 from rayrlhf.config_data import DatasetConfig
-from rayrlhf.config_file import load_config, parse_config, parse_override, set_key
-from rayrlhf.data.formats import FORMATS, LOOKED_AT, recognise
+from rayrlhf.config_file import load_config, parse_config, parse_override, parse_section, set_key
+from rayrlhf.data.formats import FORMATS, LOOKED_AT, recognise, renamed
 from rayrlhf.data.loading import load_source
 from rayrlhf.data.run_data import KINDS, RunData
 from rayrlhf.models.loading import load_tokenizer, resolve_model
 from rayrlhf.reports.data_usage import example_panels, shared_prompts, usage_table, usages
+from rayrlhf.sections import Section
+
+SOURCE_KEYS = frozenset(DatasetConfig.model_fields)
 
 
 def show_data(source: str, overrides: Sequence[str], model: str | None, console: Console) -> None:
@@ -24,7 +27,7 @@ def show_data(source: str, overrides: Sequence[str], model: str | None, console:
 
     Args:
         source: a run's YAML file; or anything that `data.demonstrations.path` may be.
-        overrides: changes to the config.
+        overrides: changes to the config; with a file alone, also to its source: `columns={prompt: question}`.
         model: the model whose tokenizer counts, in place of the config's; of a file alone, of the embedded one.
         console: where to print.
 
@@ -36,8 +39,15 @@ def show_data(source: str, overrides: Sequence[str], model: str | None, console:
         config = load_config(source, changes)
         kinds = [kind for kind in KINDS if getattr(config.data, kind)]
     else:
-        kinds = [_kind_of(source)]
-        config = _config_of(source, kinds[0], changes)
+        own = [change for change in changes if change.partition("=")[0].split(".")[0].strip() in SOURCE_KEYS]
+        section: dict[str, Any] = {"path": source}
+        _change(section, own, DatasetConfig)
+        kinds = [_kind_of(parse_section(DatasetConfig, section, source))]
+        tree: dict[str, Any] = {"name": "data", "data": {kinds[0]: section}}
+        if kinds[0] == "comparisons":  # labelled answers are refused where a stage needs pairs
+            tree["stages"] = ["sft"]
+        _change(tree, [change for change in changes if change not in own], Config)
+        config = parse_config(tree, source)
     tokenizer = load_tokenizer(resolve_model(config.model.path), config.model.revision)
     data = RunData(config, tokenizer)
     data.read(kinds)
@@ -49,20 +59,22 @@ def show_data(source: str, overrides: Sequence[str], model: str | None, console:
         console.print(panel)
 
 
-def _kind_of(source: str) -> str:
+def _change(tree: dict[str, Any], changes: Sequence[str], root: type[Section]) -> None:
+    for change in changes:
+        set_key(tree, *parse_override(change, root), f"override {change!r}")
+
+
+def _kind_of(source: DatasetConfig) -> str:
     """What a file alone is for, by its format."""
-    first = list(itertools.islice(load_source(DatasetConfig(path=source)).train, LOOKED_AT))
-    name = recognise(source, first, ("comparison", "labelled", "demonstration", "prompt"))
+    first = list(itertools.islice(load_source(source).train, LOOKED_AT))
+    name = source.format or recognise(
+        source.path,
+        [renamed(row, source.columns) for row in first],
+        ("comparison", "labelled", "demonstration", "prompt"),
+    )
+    if name not in FORMATS:
+        return "demonstrations"  # where the format is refused
     found = FORMATS[name]
     if name != "prompts" and (found.labelled or found.comparison):
         return "comparisons"
     return "demonstrations" if found.demonstration else "prompts"
-
-
-def _config_of(source: str, kind: str, changes: Sequence[str]) -> Config:
-    tree: dict[str, Any] = {"name": "data", "data": {kind: {"path": source}}}
-    if kind == "comparisons":  # labelled answers are refused where a stage needs pairs
-        tree["stages"] = ["sft"]
-    for change in changes:
-        set_key(tree, *parse_override(change), f"override {change!r}")
-    return parse_config(tree, source)

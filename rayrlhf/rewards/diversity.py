@@ -10,22 +10,17 @@
 from __future__ import annotations
 
 import math
-import re
 import zlib
 from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 
+from rayrlhf.data.words import words
 from rayrlhf.trajectory import Wording
 
 REPEATED, OPENING = 4, 4
 """Words of the n-grams that may repeat, and of an opening."""
-
-
-def words(text: str) -> list[str]:
-    """The words of a text, lower-cased."""
-    return re.findall(r"\w+", text.lower())
 
 
 def repetition(text: str) -> float:
