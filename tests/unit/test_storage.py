@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import obstore
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -23,7 +24,7 @@ from rayrlhf.config_file import parse_config
 from rayrlhf.errors import UserError
 from rayrlhf.runs import conditional, lease
 from rayrlhf.runs.addresses import join, local_path, runs_address
-from rayrlhf.runs.conditional import ChangedError, ConditionalObject
+from rayrlhf.runs.conditional import ChangedError, ConditionalObject, Version
 from rayrlhf.runs.folder import RunFolder, open_or_create
 from rayrlhf.runs.lease import leased
 from rayrlhf.runs.metrics import MetricsWriter, read_lines, read_metrics
@@ -359,7 +360,8 @@ def test_of_many_writers_of_one_version_one_succeeds(store: Store) -> None:
     written = ConditionalObject(store, ".lock")
     assert written.read() is None
     for before in (None, "0", "the winner's"):
-        version, won, together = written.read(), [], threading.Barrier(6)
+        version, together = written.read(), threading.Barrier(6)
+        won: list[Version] = []
 
         def write(i: int, version: Any = version, won: Any = won, together: Any = together) -> None:
             together.wait(60)
@@ -401,7 +403,8 @@ def test_a_write_whose_answer_was_lost_is_known_as_ones_own(
     store: Store, quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The client tries it again, and the store refuses that for the sake of the first one."""
-    plain, lost = ConditionalObject.write, []
+    plain = ConditionalObject.write
+    lost: list[Version] = []
 
     def write(self: ConditionalObject, content: str, before: Any) -> Any:
         version = plain(self, content, before)
@@ -419,8 +422,8 @@ def test_a_write_whose_answer_was_lost_is_known_as_ones_own(
 
 @on_s3
 def test_a_server_without_conditions_is_refused(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    put = conditional.obstore.put
-    monkeypatch.setattr(conditional.obstore, "put", lambda bucket, path, content, mode: put(bucket, path, content))
+    put = obstore.put
+    monkeypatch.setattr(obstore, "put", lambda bucket, path, content, mode: put(bucket, path, content))
     with pytest.raises(UserError, match="the server ignores If-None-Match"), leased(store):
         raise AssertionError("began")
 
