@@ -87,12 +87,12 @@ def test_every_node_on_azure_names_an_image() -> None:
 
 @pytest.mark.parametrize("name", CLOUDS)
 def test_generators_alone_are_on_spot(name: str) -> None:
-    spot: Callable[[dict[str, Any]], bool] = {
+    spots: dict[str, Callable[[Any], bool]] = {
         "cluster.yaml": lambda each: each.get("InstanceMarketOptions") == {"MarketType": "spot"},
         "cluster.gcp.yaml": lambda each: each.get("scheduling", {}).get("provisioningModel") == "SPOT",
         "cluster.azure.yaml": lambda each: each.get("priority") == "Spot",
-    }[name]
-    assert [kind for kind, each in node_configs(name).items() if spot(each)] == ["generator"]
+    }
+    assert [kind for kind, each in node_configs(name).items() if spots[name](each)] == ["generator"]
 
 
 @pytest.mark.parametrize("name", CLOUDS)

@@ -24,7 +24,7 @@ from rayrlhf.config_file import parse_config
 from rayrlhf.errors import UserError
 from rayrlhf.runs import conditional, lease
 from rayrlhf.runs.addresses import join, local_path, runs_address
-from rayrlhf.runs.conditional import ChangedError, ConditionalObject
+from rayrlhf.runs.conditional import ChangedError, ConditionalObject, Version
 from rayrlhf.runs.folder import RunFolder, open_or_create
 from rayrlhf.runs.lease import leased
 from rayrlhf.runs.metrics import MetricsWriter, read_lines, read_metrics
@@ -361,7 +361,7 @@ def test_of_many_writers_of_one_version_one_succeeds(store: Store) -> None:
     assert written.read() is None
     for before in (None, "0", "the winner's"):
         version, together = written.read(), threading.Barrier(6)
-        won: list[Any] = []
+        won: list[Version] = []
 
         def write(i: int, version: Any = version, won: Any = won, together: Any = together) -> None:
             together.wait(60)
@@ -404,7 +404,7 @@ def test_a_write_whose_answer_was_lost_is_known_as_ones_own(
 ) -> None:
     """The client tries it again, and the store refuses that for the sake of the first one."""
     plain = ConditionalObject.write
-    lost: list[Any] = []
+    lost: list[Version] = []
 
     def write(self: ConditionalObject, content: str, before: Any) -> Any:
         version = plain(self, content, before)
