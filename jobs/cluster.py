@@ -172,8 +172,8 @@ def cluster_nodes(free: bool = False) -> list[Node]:
         if node["Alive"]:
             # A node that has just come is not in the list of what is left yet.
             resources = left.get(node["NodeID"], node["Resources"])
-            amounts = [resources.get(kind, 0.0) for kind in ("CPU", "GPU")]
-            nodes.append(Node(node["NodeManagerHostname"], *amounts, node["Labels"]))
+            cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
+            nodes.append(Node(node["NodeManagerHostname"], cpus, gpus, node["Labels"]))
     return nodes
 
 

@@ -30,7 +30,7 @@ def find_models(config: Config) -> dict[str, str]:
     for stage in ("sft", "reward_model", "dpo", "rl"):
         given = getattr(config, stage).start
         # A stage that is left out hands its model on; `dpo` and `rl` are no stage's start.
-        used = config.has_reward_model if stage == "reward_model" else stage == "sft" or config.has(stage)  # type: ignore[arg-type]
+        used = config.has_reward_model if stage == "reward_model" else stage == "sft" or config.has(stage)
         if given is not None and used:
             found[f"{stage}.from"] = find_model(given, stage, f"{stage}.from")
     value_from = getattr(config.rl, "value_from", None)

@@ -251,7 +251,12 @@ def test_files_are_known_by_what_is_in_them(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(contents, "_SETTLED_NS", -(10**18))
     known = read_contents(own, {}, {})
     read: list[Path] = []
-    monkeypatch.setattr(contents, "fingerprint", lambda path: read.append(path) or {"bytes": 0, "blake2b": "new"})
+
+    def look(path: Path) -> dict[str, Any]:
+        read.append(path)
+        return {"bytes": 0, "blake2b": "new"}
+
+    monkeypatch.setattr(contents, "fingerprint", look)
     read_contents(own, {}, known)
     assert read == []
     replacement = tmp_path / "replacement"

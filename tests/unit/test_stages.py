@@ -10,8 +10,9 @@ from typing import get_args
 import pytest
 
 from jobs.pipeline import STAGE_FUNCTIONS
-from rayrlhf.config import Config, StageName
+from rayrlhf.config import Config
 from rayrlhf.config_file import parse_config
+from rayrlhf.config_stages import StageName
 from rayrlhf.reports.measures import PANELS
 from rayrlhf.reports.progress import batch_table, has_step_line, stage_loads
 from rayrlhf.runs.stages import STAGES, stages_from, stages_of, stages_to
