@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import shlex
-import time
 from collections import Counter
 
 import pytest
@@ -158,8 +157,8 @@ def test_a_run_waits_for_what_other_jobs_hold(
     clock = itertools.count()
     left = iter([[Node("a", 0.5, 0)], [Node("a", 0.5, 0)], [Node("a", 2, 0)]])
     monkeypatch.setattr(cluster, "cluster_nodes", lambda free: next(left))
-    monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    monkeypatch.setattr("jobs.cluster.time.monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr("jobs.cluster.time.sleep", lambda seconds: None)
     roles = [role("learner", together=True), role()]
     plan = cluster._wait_for_others(roles, 1, limit_s=30)
     assert plan.placed == {"learner": {"a": 1}, "generators": {"a": 1}}

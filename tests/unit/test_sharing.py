@@ -252,11 +252,11 @@ def test_files_are_known_by_what_is_in_them(tmp_path: Path, monkeypatch: pytest.
     known = read_contents(own, {}, {})
     read: list[Path] = []
 
-    def fingerprint(path: Path) -> dict[str, Any]:
+    def look(path: Path) -> dict[str, Any]:
         read.append(path)
         return {"bytes": 0, "blake2b": "new"}
 
-    monkeypatch.setattr(contents, "fingerprint", fingerprint)
+    monkeypatch.setattr(contents, "fingerprint", look)
     read_contents(own, {}, known)
     assert read == []
     replacement = tmp_path / "replacement"
