@@ -6,7 +6,8 @@ import difflib
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -103,15 +104,35 @@ def dump_config(config: Config) -> dict[str, Any]:
     return config.model_dump(mode="json")
 
 
-def parse_override(override: str) -> tuple[str, Any]:
-    """The dotted key and the value of ``key.sub=value``."""
+def parse_override(override: str, root: type[BaseModel] = Config) -> tuple[str, Any]:
+    """The dotted key and the value of ``key.sub=value``, whose key is one of `root`.
+
+    The value is YAML. A key that holds text takes it as it stands: `name=2024-11-05` is no date there, and ` #` begins
+    no comment. Quotes around the whole text are taken off.
+    """
     key, separator, text = override.partition("=")
-    if not separator or not key.strip():
+    key = key.strip()
+    if not separator or not key:
         raise UserError(f"override {override!r}: write key.sub=value, for example rl.steps=3")
+    kinds = _text_kinds(key, root)
+    if kinds and not text.lstrip().startswith(("'", '"')):
+        return key, None if type(None) in kinds and text.strip() in ("null", "~", "") else text.strip()
     try:
-        return key.strip(), yaml.safe_load(text)
+        return key, yaml.safe_load(text)
     except yaml.YAMLError:
         raise UserError(f"override {override!r}: the value is not valid YAML") from None
+
+
+def _text_kinds(key: str, root: type[BaseModel]) -> set[Any]:
+    """`{str}`, or `{str, NoneType}`, if the key holds a text in every section that may have it; otherwise nothing."""
+    *parents, last = key.split(".")
+    sections = [root]
+    for part in parents:
+        fields = [section.model_fields[part] for section in sections if part in section.model_fields]
+        sections = [inner for field in fields for inner in _sections(field.annotation)]
+    annotations = [section.model_fields[last].annotation for section in sections if last in section.model_fields]
+    kinds = {kind for each in annotations for kind in (get_args(each) if isinstance(each, UnionType) else (each,))}
+    return kinds if str in kinds and kinds <= {str, type(None)} else set()
 
 
 def set_key(tree: dict[str, Any], key: str, value: Any, where: str) -> None:

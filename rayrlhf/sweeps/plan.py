@@ -162,8 +162,9 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
     own = read_yaml(path, "sweep file; the examples are in configs/sweeps/")
     changes: dict[str, Any] = {}
     for override in overrides:
-        key, value = parse_override(override)
-        (own if key in SweepConfig.model_fields else changes)[key] = value
+        of_sweep = override.partition("=")[0].strip() in SweepConfig.model_fields
+        key, value = parse_override(override, SweepConfig if of_sweep else Config)
+        (own if of_sweep else changes)[key] = value
     settings = parse_section(SweepConfig, own, str(path))
     changes = settings.fixed | changes
     search = {key: parse_section(Space, space, f"{path}: search: {key}") for key, space in settings.search.items()}

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from rayrlhf.config_file import load_config
+from rayrlhf.config_file import load_config, parse_override
 from rayrlhf.config_origins import annotated, origins
 from rayrlhf.errors import UserError
+from rayrlhf.sweeps.plan import load_sweep
 
 ROOT = Path(__file__).parents[2]
 MINE = """\
@@ -74,3 +75,29 @@ def test_mistakes_are_those_of_every_command(tmp_path: Path) -> None:
         annotated(tmp_path / "nowhere.yaml", [])
     with pytest.raises(UserError, match="unknown key 'rl.stepz'"):
         annotated(ROOT / "configs" / "quickstart.yaml", ["rl.stepz=1"])
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("runs_dir=runs/My runs #1", "runs/My runs #1"),
+        ("name=2024-11-05", "2024-11-05"),
+        ("model.revision=1234567", "1234567"),
+        ("model.revision=null", None),  # which the key may be
+        ("data.demonstrations.path=a: b #c.jsonl", "a: b #c.jsonl"),
+        ("model.path='quoted #1'", "quoted #1"),
+        ('name="0x10"', "0x10"),
+        ("rl.steps=3", 3),
+        ("data.stop_tokens=[a, '#']", ["a", "#"]),
+        ("collect.labeller.path=yes", "yes"),
+        ("rl.kl={coefficient: 0.1}", {"coefficient": 0.1}),
+        ("no.such.key=2024", 2024),
+    ],
+)
+def test_text_is_taken_as_it_stands(override: str, value: object) -> None:
+    assert parse_override(override) == (override.partition("=")[0], value)
+
+
+def test_a_sweeps_own_text(tmp_path: Path) -> None:
+    sweep = ROOT / "configs" / "sweeps" / "quickstart_ppo.yaml"
+    assert load_sweep(sweep, ["name=2024-11-05", "data.demonstrations.path=my #1.jsonl"]).settings.name == "2024-11-05"
