@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from rayrlhf.data.tokens import continue_texts, decode_response
 from rayrlhf.environments.base import Environment, EnvironmentMaker, Turn
 from rayrlhf.errors import UserError, one_line
 from rayrlhf.trajectory import FinishReason, GenerationRequest, Sampling, Trajectory, derive_seed
@@ -176,8 +177,7 @@ class Episodes:
         try:
             if episode.turns == 1:
                 episode.environment.reset(request.prompt, request.reference, request.seed)
-            text = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            answer = Turn(*episode.environment.step(str(text).strip(), ids))
+            answer = Turn(*episode.environment.step(decode_response(self.tokenizer, ids), ids))
             if not math.isfinite(answer.reward):
                 raise ValueError(f"its reward is {answer.reward}")
         except Exception as error:
@@ -193,7 +193,7 @@ class Episodes:
         episode.reward += float(turn.reward)
         if turn.done or episode.turns >= episode.sampling.max_turns:
             return self._episodes.pop(ticket).finished("eos")
-        observation = self._token_ids(turn.observation)
+        observation = self._token_ids(turn.observation, behind=episode.ids[-1])
         if episode.room <= len(observation):
             return self._episodes.pop(ticket).finished("length")
         episode.observe(observation)
@@ -201,11 +201,12 @@ class Episodes:
         self.engine.add({ticket: request}, sampling, self.version)
         return None
 
-    def _token_ids(self, observation: str | Sequence[int]) -> list[int]:
+    def _token_ids(self, observation: str | Sequence[int], behind: int) -> list[int]:
+        """The ids of an observation, where it stands: behind the token that ended the policy's turn."""
         if not isinstance(observation, str):
             return [int(token) for token in observation]
-        ids: list[int] = self.tokenizer(observation, add_special_tokens=False)["input_ids"]
-        return ids
+        end = str(self.tokenizer.decode([behind]))
+        return continue_texts(self.tokenizer, [end], [observation])[0]
 
     def _find_late_answers(self) -> None:
         limit, now = self.maker.config.step_timeout_s, time.monotonic()

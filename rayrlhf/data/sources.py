@@ -18,7 +18,7 @@ from rayrlhf.data.formats import FORMATS, Format, RawComparison, RawDemonstratio
 from rayrlhf.data.loading import SourceRow, Split, load_source
 from rayrlhf.data.records import Comparison, Demonstration, LabelledAnswer, Prompt
 from rayrlhf.data.splits import hash_fraction
-from rayrlhf.data.template import fit_prompts
+from rayrlhf.data.template import cleaner, fit_prompts
 from rayrlhf.data.tokens import special_text_remover
 from rayrlhf.errors import UserError
 
@@ -49,7 +49,7 @@ def read_demonstrations(
         raise _cannot(source, "demonstrations", "demonstration")
     records, dropped = _read(source, split, adapter.demonstration)
     remove = special_text_remover(tokenizer)
-    parts = [raw.prompt.map(remove) for _, _, raw in records]
+    parts = list(map(cleaner(tokenizer), (raw.prompt for _, _, raw in records)))
     prompts = fit_prompts(tokenizer, parts, max_prompt_tokens, [row.where for _, row, _ in records])
     if dropped:
         reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
@@ -79,7 +79,7 @@ def read_published(
     if adapter.comparison is None:
         raise _cannot(source, "comparisons", "comparison")
     records, dropped = _read(source, split, adapter.comparison)
-    remove = special_text_remover(tokenizer)
+    remove, clean = special_text_remover(tokenizer), cleaner(tokenizer)
     usable: list[tuple[str, SourceRow, RawComparison]] = []
     for id, row, raw in records:
         answers = tuple(remove(response).strip() for response in raw.responses)
@@ -87,7 +87,7 @@ def read_published(
         if len(kept) < 2:
             dropped[next(iter(reasons))] += 1  # a row counts once, by its first reason
             continue
-        usable.append((id, row, RawComparison(raw.prompt.map(remove), tuple(answers[i] for i in kept), raw.source)))
+        usable.append((id, row, RawComparison(clean(raw.prompt), tuple(answers[i] for i in kept), raw.source)))
     if not usable:
         raise UserError(f"{source.path}: no usable comparison in split {split!r} (dropped: {dict(dropped)})")
     prompts = fit_prompts(
@@ -126,7 +126,7 @@ def read_labelled(
         raise _cannot(source, "labelled answers", "labelled")
     records, dropped = _read(source, split, adapter.labelled)
     remove = special_text_remover(tokenizer)
-    parts = [raw.prompt.map(remove) for _, _, raw in records]
+    parts = list(map(cleaner(tokenizer), (raw.prompt for _, _, raw in records)))
     prompts = fit_prompts(tokenizer, parts, max_prompt_tokens, [row.where for _, row, _ in records])
     answers = [
         LabelledAnswer(id, prompt, _response(remove, raw.response, row), raw.good, raw.source)

@@ -6,21 +6,21 @@ A prompt is first kept in parts (`TextPrompt`, `ChatPrompt`), because only some 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from jinja2 import TemplateError
 
 from rayrlhf.data.records import Message
-from rayrlhf.data.tokens import encode_prompts, leading_ids, starts_with_bos
+from rayrlhf.data.tokens import encode_prompts, leading_ids, message_cleaner, special_text_remover, starts_with_bos
+from rayrlhf.data.turns import SPEAKERS
 from rayrlhf.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _CHUNK = 1024  # prompts tokenised at a time: bounds the memory of their offsets
-_SPEAKERS = {"user": "Human", "assistant": "Assistant", "system": "System"}
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class ChatPrompt:
     @property
     def text(self) -> str:
         """HH-RLHF's own rendering, which also serves a tokenizer without a chat template."""
-        turns = (f"\n\n{_SPEAKERS[role]}: {content}" for role, content in self.messages)
+        turns = (f"\n\n{SPEAKERS[role]}: {content}" for role, content in self.messages)
         return "".join(turns) + "\n\nAssistant:"
 
     def map(self, change: Callable[[str], str]) -> ChatPrompt:
@@ -74,38 +74,22 @@ def plain_prompt(text: str) -> TextPrompt:
     return TextPrompt("", body, text[len(body) :]) if body else TextPrompt("", text, "")
 
 
+def cleaner(tokenizer: PreTrainedTokenizerBase) -> Callable[[PromptParts], PromptParts]:
+    """Make a function that removes from a prompt what only the tokenizer and its template may write.
+
+    These are special tokens and, from the turns of a dialogue, texts with which a turn would pose as several. A text
+    that its owner has rendered keeps the latter.
+    """
+    of_text, of_turn = special_text_remover(tokenizer), message_cleaner(tokenizer)
+    return lambda prompt: prompt.map(of_text if isinstance(prompt, TextPrompt) else of_turn)
+
+
 def render(tokenizer: PreTrainedTokenizerBase, prompt: PromptParts) -> str:
     """The whole prompt as text. Messages go through the tokenizer's chat template, if it has one."""
     if isinstance(prompt, TextPrompt) or not tokenizer.chat_template:
         return prompt.text
     messages = [{"role": role, "content": content} for role, content in prompt.messages]
     return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-
-
-def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The token that the chat template writes behind an assistant's message; None where it writes none there."""
-    said = "xyzzy"  # a word that no template has of its own
-    if not tokenizer.chat_template:
-        return None
-    messages = [{"role": "user", "content": "Say it."}, {"role": "assistant", "content": said}]
-    try:
-        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except TemplateError:  # it wants other roles
-        return None
-    _, found, behind = text.rpartition(said)
-    tokens = {*tokenizer.all_special_tokens, *(token.content for token in tokenizer.added_tokens_decoder.values())}
-    candidates = [token for token in tokens if found and behind.lstrip().startswith(token)]
-    return max(candidates, key=len, default=None)
-
-
-def asks_as_template(tokenizer: PreTrainedTokenizerBase, prompts: Iterable[str]) -> bool:
-    """Whether one of these rendered prompts ends as the chat template ends a prompt, with the assistant to answer."""
-    asked = "xyzzy"
-    try:
-        cue = render(tokenizer, ChatPrompt((Message("user", asked),))).rpartition(asked)[2]
-    except TemplateError:  # it wants other roles
-        return False
-    return bool(tokenizer.chat_template) and any(prompt.endswith(cue) for prompt in prompts)
 
 
 def fit_prompts(

@@ -1,22 +1,27 @@
 """Text to token ids and back, the same way at every stage.
 
 A prompt starts with the tokenizer's BOS, if the tokenizer puts one there (OPT: `</s>`, which is both BOS and EOS).
-A response starts with a space unless the prompt ends in white space, and it ends with an EOS.
+A response starts with a space unless the prompt ends in white space, and it ends with an EOS or the template's end of
+turn.
 """
 
 from __future__ import annotations
 
-import re
+import itertools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from rayrlhf.config import DataConfig
+from rayrlhf.data.turns import cue, end_of_turn, remover, spelled_tokens, turn_texts
 from rayrlhf.errors import UserError
 from rayrlhf.sections import DrawConfig
 from rayrlhf.trajectory import Sampling, Trajectory, Truncation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_SEAM = 64
+"""Characters before a text that are tokenised with it."""
 
 
 def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -30,7 +35,7 @@ def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def starts_with_bos(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
     """Say whether the text spells the BOS itself, as many chat templates do. Such a text must not get another one."""
-    return isinstance(tokenizer.bos_token, str) and text.startswith(tokenizer.bos_token)
+    return bool(tokenizer.bos_token) and text.startswith(str(tokenizer.bos_token))
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
@@ -38,10 +43,8 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> 
     if not texts:
         return []
     lead = leading_ids(tokenizer)
-    encoded = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-    return [
-        list(ids) if starts_with_bos(tokenizer, text) else lead + ids for text, ids in zip(texts, encoded, strict=True)
-    ]
+    encoded = _plain_ids(tokenizer, texts)
+    return [ids if starts_with_bos(tokenizer, text) else lead + ids for text, ids in zip(texts, encoded, strict=True)]
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -52,9 +55,11 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 def encode_responses(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_tokens: int, prompts: Sequence[str | None]
 ) -> list[list[int]]:
-    """Token ids of responses, at most `max_tokens` each: [leading space +] text + EOS.
+    """Token ids of responses, at most `max_tokens` each: [leading space +] text + end.
 
-    A longer response is cut and then has NO EOS: a model must not learn to stop in the middle of a sentence.
+    They are the ids that the text has behind its prompt: those of prompt and response are those of the joint text.
+    The end is the EOS, and behind a prompt that the chat template has rendered it is the template's end of turn.
+    A longer response is cut and then has NO end: a model must not learn to stop in the middle of a sentence.
 
     Args:
         prompts: the rendered prompt of each response. It decides about the leading space: there is none after white
@@ -63,17 +68,43 @@ def encode_responses(
     """
     if not texts:
         return []
-    eos = _eos(tokenizer)
-    specials = tuple(tokenizer.all_special_tokens)
+    asked = cue(tokenizer)
+    before = [(":" if asked is None else asked or "\n") if prompt is None else prompt for prompt in prompts]
+    specials = tuple(filter(None, tokenizer.all_special_tokens))
+    spaced = [
+        text.strip() if not prompt or prompt[-1].isspace() or prompt.endswith(specials) else " " + text.strip()
+        for prompt, text in zip(before, texts, strict=True)
+    ]
+    eos, turn = _eos(tokenizer), _turn_end(tokenizer)
+    ends = [turn if asked is not None and prompt.endswith(asked) else eos for prompt in before]
+    encoded = continue_texts(tokenizer, before, spaced)
+    return [[*ids, end][:max_tokens] for ids, end in zip(encoded, ends, strict=True)]  # the end is the first to be cut
 
-    def lead(prompt: str | None) -> str:
-        if prompt is None:
-            return "" if tokenizer.chat_template else " "
-        return "" if not prompt or prompt[-1].isspace() or prompt.endswith(specials) else " "
 
-    stripped = [lead(prompt) + text.strip() for text, prompt in zip(texts, prompts, strict=True)]
-    encoded = tokenizer(stripped, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-    return [[*ids, eos][:max_tokens] for ids in encoded]  # the EOS is the first to be cut
+def continue_texts(tokenizer: PreTrainedTokenizerBase, before: Sequence[str], texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of texts as they are behind other texts, whose own ids are left out.
+
+    A tokenizer like Llama's puts a space before whatever it gets, which is right for the beginning of a text only.
+    Where a token would reach across the seam, as with "a " and "b" in " b", the text counts as a line of its own: what
+    stands before it is fixed.
+    """
+    if not texts:
+        return []
+    # The end of what stands before is enough: a tokenizer does not look further back. It is long enough to hold whole
+    # any special token that stands at the seam.
+    tails = [text[-_SEAM:] for text in before]
+    distinct = sorted({*tails, "\n"})
+    left_out = dict(zip(distinct, _plain_ids(tokenizer, distinct), strict=True))
+    found = _plain_ids(tokenizer, [tail + text for tail, text in zip(tails, texts, strict=True)])
+    reaching = [
+        i
+        for i, (tail, ids) in enumerate(zip(tails, found, strict=True))
+        if ids[: len(left_out[tail])] != left_out[tail]
+    ]
+    lines = _plain_ids(tokenizer, ["\n" + texts[i] for i in reaching])
+    for i, ids in zip(reaching, lines, strict=True):
+        tails[i], found[i] = "\n", ids
+    return [ids[len(left_out[tail]) :] for tail, ids in zip(tails, found, strict=True)]
 
 
 def encode_response(
@@ -84,11 +115,9 @@ def encode_response(
 
 
 def decode_response(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """Text of a response: up to its first EOS, without special tokens, stripped."""
-    eos = _eos(tokenizer)
-    kept = [int(token) for token in ids]
-    if eos in kept:
-        kept = kept[: kept.index(eos)]
+    """Text of a response: up to its first EOS or end of turn, without special tokens, stripped."""
+    ends = {_eos(tokenizer), _turn_end(tokenizer)}
+    kept = list(itertools.takewhile(lambda token: token not in ends, map(int, ids)))
     text = tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return str(text).strip()
 
@@ -98,6 +127,8 @@ def decode_trajectory(tokenizer: PreTrainedTokenizerBase, trajectory: Trajectory
     ids = trajectory.response_ids.tolist()
     if trajectory.written is None:
         return decode_response(tokenizer, ids)
+    end = _turn_end(tokenizer)  # which need not be a special token
+    ids = [token for token in ids if token != end]
     return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)).strip()
 
 
@@ -108,8 +139,7 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> 
         UserError: a text that is not exactly one token.
     """
     found = []
-    for text in texts:
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    for text, ids in zip(texts, continue_texts(tokenizer, ["a"] * len(texts), texts), strict=True):
         if len(ids) != 1:
             raise UserError(
                 f"data.stop_tokens: {text!r} is {len(ids)} tokens of this tokenizer "
@@ -137,24 +167,16 @@ def sampling_of(tokenizer: PreTrainedTokenizerBase, data: DataConfig, draw: Draw
 
 
 def special_text_remover(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], str]:
-    """Make a function that removes the spelling of special tokens from a text.
+    """Make a function that removes the spelling of special tokens and of the chat template's tokens from a text.
 
     A post may contain `</s>`, which is also HTML. Left in, it would end the post, or let it pose as another speaker.
     """
-    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    special.update(tokenizer.all_special_tokens)
-    if not special:
-        return lambda text: text
-    # Longest first: a shorter special token may be the beginning of a longer one.
-    pattern = re.compile("|".join(re.escape(token) for token in sorted(special, key=len, reverse=True)))
+    return remover(spelled_tokens(tokenizer))
 
-    def remove(text: str) -> str:
-        # Again until none is found: removing one may join the halves of another, as in `</</s>s>`.
-        while pattern.search(text):
-            text = pattern.sub("", text)
-        return text
 
-    return remove
+def message_cleaner(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], str]:
+    """Make a function that removes the same from a turn of a dialogue, and also all texts that would open a turn."""
+    return remover(spelled_tokens(tokenizer) | turn_texts(tokenizer))
 
 
 def check_context(max_prompt_tokens: int, max_response_tokens: int, context_length: int) -> None:
@@ -165,6 +187,21 @@ def check_context(max_prompt_tokens: int, max_response_tokens: int, context_leng
             f"data.max_prompt_tokens + data.max_response_tokens = {max_prompt_tokens} + {max_response_tokens} = {total}"
             f" exceeds the model's context of {context_length} tokens; lower one of them or choose another model"
         )
+
+
+def _plain_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """The ids of texts without the tokens that a tokenizer puts around a text."""
+    if not texts:
+        return []
+    encoded = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
+    return [list(ids) for ids in encoded["input_ids"]]
+
+
+def _turn_end(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id with which the chat template ends an assistant's turn; the EOS where it has none."""
+    end = end_of_turn(tokenizer)
+    found = None if end is None else tokenizer.convert_tokens_to_ids(end)
+    return found if isinstance(found, int) else _eos(tokenizer)
 
 
 def _eos(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -17,7 +17,7 @@ from rayrlhf.config_resources import ScorerConfig
 from rayrlhf.config_rewards import ModelReward
 from rayrlhf.data.records import Message
 from rayrlhf.data.template import ChatPrompt
-from rayrlhf.data.tokens import special_text_remover
+from rayrlhf.data.tokens import message_cleaner, special_text_remover
 from rayrlhf.errors import UserError, one_line
 from rayrlhf.rewards.base import TextReward
 from rayrlhf.trajectory import Trajectory
@@ -54,7 +54,7 @@ class Reader:
             suffix: stands behind every text.
         """
         self.tokenizer, self.context, self.suffix = tokenizer, context, suffix
-        self._remove = special_text_remover(tokenizer)
+        self._remove, self._clean_turn = special_text_remover(tokenizer), message_cleaner(tokenizer)
 
     def row(self, exchange: Exchange) -> tuple[list[int], bool]:
         """The token ids of an exchange, at most `context`, and whether something was left out for that.
@@ -76,11 +76,13 @@ class Reader:
 
     def _clean(self, exchange: Exchange) -> Exchange:
         """Without texts that this tokenizer would take for special tokens; a prompt without messages is one message."""
-        messages = tuple(Message(role, self._remove(content)) for role, content in exchange.messages)
+        messages = tuple(Message(role, self._clean_turn(content)) for role, content in exchange.messages)
         prompt = self._remove(exchange.prompt)
         if not self.tokenizer.chat_template:
             messages = (Message("user", ChatPrompt(messages).text if messages else prompt),)
-        return Exchange(prompt, messages or (Message("user", prompt),), self._remove(exchange.response).strip())
+        return Exchange(
+            prompt, messages or (Message("user", self._clean_turn(prompt)),), self._remove(exchange.response).strip()
+        )
 
     def _ids(self, exchange: Exchange, skipped: int = 0) -> list[int]:
         """Of a clean exchange, without the first `skipped` characters of the prompt."""

@@ -57,7 +57,7 @@ def rouge_scorer(*names: str) -> Any:
     from rouge_score.rouge_scorer import RougeScorer
     from rouge_score.tokenizers import Tokenizer
 
-    class Stems(Tokenizer):  # type: ignore[misc]  # a package without types
+    class Stems(Tokenizer):
         def __init__(self) -> None:
             self.stemmer = PorterStemmer()
 

@@ -70,13 +70,15 @@ def test_useless_answers_are_dropped_and_counted() -> None:
     assert kept == [1, 4] and dropped == {"nearly_empty": 2, "identical": 1}
 
 
-
 def test_answers_in_a_script_without_spaces_are_kept(tokenizer: PreTrainedTokenizerBase) -> None:
     source = DatasetConfig(format="prompts", path=str(DATA / "chinese_pairs.jsonl"))
     found = [read_published(source, split, tokenizer, 400) for split in ("train", "valid")]
     assert sum(len(comparisons) for comparisons, _ in found) == 4
     assert all(dropped == {} for _, dropped in found)
-    assert usable_answers(["很好。", "ดี", "因为天气变冷了", "因为天气变冷了"]) == ([2], {"nearly_empty": 2, "identical": 1})
+    assert usable_answers(["很好。", "ดี", "因为天气变冷了", "因为天气变冷了"]) == (
+        [2],
+        {"nearly_empty": 2, "identical": 1},
+    )
 
 
 def test_published_comparisons(tokenizer: PreTrainedTokenizerBase) -> None:

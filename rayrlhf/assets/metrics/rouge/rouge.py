@@ -8,6 +8,7 @@ over the words of `rayrlhf.data.words`.
 import datasets
 import evaluate
 import numpy as np
+
 from rayrlhf.rewards.rouge import rouge_scorer
 
 ROUGE_TYPES = ["rouge1", "rouge2", "rougeL", "rougeLsum"]
