@@ -27,6 +27,8 @@ from rayrlhf.config_file import dump_config
 from rayrlhf.config_services import HOW_ASKED
 from rayrlhf.data.run_data import RunData
 from rayrlhf.data.tokens import check_context
+from rayrlhf.models.checks import check_architecture
+from rayrlhf.models.ends import with_ends
 from rayrlhf.models.loading import context_length, load_tokenizer, parameter_counts, resolve_model
 from rayrlhf.reports.progress import batch_table
 from rayrlhf.reports.remarks import remarks
@@ -43,9 +45,12 @@ class Session:
     """One run while it is being worked on. Pools start when a stage first needs them, and serve the later stages."""
 
     def __init__(self, config: Config, run: RunFolder, local: bool) -> None:
-        self.config, self.run, self.local = config, run, local
         self.model = resolve_model(config.model.path)
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.model, config.model.revision)
+        critic = config.has("rl") and config.rl.critic
+        check_architecture(self.model, config.model.revision, scores=config.trains_reward_model or critic)
+        config, self._ends = with_ends(config, self.model, self.tokenizer)
+        self.config, self.run, self.local = config, run, local
         self.data = RunData(config, self.tokenizer)
         check_context(config.data.max_prompt_tokens, config.data.max_response_tokens, context_length(self.model))
         self.workers = Workers(
@@ -75,9 +80,9 @@ class Session:
             self._connection.enter_context(connected(self.config))
             self.run.note_in_lock(f"Ray at {ray.get_runtime_context().gcs_address}")
             self.placement = preflight(self.config)
-        train = self.data.train
-        prompts = [record.prompt for record in (*train.sft, *train.reward_model, *train.rl)]
-        for remark in remarks(self.config, self.tokenizer, prompts):
+        for line in self._ends:
+            console.print(escape(line), soft_wrap=True)
+        for remark in remarks(self.config):
             console.print(f"[bold yellow]warning:[/] {escape(remark)}", soft_wrap=True)
         self._started = True
         return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
+    Ernie4_5Config,
     GPT2Config,
     GPTJConfig,
     GPTNeoXConfig,
@@ -47,6 +49,7 @@ FAMILIES = {
     "mistral": MistralConfig(**LLAMA, sliding_window=None),
     "qwen2": Qwen2Config(**LLAMA, tie_word_embeddings=True),
     "qwen3": Qwen3Config(**LLAMA, head_dim=8),
+    "ernie": Ernie4_5Config(**LLAMA, head_dim=8),  # transformers has no classifier of it
 }  # fmt: skip
 
 
@@ -62,6 +65,9 @@ def write_model(config: Any, directory: Path, std: float = 0.3, auto: Any = Auto
             elif name.endswith("bias"):
                 parameter.normal_(0.0, 0.1)
     model.save_pretrained(directory)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(Path(TINY) / name, directory)
+    tokenizer = json.loads((Path(TINY) / "tokenizer.json").read_text())
+    vocabulary = {token: id for token, id in tokenizer["model"]["vocab"].items() if id < V}  # a row for every token
+    tokenizer["model"] |= {"vocab": vocabulary, "merges": []}
+    (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
+    shutil.copy(Path(TINY) / "tokenizer_config.json", directory)
     return directory

@@ -78,4 +78,5 @@ def dpo_loop(args: DPOArguments) -> None:
             return ranked_pass(forward, [usable[i] for i in chosen], ranks, scale, loss, known)
 
         learn_pairs(loop, model, usable, settings, measure, state, loss.details)
-        loop.finish(lambda directory: save_model(model, tokenizer, directory))
+        stop_tokens = config.data.stop_tokens
+        loop.finish(lambda directory: save_model(model, tokenizer, directory, stop_tokens=stop_tokens))

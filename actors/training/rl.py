@@ -75,8 +75,11 @@ def rl_loop(args: RLArguments) -> None:
             version, cursor = state["version"], Cursor(*state["cursor"])
         generators.begin(cursor)
 
+        def save_policy(directory: Path) -> None:
+            save_model(policy, tokenizer, directory, stop_tokens=config.data.stop_tokens)
+
         def save_models(directory: Path) -> None:
-            save_model(policy, tokenizer, directory / "policy")
+            save_policy(directory / "policy")
             if value_model is not None:
                 save_model(value_model, tokenizer, directory / "value_model")
 
@@ -111,7 +114,7 @@ def rl_loop(args: RLArguments) -> None:
                 loop.save(state, save_models)
                 if stopping:
                     return
-        loop.finish(lambda directory: save_model(policy, tokenizer, directory))
+        loop.finish(save_policy)
 
 
 def load_models(

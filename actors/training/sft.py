@@ -156,7 +156,7 @@ def sft_loop(args: SFTArguments) -> None:
                 score = metrics["sft/rouge_mean"]
             # On all ranks, which hold the same numbers.
             if progress.improves(score, metrics["sft/dev_loss"]) and ranks.first:
-                save_model(model, tokenizer, best_model)
+                save_model(model, tokenizer, best_model, stop_tokens=config.data.stop_tokens)
                 run.upload(best_model)
             loop.log(metrics | {"sft/best": progress.best})
             loop.save({

@@ -6,7 +6,7 @@ padded rectangles with an attention mask, and go through the model's own forward
 
 from __future__ import annotations
 
-import json
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from huggingface_hub import get_safetensors_metadata, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError, NotASafetensorsRepoError, SafetensorsParsingError
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification, PreTrainedConfig
 
 from rayrlhf.errors import UserError, one_line
 from rayrlhf.models.batching import micro_batches
-from rayrlhf.models.hub import one_line_errors, read_config
+from rayrlhf.models.files import stored_names
+from rayrlhf.models.heads import with_classifier
+from rayrlhf.models.hub import check_embedding, one_line_errors, read_config, read_tokenizer
 from rayrlhf.models.loading import context_length, load_pretrained
 
 
@@ -46,7 +47,7 @@ def inspect_classifier(path: str, revision: str | None, label: str | int | None)
             would draw at random; there is no such label, or none is given and there are several outputs; or the
             tokenizer cannot be loaded or its chat template takes no dialogue of a user and an assistant.
     """
-    config = read_config(path, revision)
+    config = with_classifier(read_config(path, revision))
     try:
         with torch.device("meta"):
             model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
@@ -63,7 +64,8 @@ def inspect_classifier(path: str, revision: str | None, label: str | int | None)
             f"model {path!r}: no sequence-classification head (weights that are missing: {', '.join(missing)}); "
             "give a reward model or another classifier"
         )
-    tokenizer = load_own_tokenizer(path, revision)
+    tokenizer = read_tokenizer(path, revision)
+    check_embedding(tokenizer, path, revision)
     if tokenizer.chat_template:
         try:
             tokenizer.apply_chat_template([{"role": r, "content": r} for r in ("user", "assistant")], tokenize=False)
@@ -72,19 +74,6 @@ def inspect_classifier(path: str, revision: str | None, label: str | int | None)
                 f"model {path!r}: its chat template refuses a user's and an assistant's turn: {one_line(error)}"
             ) from None
     return Facts(_output(config, path, label), sum(parameter.numel() for parameter in model.parameters()))
-
-
-def load_own_tokenizer(path: str, revision: str | None) -> PreTrainedTokenizerBase:
-    """A tokenizer as its owner made it, with or without EOS and PAD.
-
-    Raises:
-        UserError: it cannot be loaded.
-    """
-    with one_line_errors(path):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            path, revision=revision, trust_remote_code=False
-        )
-    return tokenizer
 
 
 class Classifier:
@@ -105,12 +94,13 @@ class Classifier:
         Raises:
             UserError: it cannot be loaded, or weights are missing.
         """
+        with_classifier(read_config(path, revision))
         model, info = load_pretrained(AutoModelForSequenceClassification, path, revision, getattr(torch, dtype))
         if info["missing_keys"]:
             raise UserError(f"model {path!r}: weights are missing ({', '.join(sorted(info['missing_keys'])[:5])})")
         self.model = model.requires_grad_(False).to(device)
         self.model.config.use_cache = False  # of keys and values, for tokens that never come
-        self.tokenizer = load_own_tokenizer(path, revision)
+        self.tokenizer = read_tokenizer(path, revision)
         self.output, self.max_tokens = output, max_tokens
         self.bias = float(getattr(model.config, "reward_bias", 0.0))  # of a reward model of this package
         self.text_config = model.config.get_text_config()
@@ -168,28 +158,18 @@ def _output(config: PreTrainedConfig, path: str, label: str | int | None) -> int
 def _weight_names(path: str, revision: str | None) -> set[str]:
     """The names of a model's weights by the headers of its safetensors files: in a directory, the cache, or the hub."""
     with one_line_errors(path):
+        if Path(path).is_dir():
+            return stored_names(Path(path), path)
+        # What was loaded here before also works without the network; what is not whole here is so on the hub.
+        with contextlib.suppress(LocalEntryNotFoundError, UserError):
+            return stored_names(Path(snapshot_download(path, revision=revision, local_files_only=True)), path)
         try:
-            # Of a hub model that was loaded here before, which also works without the network.
-            directory = (
-                path if Path(path).is_dir() else snapshot_download(path, revision=revision, local_files_only=True)
-            )
-        except LocalEntryNotFoundError:
-            directory = ""
-        index, single = (Path(directory) / name for name in ("model.safetensors.index.json", "model.safetensors"))
-        try:
-            if directory and index.is_file():
-                return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-            if directory and single.is_file():
-                with safe_open(single, "pt") as file:
-                    return set(file.keys())
-            if Path(path).is_dir():
-                raise UserError(f"model {path!r}: no model.safetensors; save it with save_pretrained")
             return set(get_safetensors_metadata(path, revision=revision).weight_map)
         except NotASafetensorsRepoError:
             raise UserError(
                 f"model {path!r}: no safetensors weights; convert them with save_pretrained first"
             ) from None
-        except (SafetensorError, SafetensorsParsingError) as error:
+        except SafetensorsParsingError as error:
             raise UserError(f"model {path!r}: its safetensors cannot be read: {one_line(error)}") from None
 
 

@@ -1,4 +1,4 @@
-"""What every call of transformers' loaders needs: the config, errors of one line with a remedy, and quiet."""
+"""What calls of transformers' loaders need: the config, the tokenizer, errors of one line with a remedy, and quiet."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import contextlib
 import logging
 from collections.abc import Iterator
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
+from rayrlhf.data.turns import written_tokens
 from rayrlhf.errors import UserError
 
 
@@ -20,6 +21,42 @@ def read_config(path: str, revision: str | None) -> PreTrainedConfig:
     with one_line_errors(path):
         config: PreTrainedConfig = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
     return config
+
+
+def read_tokenizer(path: str, revision: str | None) -> PreTrainedTokenizerBase:
+    """A tokenizer as its owner made it, with or without EOS and PAD. A special token that is empty is none.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    with one_line_errors(path):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            path, revision=revision, trust_remote_code=False
+        )
+    for name, token in dict(tokenizer.special_tokens_map).items():
+        if token == "":  # in every text, and at its beginning
+            setattr(tokenizer, name, None)
+    return tokenizer
+
+
+def check_embedding(tokenizer: PreTrainedTokenizerBase, path: str, revision: str | None) -> None:
+    """Check that every token that may come up is a row of the model's embedding.
+
+    Special tokens that nothing writes may lie behind its end, as those for images of a model that reads only text.
+
+    Raises:
+        UserError: a token has no row, as after `add_tokens` without `resize_token_embeddings`.
+    """
+    rows = read_config(path, revision).get_text_config().vocab_size
+    silent = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    silent -= {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, *written_tokens(tokenizer)}
+    beyond = {id: token for token, id in tokenizer.get_vocab().items() if id >= rows and token not in silent}
+    if beyond:
+        first = min(beyond)
+        raise UserError(
+            f"model {path!r}: token {beyond[first]!r} of its tokenizer has id {first}, and its embedding {rows} rows; "
+            "call resize_token_embeddings(len(tokenizer)) on the model and save both"
+        )
 
 
 @contextlib.contextmanager

@@ -16,7 +16,6 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -26,7 +25,9 @@ from rayrlhf.config import LoRAConfig
 from rayrlhf.data.rows import Row
 from rayrlhf.errors import UserError
 from rayrlhf.models.batching import collate
-from rayrlhf.models.hub import one_line_errors, quiet, read_config
+from rayrlhf.models.files import stored_names
+from rayrlhf.models.heads import with_classifier
+from rayrlhf.models.hub import check_embedding, one_line_errors, quiet, read_config, read_tokenizer
 from rayrlhf.models.logprobs import hidden_states
 from rayrlhf.models.lora import add_adapters
 
@@ -48,7 +49,8 @@ def resolve_model(path: str) -> str:
         path: a directory, a name on the hub (organisation/name), or `embedded:NAME` for a model of the package.
 
     Raises:
-        UserError: no such embedded model or directory, or a directory without config, safetensors or tokenizer.
+        UserError: no such embedded model or directory, or a directory without config or tokenizer, or without the
+            whole of its safetensors.
     """
     if path.startswith("embedded:"):
         directory = _ASSETS / path.removeprefix("embedded:")
@@ -63,8 +65,7 @@ def resolve_model(path: str) -> str:
         raise UserError(f"model {path!r}: no such directory, and not a hub name (organisation/name)")
     if not (directory / "config.json").is_file():
         raise UserError(f"model {path!r}: the directory has no config.json; point at a Hugging Face model directory")
-    if not any(directory.glob("*.safetensors")):
-        raise UserError(f"model {path!r}: no *.safetensors file; convert the weights with save_pretrained first")
+    stored_names(directory, path)
     if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
         raise UserError(f"model {path!r}: no tokenizer files; save the tokenizer into the same directory")
     return str(directory.resolve())
@@ -78,12 +79,9 @@ def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenize
     of the embedding, the unknown token.
 
     Raises:
-        UserError: it cannot be loaded, has no EOS, or has no token that could serve as PAD.
+        UserError: it cannot be loaded, has no EOS, has no token that could serve as PAD, or see `check_embedding`.
     """
-    with one_line_errors(path):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            path, revision=revision, trust_remote_code=False
-        )
+    tokenizer = read_tokenizer(path, revision)
     tokenizer.padding_side = "right"  # nothing here pads with it; it is for users of the saved tokenizer
     if tokenizer.eos_token_id is None:
         raise UserError(f"model {path!r}: the tokenizer has no eos_token; set it in tokenizer_config.json")
@@ -103,6 +101,7 @@ def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenize
                 f"model {path!r}: the tokenizer has no pad_token other than its EOS and no spare token; add one, "
                 "resize the model's embeddings to match, save both and point model.path at that directory"
             )
+    check_embedding(tokenizer, path, revision)
     return tokenizer
 
 
@@ -142,13 +141,11 @@ def load_reward_model(
         UserError: it cannot be loaded, has several labels, has no head and no seed was given, or is of an architecture
             without `score`.
     """
-    config = read_config(path, revision)
+    config = with_classifier(read_config(path, revision))
     if "ForSequenceClassification" in "".join(config.architectures or []) and config.num_labels != 1:
         raise UserError(f"model {path!r}: its head has {config.num_labels} labels; a reward model has one scalar score")
     model, info = load_pretrained(AutoModelForSequenceClassification, path, revision, num_labels=1)
-    head = getattr(model, "score", None)
-    if not isinstance(head, nn.Linear):
-        raise UserError(f"model {path!r}: {type(model).__name__} has no linear `score` head; use a decoder-only model")
+    head = score_head(model, path)
     missing = set(info["missing_keys"])
     if missing - {"score.weight", "score.bias"}:
         raise UserError(f"model {path!r}: weights are missing ({_some(missing)})")
@@ -161,6 +158,18 @@ def load_reward_model(
             if head.bias is not None:
                 head.bias.zero_()
     return model.to(device)
+
+
+def score_head(model: PreTrainedModel, path: str) -> nn.Linear:
+    """The scalar head of a sequence classifier.
+
+    Raises:
+        UserError: its head is of another kind.
+    """
+    head = getattr(model, "score", None)
+    if not isinstance(head, nn.Linear):
+        raise UserError(f"model {path!r}: {type(model).__name__} has no linear `score` head; use a decoder-only model")
+    return head
 
 
 def checkpoint_gradients(model: PreTrainedModel) -> PreTrainedModel:

@@ -2,16 +2,19 @@
 
 `peft` puts the adapters into the model's linear layers; the model stays an object of its own class. B starts at 0, so a
 model with new adapters computes the same as without. What a stage saves is merged, W + scaling * B A, under the names
-of a model without adapters.
+of a model without adapters; the adapters themselves stand beside it, as peft writes them.
 """
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -108,10 +111,31 @@ def merged_state(model: PreTrainedModel) -> dict[str, Tensor]:
     found = adapters(model)
     merged = {}
     for name, tensor in model.state_dict().items():
-        if ".lora_A." not in name and ".lora_B." not in name:
+        if not _is_factor(name):
             name = name.replace(_BASE, ".")
             merged[name] = found[name].merged(tensor) if name in found else tensor
     return merged
+
+
+def save_adapters(model: PreTrainedModel, directory: Path) -> None:
+    """Write a directory that peft's `PeftModel.from_pretrained` puts onto the model that training started from.
+
+    The trained head of a reward or value model is in it, too.
+    """
+    from peft.utils import SAFETENSORS_WEIGHTS_NAME
+
+    settings = copy.copy(model.peft_config[_ADAPTER])
+    settings.base_model_name_or_path = model.name_or_path
+    heads = sorted({name.partition(".")[0] for name in trained_state(model) if not _is_factor(name)})
+    settings.modules_to_save = heads or None
+    settings.task_type = "SEQ_CLS" if heads else "CAUSAL_LM"
+    directory.mkdir()
+    settings.save_pretrained(str(directory))
+    tensors = {
+        f"base_model.model.{name.replace(f'.{_ADAPTER}.', '.')}": tensor.contiguous()
+        for name, tensor in trained_state(model).items()
+    }
+    save_file(tensors, directory / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
 
 
 def trained_state(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -136,6 +160,11 @@ def _linear_layers(model: PreTrainedModel) -> list[str]:
     """Names of all linear layers but the output head, whose weight may be that of the embedding as well."""
     modules = model.base_model.named_modules(prefix=model.base_model_prefix)
     return [name for name, module in modules if isinstance(module, nn.Linear | Conv1D)]
+
+
+def _is_factor(name: str) -> bool:
+    """Whether a parameter is A or B of an adapter."""
+    return ".lora_A." in name or ".lora_B." in name
 
 
 def _ends_with(layer: str, target: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,23 +11,33 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rayrlhf.files import replacing
+from rayrlhf.models.ends import end_ids
 from rayrlhf.models.hub import quiet
-from rayrlhf.models.lora import has_adapters, merged_state
+from rayrlhf.models.lora import has_adapters, merged_state, save_adapters
 from rayrlhf.models.ranks import Ranks
+
+ADAPTERS = "adapters"
 
 
 def save_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: str | Path, **config_fields: Any
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: str | Path,
+    *,
+    stop_tokens: Sequence[str] = (),
+    **config_fields: Any,
 ) -> None:
     """Write a Hugging Face directory with float32 safetensors, which transformers and vLLM load.
 
-    The directory appears as a whole, in place of an older one. Adapters are merged into the weights.
+    The directory appears as a whole, in place of an older one. Adapters are merged into the weights, and their own
+    weights stand in the subdirectory `adapters`, for peft's `PeftModel.from_pretrained`.
 
     Args:
         model: its generation config is replaced by one that holds the special tokens and nothing else. vLLM would
             otherwise sample with the top-p or temperature that a model brings along, without saying so.
         tokenizer: saved beside it.
         directory: where to.
+        stop_tokens: end a response beside the EOS; the generation config has them, too.
         config_fields: written into config.json, such as `reward_bias`.
     """
     directory = Path(directory)
@@ -35,12 +46,14 @@ def save_model(
     if model.can_generate():
         model.generation_config = GenerationConfig(
             bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=end_ids(tokenizer, stop_tokens),
             pad_token_id=tokenizer.pad_token_id,
         )
     with replacing(directory, directory=True) as partial, quiet():
         model.save_pretrained(partial, state_dict=merged_state(model) if has_adapters(model) else None)
         tokenizer.save_pretrained(partial)
+        if has_adapters(model):
+            save_adapters(model, partial / ADAPTERS)
 
 
 def require_finite(model: nn.Module, what: str, ranks: Ranks) -> None:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from rayrlhf.config import LoRAConfig
 from rayrlhf.data.rows import Row
@@ -85,7 +86,13 @@ def test_new_adapters_change_nothing_and_trained_ones_what_peft_says(family: Pat
     torch.testing.assert_close(logprobs(saved), logprobs(model), rtol=0, atol=2e-5)
     assert (logprobs(saved) - logprobs(plain)).abs().max() > 1e-2
     assert not any("lora" in name for name in load_file(tmp_path / "saved" / "model.safetensors"))
-    assert not list((tmp_path / "saved").glob("adapter*"))
+    assert not list((tmp_path / "saved").glob("adapter_*"))  # transformers would then load it as adapters
+    own = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(family), tmp_path / "saved" / "adapters"
+    ).eval()
+    ids = torch.randint(3, V, (1, 20), generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        torch.testing.assert_close(own(ids).logits, saved(ids).logits, rtol=0, atol=2e-4)
     assert has_adapters(model) and not has_adapters(plain), "saving leaves the model as it is"
 
 
@@ -109,6 +116,11 @@ def test_a_reward_models_head_is_trained_beside_its_adapters(tmp_path: Path) -> 
     save_model(model, load_tokenizer(TINY), tmp_path / "saved")
     batch = collate([Row.completion([5, 6, 7], [8, 9])], pad_token_id=1)
     saved = load_reward_model(str(tmp_path / "saved"))
+    base = AutoModelForSequenceClassification.from_pretrained(TINY, num_labels=1, pad_token_id=1, dtype=torch.float32)
+    own = PeftModel.from_pretrained(base, tmp_path / "saved" / "adapters").eval()
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    with torch.no_grad():
+        torch.testing.assert_close(own(ids).logits[0, 0], sequence_scores(saved, batch)[0], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(sequence_scores(saved, batch), sequence_scores(model, batch), rtol=1e-4, atol=1e-4)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,28 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import (
+    AutoModel,
     AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BartConfig,
     CohereConfig,
     Gemma2Config,
     GPT2Config,
     GraniteConfig,
+    MixtralConfig,
     OPTConfig,
     PreTrainedTokenizerBase,
+    ViTConfig,
 )
 
+from rayrlhf.config_file import parse_config
+from rayrlhf.data.rows import Row
+from rayrlhf.data.tokens import sampling_of
 from rayrlhf.errors import UserError
+from rayrlhf.models.batching import collate
+from rayrlhf.models.checks import check_architecture
+from rayrlhf.models.classifier import Classifier, inspect_classifier
+from rayrlhf.models.ends import with_ends
 from rayrlhf.models.forward import autocast
 from rayrlhf.models.loading import (
     check_vocabulary,
@@ -31,6 +44,9 @@ from rayrlhf.models.loading import (
     parameter_counts,
     resolve_model,
 )
+from rayrlhf.models.logprobs import sequence_scores
+from rayrlhf.models.saving import save_model
+from rayrlhf.sections import DrawConfig
 from tests.families import FAMILIES, LLAMA, OPT, TINY, write_model
 
 
@@ -149,10 +165,137 @@ def test_check_vocabulary(tmp_path: Path) -> None:
     shutil.copytree(TINY, tmp_path / "other")
     other.add_tokens(["<new>"])
     other.save_pretrained(tmp_path / "other")
+    with_rows(tmp_path / "other", 8200)
     with pytest.raises(UserError, match="different tokenizers .1 tokens differ, such as '<new>'"):
         check_vocabulary(TINY, str(tmp_path / "other"))
-    with pytest.raises(UserError, match="vocabulary of 96 rows"):
-        check_vocabulary(TINY, str(write_model(OPTConfig(**OPT), tmp_path / "small")))
+    with pytest.raises(UserError, match="vocabulary of 8200 rows"):
+        check_vocabulary(TINY, str(with_rows(Path(shutil.copytree(TINY, tmp_path / "larger")), 8200)))
+
+
+def with_rows(directory: Path, rows: int) -> Path:
+    """Change the config of a model to an embedding of so many rows."""
+    settings = json.loads((directory / "config.json").read_text()) | {"vocab_size": rows}
+    (directory / "config.json").write_text(json.dumps(settings))
+    return directory
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_a_token_without_a_row_is_one_line(special: bool, tmp_path: Path) -> None:
+    """Special tokens that nothing writes may lie behind the embedding, as those for images."""
+    for name, token in (("tool", "<tool>"), ("pad", "[PAD]"), ("template", "<|im_end|>")):
+        directory = Path(shutil.copytree(TINY, tmp_path / name))
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+        tokenizer.add_tokens([token], special_tokens=special)
+        if name == "pad":
+            tokenizer.pad_token = token
+        elif name == "template":
+            tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
+        tokenizer.save_pretrained(directory)
+        if special and name == "tool":
+            assert len(load_tokenizer(str(directory))) == 8193
+        else:
+            with pytest.raises(
+                UserError, match=r"token '.*' of its tokenizer has id 8192, and its embedding 8192 rows"
+            ):
+                load_tokenizer(str(directory))
+        assert len(load_tokenizer(str(with_rows(directory, 8193)))) == 8193
+
+
+def test_a_half_downloaded_model_names_the_file(tmp_path: Path) -> None:
+    whole = tmp_path / "whole"
+    load_policy(TINY).save_pretrained(whole, max_shard_size="6MB")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(TINY) / name, whole)
+    shards = sorted(each.name for each in whole.glob("*.safetensors"))
+    assert len(shards) > 2 and resolve_model(str(whole)) == str(whole)
+
+    def refusal(name: str, change: Callable[[Path], object]) -> str:
+        directory = Path(shutil.copytree(whole, tmp_path / name))
+        change(directory)
+        with pytest.raises(UserError) as raised:
+            resolve_model(str(directory))
+        assert "\n" not in str(raised.value)
+        return str(raised.value)
+
+    def cut(file: Path) -> None:
+        file.write_bytes(file.read_bytes()[:-1])
+
+    assert f"{shards[1]} is missing, which model.safetensors.index.json names" in refusal(
+        "missing", lambda directory: (directory / shards[1]).unlink()
+    )
+    assert f"{shards[0]} is cut short or damaged" in refusal("cut", lambda directory: cut(directory / shards[0]))
+    index = "model.safetensors.index.json"
+    assert f"there is {shards[0]}, and neither model.safetensors nor {index}" in refusal(
+        "index", lambda directory: (directory / index).unlink()
+    )
+    assert f"{shards[0]} lacks" in refusal(
+        "other", lambda directory: shutil.copy(directory / shards[1], directory / shards[0])
+    )
+    single = Path(shutil.copytree(TINY, tmp_path / "single"))
+    cut(single / "model.safetensors")
+    with pytest.raises(UserError, match="model.safetensors is cut short or damaged"):
+        resolve_model(str(single))
+
+
+BART = {"layers": 1, "ffn_dim": 8, "attention_heads": 2}
+
+
+def test_what_a_later_stage_needs_is_looked_for_first(tmp_path: Path) -> None:
+    for name, config in FAMILIES.items():
+        config.save_pretrained(tmp_path / name)
+        check_architecture(str(tmp_path / name), None, scores=True)
+    MixtralConfig(**LLAMA, num_local_experts=2).save_pretrained(tmp_path / "mixtral")
+    with pytest.raises(UserError, match="MixtralForCausalLM holds other weights than its files do .6, first .*experts"):
+        check_architecture(str(tmp_path / "mixtral"), None, scores=False)
+    layers = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in BART.items()}
+    BartConfig(d_model=16, vocab_size=20, **layers).save_pretrained(tmp_path / "bart")
+    check_architecture(str(tmp_path / "bart"), None, scores=False)
+    with pytest.raises(UserError, match="no linear `score` head"):
+        check_architecture(str(tmp_path / "bart"), None, scores=True)
+    ViTConfig().save_pretrained(tmp_path / "vit")
+    with pytest.raises(UserError, match="no language model of type vit"):
+        check_architecture(str(tmp_path / "vit"), None, scores=True)
+
+
+def test_a_head_on_an_architecture_without_a_classifier(tmp_path: Path) -> None:
+    """Saved, loaded again, and given as a reward by its path; the number is that of the base model and the layer."""
+    path = write_model(FAMILIES["ernie"], tmp_path / "ernie")
+    model = load_reward_model(str(path), fresh_head_seed=3)
+    save_model(model, load_tokenizer(str(path)), tmp_path / "rm", reward_bias=0.25)
+    again, base = load_reward_model(str(tmp_path / "rm")), AutoModel.from_pretrained(path).eval()
+    row = Row.completion([5, 6, 7], [8, 9])
+    with torch.no_grad():
+        states = base(torch.from_numpy(row.ids)[None]).last_hidden_state[0, -1]
+        expected = float(states @ model.score.weight[0]) + 0.25
+        found = float(sequence_scores(again, collate([row], pad_token_id=1))[0])
+    assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    facts = inspect_classifier(str(tmp_path / "rm"), None, None)
+    classifier = Classifier(str(tmp_path / "rm"), None, facts.output, dtype="float32", device="cpu", max_tokens=100)
+    assert classifier.scores([row.ids.tolist(), [5, 6]])[0] == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def test_responses_end_with_every_end_that_the_model_has(tmp_path: Path) -> None:
+    """Of its chat template and of its generation config; the saved model keeps them, and a run of it finds them."""
+    config = parse_config({"name": "x", "data": {"stop_tokens": ["\n"]}}, "test")
+    assert with_ends(config, TINY, load_tokenizer(TINY)) == (config, [])
+    directory = Path(shutil.copytree(TINY, tmp_path / "model"))
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<pad>{% endfor %}"
+    tokenizer.save_pretrained(directory)
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 0, 100000]}))
+    tokenizer = load_tokenizer(str(directory))
+    joined, lines = with_ends(config, str(directory), tokenizer)
+    assert joined.data.stop_tokens == ("\n", "<pad>", "<s>")
+    assert [line.partition(":")[0] for line in lines] == [f"a response also ends with '{t}'" for t in ("<pad>", "<s>")]
+    (newline,) = tokenizer("\n", add_special_tokens=False)["input_ids"]
+    assert sampling_of(tokenizer, joined.data, DrawConfig(temperature=1.0)).ends == (0, 1, 2, newline)
+
+    save_model(load_policy(str(directory)), tokenizer, tmp_path / "sft", stop_tokens=joined.data.stop_tokens)
+    saved = json.loads((tmp_path / "sft" / "generation_config.json").read_text())
+    assert saved["eos_token_id"] == [2, newline, 1, 0]
+    plain = parse_config({"name": "x"}, "test")
+    again, _ = with_ends(plain, str(tmp_path / "sft"), load_tokenizer(str(tmp_path / "sft")))
+    assert set(again.data.stop_tokens) == {"\n", "<pad>", "<s>"}
 
 
 def test_context_length_of_families() -> None:

@@ -256,7 +256,7 @@ def test_a_model_that_gives_no_score_is_refused(tmp_path: Path) -> None:
     assert "its chat template refuses a user's and an assistant's turn: no assistants" in refusal(picky)
     damaged = write(tmp_path / "damaged", BERT)
     (damaged / "model.safetensors").write_bytes(b"nothing")
-    assert "its safetensors cannot be read" in refusal(damaged)
+    assert "model.safetensors is cut short or damaged" in refusal(damaged)
 
 
 def test_missing_weights_behind_the_head_are_refused_where_it_is_loaded(tmp_path: Path) -> None:

@@ -7,9 +7,7 @@ from typing import Any
 import pytest
 
 from rayrlhf.config_file import parse_config
-from rayrlhf.data.template import ChatPrompt
 from rayrlhf.errors import UserError
-from rayrlhf.models.loading import load_tokenizer, resolve_model
 from rayrlhf.reports.remarks import remarks
 from rayrlhf.rewards.gold import gold_labeller, gold_measures
 from rayrlhf.sections import DrawConfig
@@ -66,12 +64,11 @@ def test_a_response_must_be_able_to_end() -> None:
 
 
 def test_an_environment_whose_rewards_nobody_asks_for_is_said() -> None:
-    tokenizer = load_tokenizer(resolve_model("embedded:opt-tiny"))
     rule = {"kind": "python", "name": "rule", "path": "rayrlhf.rewards.verifiable:exact"}
-    (line,) = remarks(parsed(environment=GAME, rewards=[rule]), tokenizer, [ChatPrompt(()).text])
+    (line,) = remarks(parsed(environment=GAME, rewards=[rule]))
     assert "its rewards are not used: no reward has the kind environment" in line
-    assert remarks(parsed(environment=GAME, rewards=[rule, {"kind": "environment"}]), tokenizer, []) == []
-    assert remarks(parsed(rewards=[rule]), tokenizer, []) == []
+    assert remarks(parsed(environment=GAME, rewards=[rule, {"kind": "environment"}])) == []
+    assert remarks(parsed(rewards=[rule])) == []
 
 
 def test_a_trajectory_in_turns_has_no_gold_measure() -> None:

@@ -1,0 +1,66 @@
+"""What a later stage needs of a model's architecture, looked for before the first stage. No weight is read."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+from rayrlhf.errors import UserError
+from rayrlhf.models.heads import with_classifier
+from rayrlhf.models.hub import read_config
+from rayrlhf.models.loading import score_head
+
+
+def check_architecture(path: str, revision: str | None, *, scores: bool) -> None:
+    """Check that a model can go through the stages of a run.
+
+    Args:
+        path: a directory or a hub name.
+        revision: of a hub name.
+        scores: whether a stage puts a scalar head on it, for a reward or value model.
+
+    Raises:
+        UserError: it is no language model, its weights have other names in files than in memory, or it can get no head.
+    """
+    config = read_config(path, revision)
+    with torch.device("meta"):
+        try:
+            policy = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        except ValueError:
+            raise UserError(
+                f"model {path!r}: transformers has no language model of type {config.model_type}; choose another model"
+            ) from None
+        _check_names(policy, path)
+        if not scores:
+            return
+        config.num_labels = 1
+        try:
+            model = AutoModelForSequenceClassification.from_config(with_classifier(config), trust_remote_code=False)
+        except ValueError:
+            raise UserError(
+                f"model {path!r}: transformers has no base model of type {config.model_type}, which a reward or value "
+                "model needs; choose another model, or a run without one (stages=[sft, dpo, evaluate])"
+            ) from None
+    score_head(model, path)
+
+
+def _check_names(model: PreTrainedModel, path: str) -> None:
+    """Generators are sent the tensors that the model holds, and vLLM reads those that files have.
+
+    A tensor with another name only passes: vLLM serves such models, as GPT-NeoX, by transformers' own modules.
+
+    Raises:
+        UserError: transformers saves other tensors than it holds: the experts of Mixtral are one in memory.
+    """
+    held = model.state_dict()
+    saved = revert_weight_conversion(model, dict(held))
+    shapes = [Counter(tuple(tensor.shape) for tensor in state.values()) for state in (held, saved)]
+    if shapes[0] != shapes[1]:
+        changed = sorted(held.keys() - saved.keys())
+        raise UserError(
+            f"model {path!r}: {type(model).__name__} holds other weights than its files do ({len(changed)}, first "
+            f"{changed[0]!r}), so that they cannot be sent to generators; choose a model without, such as a dense one"
+        )
