@@ -228,7 +228,7 @@ def test_own_names_of_columns(tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 
 def test_dialogues_that_end_with_the_human_and_empty_sides(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     good = {"chosen": f"{ASKED} {BEST}", "rejected": f"{ASKED} {WORST}"}
-    rows = [
+    rows: list[dict[str, Any]] = [
         good,
         {"chosen": f"{ASKED} {BEST}\n\nHuman: Thanks, and then?", "rejected": f"{ASKED} {WORST}\n\nHuman: No."},
         {**good, "rejected": None},
@@ -265,7 +265,11 @@ def test_half_an_emoji_is_replaced_and_counted(tokenizer: PreTrainedTokenizerBas
 def test_a_prompt_of_special_tokens_alone_is_dropped_and_counted(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
-    asked = [{"prompt": "</s>"}, {"messages": [{"role": "user", "content": "</s>"}]}, {"prompt": "</s>\nWhy?"}]
+    asked: list[dict[str, Any]] = [
+        {"prompt": "</s>"},
+        {"messages": [{"role": "user", "content": "</s>"}]},
+        {"prompt": "</s>\nWhy?"},
+    ]
     rows = [{**row, "response": "b"} for row in asked]
     found = opened(tokenizer, write(tmp_path / "a.jsonl", rows), "demonstration").demonstrations("all")
     assert [r.prompt for r in found.records] == ["\nWhy?"] and found.dropped == {"empty_prompt": 2}
@@ -393,7 +397,7 @@ def test_system_prompt(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> No
     chat = AutoTokenizer.from_pretrained(ROOT / "rayrlhf/assets/opt-tiny")
     chat.chat_template = TEMPLATE
     long = "word " * 200
-    rows = [{"prompt": f"{long}\nWhy?", "response": "So."}, {"messages": [USER, said("a")]}]
+    rows: list[dict[str, Any]] = [{"prompt": f"{long}\nWhy?", "response": "So."}, {"messages": [USER, said("a")]}]
     source = opened(chat, write(tmp_path / "a.jsonl", rows), "demonstration", system="Be kind.")
     text, dialogue = source.demonstrations("all").records
     # The text's last line and all that frames it stay when it is cut.
