@@ -68,7 +68,8 @@ def test_which_prompts_rl_has(tokenizer: PreTrainedTokenizerBase, tmp_path: Path
         assert [record.reference for record in data.rl] == ["It is 0."] * len(data.rl)  # those of the first rows
         train = data.train
     game = {"environment": {"path": "rayrlhf.environments.guess:Guess"}, "rewards": [{"kind": "environment"}]}
-    assert len(run_data(tokenizer, [], {"demonstrations": path}, **game).rl) == 2 * len(found["rest"])
+    played = run_data(tokenizer, [], {"demonstrations": path}, **game).rl  # of a run without a reward model
+    assert len(played) == 2 * len(found["rest"] | texts(train.reward_model))
     assert found["sft"] == texts(train.sft) and len(train.sft) == 2 * len(found["sft"])
     assert not found["rest"] & (found["sft"] | texts(train.reward_model))
     # In the last run nobody else asks for the rest: it is part of all.
