@@ -235,7 +235,7 @@ def test_models_that_do_not_fit_are_one_line_with_the_key(tmp_path: Path) -> Non
     )
     for check, said in checks:
         with pytest.raises(UserError) as raised:
-            check()  # type: ignore[no-untyped-call]
+            check()
         text = str(raised.value)
         assert "\n" not in text
         assert all(part in text for part in said.split(" .* ")), text
