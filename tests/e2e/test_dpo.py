@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,28 +17,19 @@ STAGES = "stages=[sft, collect, dpo, evaluate]"
 DPO = ("dpo.optimizer.lr=1e-4", "dpo.prompts_per_batch=4")
 
 
-def sft_of(finished: Any, runs_dir: Path) -> Path:
-    """A run folder in which only SFT of the finished run is done."""
-    run = runs_dir / finished.path.name
-    run.mkdir()
-    shutil.copytree(finished.path / "sft", run / "sft")
-    for name in ("config.yaml", "metrics.jsonl"):
-        shutil.copy(finished.path / name, run / name)
-    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (run / "metrics.jsonl").write_text("".join(line for line in lines if '"stage": "sft"' in line))
-    return run
-
-
 def distance(one: Path, other: Path) -> float:
     ours, theirs = (load_file(path / "model.safetensors") for path in (one, other))
     return max(float((ours[name] - theirs[name]).abs().max()) for name in ours if ours[name].dtype == torch.float32)
 
 
 def test_preferences_without_rollouts(finished: Any, start: Any, tmp_path: Path) -> None:
-    run = sft_of(finished, tmp_path)
-    arguments = [*finished.arguments, f"runs_dir={tmp_path}", STAGES, *DPO]
+    run = tmp_path / finished.path.name
+    arguments = [*finished.arguments, f"runs_dir={tmp_path}", f"from={finished.path}", STAGES, *DPO]
     outcome = start("python", "-m", "jobs.pipeline", "--local", "--config", *arguments).wait()
     assert outcome.code == 0, outcome.err
+    # Without `rl`, `collect` has more prompts than that of the other run had.
+    assert "sft is taken over; collect, dpo, evaluate anew: stages was" in outcome.out
+    assert json.loads((run / "shared.json").read_text())["stages"] == ["sft"]
     assert "sft: already done" in outcome.out and "dpo (dpo): all answers" in outcome.out
     assert {"dpo", "evaluation.json", "report.html"} <= {path.name for path in run.iterdir()}
     assert not (run / "reward_model").exists() and not (run / "policy").exists()
@@ -57,9 +47,9 @@ def test_preferences_without_rollouts(finished: Any, start: Any, tmp_path: Path)
 # On Ray, and with RL: a start of all actors for what other tests show in parts.
 @pytest.mark.long
 def test_rl_starts_from_the_model_of_dpo(finished: Any, start: Any, tmp_path: Path) -> None:
-    run = sft_of(finished, tmp_path)
+    run = tmp_path / finished.path.name
     stages = "stages=[sft, collect, reward_model, dpo, rl, evaluate]"
-    changes = [f"runs_dir={tmp_path}", stages, *DPO, "rl.steps=1"]
+    changes = [f"runs_dir={tmp_path}", f"from={finished.path}", stages, *DPO, "rl.steps=1"]
     outcome = start("rayrlhf", "run", *finished.arguments, *changes).wait()
     assert outcome.code == 0, outcome.err
     (step,) = read_metrics(run, "rl")
