@@ -20,7 +20,6 @@ from rayrlhf.config import Config
 from rayrlhf.config_file import load_config
 from rayrlhf.errors import UserError
 from rayrlhf.reports.page import write_report
-from rayrlhf.runs import lease
 from rayrlhf.runs.folder import RunFolder, open_or_create
 from rayrlhf.runs.metrics import MetricsWriter
 from rayrlhf.runs.sharing import share
@@ -266,7 +265,6 @@ def s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
 
 def test_a_sweep_in_a_store(s3: S3, write: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the trials share, the log and the error of one that fails, and the table are in the store."""
-    monkeypatch.setattr(lease, "SETTLE_S", 0.0)
     sweep, address = load_sweep(write()), s3.uri("runs/search")
     base = open_or_create(sweep.base.model_copy(update={"name": BASE, "runs_dir": address}), address)
     for stage in sweep.shared:
