@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from rayrlhf.data.prompts import EncodedPrompt
 from rayrlhf.data.records import Prompt
 from rayrlhf.errors import UserError
 from rayrlhf.models.loading import load_policy, load_tokenizer, resolve_model
+from rayrlhf.models.saving import save_model
 from rayrlhf.reports.page import write_report
 from rayrlhf.reports.progress import answers_text
 from rayrlhf.rewards.diversity import wording
@@ -62,7 +64,9 @@ class Policy:
         checkpoint = None
         with Loop("rl", LoopArguments(self.config, str(self.run_dir), "rl-x", 1)) as loop:
             loop.step = steps[0]
-            dev = DevAnswers(loop, PROMPTS, TOKENIZER, self.model, self.answer, "rl-x", found)
+            dev = DevAnswers(
+                loop, PROMPTS, TOKENIZER, partial(save_model, self.model, TOKENIZER), self.answer, "rl-x", found
+            )
             for step in steps:
                 loop.step = step
                 with torch.no_grad():
