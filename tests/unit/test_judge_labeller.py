@@ -156,7 +156,7 @@ def with_judge(directory: Path, url: str, **more: Any) -> Config:
     found = config(directory)
     return found.model_copy(
         update={
-            "data": found.data.model_copy(update={"comparisons": None}),
+            "data": found.data.model_copy(update={"comparisons": None, "reward_model_fraction": 0.3}),
             "collect": found.collect.model_copy(update={"labeller": JudgeLabellerConfig.model_validate(section)}),
         }
     )
