@@ -82,7 +82,7 @@ def test_a_stage_as_a_job_in_a_bucket(
     assert sum(path.stat().st_size for path in uploaded.rglob("*")) < 30e6, "see .rayignore"
     assert "collect: done in" in outcome.out
     objects = bucket.objects("runs/quick/")
-    assert {"config.yaml", "metrics.jsonl"} <= objects.keys() and ".lock" not in objects
+    assert {"config.yaml", "metrics.jsonl"} <= objects.keys() and objects[".lock"] == b"", "the lease is given back"
     # The same prompts and seeds: another process, whose files are elsewhere, collects the same comparisons.
     here = pq.read_table(io.BytesIO(objects["comparisons.parquet"])).to_pylist()
     assert here == pq.read_table(finished.path / "comparisons.parquet").to_pylist()
