@@ -145,7 +145,7 @@ def test_a_look_at_runs(tmp_path: Path) -> None:
         {
             ("runs",): (0, "not running"),
             ("runs", "nowhere"): (2, "nowhere: no such directory"),
-            ("status", "runs/one"): (0, "rl step 2: the policy is 100.0 nats"),
+            ("status", "runs/one"): (0, "rl steps 1 to 2: the policy is 50.0 nats"),
             ("status", "runs/two"): (2, "two: no run folder"),
             ("scale", "runs/one"): (2, "say how many"),
             ("scale", "runs/one", "--generators", "2"): (2, "nobody works on runs/one"),
