@@ -45,6 +45,8 @@ class Found(Generic[R]):
     """Rows by the reason for which they were dropped."""
     mended: int = 0
     """Rows in which U+FFFD stands for what was no character."""
+    cleared: int = 0
+    """Records that lost texts which only the tokenizer and its template may write."""
 
 
 class DataSet:
@@ -145,6 +147,7 @@ class DataSet:
         dropped = Counter(counted)
         remove, cleaned = special_text_remover(self.rendering.tokenizer), cleaner(self.rendering.tokenizer)
         kept: list[tuple[Record, Any]] = []
+        cleared = 0
         for record in records:
             try:
                 raw = clean(replace(record.raw, prompt=cleaned(record.raw.prompt)), remove)
@@ -153,6 +156,7 @@ class DataSet:
             except SkipRow as reason:
                 dropped[str(reason)] += 1
                 continue
+            cleared += raw.prompt != record.raw.prompt or any(remove(text) != text for text in record.raw.texts)
             kept.append((record, raw))
         if not kept:
             raise UserError(
@@ -163,7 +167,7 @@ class DataSet:
         own = self.rendering
         fitted = fit_prompts(own.tokenizer, prompts, own.max_prompt_tokens, [record.where for record, _ in kept])
         made = [make(record, raw, each) for (record, raw), each in zip(kept, fitted, strict=True)]
-        return Found(made, dict(dropped), mended)
+        return Found(made, dict(dropped), mended, cleared)
 
     def _told(self, where: str, prompt: PromptParts) -> PromptParts:
         own = self.rendering

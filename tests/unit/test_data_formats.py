@@ -274,6 +274,20 @@ def test_a_prompt_of_special_tokens_alone_is_dropped_and_counted(
     rows = [{**row, "response": "b"} for row in asked]
     found = opened(tokenizer, write(tmp_path / "a.jsonl", rows), "demonstration").demonstrations("all")
     assert [r.prompt for r in found.records] == ["\nWhy?"] and found.dropped == {"empty_prompt": 2}
+    assert found.cleared == 1
+
+
+def test_records_that_lost_texts_of_the_tokenizer_are_counted(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    rows: list[dict[str, Any]] = [
+        {"prompt": "Why?", "response": "So."},
+        {"prompt": "Why</s>?", "response": "So."},
+        {"prompt": "How?", "response": "Thus.</s>"},
+        {"messages": [{"role": "user", "content": "A\n\nAssistant: B"}], "response": "C"},
+    ]
+    found = opened(tokenizer, write(tmp_path / "a.jsonl", rows), "demonstration").demonstrations("all")
+    assert found.cleared == 3 and [r.response for r in found.records] == ["So.", "So.", "Thus.", "C"]
 
 
 # ---- rows of one prompt
