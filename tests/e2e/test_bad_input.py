@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
 
 from jobs.guard import guarded
 from jobs.pipeline import pipeline
@@ -150,10 +149,10 @@ def test_reward_model_with_another_vocabulary(mistake: Mistake, tmp_path: Path) 
     folder = tmp_path / "runs" / "bad"
     policy = copy_of_tiny(folder / "sft")
     reward = load_reward_model(str(policy), fresh_head_seed=0)
-    save_model(reward, load_tokenizer(str(policy)), folder / "reward_model")
-    other = AutoTokenizer.from_pretrained(policy)
+    other = load_tokenizer(str(policy))
     other.add_tokens(["zebra-crossing"])
-    other.save_pretrained(folder / "reward_model")
+    reward.resize_token_embeddings(len(other))
+    save_model(reward, other, folder / "reward_model")
     line = mistake(stages=[rl], done=["sft", "reward_model"])
     assert "different tokenizers" in line and "zebra-crossing" in line and str(folder / "reward_model") in line
 
