@@ -73,7 +73,7 @@ class Loop:
         self._writer = metrics_writer(self.run.address, config.name) if self.ranks.first else None
         self._watch = Watch(config)
         self._models: dict[str, PreTrainedModel] = {}
-        self._stop = arguments.stop
+        self._stop_request = arguments.stop
         self._last: int | None = None
         """The newest whole checkpoint."""
 
@@ -115,10 +115,11 @@ class Loop:
             require_finite(model, f"{self.stage}: the {name}", self.ranks)
 
     def stopping(self) -> bool:
-        """Whether the loop is to save and end now, before its last step; the same on all ranks."""
-        if self._stop is None or self.step == self.steps:
+        """Whether the user asked the loop to save and end now, before its last step; the same on all ranks."""
+        if self._stop_request is None or self.step == self.steps:
             return False
-        asked = self.ranks.first and self._stop.call("stop_requested", timeout_s=self.config.resources.call_timeout_s)
+        limit = self.config.resources.call_timeout_s
+        asked = self.ranks.first and self._stop_request.call("stop_requested", timeout_s=limit)
         return bool(self.ranks.broadcast(asked))
 
     # ---- metrics
@@ -140,12 +141,12 @@ class Loop:
             self._writer.warn(self.stage, self.step, [text])
 
     @property
-    def stop(self) -> str | None:
-        """Why the stage has to stop after the step that was logged last, and what to do; None if it may go on.
+    def reason_to_stop(self) -> str | None:
+        """Why an alarm ends the stage after the step that was logged last, and what to do; None if it may go on.
 
         The same on all ranks.
         """
-        return self.ranks.broadcast(self._watch.stop)
+        return self.ranks.broadcast(self._watch.reason_to_stop)
 
     def log_evaluation(self, metrics: Mapping[str, SupportsFloat]) -> None:
         """Record what the model of this step does on dev prompts: the lines and names of `STAGE_eval`."""

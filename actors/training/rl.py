@@ -123,8 +123,8 @@ def rl_loop(args: RLArguments) -> None:
                 "idle/learner": (arrived - waiting) / seconds,
                 "throughput/tokens_per_s": sum(t.length for t in batch.trajectories) / seconds,
             })  # fmt: skip
-            nothing_to_learn = loop.stop
-            stopping = loop.stopping() or nothing_to_learn is not None
+            reason = loop.reason_to_stop
+            stopping = loop.stopping() or reason is not None
             if loop.step < config.rl.steps and (stopping or loop.step % config.rl.checkpoint_every == 0):
                 # Prompts and seeds are functions of (seed, step), and generators have no state to keep: the cursor
                 # only says which prompts were trained on out of turn.
@@ -133,8 +133,8 @@ def rl_loop(args: RLArguments) -> None:
                 if config.model.lora:
                     state["trained"] = [trained_state(model) for model in (policy, value_model) if model is not None]
                 loop.save(state, save_models)
-                if nothing_to_learn is not None:
-                    raise UserError(f"rl: stopped after step {loop.step}: {nothing_to_learn}")
+                if reason is not None:
+                    raise UserError(f"rl: stopped after step {loop.step}: {reason}")
                 if stopping:
                     return
         if dev.due(last=True) and not dev.enough:

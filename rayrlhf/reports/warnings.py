@@ -79,7 +79,7 @@ class Watch:
         """By key, in the order in which they began."""
         self.said: set[str] = set()
         """The texts of all warnings that began."""
-        self.stop: str | None = None
+        self.reason_to_stop: str | None = None
         """Why the stage has to stop after the last step, and what to do; None if it may go on."""
         self._start: dict[str, Any] = {}
         self._without_spread = 0
@@ -91,7 +91,7 @@ class Watch:
             if value is not None:
                 self._start.setdefault(name, value)
         found = alarms({**line, **self._history(line)}, self.config, self._start)
-        self.stop = next((f"{each.text}; {each.remedy}" for each in found if each.remedy), None)
+        self.reason_to_stop = next((f"{each.text}; {each.remedy}" for each in found if each.remedy), None)
         begun = [each.text for each in found if self._begins(line, each)]
         self.said.update(begun)
         return begun

@@ -405,18 +405,20 @@ def test_a_write_whose_answer_was_lost_is_known_as_ones_own(
     """The client tries it again, and the store refuses that for the sake of the first one."""
     plain = ConditionalObject.write
     lost: list[Version] = []
+    third = threading.Event()
 
     def write(self: ConditionalObject, content: str, before: Any) -> Any:
         version = plain(self, content, before)
         if f"\n{len(lost)}\n" in content:  # the first write, and the first two renewals
             lost.append(version)
+            if len(lost) == 3:
+                third.set()
             raise ChangedError
         return version
 
     monkeypatch.setattr(ConditionalObject, "write", write)
     with leased(store):
-        while len(lost) < 3:
-            time.sleep(0.05)
+        assert third.wait(300)
     assert store.read(f"{store.root}/.lock") == b""
 
 

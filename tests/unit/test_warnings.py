@@ -60,18 +60,21 @@ def test_three_steps_in_a_row_without_spread_stop_the_stage() -> None:
     stds = [0.0, 1e-9, 0.1, 0.0, 0.0]
     for step, std in enumerate(stds, start=1):
         watch.add(score(step, -1.0, std))
-        assert watch.stop is None
+        assert watch.reason_to_stop is None
     (said,) = watch.add(score(6, -1.0, 0.0))
     assert said.startswith("all responses of 3 steps in a row scored the same")
-    assert watch.stop is not None and watch.stop.startswith(said)
-    assert "rl.missing_eos_reward=null" in watch.stop and "alarms.max_steps_without_spread=null" in watch.stop
+    assert watch.reason_to_stop is not None and watch.reason_to_stop.startswith(said)
+    assert (
+        "rl.missing_eos_reward=null" in watch.reason_to_stop
+        and "alarms.max_steps_without_spread=null" in watch.reason_to_stop
+    )
     watch.add(score(7, -0.9, 0.2))
-    assert watch.stop is None
+    assert watch.reason_to_stop is None
 
 
 def test_the_stop_can_be_turned_off() -> None:
     watch = Watch(config_with(max_steps_without_spread=None))
-    assert [watch.add(score(step, -1.0, 0.0)) for step in range(1, 9)] == [[]] * 8 and watch.stop is None
+    assert [watch.add(score(step, -1.0, 0.0)) for step in range(1, 9)] == [[]] * 8 and watch.reason_to_stop is None
 
 
 # ---- gold falls while the score rises
