@@ -32,6 +32,7 @@ _NODES_IN_ERROR = 4
 LOCAL_ENVIRONMENT = {
     "RAY_AUTH_MODE": "disabled",  # otherwise Ray writes a token file and later asks for it; see `loopback_only`
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_prestart_worker_first_driver": "0",  # one a core, which an actor with variables of its own cannot use
     "OMP_WAIT_POLICY": "passive",  # roles take turns on the same cores: threads that wait must not spin
 }
 
