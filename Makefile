@@ -58,10 +58,9 @@ test-tools:
 	    apt-get -qq install -y openssh-client rsync util-linux >/dev/null; } || \
 	  { echo "make: the tests of 'ray up' need$$missing; install them (Debian and Ubuntu: apt install openssh-client rsync)" >&2; exit 1; }
 
-# In two processes, a file in one of them. The order of the second call is that of tests/e2e/conftest.py.
+# In two processes, a file in one of them, in the order of tests/order.py.
 test: lint ## lint, then all tests but the long ones
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit tests/oracles $(ARGS)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/ray tests/e2e $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-long: $(DEV_STAMP) test-tools ## the tests that `make test` leaves out
 	$(BIN)/python -m pytest -m long $(ARGS)

@@ -16,9 +16,10 @@ os.environ.update(
 
 from hypothesis import settings  # after the environment above, which it may import others with
 
+from tests.order import pytest_collection_modifyitems
 from tests.times import pytest_configure, pytest_terminal_summary
 
-__all__ = ["pytest_configure", "pytest_terminal_summary"]  # hooks
+__all__ = ["pytest_collection_modifyitems", "pytest_configure", "pytest_terminal_summary"]  # hooks
 
 # The same examples in every run, so that a failure is a change of the code; no deadline on a shared machine.
 settings.register_profile("repeatable", derandomize=True, deadline=None)

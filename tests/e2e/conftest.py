@@ -43,9 +43,6 @@ SHRUNKEN = [
 ]
 """The quick start with every stage cut to a few steps."""
 MARK = "RAYRLHF_TEST_COMMAND"
-FIRST = ("test_golden.py", "test_rules.py", "test_interrupt.py", "test_jobs.py", "test_dpo.py")
-"""Files of whole runs, the longest ones. The first makes the run that most others wait for, see `finished`; the second
-does not wait for it."""
 HANGS_S = 1500
 """A command that takes longer hangs: this is far beyond what a busy machine needs, and no test is about speed."""
 
@@ -242,12 +239,7 @@ def no_ray() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A test may wait for several commands, each of which says itself that it hangs.
-
-    The files come in the order of `FIRST`, and then all others: a process that gets a long file last works on alone.
-    """
+    """A test may wait for several commands, each of which says itself that it hangs."""
     for item in items:
         if item.path.parent == Path(__file__).parent:
             item.add_marker(pytest.mark.timeout(3 * HANGS_S))
-    places = {Path(__file__).parent / name: place for place, name in enumerate(FIRST)}
-    items.sort(key=lambda item: places.get(item.path, len(FIRST)))  # stable: all others stay in their order

@@ -6,9 +6,16 @@ import threading
 from collections.abc import Callable, Iterator
 
 import pytest
+import ray
 
 from rayrlhf.rewards import posting
 from tests.servers import Answer, Server
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_ray() -> None:
+    """The cluster of `tests/ray`, whose last file may have been this process's last one, takes CPU time for itself."""
+    ray.shutdown()
 
 
 @pytest.fixture
