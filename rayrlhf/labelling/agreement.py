@@ -186,7 +186,7 @@ def alpha(
         seed: of them.
         confidence: of the interval.
     """
-    shared = [[rankdata(ranks) for ranks in item] for item in rankings if len(item) > 1]
+    shared = [rankdata(item, axis=-1) for item in rankings if len(item) > 1]
     if not shared:
         return None
     values, codes = np.unique(np.concatenate([np.ravel(item) for item in shared]), return_inverse=True)

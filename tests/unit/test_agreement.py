@@ -68,10 +68,10 @@ def test_alpha_is_1_where_all_agree_and_none_where_nothing_can_be_said() -> None
 def test_the_interval_of_alpha_equals_a_naive_bootstrap() -> None:
     """It draws items: alpha of the drawn items, all together."""
     rng = np.random.default_rng(5)
-    rankings = [[random_ranks(rng, 3) for _ in range(2)] for _ in range(30)]
-    found = alpha(rankings, samples=800, seed=2)
+    rankings = [[random_ranks(rng, 3) for _ in range(2)] for _ in range(15)]
+    found = alpha(rankings, samples=2000, seed=2)
     naive = [
-        alpha([rankings[i] for i in draw], samples=1) for draw in np.random.default_rng(9).integers(0, 30, (800, 30))
+        alpha([rankings[i] for i in draw], samples=1) for draw in np.random.default_rng(9).integers(0, 15, (400, 15))
     ]
     low, high = np.quantile([each.mean for each in naive if each], [0.025, 0.975])
     assert found is not None
