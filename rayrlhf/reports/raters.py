@@ -88,7 +88,7 @@ def raters_of(run: RunFolder) -> dict[str, Verdicts]:
     config = stored_config(run)
     ranked, pairs, samples = (_rows(run, path) for path in (run.comparisons, run.heldout_pairs, run.samples))
     measures = config.data.comparisons is None and config.collect.labeller.measures
-    raters: defaultdict[str, Verdicts] = defaultdict(dict)
+    raters: defaultdict[str, Verdicts] = defaultdict(dict, {GOLD: {}})
     for row in ranked:
         _add(raters[GOLD if measures else row["labeller"]], row["id"], row["responses"], _scores(row))
         if row.get("gold"):

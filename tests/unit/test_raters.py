@@ -10,7 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
+from jobs.cli import app
 from rayrlhf.config_file import parse_config
 from rayrlhf.data.comparisons import rank_answers, write_comparisons
 from rayrlhf.errors import UserError
@@ -111,6 +113,10 @@ def test_people_one_by_one_beside_each_other(tmp_path: Path) -> None:
     shown = " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
     assert "ann 1 0 0 0.00 0.667 [0.667, 0.667] – – – 20" in shown
     assert "people: ann people: bob 0.667 [0.667, 0.667] 3 1 0" in shown
+    printed = CliRunner().invoke(app, ["agreement", run.address], terminal_width=160)
+    assert printed.exit_code == 0 and "people: ann" in printed.output and "earlier preferred" in printed.output
+    nothing = CliRunner().invoke(app, ["agreement", str(tmp_path / "two")])
+    assert nothing.exit_code == 2 and "no run folder" in nothing.output
     page = write_report(run).read_text()
     assert "<h2>Agreement</h2>" in page
     assert "<tr><th>people: ann</th><th>people: bob</th><td>0.667 [0.667, 0.667]</td><td>3</td>" in page
