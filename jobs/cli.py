@@ -301,6 +301,29 @@ def label_command(
     _exit(action)
 
 
+@app.command("agreement")
+def agreement_command(
+    runs: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN_FOLDER...", help="Runs with the same answers, paths or URIs; often one alone."),
+    ],
+) -> None:
+    """Print how far people, judge, reward model and gold measure agree on pairs of answers. Needs no Ray."""
+
+    def action() -> None:
+        from jobs.console import console
+        from rayrlhf.reports.agreement import labellers_grid, raters_grid
+        from rayrlhf.reports.raters import agreement_of, people_of
+        from rayrlhf.runs.folder import run_at
+
+        console.print(raters_grid(agreement_of(runs)).rich())
+        for people in map(people_of, map(run_at, runs)):
+            if people:
+                console.print(labellers_grid(people).rich())
+
+    _exit(action)
+
+
 @app.command()
 def status(run_folder: Folder, address: Address = None) -> None:
     """Show a run, under way or not: its stage, step, time to go, actors and last warnings."""
