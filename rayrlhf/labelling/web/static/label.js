@@ -93,7 +93,7 @@ async function alone(work) {
 
 // --- The item ------------------------------------------------------------------------------------------------------
 
-const draftName = (item, repeat) => `draft ${store} ${item} ${repeat}`;
+const draftName = (item, repeat) => `draft ${store} ${mode} ${item} ${repeat}`;
 
 function blank(count) {
   return { ranks: Array(count).fill(0), ratings: Array(count).fill(null), flags: [], note: "", pairs: { groups: [[0]], low: 0, high: 1 } };
@@ -367,6 +367,7 @@ for (const [id, dialog] of [["skip", "skip-dialog"], ["help", "help-dialog"]]) {
   $(id).addEventListener("click", () => { $("reason").value = ""; $(dialog).showModal(); });
 }
 $("flag").addEventListener("click", () => flag(document.activeElement === $("prompt") ? "prompt" : state.focus));
+$("flag-prompt").addEventListener("click", () => flag("prompt"));
 $("undo").addEventListener("click", undo);
 $("submit").addEventListener("click", submit);
 $("skip-other").addEventListener("click", () => skip($("reason").value));
