@@ -258,6 +258,72 @@ def compare(
     _exit(action)
 
 
+@app.command("label")
+def label_command(
+    run_folder: Folder,
+    host: Annotated[str, typer.Option(help="Where to listen; other machines need --public-url, too.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes any that is free.")] = 8100,
+    public_url: Annotated[
+        str | None, typer.Option(help="Where browsers find the page, for example behind a proxy.")
+    ] = None,
+    labellers: Annotated[str | None, typer.Option(help="Names, each with a link of its own: ann,bob.")] = None,
+    overlap: Annotated[
+        int | None, typer.Option(help="Labellers for each item. Without it: what collect asks for, or 1.")
+    ] = None,
+    mode: Annotated[str, typer.Option(help="rank: all answers at once; pairs: two at a time.")] = "rank",
+    ratings: Annotated[bool, typer.Option("--ratings", help="Also ask for a rating of each answer, 1 to 7.")] = False,
+    seed: Annotated[
+        int | None, typer.Option(help="Of the order of answers and items; fixed at the first start. [default: 0]")
+    ] = None,
+    repeats: Annotated[float, typer.Option(help="Share of items that a labeller sees a second time.")] = 0.05,
+    gold: Annotated[
+        Path | None, typer.Option(help="JSONL of rankings that are known; everybody gets these items.")
+    ] = None,
+    instructions: Annotated[
+        Path | None, typer.Option(help="Markdown for labellers. Without it: instructions.md of the run, or ours.")
+    ] = None,
+    export: Annotated[
+        Path | None, typer.Option(help="Write rankings, pairs and judgements into this folder, and exit.")
+    ] = None,
+    imported: Annotated[
+        Path | None, typer.Option("--import", help="Add the rankings of a JSONL file, and exit.")
+    ] = None,
+    forget: Annotated[str | None, typer.Option(help="Delete all that this labeller said, and exit.")] = None,
+) -> None:
+    """Open a page on which people rank the run's answers. Needs no Ray; Ctrl-C ends it, judgements are kept."""
+
+    def action() -> None:
+        from jobs.label import Serving, label
+
+        serving = Serving(host, port, public_url, labellers, overlap, mode, ratings, seed, repeats, gold, instructions)
+        label(run_folder, serving, export, imported, forget)
+
+    _exit(action)
+
+
+@app.command("agreement")
+def agreement_command(
+    runs: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN_FOLDER...", help="Runs with the same answers, paths or URIs; often one alone."),
+    ],
+) -> None:
+    """Print how far people, judge, reward model and gold measure agree on pairs of answers. Needs no Ray."""
+
+    def action() -> None:
+        from jobs.console import console
+        from rayrlhf.reports.agreement import labellers_grid, raters_grid
+        from rayrlhf.reports.raters import agreement_of, people_of
+        from rayrlhf.runs.folder import run_at
+
+        console.print(raters_grid(agreement_of(runs)).rich())
+        for people in map(people_of, map(run_at, runs)):
+            if people:
+                console.print(labellers_grid(people).rich())
+
+    _exit(action)
+
+
 @app.command()
 def status(run_folder: Folder, address: Address = None) -> None:
     """Show a run, under way or not: its stage, step, time to go, actors and last warnings."""

@@ -17,7 +17,8 @@ from rayrlhf.data.splits import is_heldout
 from rayrlhf.data.tokens import decode_response, encode_response
 from rayrlhf.errors import UserError
 from rayrlhf.files import replacing
-from rayrlhf.rewards.labellers import Unranked, ask_people, make_labeller, rankings_path, read_unranked
+from rayrlhf.rewards.gold import gold_labeller, gold_measures
+from rayrlhf.rewards.labellers import Unranked, make_labeller, read_unranked, write_unranked
 from rayrlhf.trajectory import derive_seed
 
 
@@ -26,12 +27,10 @@ def collect(session: Session) -> None:
     """Sample K answers to each prompt of the reward-model split and have the labeller rank them."""
     config, run = session.config, session.run
     records = chosen_prompts(config, session.data.collect)
-    to_rank = run.path / "to_rank.jsonl"
-    section = config.collect.labeller
-    people = section if section.kind == "file" else None
-    if people and to_rank.is_file():
-        answers = read_unranked(to_rank)  # people rank these answers: sampling again would give them others
-        console.print(f"collect: the answers of {to_rank} are used again (delete it to have others sampled)")
+    labeller = make_labeller(config.collect.labeller)
+    if labeller.asks_people and run.to_rank.is_file():
+        answers = read_unranked(run.to_rank)  # people rank these answers: sampling again would give them others
+        console.print(f"collect: the answers of {run.to_rank} are used again (delete it to have others sampled)")
     else:
         answers, dropped = sample_answers(session, records)
         counts = ", ".join(f"{n} {reason}" for reason, n in sorted(dropped.items())) or "none"
@@ -43,17 +42,22 @@ def collect(session: Session) -> None:
             "collect: no prompt got two different answers of at least 5 words; "
             "train SFT longer or raise collect.temperature"
         )
-    if people and not rankings_path(people).is_file():
-        request = ask_people(to_rank, answers, people)
-        run.upload(to_rank)
-        raise request
+    if labeller.asks_people:
+        if not run.to_rank.is_file():
+            write_unranked(run.to_rank, answers)
+            run.upload(run.to_rank)
+        session.rest()
 
-    labeller = make_labeller(section)
     prompts: dict[str, Prompt] = {p.id: p for p in session.data.collect}
-    labeller.prepare([(prompts[a.id], a.answers) for a in answers])
+    labeller.prepare([(prompts[a.id], a.answers) for a in answers], run)
+    verdicts = [(answer, labeller.rank(prompts[answer.id], answer.answers)) for answer in answers]
+    if unknown := sum(verdict.unknown for _, verdict in verdicts):
+        console.print(f"collect: {unknown} of {len(verdicts)} prompts have no ranking and are left out")
+    gold = None if config.collect.labeller.measures else gold_labeller(config)
     ranked = []
-    for answer in answers:
-        verdict = labeller.rank(prompts[answer.id], answer.answers)
+    for answer, verdict in verdicts:
+        if verdict.unknown:
+            continue
         ranked.append(
             rank_answers(
                 id=answer.id,
@@ -63,6 +67,7 @@ def collect(session: Session) -> None:
                 response_ids=answer.answer_ids,
                 order=verdict.order,
                 scores=verdict.scores,
+                gold=gold_measures(gold, [prompts[answer.id]] * len(answer.answers), answer.answers),
                 labeller=labeller.name,
                 heldout=is_heldout(answer.id, config.collect.heldout_fraction),
             )

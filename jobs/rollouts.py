@@ -69,9 +69,10 @@ class RolloutClient:
         return self._coordinator
 
     def close(self) -> None:
-        """End the coordinator, and with it generators and scorers, which it owns."""
+        """End the coordinator, and with it generators and scorers, which it owns. `start` starts another one."""
         if self._coordinator is not None:
             self._coordinator.kill()
+        self._coordinator, self._starting = None, None
 
     def wait_for_generators(self) -> None:
         """Return when the generators are ready.

@@ -136,6 +136,12 @@ class Session:
             answers,
         )
 
+    def rest(self) -> None:
+        """Give the actors back while people work, which takes hours or days; the next stage starts them again."""
+        if not self.local:
+            self.workers.close()
+            self.rollouts.close()
+
     def close(self) -> None:
         """End the actors, and the Ray connection if it is this session's own."""
         try:

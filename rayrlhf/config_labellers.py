@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from rayrlhf.config_services import JudgeSection
-from rayrlhf.sections import Section
+from rayrlhf.sections import Fraction, Positive, Section
 
 
 class ReferenceLabellerConfig(Section):
@@ -27,6 +27,32 @@ class FileLabellerConfig(Section):
     kind: Literal["file"] = "file"
     path: str
     """JSONL that holds, or will hold, `id` and `ranking` (indices of the answers, best first)."""
+
+
+class PeopleLabellerConfig(Section):
+    """Waits for people, who rank on the page of `rayrlhf label RUN` (docs/labelling.md)."""
+
+    measures: ClassVar[bool] = False
+
+    kind: Literal["people"] = "people"
+    labellers: Positive = 1
+    """How many people judge each prompt's answers."""
+    until: Annotated[Fraction, Field(gt=0)] = 1.0
+    """The run goes on when this share of the prompts has been judged by so many."""
+    wait_s: Annotated[float, Field(ge=0)] | None = None
+    """Seconds after which the stage ends, with an error that says how many prompts wait. null: it waits for ever."""
+    aggregate: Literal["majority", "bradley_terry"] = "majority"
+    """How several rankings become one: each pair by the majority, or all by scores in which reliable labellers weigh
+    more (docs/agreement.md)."""
+    choose: Literal["random", "disagreement"] = "random"
+    """Which prompts are asked first: as drawn, or those on which labellers disagree. Then a prompt on which the first
+    two agree needs no third; `labellers` is the most that any has."""
+
+    @model_validator(mode="after")
+    def _third(self) -> PeopleLabellerConfig:
+        if self.choose == "disagreement" and self.labellers < 3:
+            raise ValueError("choose=disagreement asks a third labeller where two disagree: set labellers to 3 or more")
+        return self
 
 
 class PythonLabellerConfig(Section):
@@ -59,7 +85,8 @@ LabellerConfig = Annotated[
     Annotated[ReferenceLabellerConfig, Tag("reference")]
     | Annotated[FileLabellerConfig, Tag("file")]
     | Annotated[PythonLabellerConfig, Tag("python")]
-    | Annotated[JudgeLabellerConfig, Tag("judge")],
+    | Annotated[JudgeLabellerConfig, Tag("judge")]
+    | Annotated[PeopleLabellerConfig, Tag("people")],
     Discriminator(_kind),
 ]
 """The reference where no kind is named."""

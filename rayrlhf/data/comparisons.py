@@ -36,8 +36,11 @@ _SCHEMA = pa.schema(
         ("labeller", pa.string()),
         ("source", pa.string()),
         ("heldout", pa.bool_()),
+        ("gold", pa.list_(pa.float64())),
     ]
 )
+_OPTIONAL = {"gold"}
+"""Columns that files of earlier versions lack."""
 
 
 class Answers(Protocol):
@@ -91,6 +94,8 @@ class RankedAnswers:
     heldout: bool = False
     """True if the record is kept out of training, to measure the reward model's accuracy."""
     source: str = ""
+    gold: tuple[float | None, ...] | None = None
+    """[K] the gold measure of each answer, which nothing is trained on; None where the labeller's scores are it."""
 
     @property
     def pairs(self) -> tuple[tuple[int, int], ...]:
@@ -150,12 +155,14 @@ def rank_answers(
     labeller: str,
     heldout: bool = False,
     source: str = "",
+    gold: Sequence[float | None] | None = None,
 ) -> RankedAnswers:
     """Sort answers by a labeller's ranking.
 
     Args:
         order: [K] indices of `responses`, best first.
         scores: [K] the labeller's measures, in the order of `responses`; None if it only ranks.
+        gold: [K] the gold measure, in the order of `responses`; None if there is none beside the scores.
 
     Raises:
         ValueError: `order` does not hold every index once.
@@ -172,6 +179,7 @@ def rank_answers(
         labeller=labeller,
         heldout=heldout,
         source=source,
+        gold=None if gold is None else tuple(gold[i] for i in order),
     )
 
 
@@ -226,6 +234,7 @@ def write_comparisons(path: Path, records: Sequence[RankedAnswers]) -> None:
             "labeller": r.labeller,
             "source": r.source,
             "heldout": r.heldout,
+            "gold": None if r.gold is None else list(r.gold),
         }
         for r in records
     ]
@@ -245,7 +254,7 @@ def read_ranked(path: Path) -> list[RankedAnswers]:
         table = pq.read_table(path)
     except (pa.ArrowException, OSError) as error:  # not Parquet, or cut short
         raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from None
-    missing = [name for name in _SCHEMA.names if name not in table.column_names]
+    missing = [name for name in _SCHEMA.names if name not in table.column_names and name not in _OPTIONAL]
     if missing:
         raise UserError(f"{path}: no column {missing[0]!r}; there are: {', '.join(table.column_names)}")
     records = []
@@ -254,7 +263,7 @@ def read_ranked(path: Path) -> list[RankedAnswers]:
         if len(response_ids) != len(responses) or (scores is not None and len(scores) != len(responses)):
             raise UserError(f"{path} row {number}: responses, response_ids and scores differ in length")
         try:
-            columns = {name: row[name] for name in _SCHEMA.names if name != "ranking"}
+            columns = {name: row.get(name) for name in _SCHEMA.names if name != "ranking"}
             records.append(rank_answers(**columns, order=row["ranking"]))
         except ValueError as error:
             raise UserError(f"{path} row {number}: {error}") from None

@@ -25,7 +25,7 @@ from rayrlhf.errors import UserError
 from rayrlhf.files import replacing
 from rayrlhf.reports import shares
 from rayrlhf.reports.curves import compare_figure
-from rayrlhf.reports.intervals import Array, Interval, over_runs, p_text, pooled
+from rayrlhf.reports.intervals import over_runs, p_text, pooled
 from rayrlhf.reports.measures import (
     AT_EQUAL_LENGTH,
     EVALUATED,
@@ -37,6 +37,7 @@ from rayrlhf.reports.measures import (
     interval_text,
 )
 from rayrlhf.reports.warnings import warnings_of
+from rayrlhf.resampling import Array, Interval
 from rayrlhf.runs.addresses import join
 from rayrlhf.runs.folder import RunFolder, run_at
 from rayrlhf.runs.metrics import read_metrics

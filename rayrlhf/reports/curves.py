@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy import stats
 
-from rayrlhf.reports.intervals import CONFIDENCE, Array, Interval, t_interval
+from rayrlhf.reports.intervals import t_interval
 from rayrlhf.reports.measures import MEASURES, PANELS, SOURCES, Panel
 from rayrlhf.reports.shares import limits
+from rayrlhf.resampling import CONFIDENCE, Array, Interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

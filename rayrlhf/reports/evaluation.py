@@ -21,8 +21,6 @@ from numpy.typing import ArrayLike, NDArray
 from rayrlhf.data.records import Prompt
 from rayrlhf.files import replacing
 from rayrlhf.reports.intervals import (
-    CONFIDENCE,
-    Interval,
     bootstrap,
     jackknife,
     length_controlled_difference,
@@ -31,6 +29,7 @@ from rayrlhf.reports.intervals import (
 )
 from rayrlhf.reports.measures import AT_EQUAL_LENGTH, DIVERSITY, MEASURES, SHARES
 from rayrlhf.reports.shares import share, win_rate
+from rayrlhf.resampling import CONFIDENCE, Interval
 from rayrlhf.rewards.diversity import (
     common_opening,
     common_opening_without,

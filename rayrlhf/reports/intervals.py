@@ -12,29 +12,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from scipy import stats
 from scipy.special import expit
 
-Array = NDArray[np.float64]
+from rayrlhf.resampling import CONFIDENCE, Array, Interval
 
-CONFIDENCE = 0.95
 PERMUTATIONS = 9999
 RIDGE = 0.01
 """Precision of the normal prior (mean 0) on both coefficients of the length-controlled win rate: a standard deviation
 of 10 on the logit scale. It matters only where wins and losses separate, and keeps those fits finite."""
 _BLOCK = 500_000
 """Resampled values held at once: bounds memory, and fits a cache."""
-
-
-@dataclass(frozen=True)
-class Interval:
-    """An estimate from `n` prompts (or runs) and its interval."""
-
-    mean: float
-    low: float
-    high: float
-    n: int
 
 
 @dataclass(frozen=True)

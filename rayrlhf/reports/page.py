@@ -14,10 +14,12 @@ import pyarrow.parquet as pq
 
 from rayrlhf.config_file import load_config
 from rayrlhf.files import replacing
+from rayrlhf.reports.agreement import labellers_grid, raters_grid
 from rayrlhf.reports.curves import over_kl_figure, style
 from rayrlhf.reports.intervals import p_text
 from rayrlhf.reports.measures import DIFFERENCES, EVALUATED, PANELS, SCORERS, SOURCES, Panel, decimals, panels_of
 from rayrlhf.reports.progress import headline
+from rayrlhf.reports.raters import LONGER, compare, longer, people_of, raters_of
 from rayrlhf.reports.warnings import Warned, warnings_of
 from rayrlhf.runs.folder import RunFolder
 from rayrlhf.runs.metrics import read_metrics
@@ -76,6 +78,8 @@ def write_report(run: RunFolder) -> Path:
             parts.append(f'<img alt="measures on dev prompts" src="{_inline(evaluations)}">')
         if stage == "reward_model" and run.reward_accuracy.exists():
             parts.append(_reward_accuracy(json.loads(run.reward_accuracy.read_text(encoding="utf-8"))))
+    if run.config.exists():
+        parts += _agreement(run)
     if shown := _dev_samples(run, metrics):
         parts.append(shown)
     if run.samples.exists():
@@ -182,6 +186,15 @@ def _reward_accuracy(result: Mapping[str, Any]) -> str:
         f"<table><caption>{caption}</caption><thead><tr><th>ordered by</th><th>accuracy</th>"
         f"<th>reward model − it, paired</th></tr></thead><tbody>{''.join(rows)}</tbody></table>"
     )
+
+
+def _agreement(run: RunFolder) -> list[str]:
+    """The raters of the run beside each other, and its labellers; nothing where no two raters saw the same pair."""
+    raters = raters_of(run)
+    compared = compare(raters | {LONGER: longer(raters.values())})
+    people = people_of(run)
+    tables = ([raters_grid(compared)] if compared else []) + ([labellers_grid(people)] if people else [])
+    return ["<h2>Agreement</h2>", *(table.html() for table in tables)] if tables else []
 
 
 def _cell(value: Mapping[str, float] | None, digits: int) -> str:

@@ -12,7 +12,8 @@ from numpy.typing import ArrayLike
 from scipy import stats
 from scipy.special import expit, logit
 
-from rayrlhf.reports.intervals import CONFIDENCE, Array, Interval, t_interval, wins
+from rayrlhf.reports.intervals import t_interval, wins
+from rayrlhf.resampling import CONFIDENCE, Array, Interval
 
 
 def share(values: ArrayLike, confidence: float = CONFIDENCE) -> Interval | None:

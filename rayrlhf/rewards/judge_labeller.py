@@ -14,6 +14,7 @@ from rayrlhf.data.records import Prompt
 from rayrlhf.rewards.judge_client import JudgeClient
 from rayrlhf.rewards.judge_questions import Question, prefer, rate
 from rayrlhf.rewards.labeller import LabelledRanking, Labeller
+from rayrlhf.runs.folder import RunFolder
 
 SHOWN = 512
 """Questions after which it says how far it is."""
@@ -26,7 +27,7 @@ class Ratings:
         """[K]"""
         return [rate(rubric, prompt.text, text, f"prompt {prompt.id!r}, answer {i}") for i, text in enumerate(answers)]
 
-    def scores(self, values: Sequence[float | None], count: int) -> list[float]:
+    def scores(self, values: Sequence[float | None], answers: Sequence[str]) -> list[float]:
         """[K] from the values of the K questions."""
         return [float("nan") if value is None else value for value in values]
 
@@ -40,6 +41,8 @@ class Pairs:
     def __init__(self) -> None:
         self._pairs: list[tuple[float | None, float | None]] = []
         """Values of each pair's two questions."""
+        self._longer: list[float] = []
+        """Of each pair with a winner over both questions, whose texts differ in length: 1 if it is the longer one."""
 
     def questions(self, rubric: str, prompt: Prompt, answers: Sequence[str]) -> list[Question]:
         """[K (K - 1)] two after each other for each pair: the earlier answer first, then second."""
@@ -49,26 +52,33 @@ class Pairs:
             for a, b in ((i, j), (j, i))
         ]
 
-    def scores(self, values: Sequence[float | None], count: int) -> list[float]:
+    def scores(self, values: Sequence[float | None], answers: Sequence[str]) -> list[float]:
         """[K] share of wins of each answer, over its 2 (K - 1) questions; a tie is half a win."""
+        count = len(answers)
         wins = [0.0] * count
         verdicts = iter(values)
         for i, j in combinations(range(count), 2):
             pair = next(verdicts), next(verdicts)
             self._pairs.append(pair)
+            earlier, later = (0.5 if value is None else value for value in pair)
+            # Above 0 where answer i won; the questions show it first, then second.
+            won, more = earlier - later, len(answers[i]) - len(answers[j])
+            if won and more:
+                self._longer.append(float((won > 0) == (more > 0)))
             for value, (a, b) in zip(pair, ((i, j), (j, i)), strict=True):
                 wins[a] += 0.5 if value is None else value
                 wins[b] += 0.5 if value is None else 1 - value
         return [won / (2 * (count - 1)) for won in wins]
 
     def facts(self) -> dict[str, float]:
-        """How much the judge looks at the order: in half of all verdicts the first answer wins if it does not."""
+        """How much the judge looks at the order and at the length of the answers; one half is not at all."""
         both = [(one, other) for one, other in self._pairs if one is not None and other is not None]
         decided = [value for pair in both for value in pair if value != 0.5]
         return {
             "pairs": len(self._pairs),
             "orders_disagree": round(sum(one != 1 - other for one, other in both) / max(len(both), 1), 4),
             "first_preferred": round(sum(decided) / max(len(decided), 1), 4),
+            **({"longer_preferred": round(sum(self._longer) / len(self._longer), 4)} if self._longer else {}),
         }
 
 
@@ -88,7 +98,7 @@ class JudgeLabeller(Labeller):
         self._client.check()
         self._way = Pairs() if config.compare == "pairs" else Ratings()
 
-    def prepare(self, waiting: Sequence[tuple[Prompt, Sequence[str]]]) -> None:
+    def prepare(self, waiting: Sequence[tuple[Prompt, Sequence[str]]], run: RunFolder | None = None) -> None:
         """Ask all, so that questions about different prompts are under way at the same time."""
         asked = [question for prompt, answers in waiting for question in self._questions(prompt, answers)]
         print(f"{self._client.place}: {len(asked)} questions about {len(waiting)} prompts", flush=True)
@@ -99,7 +109,7 @@ class JudgeLabeller(Labeller):
 
     def rank(self, prompt: Prompt, answers: Sequence[str]) -> LabelledRanking:
         values = [verdict.value for verdict in self._client.ask(self._questions(prompt, answers))]
-        return LabelledRanking.by(self._way.scores(values, len(answers)))
+        return LabelledRanking.by(self._way.scores(values, answers))
 
     def measure(self, prompt: Prompt, answer: str) -> float | None:
         return None

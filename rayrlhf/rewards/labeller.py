@@ -6,8 +6,10 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from rayrlhf.data.records import Prompt
+from rayrlhf.runs.folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,16 @@ class LabelledRanking:
     scores: tuple[float, ...] | None
     """[K] the labeller's measure of each answer, in the order of the answers; None if it only ranks.
     Equal scores are ties: `order` puts them somewhere, but they are no preference. Nor is NaN, which stands last."""
+
+    @property
+    def unknown(self) -> bool:
+        """Whether nothing is known of the answers, which is something else than a tie of all."""
+        return self.scores is not None and all(map(math.isnan, self.scores))
+
+    @classmethod
+    def none(cls, count: int) -> LabelledRanking:
+        """Nobody has ranked these answers."""
+        return cls.by([math.nan] * count)
 
     @classmethod
     def by(cls, scores: Sequence[float]) -> LabelledRanking:
@@ -34,7 +46,12 @@ class Labeller(ABC):
     name: str
     """What `comparisons.parquet` and the evaluation call it."""
 
-    def prepare(self, waiting: Sequence[tuple[Prompt, Sequence[str]]]) -> None:  # noqa: B027 - most need nothing
+    asks_people: ClassVar[bool] = False
+    """Whether people rank outside this process: `to_rank.jsonl` keeps the answers, which are not sampled again then."""
+
+    def prepare(  # noqa: B027 - most need nothing
+        self, waiting: Sequence[tuple[Prompt, Sequence[str]]], run: RunFolder
+    ) -> None:
         """Is told once all prompts and answers that `rank` will be called with: to check them, or to ask at once."""
 
     @abstractmethod

@@ -1,8 +1,8 @@
 """Labellers rank the answers that the stage `collect` has sampled.
 
 `reference` ranks by ROUGE-L with the author's own TL;DR: an honest stand-in for people, not their judgement.
-`file` reads the rankings of people from a JSONL file. `python` ranks by a function in a file of the user's own.
-`judge` asks a language model.
+`people` waits for people who rank on a page, and `file` reads their rankings from a JSONL file. `python` ranks by a
+function in a file of the user's own. `judge` asks a language model.
 
 Another labeller is a section of the config, a class with `name`, `rank` and `measure`, and a row of `LABELLERS`.
 """
@@ -25,11 +25,14 @@ from rayrlhf.data.files import json_lines
 from rayrlhf.data.records import Prompt
 from rayrlhf.errors import UserError
 from rayrlhf.files import replacing
+from rayrlhf.labelling.exports import ungrouped
 from rayrlhf.plugins import Plugin
 from rayrlhf.rewards.judge_labeller import JudgeLabeller
 from rayrlhf.rewards.labeller import LabelledRanking, Labeller
+from rayrlhf.rewards.people_labeller import PeopleLabeller
 from rayrlhf.rewards.python import PythonFunction
 from rayrlhf.rewards.rouge import rouge_scorer
+from rayrlhf.runs.folder import RunFolder
 from rayrlhf.trajectory import GenerationRequest
 
 
@@ -57,36 +60,38 @@ class ReferenceLabeller(Labeller):
 class FileLabeller(Labeller):
     """The rankings of people, from a file with a line such as `{"id": "...", "ranking": [2, 0, 1]}` for each prompt.
 
-    The numbers are indices of the answers, best first.
+    The numbers are indices of the answers, best first; a list of several in place of one is a tie, `[2, [0, 1]]`. Of
+    answers with the ranking null, nobody knows which are better.
 
     Raises:
-        UserError: a line is malformed; from `prepare` and `rank`: a ranking does not fit. It names file and line.
+        UserError: from `prepare`: there is no such file, a line is malformed, or a ranking does not fit. It names file
+            and line.
     """
 
     name = "people"
 
-    def __init__(self, config: FileLabellerConfig) -> None:
-        self._path = rankings_path(config)
-        self._rankings: dict[str, tuple[int, Any]] = {}
-        for number, row in _json_lines(self._path):
-            where = f"{self._path} line {number}"
-            if not isinstance(row.get("id"), str) or "ranking" not in row:
-                raise UserError(f'{where}: expected {{"id": "...", "ranking": [best, ..., worst]}}')
-            if row["id"] in self._rankings:
-                raise UserError(
-                    f"{where}: id {row['id']!r} was ranked before, in line {self._rankings[row['id']][0]}; keep one"
-                )
-            self._rankings[row["id"]] = (number, row["ranking"])
+    asks_people = True
 
-    def prepare(self, waiting: Sequence[tuple[Prompt, Sequence[str]]]) -> None:
-        """Check that the file ranks exactly these prompts."""
+    def __init__(self, config: FileLabellerConfig) -> None:
+        self._path = Path(config.path).expanduser()
+        self._rankings: dict[str, tuple[int, Any]] = {}
+
+    def prepare(self, waiting: Sequence[tuple[Prompt, Sequence[str]]], run: RunFolder) -> None:
+        """Read the file, and check that it ranks exactly these prompts."""
+        if not self._path.is_file():
+            raise UserError(
+                f"{len(waiting)} prompts with answers to rank were written to {run.to_rank}; put one line "
+                f'{{"id": "...", "ranking": [best, ..., worst]}} a prompt into {self._path} '
+                "(indices into its answers, from 0) and run collect again"
+            )
+        self._read()
         expected = {prompt.id: len(answers) for prompt, answers in waiting}
         for id, (number, _) in self._rankings.items():
             if id not in expected:
                 raise UserError(
                     f"{self._path} line {number}: id {id!r} is not among the prompts to rank; remove the line"
                 )
-            self._ranking(id, expected[id])
+            self._ranks(id, expected[id])
         missing = [id for id in expected if id not in self._rankings]
         if missing:
             raise UserError(
@@ -97,20 +102,37 @@ class FileLabeller(Labeller):
     def rank(self, prompt: Prompt, answers: Sequence[str]) -> LabelledRanking:
         if prompt.id not in self._rankings:
             raise UserError(f"{self._path}: no ranking for prompt {prompt.id!r}; add a line for it")
-        return LabelledRanking(self._ranking(prompt.id, len(answers)), None)
+        ranks = self._ranks(prompt.id, len(answers))
+        if ranks is None:
+            return LabelledRanking.none(len(answers))
+        ranking = LabelledRanking.by([-float(rank) for rank in ranks])
+        return ranking if len(set(ranks)) < len(ranks) else LabelledRanking(ranking.order, None)
 
     def measure(self, prompt: Prompt, answer: str) -> float | None:
         return None
 
-    def _ranking(self, id: str, count: int) -> tuple[int, ...]:
+    def _read(self) -> None:
+        for number, row in _json_lines(self._path):
+            where = f"{self._path} line {number}"
+            if not isinstance(row.get("id"), str) or "ranking" not in row:
+                raise UserError(f'{where}: expected {{"id": "...", "ranking": [best, ..., worst]}}')
+            if row["id"] in self._rankings:
+                raise UserError(
+                    f"{where}: id {row['id']!r} was ranked before, in line {self._rankings[row['id']][0]}; keep one"
+                )
+            self._rankings[row["id"]] = (number, row["ranking"])
+
+    def _ranks(self, id: str, count: int) -> tuple[int, ...] | None:
+        """[K] of the answers, equal ranks are a tie; None where people could not rank them."""
         number, ranking = self._rankings[id]
-        # type(...) is int: isinstance would take true and false for 1 and 0.
-        whole = isinstance(ranking, list) and all(type(index) is int for index in ranking)
-        if not whole or sorted(ranking) != list(range(count)):
+        if ranking is None:
+            return None
+        ranks = ungrouped(ranking, count)
+        if ranks is None:
             raise UserError(
                 f"{self._path} line {number}: ranking {ranking!r} of {id!r} must hold each of 0..{count - 1} once"
             )
-        return tuple(ranking)
+        return ranks
 
 
 class PythonLabeller(Labeller):
@@ -148,6 +170,7 @@ class PythonLabeller(Labeller):
 LABELLERS: dict[str, Callable[[Any], Labeller]] = {
     "reference": lambda section: ReferenceLabeller(),
     "file": FileLabeller,
+    "people": PeopleLabeller,
     "python": PythonLabeller,
     "judge": JudgeLabeller,
 }
@@ -160,20 +183,19 @@ def check_labeller(config: LabellerConfig) -> None:
     Raises:
         UserError: the function of `python` cannot be read; the token of `judge` is not there.
     """
-    if config.kind != "file":  # which need not exist before people have seen the answers
-        make_labeller(config)
+    make_labeller(config)
 
 
 def make_labeller(config: LabellerConfig) -> Labeller:
     """Make the labeller that `config.kind` names.
 
     Raises:
-        UserError: as `check_labeller`; for `file`: there is no such file, or a malformed line.
+        UserError: as `check_labeller`.
     """
     return LABELLERS[config.kind](config)
 
 
-# --- Asking people: answers go out in `to_rank.jsonl`, rankings come back in `collect.labeller.path` ------------------
+# --- Asking people: answers go out in `to_rank.jsonl`, which the page and other programs read -------------------------
 
 
 @dataclass(frozen=True)
@@ -190,13 +212,8 @@ class Unranked:
     answer_ids: tuple[tuple[int, ...], ...]
 
 
-def rankings_path(config: FileLabellerConfig) -> Path:
-    """The file that holds the rankings, or will hold them once people have ranked."""
-    return Path(config.path).expanduser()
-
-
-def ask_people(to_rank: Path, unranked: Sequence[Unranked], config: FileLabellerConfig) -> UserError:
-    """Write the answers to `to_rank`, whole or not at all. Returns the error that says what to do next."""
+def write_unranked(to_rank: Path, unranked: Sequence[Unranked]) -> None:
+    """Write the answers to `to_rank`, whole or not at all."""
     with replacing(to_rank) as temporary, temporary.open("w", encoding="utf-8") as file:
         for item in unranked:
             row = {
@@ -207,15 +224,10 @@ def ask_people(to_rank: Path, unranked: Sequence[Unranked], config: FileLabeller
                 "answer_ids": item.answer_ids,
             }
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    return UserError(
-        f"{len(unranked)} prompts with answers to rank were written to {to_rank}; put one line "
-        f'{{"id": "...", "ranking": [best, ..., worst]}} a prompt into {rankings_path(config)} '
-        "(indices into its answers, from 0) and run collect again"
-    )
 
 
 def read_unranked(to_rank: Path) -> list[Unranked]:
-    """Read the answers that `ask_people` wrote. Rankings refer to them, so they must not be sampled again."""
+    """Read the answers that `write_unranked` wrote. Rankings refer to them, so they must not be sampled again."""
     unranked = []
     for number, row in _json_lines(to_rank):
         try:

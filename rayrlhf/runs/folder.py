@@ -61,6 +61,11 @@ class RunFolder:
         self.heldout_pairs = self.path / "heldout_pairs.parquet"
         self.comparisons = self.path / "comparisons.parquet"
         self.labeller = self.path / "labeller.json"
+        # A copy's files that its store lacks are deleted, but for hidden ones; this one grows here.
+        self.labels = self.path / (".labels.sqlite" if self.store else "labels.sqlite")
+        """What people say of answers, on this machine; in a store, `labels.sqlite` is a copy of it."""
+        self.to_rank = self.path / "to_rank.jsonl"
+        """Answers that wait for the rankings of people."""
         self.samples = self.path / "samples.parquet"
         self.dev_samples = self.path / "samples"
         """Answers to a few dev prompts while `rl` ran: `step_000020.jsonl` and so on."""

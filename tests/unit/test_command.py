@@ -27,7 +27,7 @@ SLOW = (
 )  # fmt: skip
 """Packages that take long to import: only the commands that need them may."""
 STAGE_COMMANDS = ["run", *(stage.command for stage in STAGES.values())]
-COMMANDS = [*STAGE_COMMANDS, "config", "init", "sweep", "submit", "compare", "status", "scale", "runs"]
+COMMANDS = [*STAGE_COMMANDS, "config", "init", "sweep", "submit", "compare", "agreement", "status", "scale", "runs"]
 
 RUNNER = """
 import contextlib, io, json, sys

@@ -87,7 +87,7 @@ def test_pairs_are_asked_in_both_orders_and_wins_are_counted(serve: Any) -> None
     assert len(server.asked) == 24, "all were asked before"
     assert judge.facts() == {
         "model": "m", "url": server.url, "compare": "pairs", "questions": 24, "kept": 0, "unusable": 0,
-        "tokens": 24 * 7, "pairs": 12, "orders_disagree": 0.0, "first_preferred": 0.5,
+        "tokens": 24 * 7, "pairs": 12, "orders_disagree": 0.0, "first_preferred": 0.5, "longer_preferred": 1.0,
     }  # fmt: skip
     assert judge.measure(PROMPTS[0], "tea") is None
 
@@ -100,6 +100,24 @@ def test_a_judge_that_looks_at_the_order_is_found_out(serve: Any) -> None:
     facts = judge.facts()
     # Of 6 pairs the 3 without tea have two verdicts for the first; of 12 replies 9 are "A": 6 of these, 3 of tea's.
     assert facts["orders_disagree"] == 3 / 6 and facts["first_preferred"] == 9 / 12
+
+
+def test_a_judge_that_looks_at_the_length_is_found_out(serve: Any) -> None:
+    """A pair without a winner over both orders, or with texts of one length, does not count."""
+
+    def brief(text: str) -> str:
+        a, b = map(len, both(text))
+        return "A" if a < b else "B" if b < a else "C"
+
+    short = labeller(serve(says(brief)).url)
+    short.rank(PROMPTS[0], ("a", "bb", "cc", "dddd"))
+    assert short.facts()["longer_preferred"] == 0.0
+    mixed = labeller(serve(says(lambda text: "C" if "dddd" in text else brief(text))).url)
+    mixed.rank(PROMPTS[0], ("a", "bb", "dddd"))
+    assert mixed.facts()["longer_preferred"] == 0.0 and mixed.facts()["pairs"] == 3
+    blind = labeller(serve(says(lambda text: "A")).url)
+    blind.rank(PROMPTS[0], ("a", "bb"))
+    assert "longer_preferred" not in blind.facts(), "it has no winner"
 
 
 def test_a_question_without_a_usable_reply_is_a_tie(serve: Any) -> None:

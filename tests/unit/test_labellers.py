@@ -13,7 +13,15 @@ from rayrlhf.config_file import parse_config
 from rayrlhf.config_labellers import FileLabellerConfig, LabellerConfig
 from rayrlhf.data.records import Prompt
 from rayrlhf.errors import UserError
-from rayrlhf.rewards.labellers import FileLabeller, Unranked, ask_people, check_labeller, make_labeller, read_unranked
+from rayrlhf.rewards.labellers import (
+    FileLabeller,
+    Unranked,
+    check_labeller,
+    make_labeller,
+    read_unranked,
+    write_unranked,
+)
+from rayrlhf.runs.folder import RunFolder
 
 
 def section(**settings: Any) -> LabellerConfig:
@@ -106,23 +114,40 @@ def test_people_rank_what_was_written_for_them(tmp_path: Path) -> None:
         Unranked("a", "What?\n\nTL;DR:", ("hot tea", "cold téa\n", "no tea"), (2, 7), ((1, 2), (3,), (4, 2))),
         Unranked("b", "Why?\n\nTL;DR:", ("yes", "no"), (2, 8), ((5,), (6, 2))),
     ]
-    error = ask_people(to_rank, waiting, config)
-    assert "2 prompts with answers to rank were written to" in str(error) and "\n" not in str(error)
-    assert str(to_rank) in str(error) and str(config.path) in str(error)
+    write_unranked(to_rank, waiting)
+    labeller, run = make_labeller(config), RunFolder(tmp_path)
+    prompts = [(Prompt(item.id, item.prompt), item.answers) for item in waiting]
+    with pytest.raises(UserError) as error:
+        labeller.prepare(prompts, run)
+    assert "2 prompts with answers to rank were written to" in str(error.value) and "\n" not in str(error.value)
+    assert str(to_rank) in str(error.value) and str(config.path) in str(error.value)
     assert read_unranked(to_rank) == waiting
     assert [p.name for p in tmp_path.iterdir()] == ["to_rank.jsonl"]
 
     (tmp_path / "rankings.jsonl").write_text('{"id": "b", "ranking": [1, 0]}\n\n{"id": "a", "ranking": [2, 0, 1]}\n')
-    labeller = make_labeller(config)
     assert isinstance(labeller, FileLabeller)
-    labeller.prepare([(Prompt(item.id, item.prompt), item.answers) for item in read_unranked(to_rank)])
+    labeller.prepare(prompts, run)
     verdict = labeller.rank(Prompt("a", waiting[0].prompt), waiting[0].answers)
     assert verdict.order == (2, 0, 1) and verdict.scores is None
     assert labeller.measure(PROMPT, "hot tea") is None
 
 
-def people(path: Path) -> FileLabeller:
-    return FileLabeller(FileLabellerConfig(path=str(path)))
+def people(path: Path, *prompts: tuple[str, int]) -> FileLabeller:
+    """Ranks prompts that have so many answers."""
+    labeller = FileLabeller(FileLabellerConfig(path=str(path)))
+    labeller.prepare([(Prompt(id, "?"), ["x"] * count) for id, count in prompts], RunFolder(path.parent))
+    return labeller
+
+
+def test_people_may_call_answers_equal_or_say_nothing(tmp_path: Path) -> None:
+    """As `rayrlhf label RUN --export` writes it."""
+    path = tmp_path / "rankings.jsonl"
+    path.write_text('{"id": "a", "ranking": [2, [3, 0], 1]}\n{"id": "b", "ranking": null}\n')
+    labeller = people(path, ("a", 4), ("b", 2))
+    tied = labeller.rank(Prompt("a", "?"), "wxyz")
+    assert tied.order == (2, 0, 3, 1) and tied.scores is not None and not tied.unknown
+    assert tied.scores[2] > tied.scores[3] == tied.scores[0] > tied.scores[1]
+    assert labeller.rank(Prompt("b", "?"), "xy").unknown
 
 
 GOOD = {"id": "a", "ranking": [0, 1]}
@@ -147,17 +172,17 @@ def test_mistakes_name_file_and_line(tmp_path: Path, lines: list[object], messag
     path = tmp_path / "rankings.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)))
     with pytest.raises(UserError, match=message) as error:
-        people(path).prepare([(Prompt("a", "?"), ["x", "y"]), (Prompt("b", "?"), ["x", "y", "z"])])
+        people(path, ("a", 2), ("b", 3))
     assert "\n" not in str(error.value) and "rankings.jsonl" in str(error.value)
 
 
 def test_files_that_are_missing_or_not_json(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such file"):
-        people(tmp_path / "none.jsonl")
     path = tmp_path / "rankings.jsonl"
     path.write_text('{"id": "a", "ranking": [0, 1]}\n{"id"')
     with pytest.raises(UserError, match="rankings.jsonl line 2: not valid JSON"):
         people(path)
+    with pytest.raises(UserError, match="none.jsonl: no such file"):
+        read_unranked(tmp_path / "none.jsonl")
     path.write_text('{"id": "a"}')
     with pytest.raises(UserError, match="rankings.jsonl line 1: not as collect wrote it"):
         read_unranked(path)

@@ -13,20 +13,20 @@ import pytest
 from rich.console import Console
 from scipy import stats
 
+from rayrlhf import resampling
 from rayrlhf.config_file import parse_config
 from rayrlhf.data.comparisons import RankedAnswers
-from rayrlhf.reports import reward_accuracy
 from rayrlhf.reports.intervals import bootstrap
 from rayrlhf.reports.measures import SCORERS
 from rayrlhf.reports.page import write_report
 from rayrlhf.reports.reward_accuracy import (
     accuracies,
-    cluster_bootstrap,
     heldout_pairs,
     unbeaten,
     write_accuracy,
 )
 from rayrlhf.reports.tables import reward_accuracy_table
+from rayrlhf.resampling import cluster_bootstrap
 from rayrlhf.runs.folder import open_or_create
 
 
@@ -112,7 +112,7 @@ def test_one_value_a_cluster_is_the_ordinary_bootstrap(monkeypatch: pytest.Monke
     values = np.random.default_rng(5).normal(size=40)
     expected = bootstrap(values, 301, seed=2)
     assert cluster_bootstrap(values, np.arange(40), 301, seed=2) == expected
-    monkeypatch.setattr(reward_accuracy, "_BLOCK", 90)
+    monkeypatch.setattr(resampling, "_BLOCK", 90)
     assert cluster_bootstrap(values, np.arange(40), 301, seed=2) == expected
 
 

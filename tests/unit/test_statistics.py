@@ -13,8 +13,6 @@ from rayrlhf.reports import intervals as statistics
 from rayrlhf.reports.intervals import (
     PERMUTATIONS,
     RIDGE,
-    Array,
-    Interval,
     bootstrap,
     length_controlled_difference,
     length_controlled_win_rate,
@@ -25,6 +23,7 @@ from rayrlhf.reports.intervals import (
 )
 from rayrlhf.reports.shares import limits, share, win_rate
 from rayrlhf.reports.shares import over_runs as shares_over_runs
+from rayrlhf.resampling import Array, Interval
 
 
 @pytest.mark.parametrize(("n", "confidence"), [(200, 0.95), (37, 0.8)])

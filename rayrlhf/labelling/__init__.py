@@ -1,0 +1,1 @@
+"""What people say of answers: their judgements, how far they agree, and one ranking from several people."""

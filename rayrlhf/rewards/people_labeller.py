@@ -1,0 +1,136 @@
+"""A labeller that waits for people, who rank the answers on the page of `rayrlhf label RUN`.
+
+The page and the stage `collect` are two commands that share the database of the run's labels. So people may begin,
+stop and go on whenever they like, and so may the run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Mapping, Sequence
+
+from rayrlhf.config_labellers import PeopleLabellerConfig
+from rayrlhf.data.records import Prompt
+from rayrlhf.errors import UserError
+from rayrlhf.labelling.aggregate import aggregate
+from rayrlhf.labelling.agreement import agreement
+from rayrlhf.labelling.database import LabelDatabase
+from rayrlhf.labelling.judgements import Item, Judgement
+from rayrlhf.labelling.wanted import Wanted
+from rayrlhf.rewards.labeller import LabelledRanking, Labeller
+from rayrlhf.runs.addresses import as_typed
+from rayrlhf.runs.folder import RunFolder
+
+POLL_S = 1.0
+"""How often a wait looks whether there is something new."""
+SAID_S = 60.0
+"""How often a wait says how far people are, where something is new."""
+
+
+class PeopleLabeller(Labeller):
+    """Ranks by the judgements of people.
+
+    Raises:
+        UserError: from `prepare`: the database cannot be used, or has other answers; or `wait_s` has passed.
+    """
+
+    name = "people"
+    asks_people = True
+
+    def __init__(self, config: PeopleLabellerConfig) -> None:
+        self._config = config
+        self._wanted = Wanted(config.labellers, config.until, settle=config.choose == "disagreement")
+        self._scores: Mapping[str, tuple[float, ...]] = {}
+        self._facts: dict[str, str | float] = {}
+
+    def prepare(self, waiting: Sequence[tuple[Prompt, Sequence[str]]], run: RunFolder) -> None:
+        """Put the answers into the database of the run's labels, and return when people have ranked enough of them."""
+        with contextlib.closing(LabelDatabase(run.labels)) as database:
+            known = {item.id: (item.priority, item.gold) for item in database.items()}
+            ids = {prompt.id for prompt, _ in waiting}
+            database.add_items([Item(p.id, p.text, tuple(texts), *known.get(p.id, ())) for p, texts in waiting])
+            database.remember("overlap", self._config.labellers)
+            judgements = self._wait(database, ids, run)
+            items = [item for item in database.items() if item.id in ids]
+        aggregated = aggregate(judgements, self._config.aggregate)
+        self._scores = aggregated.scores
+        self._facts = facts(judgements, items) | {
+            f"reliability of {name}": round(share, 4) for name, share in aggregated.reliability.items()
+        }
+
+    def rank(self, prompt: Prompt, answers: Sequence[str]) -> LabelledRanking:
+        scores = self._scores.get(prompt.id)
+        return LabelledRanking.none(len(answers)) if scores is None else LabelledRanking.by(scores)
+
+    def measure(self, prompt: Prompt, answer: str) -> float | None:
+        return None
+
+    def facts(self) -> Mapping[str, str | float]:
+        return self._facts
+
+    def _wait(self, database: LabelDatabase, ids: set[str], run: RunFolder) -> list[Judgement]:
+        """The judgements of these items, once there are enough of them.
+
+        Raises:
+            UserError: `wait_s` has passed.
+        """
+        version, judgements, done = self._look(database, ids)
+        shown, said, begun = done, time.monotonic(), time.monotonic()
+        page = f"`rayrlhf label {as_typed(run.address)}`"
+        if not self._wanted.enough(done, len(ids)):
+            print(
+                f"collect: {done} of {len(ids)} prompts are ranked; {page} on this machine opens the page for people. "
+                f"The run goes on by itself when {self._config.until:.0%} of the prompts have the judgements of "
+                f"{self._config.labellers} labeller(s). It may be interrupted: the same command waits again",
+                flush=True,
+            )
+        while not self._wanted.enough(done, len(ids)):
+            if self._config.wait_s is not None and time.monotonic() - begun >= self._config.wait_s:
+                raise UserError(
+                    f"collect: {done} of {len(ids)} prompts are ranked, and collect.labeller.wait_s = "
+                    f"{self._config.wait_s:g} s have passed; let people go on with {page} and call the same command "
+                    "again, or lower collect.labeller.until"
+                )
+            time.sleep(POLL_S)
+            if _version(database) != version:
+                version, judgements, done = self._look(database, ids)
+            if done != shown and time.monotonic() - said >= SAID_S:
+                print(f"collect: {done} of {len(ids)} prompts are ranked", flush=True)
+                shown, said = done, time.monotonic()
+        return judgements
+
+    def _look(self, database: LabelDatabase, ids: set[str]) -> tuple[int, list[Judgement], int]:
+        """The version of the database, the judgements of these items, and how many items need nobody any more."""
+        version = _version(database)  # first: what is written after it is looked at again
+        judgements = [judgement for judgement in database.judgements() if judgement.item in ids]
+        items = [item for item in database.items() if item.id in ids]
+        if self._wanted.settle:
+            database.add_items(self._wanted.reordered(judgements, items))
+        return version, judgements, self._wanted.done(judgements, items)
+
+
+def facts(judgements: Sequence[Judgement], items: Sequence[Item]) -> dict[str, str | float]:
+    """What the labellers were like, in a few numbers; `rayrlhf agreement RUN` has the rest."""
+    found = agreement(judgements, items)
+    everyone = found.everyone
+    counts: dict[str, str | float] = {
+        "labellers": len(found.labellers),
+        "judgements": everyone.judged,
+        "skipped": everyone.skipped,
+        **{f"flagged {flag}": count for flag, count in sorted(found.flags.items())},
+    }
+    measured = {
+        "agreement": everyone.with_others,
+        "with_self": everyone.with_self,
+        "with_gold": everyone.with_gold,
+        "earlier_preferred": everyone.earlier_preferred,
+        "tau_b": found.tau_b,
+        "alpha": found.alpha,
+    }
+    return counts | {name: round(found.mean, 4) for name, found in measured.items() if found is not None}
+
+
+def _version(database: LabelDatabase) -> int:
+    """A number that changes when another connection writes, also if it deletes; it costs next to nothing to read."""
+    return int(database.query("PRAGMA data_version")[0][0])

@@ -1,0 +1,235 @@
+"""The labeller that waits for people: when it goes on, what it makes of their judgements, and the stage around it."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import jobs.collect
+from jobs.collect import collect
+from jobs.guard import guarded
+from jobs.session import Session, opened
+from rayrlhf.config import Config
+from rayrlhf.config_file import parse_config
+from rayrlhf.config_labellers import PeopleLabellerConfig
+from rayrlhf.data.comparisons import read_ranked
+from rayrlhf.data.records import Prompt
+from rayrlhf.errors import UserError
+from rayrlhf.labelling.database import LabelDatabase
+from rayrlhf.labelling.judgements import Item, Judgement
+from rayrlhf.labelling.wanted import Wanted, disagreement
+from rayrlhf.rewards import people_labeller
+from rayrlhf.rewards.labellers import Unranked, make_labeller
+from rayrlhf.rewards.people_labeller import PeopleLabeller
+from rayrlhf.runs.folder import RunFolder
+from tests.unit.test_session import config
+
+ANSWERS = ("it is a drink made of leaves", "it is a kind of car, no", "it is what it is, yes")
+WAITING = [(Prompt(id, f"What is {id}?"), ANSWERS) for id in ("tea", "milk", "beer")]
+
+WRITER = """
+import sys, time
+from rayrlhf.labelling.database import LabelDatabase
+from rayrlhf.labelling.judgements import Judgement
+
+database = LabelDatabase(sys.argv[1])
+while not database.items():
+    time.sleep(0.01)
+for name in sys.argv[2:-1]:
+    database.add_labeller(name)
+    for item in database.items():
+        ranks = None if item.id == sys.argv[-1] else (1, 2, 2) if name == "ann" else (1, 2, 1)
+        database.judge(Judgement(item.id, name, ranks, skipped="" if ranks else "unsure"), f"{name} {item.id}")
+"""
+"""Ann and bob agree that the car is worse than the leaves; and nothing is said of the prompt that is named last."""
+
+
+def judge(path: Path, *judgements: Judgement) -> None:
+    database = LabelDatabase(path)
+    for number, judgement in enumerate(judgements):
+        database.add_labeller(judgement.labeller)
+        database.judge(judgement, f"{judgement} {number}")
+    database.close()
+
+
+def labeller(**settings: Any) -> PeopleLabeller:
+    made = make_labeller(PeopleLabellerConfig(**settings))
+    assert isinstance(made, PeopleLabeller)
+    return made
+
+
+@pytest.fixture(autouse=True)
+def _often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(people_labeller, "POLL_S", 0.01)
+
+
+def test_it_goes_on_when_another_process_has_written_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = RunFolder(tmp_path)
+    people = labeller(labellers=2)
+    with subprocess.Popen([sys.executable, "-c", WRITER, str(run.labels), "ann", "bob", "beer"]) as writer:
+        people.prepare(WAITING, run)
+        assert writer.wait() == 0
+    verdict = people.rank(*WAITING[0])
+    # Leaves beat the car twice; leaves and "what it is" tie once and win once; "what it is" and the car: once, a tie.
+    assert verdict.scores == (2.0, 0.0, 1.0) and verdict.order == (0, 2, 1)
+    assert people.rank(*WAITING[2]).unknown
+    out = capsys.readouterr().out
+    assert out.startswith("collect: 0 of 3 prompts are ranked; `rayrlhf label ") and out.count("\n") == 1
+    assert "have the judgements of 2 labeller(s)" in out
+
+
+def test_what_there_is_already_is_enough_for_a_lower_share(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    with pytest.raises(UserError, match=r"0 of 3 prompts are ranked, and collect.labeller.wait_s = 0 s") as raised:
+        labeller(wait_s=0).prepare(WAITING, run)
+    assert "\n" not in str(raised.value) and f"rayrlhf label {tmp_path}" in str(raised.value)
+    judge(run.labels, Judgement("tea", "ann", (2, 1, 1)), Judgement("milk", "ann", (1, 2, 3)))
+    with pytest.raises(UserError, match="2 of 3 prompts are ranked"):
+        labeller(wait_s=0).prepare(WAITING, run)
+    enough = labeller(wait_s=0, until=0.6)
+    enough.prepare(WAITING, run)
+    assert [enough.rank(*each).unknown for each in WAITING] == [False, False, True]
+    database = LabelDatabase(run.labels)
+    assert database.recall("overlap") == 1 and [item.id for item in database.items()] == ["tea", "milk", "beer"]
+    database.close()
+
+
+def test_gold_ranks_that_somebody_set_stay(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    database = LabelDatabase(run.labels)
+    database.add_items([Item("tea", "What is tea?", ANSWERS, gold=(1, 3, 2)), Item("other", "?", ANSWERS)])
+    database.close()
+    judge(run.labels, Judgement("tea", "ann", (1, 2, 3)), Judgement("other", "ann", (1, 2, 3)))
+    people = labeller(wait_s=0)
+    people.prepare(WAITING[:1], run)
+    # The gold ranks order three pairs; ann has the last two the other way round. `other` is none of the run's.
+    assert people.facts() == {
+        "labellers": 1, "judgements": 1, "skipped": 0, "with_gold": pytest.approx(2 / 3, abs=1e-4),
+        "reliability of ann": 0.8,
+    }  # fmt: skip
+
+
+def test_other_answers_than_people_saw_are_refused(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    database = LabelDatabase(run.labels)
+    database.add_items([Item("tea", "What is tea?", ("others", "altogether"))])
+    database.close()
+    with pytest.raises(UserError, match="item 'tea' has other answers than before"):
+        labeller().prepare(WAITING, run)
+
+
+ITEMS = [Item(id, "?", ("x", "y", "z")) for id in "abcd"]
+SAID = [
+    Judgement("a", "ann", (1, 2, 3)),
+    Judgement("a", "bob", (1, 2, 2)),  # agrees on all pairs that both order
+    Judgement("b", "ann", (1, 2, 3)),
+    Judgement("b", "bob", (3, 2, 1)),
+    Judgement("c", "ann", (1, 2, 3)),
+    Judgement("c", "ann", (3, 2, 1), repeat=1),
+    Judgement("c", "bob", None, skipped="unsure"),
+    Judgement("c", "cy", None, skipped="unsure"),
+]
+
+
+def test_how_many_judgements_are_enough() -> None:
+    assert [Wanted(count, 1.0).done(SAID, ITEMS) for count in (1, 2, 3)] == [3, 3, 1]
+    # a is settled, b is not; c has three, of whom two saw nothing to rank; nobody saw d.
+    settling = Wanted(3, 0.5, settle=True)
+    assert settling.done(SAID, ITEMS) == 2 and settling.enough(2, 4) and not settling.enough(1, 4)
+    assert [(item.id, item.priority) for item in settling.reordered(SAID, ITEMS)] == [("a", -1), ("b", 1), ("c", -1)]
+    assert disagreement(SAID[:2]) == 0
+    assert disagreement([SAID[0], Judgement("a", "cy", (2, 1, 3))]) == pytest.approx(1 / 3)
+
+
+def test_a_dispute_is_asked_first_and_an_agreement_no_more(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    with pytest.raises(UserError):
+        labeller(labellers=3, choose="disagreement", wait_s=0).prepare(WAITING, run)
+    said = {"tea": ((1, 2, 3), (1, 2, 3)), "milk": ((1, 2, 3), (2, 1, 3))}
+    judge(run.labels, *(Judgement(id, f"labeller{i}", own[i]) for id, own in said.items() for i in range(2)))
+    with pytest.raises(UserError, match="1 of 3 prompts are ranked"):
+        labeller(labellers=3, choose="disagreement", wait_s=0).prepare(WAITING, run)
+    database = LabelDatabase(run.labels)
+    found = {item.id: item.priority for item in database.items()}
+    database.close()
+    assert found == {"tea": -1, "milk": pytest.approx(1 / 3), "beer": 0}
+
+
+def test_settings_that_do_not_fit_are_one_line() -> None:
+    for settings, said in (
+        ({"choose": "disagreement", "labellers": 2}, "set labellers to 3 or more"),
+        ({"until": 0.0}, "until"),
+        ({"path": "x"}, "unknown key 'collect.labeller.path'"),
+    ):
+        with pytest.raises(UserError) as raised:
+            parse_config({"name": "run", "collect": {"labeller": {"kind": "people", **settings}}}, "test")
+        assert said in str(raised.value) and "\n" not in str(raised.value)
+
+
+# ---- the stage
+
+
+def with_people(directory: Path, **settings: Any) -> Config:
+    found = config(directory)
+    section = {"labeller": PeopleLabellerConfig(**settings), "heldout_fraction": 0.0}
+    return found.model_copy(
+        update={
+            "data": found.data.model_copy(update={"comparisons": None, "reward_model_fraction": 0.3}),
+            "collect": found.collect.model_copy(update=section),
+        }
+    )
+
+
+def test_collect_waits_is_interrupted_and_learns_from_ties(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sampled = []
+
+    def sample(session: Session, records: Any) -> Any:
+        sampled.append(len(records))
+        ids = tuple((i,) for i in range(3))
+        return [Unranked(record.id, record.prompt, ANSWERS, (5,), ids) for record in records[:3]], {}
+
+    def stage(**settings: Any) -> int:
+        def run() -> None:
+            with opened(with_people(tmp_path, **settings), local=True) as session:
+                session.run.sft.mkdir(exist_ok=True)
+                collect(session)
+
+        return guarded(run)
+
+    def interrupt(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(jobs.collect, "sample_answers", sample)
+    with monkeypatch.context() as context:
+        context.setattr(people_labeller.time, "sleep", interrupt)
+        assert stage() == 130
+    assert "the same command continues" in capsys.readouterr().err
+    run = RunFolder(tmp_path / "runs" / "run")
+    assert not run.comparisons.exists() and run.to_rank.exists()
+
+    asked = [json.loads(line)["id"] for line in run.to_rank.read_text().splitlines()]
+    judge(
+        run.labels,
+        Judgement(asked[0], "ann", (2, 1, 2), flags=("personal data",)),
+        Judgement(asked[1], "ann", None, skipped="unsure"),
+        Judgement(asked[2], "ann", (1, 2, 3)),
+    )
+    assert stage() == 0
+    assert len(sampled) == 1, "people rank these answers: sampling again would give them others"
+    ranked = read_ranked(run.comparisons)
+    assert [(r.id, r.labeller) for r in ranked] == [(asked[0], "people"), (asked[2], "people")]
+    assert ranked[0].responses == (ANSWERS[1], ANSWERS[0], ANSWERS[2]) and ranked[0].pairs == ((0, 1), (0, 2))
+    assert ranked[1].responses == ANSWERS and len(ranked[1].pairs) == 3
+    assert ranked[1].gold is not None and len(ranked[1].gold) == 3 and not any(map(math.isnan, ranked[1].gold))
+    out = " ".join(capsys.readouterr().out.split())
+    assert "1 of 3 prompts have no ranking and are left out" in out and "5 pairs" in out
+    assert "labellers 1, judgements 2, skipped 1, flagged personal data 1" in out
+    assert json.loads(run.labeller.read_text())["skipped"] == 1
