@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
 
@@ -66,22 +66,28 @@ def raters_grid(compared: Sequence[Compared]) -> Grid:
     )
 
 
-def labellers_grid(found: Agreement) -> Grid:
-    """One row for each labeller, and one for all together."""
+def labellers_grid(found: Agreement, reliability: Mapping[str, float]) -> Grid:
+    """One row for each labeller, and one for all together.
+
+    Args:
+        found: their figures.
+        reliability: by labeller, as `rayrlhf.labelling.aggregate.reliabilities` estimates it.
+    """
     share, error = PUBLISHED
     title = (
         f"{found.items} items ranked, {found.shared} of them by several: Kendall's tau-b {_text(found.tau_b)}, "
         f"Krippendorff's alpha {_text(found.alpha)}; labellers of InstructGPT: {share:.3f} ± {error:.3f} with others"
     )
     heads = ("labeller", "ranked", "skipped", "flagged", "ties", "with others", "with self", "with gold")
+    each = (*found.labellers.items(), ("all", found.everyone))
     return Grid(
         title,
-        (*heads, "earlier preferred", "s an item"),
-        tuple(_row(name, own) for name, own in (*found.labellers.items(), ("all", found.everyone))),
+        (*heads, "earlier preferred", "s an item", "reliability"),
+        tuple(_row(name, own, reliability.get(name)) for name, own in each),
     )
 
 
-def _row(name: str, own: Figures) -> tuple[str, ...]:
+def _row(name: str, own: Figures, reliability: float | None) -> tuple[str, ...]:
     shares = (own.with_others, own.with_self, own.with_gold, own.earlier_preferred)
     return (
         name,
@@ -91,6 +97,7 @@ def _row(name: str, own: Figures) -> tuple[str, ...]:
         "–" if own.ties is None else f"{own.ties:.2f}",
         *map(_text, shares),
         "–" if own.seconds is None else f"{own.seconds:.0f}",
+        "–" if reliability is None else f"{reliability:.2f}",
     )
 
 
