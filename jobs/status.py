@@ -94,7 +94,7 @@ def status_screen(overview: Overview, live: Live | str | None, now: float) -> Re
         live: the actors; a sentence on why they are not known; None if no process works on the run.
         now: Unix time.
     """
-    parts: list[RenderableType] = [Text.assemble((overview.run.name, "bold"), f"  {_state(overview)}")]
+    parts: list[RenderableType] = [Text.assemble((overview.name, "bold"), f"  {_state(overview)}")]
     if overview.holder:
         parts.append(Text(overview.holder, style="dim"))
     parts.append(_stages(overview, now))
@@ -125,7 +125,7 @@ def runs_table(runs: Sequence[RunFolder], now: float) -> Table:
         current = overview.current
         rl = next((stage.last for stage in overview.stages if stage.name == "rl"), None) or {}
         table.add_row(
-            run.name,
+            overview.name,
             _state(overview),
             f"{sum(stage.done for stage in overview.stages)} of {len(overview.stages)}",
             f"{current.name} {_steps(current)}" if current and current.step else current.name if current else "–",
