@@ -99,6 +99,10 @@ def fault_of_rounds(config: Any) -> str | None:
         (not config.has("collect"), "need the stage collect"),
         (not (rl or dpo), "need the stage rl or dpo, whose policy answers in the next round"),
         (not (own or dpo), "need the stage reward_model with a reward of kind model without a path, or the stage dpo"),
+        (
+            config.evaluate.prompts is not None,
+            "leave out evaluate.prompts; `rayrlhf evaluate RUN/round-N/config.yaml evaluate.prompts=FILE` asks others",
+        ),
         (config.rounds.stop and not config.has("evaluate"), "need the stage evaluate to stop by; or set stop: false"),
     )
     if fault := next((f"rounds: {what}" for wrong, what in checks if wrong), None):

@@ -114,8 +114,9 @@ def rounds_of(run: RunFolder) -> list[RunFolder]:
 
 
 def newest_round(run: RunFolder) -> RunFolder:
-    """The folder that has what a run is for: that of its newest round, or its own where it has no rounds."""
-    return next(reversed(rounds_of(run)), run)
+    """The folder that has what a run is for: that of its newest round, or its own where no round has begun."""
+    # A kill may have come between the note that a round begins and its folder.
+    return next((each for each in reversed(rounds_of(run)) if each.read(each.config) is not None), run)
 
 
 def stopped(run: RunFolder) -> str | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from rayrlhf.config import Config
 from rayrlhf.errors import UserError, naming
 from rayrlhf.models.loading import resolve_model
-from rayrlhf.runs.addresses import is_uri, join
+from rayrlhf.runs.addresses import as_typed, is_uri
 from rayrlhf.runs.folder import RunFolder, run_at
 from rayrlhf.runs.rounds import newest_round
 from rayrlhf.runs.stages import STAGES
@@ -69,7 +69,8 @@ def find_model(given: str, stage: str, key: str) -> str:
     if run is not None:
         if run.done(stage):
             return run.address_of(run.output(stage))
-        made = [join(given, each.output) for each in STAGES.values() if each.trains and run.done(each.name)]
+        trained = [each.name for each in STAGES.values() if each.trains and run.done(each.name)]
+        made = [as_typed(run.address_of(run.output(name))) for name in trained]
         raise UserError(
             f"{key}: run {given} has no finished stage {stage!r}; "
             + (f"it has made: {', '.join(made)}" if made else "it has made no model yet")

@@ -166,6 +166,7 @@ PAIRS = {"comparisons": {"format": "tldr_comparisons", "path": "file.jsonl"}}
         ({"stages": ["sft", "collect", "reward_model"]}, "rounds: need the stage rl or dpo"),
         ({"rewards": FUNCTION}, "rounds: need the stage reward_model"),
         ({"stages": ["sft", "collect", "reward_model", "rl"]}, "rounds: need the stage evaluate to stop by"),
+        ({"evaluate": {"prompts": "other.jsonl"}}, "rounds: leave out evaluate.prompts"),
         ({"collect": {"skip_prompts": 1}}, "collect.skip_prompts: leave it out; rounds sets it"),
         ({"evaluate": {"previous_from": "m"}}, "evaluate.previous_from: leave it out"),
         ({"rounds": {"count": 0}}, "'rounds.count'"),
