@@ -263,7 +263,7 @@ def rounds(run_folder: Folder) -> None:
 
     def action() -> None:
         from jobs.console import console
-        from jobs.rounds import show_rounds
+        from jobs.status import show_rounds
 
         show_rounds(run_folder, console)
 

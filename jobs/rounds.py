@@ -1,16 +1,12 @@
-"""A run in rounds: `rayrlhf run` with `rounds`, and `rayrlhf rounds RUN`, which shows them side by side."""
+"""A run in rounds: `rayrlhf run` with the section `rounds`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
-
-from rich.console import Console
 
 from jobs.cluster import inside_job
 from jobs.console import console
 from rayrlhf.config import Config
-from rayrlhf.errors import UserError
 from rayrlhf.reports.round_measures import read_round, reason_to_stop
 from rayrlhf.reports.rounds import rounds_table, write_rounds_report
 from rayrlhf.runs.addresses import join, runs_address
@@ -60,24 +56,6 @@ def run_rounds(config: Config, run_once: Callable[[Config], None]) -> None:
                 soft_wrap=True,
             )
         console.print(f"rounds: {len(results)} of {config.rounds.count} done, see {run.address_of(run.report)}")
-
-
-def show_rounds(path: str | Path, where: Console) -> None:
-    """Print the tables of a run in rounds, at a path or a URI.
-
-    Raises:
-        UserError: there is no such run, or it has no rounds.
-    """
-    from rayrlhf.reports.round_measures import read_rounds
-    from rayrlhf.runs.folder import run_at
-    from rayrlhf.runs.rounds import has_rounds, stopped
-
-    run = run_at(path)
-    if not has_rounds(run):
-        raise UserError(f"{path}: no run in rounds (it has no rounds.json); the key rounds makes one")
-    where.print(rounds_table(read_rounds(run)))
-    if reason := stopped(run):
-        where.print(f"no further round: {reason}", soft_wrap=True)
 
 
 def _folder(run: RunFolder, number: int) -> RunFolder:

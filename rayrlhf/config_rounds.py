@@ -20,7 +20,7 @@ class AnsweringConfig(Section):
 
     newest: Annotated[float, Field(gt=0)] = 1.0
     """The policy of the round before. Alone, the default: the reward model is to know the answers that the next policy
-    is going to be near (Touvron et al. 2023, section 3.2.2)."""
+    is going to be near (Touvron et al. 2023, section 3.2)."""
     earlier: Share = 0.0
     """The policies of the rounds before that one, in equal parts."""
     sft: Share = 0.0
@@ -41,8 +41,8 @@ class RoundsConfig(Section):
     """What a reward model begins with. sft: as in the first round, so that no comparison counts twice (Ouyang et al.
     2022; Touvron et al. 2023). previous: the one of the round before, which saves steps where `age_weight` is low."""
     policy_from: Literal["previous", "sft"] = "previous"
-    """What a policy begins with. previous: the one of the round before, so that the steps of rounds add up (Touvron et
-    al. 2023; Dong et al. 2024). sft: each is made anew (Ouyang et al. 2022). Either way the reference policy is the SFT
+    """What a policy begins with. previous: the one of the round before, so that the steps of rounds add up (Dong et al.
+    2024). sft: each is made anew (Ouyang et al. 2022; Bai et al. 2022). Either way the reference policy is the SFT
     model of the first round, so that the KL penalty bounds the distance of all rounds together."""
     stop: bool = True
     """Do no further round when the policy no longer gets better: when in two rounds in a row the interval of its win

@@ -70,7 +70,10 @@ def read_runs(folders: Sequence[str | Path]) -> list[Run]:
         UserError: a folder that is no finished run, is named twice, or was evaluated on other prompts than the first.
     """
     named = [run_at(folder) for folder in folders]
-    found = [newest_round(folder) for folder in named]
+    found = []
+    for folder in named:
+        with _as_user_error(folder):
+            found.append(newest_round(folder))
     addresses = [join(folder.address) for folder in found]
     for address in addresses:
         if addresses.count(address) > 1:
@@ -79,7 +82,7 @@ def read_runs(folders: Sequence[str | Path]) -> list[Run]:
     labels = names if len(set(names)) == len(names) else [str(folder) for folder in folders]
     runs = []
     for folder, whole, label in zip(found, named, labels, strict=True):
-        with as_user_error(folder.address) if folder.store else contextlib.nullcontext():
+        with _as_user_error(folder):
             runs.append(_read(folder, label, whole))
     first = runs[0].samples["id"].to_pylist()
     for address, run in zip(addresses, runs, strict=True):
@@ -90,6 +93,10 @@ def read_runs(folders: Sequence[str | Path]) -> list[Run]:
                 f"{len(set(ids) & set(first))} of them the same); compare runs with the same data and evaluate settings"
             )
     return runs
+
+
+def _as_user_error(folder: RunFolder) -> contextlib.AbstractContextManager[None]:
+    return as_user_error(folder.address) if folder.store else contextlib.nullcontext()
 
 
 def _read(folder: RunFolder, label: str, whole: RunFolder) -> Run:
