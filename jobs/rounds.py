@@ -7,7 +7,7 @@ from collections.abc import Callable
 from jobs.cluster import inside_job
 from jobs.console import console
 from rayrlhf.config import Config
-from rayrlhf.reports.round_measures import read_round, reason_to_stop
+from rayrlhf.reports.round_measures import RoundResult, read_round, reason_to_stop
 from rayrlhf.reports.rounds import rounds_table, write_rounds_report
 from rayrlhf.runs.addresses import join, runs_address
 from rayrlhf.runs.contents import read_contents
@@ -27,7 +27,8 @@ def run_rounds(config: Config, run_once: Callable[[Config], None]) -> None:
     Raises:
         UserError: a key of a finished stage of some round has changed, or what `run_once` raises.
     """
-    assert config.rounds is not None
+    rounds = config.rounds
+    assert rounds is not None
     runs_dir = runs_address(config.runs_dir, inside_job())
     config = config.model_copy(update={"runs_dir": runs_dir})
     run = RunFolder(join(runs_dir, config.name))
@@ -35,27 +36,30 @@ def run_rounds(config: Config, run_once: Callable[[Config], None]) -> None:
         run.download_files()
         _check_finished(config, run)
         open_or_create(config, runs_dir)
-        results, reason = [], None
-        for number in range(1, config.rounds.count + 1):
+        results: list[RoundResult] = []
+        reason = None
+        for number in range(1, rounds.count + 1):
             own, folder = round_config(config, number, run.address), _folder(run, number)
             note_rounds(run, number)
             if not _finished(own, folder):
-                console.rule(f"[bold]round {number} of {config.rounds.count}", align="left")
+                if results:  # a round takes hours: until it is done the report has those before it
+                    run.upload(write_rounds_report(run, results, None))
+                console.rule(f"[bold]round {number} of {rounds.count}", align="left")
                 run_once(own)
             results.append(read_round(folder, number))
-            if config.rounds.stop and number < config.rounds.count:
+            if rounds.stop and number < rounds.count:
                 reason = reason_to_stop(results)
-            run.upload(write_rounds_report(run, results, reason))
             if reason:
                 break
         note_rounds(run, len(results), reason)
+        run.upload(write_rounds_report(run, results, reason))
         console.print(rounds_table(results))
         if reason:
             console.print(
-                f"no further round: {reason}; rounds.stop=false would go on to round {config.rounds.count}",
+                f"no further round: {reason}; rounds.stop=false would go on to round {rounds.count}",
                 soft_wrap=True,
             )
-        console.print(f"rounds: {len(results)} of {config.rounds.count} done, see {run.address_of(run.report)}")
+        console.print(f"rounds: {len(results)} of {rounds.count} done, see {run.address_of(run.report)}")
 
 
 def _folder(run: RunFolder, number: int) -> RunFolder:

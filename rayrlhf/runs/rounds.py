@@ -48,7 +48,7 @@ def round_config(config: Config, number: int, run: str) -> Config:
 
 
 def _policy_stages(config: Config) -> list[str]:
-    return [stage for stage in ("dpo", "rl") if config.has(stage)]  # type: ignore[arg-type]
+    return [stage for stage in ("dpo", "rl") if config.has(stage)]
 
 
 def _anchor(tree: dict[str, Any], config: Config, number: int) -> None:

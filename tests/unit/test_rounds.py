@@ -31,6 +31,7 @@ from rayrlhf.data.comparisons import rank_answers, write_comparisons
 from rayrlhf.data.prompts import EncodedPrompt, prompts_of_step, whose_turn
 from rayrlhf.data.records import Demonstration
 from rayrlhf.errors import UserError
+from rayrlhf.reports import rounds as rounds_report
 from rayrlhf.reports.compare import read_runs
 from rayrlhf.reports.overview import read_overview
 from rayrlhf.reports.round_measures import RoundResult, heldout_by_round, read_rounds, reason_to_stop
@@ -46,7 +47,7 @@ ROOT = Path(__file__).parents[2]
 RUN = "/runs/mine"
 
 
-def config(rounds: dict[str, Any] | None = None, **sections: Any) -> Config:
+def config(rounds: dict[str, Any] | None = None, /, **sections: Any) -> Config:
     return parse_config({"name": "mine", "rounds": {"count": 3, **(rounds or {})}, **sections}, "test")
 
 
@@ -411,8 +412,14 @@ def stages_that(log: list[str], rates: list[float], kill: str = "") -> Callable[
 EACH = ["sft", "collect", "reward_model", "rl", "evaluate"]
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports without their figure, which takes a second to draw."""
+    monkeypatch.setattr(rounds_report, "rounds_figure", lambda results: None)
+
+
 def test_a_killed_run_goes_on_in_its_round_and_does_nothing_twice(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], undrawn: None
 ) -> None:
     own = config({"count": 2}, runs_dir=str(tmp_path))
     expected = [f"round-{n} {stage}" for n in (1, 2) for stage in EACH]
@@ -434,7 +441,9 @@ def test_a_killed_run_goes_on_in_its_round_and_does_nothing_twice(
     assert log[len(expected) :] == [f"round-3 {stage}" for stage in EACH]
 
 
-def test_it_stops_by_itself_and_goes_on_when_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_stops_by_itself_and_goes_on_when_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], undrawn: None
+) -> None:
     log: list[str] = []
     rates = [0.7, 0.51, 0.51, 0.7]
     own = config({"count": 4}, runs_dir=str(tmp_path))
@@ -450,7 +459,7 @@ def test_it_stops_by_itself_and_goes_on_when_asked(tmp_path: Path, capsys: pytes
     assert len(log) == 4 * len(EACH) and "no further round" not in capsys.readouterr().out
 
 
-def test_a_finished_round_keeps_its_settings(tmp_path: Path) -> None:
+def test_a_finished_round_keeps_its_settings(tmp_path: Path, undrawn: None) -> None:
     log: list[str] = []
     with pytest.raises(Killed):
         run_rounds(config(runs_dir=str(tmp_path)), stages_that(log, [0.7] * 3, kill="round-3 rl"))
@@ -466,7 +475,7 @@ def test_a_finished_round_keeps_its_settings(tmp_path: Path) -> None:
         pass
 
 
-def test_a_run_in_rounds_stands_for_its_newest_round(tmp_path: Path) -> None:
+def test_a_run_in_rounds_stands_for_its_newest_round(tmp_path: Path, undrawn: None) -> None:
     log: list[str] = []
     with pytest.raises(Killed):
         run_rounds(config(runs_dir=str(tmp_path)), stages_that(log, [0.7] * 3, kill="round-2 evaluate"))
@@ -507,9 +516,11 @@ def test_the_tables_and_the_figure(tmp_path: Path) -> None:
     assert figure is not None
     drawn = {axes.get_title(loc="left"): axes for axes in figure.axes}
     gold = drawn["Gold; round 0 is SFT"].containers[0].lines[0]  # type: ignore[attr-defined]
-    assert (list(gold.get_xdata()), list(gold.get_ydata())) == ([0, 1, 2], [0.2, 0.21, 0.22])
+    assert list(gold.get_xdata()) == [0, 1, 2] and list(gold.get_ydata()) == pytest.approx([0.2, 0.21, 0.22])
     assert len(drawn["Win rates"].containers) == 2 and "KL to the SFT model" in drawn
     assert rounds_figure([RoundResult(1, None, {})]) is None
+    page = (tmp_path / "mine/report.html").read_text()
+    assert "data:image/svg+xml" in page and "<h2>Reward models</h2>" in page
 
 
 # ---- the reference policy
