@@ -19,7 +19,7 @@ from rayrlhf.errors import UserError
 from rayrlhf.runs.stages import STAGES
 
 if TYPE_CHECKING:
-    from jobs.stage import StageFunction
+    from jobs.stage import Runner
 
 app = typer.Typer(
     help="RLHF on Ray: supervised fine-tuning, a reward model from ranked answers, and reinforcement learning.",
@@ -81,17 +81,15 @@ def _exit(action: Callable[[], None]) -> None:
     raise typer.Exit(guarded(action))
 
 
-def _add_stage(command: str, text: str, load: Callable[[], StageFunction]) -> None:
-    """Add the sub-command that runs the function that `load` imports."""
+def _add_stage(command: str, text: str, load: Callable[[], Runner]) -> None:
+    """Add the sub-command that does with its config what the function does that `load` imports."""
 
     def run_command(config: ConfigFile, overrides: Overrides = None, local: Local = False) -> None:
         def action() -> None:
             from rayrlhf.config_file import load_config
 
             loaded = load_config(config, overrides)
-            from jobs.stage import run
-
-            run(loaded, [load()], local)
+            load()(loaded, local)
 
         _exit(action)
 
@@ -108,16 +106,17 @@ def _old_name(words: Annotated[list[str] | None, typer.Argument()] = None) -> No
     _exit(action)
 
 
-def _pipeline() -> StageFunction:
-    from jobs.pipeline import pipeline
+def _pipeline() -> Runner:
+    from jobs.pipeline import run_all
 
-    return pipeline
+    return run_all
 
 
-def _stage(name: str) -> StageFunction:
+def _stage(name: str) -> Runner:
     from jobs.pipeline import STAGE_FUNCTIONS
+    from jobs.stage import run
 
-    return STAGE_FUNCTIONS[name]
+    return lambda config, local: run(config, [STAGE_FUNCTIONS[name]], local)
 
 
 _add_stage(
@@ -320,6 +319,19 @@ def agreement_command(
         for people in map(people_of, map(run_at, runs)):
             if people:
                 console.print(labellers_grid(*people).rich())
+
+    _exit(action)
+
+
+@app.command()
+def rounds(run_folder: Folder) -> None:
+    """Show the rounds of a run side by side: gold, reward, KL, win rates, and accuracy of the reward models."""
+
+    def action() -> None:
+        from jobs.console import console
+        from jobs.status import show_rounds
+
+        show_rounds(run_folder, console)
 
     _exit(action)
 

@@ -1,4 +1,4 @@
-"""Stage `collect`: answers from the SFT model, ranked by a labeller, written to `comparisons.parquet`."""
+"""Stage `collect`: answers from the SFT model or other ones, ranked by a labeller, in `comparisons.parquet`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from jobs.session import Session
 from jobs.stage import main, stage
 from rayrlhf.config import Config
 from rayrlhf.data.comparisons import RankedAnswers, rank_answers, usable_answers, write_comparisons
+from rayrlhf.data.prompts import whose_turn
 from rayrlhf.data.records import Demonstration, Prompt
 from rayrlhf.data.splits import is_heldout
 from rayrlhf.data.tokens import decode_response, encode_response
@@ -19,7 +20,7 @@ from rayrlhf.errors import UserError
 from rayrlhf.files import replacing
 from rayrlhf.rewards.gold import gold_labeller, gold_measures
 from rayrlhf.rewards.labellers import Unranked, make_labeller, read_unranked, write_unranked
-from rayrlhf.trajectory import derive_seed
+from rayrlhf.trajectory import Trajectory, derive_seed
 
 
 @stage("collect")
@@ -27,6 +28,9 @@ def collect(session: Session) -> None:
     """Sample K answers to each prompt of the reward-model split and have the labeller rank them."""
     config, run = session.config, session.run
     records = chosen_prompts(config, session.data.collect)
+    if config.collect.skip_prompts:
+        fresh = min(max(len(session.data.collect) - config.collect.skip_prompts, 0), len(records))
+        console.print(f"collect: {len(records)} prompts, {fresh} of them for the first time in these rounds")
     labeller = make_labeller(config.collect.labeller)
     if labeller.asks_people and run.to_rank.is_file():
         answers = read_unranked(run.to_rank)  # people rank these answers: sampling again would give them others
@@ -89,19 +93,20 @@ def collect(session: Session) -> None:
 
 
 def chosen_prompts(config: Config, records: list[Demonstration]) -> list[Demonstration]:
-    """A seeded choice of `collect.prompts` of the split (all of them if there are fewer)."""
+    """A seeded choice of `collect.prompts` of the split (all of them if there are fewer).
+
+    Rounds take one piece of the same order after the other, and begin again at its end.
+    """
     order = np.random.default_rng(derive_seed(config.seed, "collect")).permutation(len(records))
+    order = np.roll(order, -config.collect.skip_prompts)
     return [records[i] for i in sorted(order[: config.collect.prompts])]
 
 
 def sample_answers(session: Session, records: list[Demonstration]) -> tuple[list[Unranked], Counter[str]]:
-    """K samples a prompt from the SFT model, without nearly empty and repeated ones, and counts of those."""
+    """K samples a prompt, without nearly empty and repeated ones, and counts of those."""
     config, tokenizer = session.config, session.tokenizer
-    version = session.rollouts.load_weights(session.starts.of("collect"))
     count = config.collect.answers_per_prompt
-    trajectories = session.rollouts.generate(
-        session.data.prompts(records), config.collect, version, "collect", samples=count
-    )
+    trajectories = draw_answers(session, records)
     dropped: Counter[str] = Counter()
     unranked = []
     for i, record in enumerate(records):
@@ -123,6 +128,25 @@ def sample_answers(session: Session, records: list[Demonstration]) -> tuple[list
             Unranked(record.id, record.prompt, tuple(texts[j] for j in kept), prompt_ids, tuple(ids[j] for j in kept))
         )
     return unranked, dropped
+
+
+def draw_answers(session: Session, records: list[Demonstration]) -> list[Trajectory]:
+    """K samples of each prompt behind one another, shared out to the models that answer."""
+    config, models = session.config, session.starts.answering
+    count = config.collect.answers_per_prompt
+    prompts = session.data.prompts(records)
+    turns = whose_turn([share for _, share in models], len(records) * count)
+    drawn: dict[int, Trajectory] = {}
+    for number, (model, _) in enumerate(models):
+        own = [place for place, turn in enumerate(turns) if turn == number]
+        version = session.rollouts.load_weights(model)
+        # Of equal seeds, models that are alike would draw equal answers.
+        seed = ("collect", number) if number else ("collect",)
+        answers = session.rollouts.generate([prompts[place // count] for place in own], config.collect, version, *seed)
+        drawn |= zip(own, answers, strict=True)
+        if config.collect.models:
+            console.print(f"collect: {len(own)} answers of {model}", soft_wrap=True)
+    return [drawn[place] for place in range(len(turns))]
 
 
 def summary(ranked: list[RankedAnswers]) -> str:

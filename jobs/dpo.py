@@ -18,6 +18,7 @@ def dpo(session: Session) -> None:
     arguments = DPOArguments(
         **session.loop_arguments("dpo"),
         policy=session.starts.of("dpo"),
+        reference=session.starts.reference("dpo"),
         comparisons=put(collected_or_published(session, session.config.dpo.max_comparisons), session.local),
     )
     session.train("dpo", dpo_loop, arguments)

@@ -17,7 +17,7 @@ from rayrlhf.data.records import Prompt
 from rayrlhf.data.sources import DataSet
 from rayrlhf.data.tokens import decode_trajectory
 from rayrlhf.errors import UserError
-from rayrlhf.reports.evaluation import Answers, samples_table, summarize, write_evaluation, write_samples
+from rayrlhf.reports.evaluation import PREVIOUS, Answers, samples_table, summarize, write_evaluation, write_samples
 from rayrlhf.reports.page import write_report
 from rayrlhf.reports.progress import sample_panel
 from rayrlhf.reports.tables import evaluation_table
@@ -47,6 +47,9 @@ def evaluate(session: Session) -> None:
     if config.has("dpo") and config.has("rl"):
         version = session.rollouts.load_weights(run.address_of(run.dpo))
         baselines.append(model_answers(session, "dpo", version, prompts, labeller, with_kl=True))
+    if previous := session.starts.given.get("evaluate.previous_from"):
+        version = session.rollouts.load_weights(previous)
+        baselines.append(model_answers(session, PREVIOUS, version, prompts, labeller, with_kl=True))
     version = session.rollouts.load_weights(session.starts.final_policy)
     policy = model_answers(session, "policy", version, prompts, labeller, with_kl=True)
     reference = text_answers(session, "reference", [p.reference for p in prompts], prompts, None)

@@ -8,9 +8,11 @@ from jobs.dpo import dpo
 from jobs.evaluate import evaluate
 from jobs.reward_model import reward_model
 from jobs.rl import rl
+from jobs.rounds import run_rounds
 from jobs.session import Session
 from jobs.sft import sft
-from jobs.stage import StageFunction, main
+from jobs.stage import StageFunction, main, run
+from rayrlhf.config import Config
 from rayrlhf.reports.page import write_report
 from rayrlhf.runs.stages import stages_of
 
@@ -35,5 +37,17 @@ def pipeline(session: Session) -> None:
     console.print(f"finished: {run.address}")
 
 
+def run_all(config: Config, local: bool) -> None:
+    """Run the stages of a config, once or in rounds."""
+
+    def run_once(own: Config) -> None:
+        run(own, [pipeline], local)
+
+    if config.rounds is None:
+        run_once(config)
+    else:
+        run_rounds(config, run_once)
+
+
 if __name__ == "__main__":
-    main(pipeline)
+    main(pipeline, run_all)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 
 from actors.pools.remote import put
 from actors.training.reward_model import RewardModelArguments, reward_model_loop
 from jobs.console import console, warn_of_stage
 from jobs.session import Session
 from jobs.stage import main, stage
-from rayrlhf.data.comparisons import Answers, read_ranked
+from rayrlhf.data.comparisons import Answers, RankedAnswers, of_run, read_ranked
 from rayrlhf.data.rows import Row
 from rayrlhf.reports.reward_accuracy import unbeaten
 from rayrlhf.reports.tables import reward_accuracy_table
+from rayrlhf.runs.storage import local_copy
 
 MAX_REFERENCES = 1000
 """Enough for a mean; scoring all of a large data set would take longer than training."""
@@ -52,14 +54,34 @@ def reward_model(session: Session) -> None:
 
 
 def collected_or_published(session: Session, limit: int | None) -> list[Answers]:
-    """What `data.comparisons` has (its validation split held out), else the comparisons of the `collect` stage.
+    """What `data.comparisons` has (its validation split held out), else the comparisons of the `collect` stage, and
+    those of `collect.earlier` behind them.
 
     With `limit`, the first so many to train on; all that are held out stay.
     """
     given = session.config.data.comparisons is not None
-    found: Sequence[Answers] = session.data.comparisons if given else read_ranked(session.run.comparisons)
+    found: Sequence[Answers] = session.data.comparisons if given else _collected(session)
     train, heldout = ([c for c in found if c.heldout is kept] for kept in (False, True))
     return train[:limit] + heldout
+
+
+def _collected(session: Session) -> list[RankedAnswers]:
+    own, earlier = read_ranked(session.run.comparisons), session.config.collect.earlier
+    if not earlier:
+        return own
+    found = of_run(own, session.config.name)
+    for each in earlier:
+        there = read_ranked(Path(local_copy(each.path)))
+        kept = of_run(there, Path(each.path).parent.name, each.weight)
+        learnt = sum(not c.heldout for c in kept)
+        unused = len(there) - len(kept)
+        console.print(
+            f"{each.path}: {learnt} prompts to learn from with weight {each.weight:g}, {len(kept) - learnt} held out"
+            + (f"; {unused} are unused, since their weight is 0" if unused else ""),
+            soft_wrap=True,
+        )
+        found += kept
+    return found
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from actors.pools.remote import put
 from actors.training.dev_answers import DevPrompt
 from actors.training.rl import RLArguments, rl_loop
+from jobs.console import console
 from jobs.session import Session
 from jobs.stage import main, stage
 from rayrlhf.errors import UserError
@@ -21,9 +22,14 @@ def rl(session: Session) -> None:
     if session.starts.reward_model is not None:
         check_vocabulary(local_copy(start), local_copy(session.starts.reward_model))
     prompts = session.data.prompts(session.data.rl)
+    if config.rl.skip_prompts:
+        wanted = config.rl.steps * config.rl.prompts_per_step
+        fresh = min(max(len(prompts) - config.rl.skip_prompts, 0), wanted)
+        console.print(f"rl: {wanted} prompts, {fresh} of them for the first time in these rounds")
     dev = dev_prompts(session)
     session.rollouts.wait_for_generators()
-    session.rollouts.start_scorers([*session.data.rl, *(p.prompt for p in dev)], start, gold=True)
+    reference = session.starts.reference("rl")
+    session.rollouts.start_scorers([*session.data.rl, *(p.prompt for p in dev)], reference, gold=True)
     session.rollouts.call("set_prompts", prompts, session.rollouts.sampling(config.rl.draw, play=True))
     coordinator = session.rollouts.start()
     arguments = RLArguments(

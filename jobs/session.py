@@ -28,7 +28,7 @@ from rayrlhf.config_file import dump_config
 from rayrlhf.config_services import HOW_ASKED
 from rayrlhf.data.run_data import RunData
 from rayrlhf.data.tokens import check_context
-from rayrlhf.errors import naming
+from rayrlhf.errors import UserError, naming
 from rayrlhf.models.checks import check_architecture
 from rayrlhf.models.ends import with_ends
 from rayrlhf.models.loading import context_length, load_tokenizer, parameter_counts
@@ -39,6 +39,7 @@ from rayrlhf.rewards.labellers import check_labeller
 from rayrlhf.runs.addresses import join, runs_address
 from rayrlhf.runs.contents import hashes, read_contents
 from rayrlhf.runs.folder import RunFolder, open_or_create, stored_contents
+from rayrlhf.runs.rounds import has_rounds, round_name
 from rayrlhf.runs.sharing import take_over
 from rayrlhf.runs.stages import stages_from, stages_to
 from rayrlhf.runs.starts import Starts, find_models
@@ -229,8 +230,15 @@ def opened(config: Config, local: bool = False) -> Iterator[Session]:
     # An evaluation of another file is no part of the run: it neither conflicts with a finished one nor is recorded.
     recorded = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"prompts": None})})
     run = RunFolder(join(runs_dir, config.name))
+    if config.rounds is not None:
+        raise UserError(
+            f"rounds: `rayrlhf run` does them; for one stage of a round take the config of that round, such as "
+            f"{join(run.address, round_name(1), run.config.name)}, or set rounds=null"
+        )
     with run.lock():
         run.download_files()
+        if has_rounds(run):
+            raise UserError(f"{run.address} is a run in rounds; set rounds, or choose another name (name=OTHER)")
         models = find_models(config)
         contents = read_contents(recorded, models, stored_contents(run))
         open_or_create(recorded, runs_dir, contents=contents)

@@ -20,6 +20,8 @@ from rayrlhf.runs.metrics import MetricsWriter
 from rayrlhf.runs.stages import STAGES, stages_of
 
 StageFunction = Callable[[Session], None]
+Runner = Callable[[Config, bool], None]
+"""Takes a config, and whether all is to happen in this process."""
 
 
 def stage(
@@ -98,11 +100,21 @@ def run(config: Config, stages: Sequence[StageFunction], local: bool) -> None:
             each(session)
 
 
-def main(function: StageFunction) -> None:
-    """The command line of `python -m jobs.STAGE`."""
+def main(function: StageFunction, run_all: Runner | None = None) -> None:
+    """The command line of `python -m jobs.STAGE`.
+
+    Args:
+        function: the stage.
+        run_all: what to do with the config and `--local`, where it is more than to run the stage.
+    """
+
+    def run_one(config: Config, local: bool) -> None:
+        run(config, [function], local)
+
     parser = argparse.ArgumentParser(description=function.__doc__)
     parser.add_argument("--config", required=True, help="the run's YAML file")
     parser.add_argument("--local", action="store_true", help="everything in this process, without Ray (for a debugger)")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changes to the config")
     arguments = parser.parse_args()
-    sys.exit(guarded(lambda: run(load_config(arguments.config, arguments.overrides), [function], arguments.local)))
+    runner = run_all or run_one
+    sys.exit(guarded(lambda: runner(load_config(arguments.config, arguments.overrides), arguments.local)))

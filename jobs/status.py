@@ -1,4 +1,4 @@
-"""`rayrlhf status RUN` and `rayrlhf runs`: what is going on, on one screen, from the run folders and from Ray."""
+"""`rayrlhf status RUN`, `rayrlhf runs`, `rayrlhf rounds RUN`: what is going on, from the run folders and from Ray."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from rayrlhf.errors import UserError
 from rayrlhf.reports.measures import STEP_MEASURES
 from rayrlhf.reports.overview import Overview, StageOverview, read_overview
 from rayrlhf.reports.progress import duration, step_line
-from rayrlhf.runs.folder import RunFolder, run_folders
+from rayrlhf.runs.folder import RunFolder, run_at, run_folders
+from rayrlhf.runs.rounds import has_rounds, stopped
 
 if TYPE_CHECKING:
     from jobs.live import Live
@@ -86,6 +87,23 @@ def show_runs(directory: str | Path, console: Console) -> None:
     console.print(runs_table(found, time.time()) if found else f"no runs in {directory}")
 
 
+def show_rounds(path: str | Path, console: Console) -> None:
+    """Print the tables of a run in rounds, at a path or a URI.
+
+    Raises:
+        UserError: there is no such run, or it has no rounds.
+    """
+    from rayrlhf.reports.round_measures import read_rounds  # reads Parquet: only this command does
+    from rayrlhf.reports.rounds import rounds_table
+
+    run = run_at(path)
+    if not has_rounds(run):
+        raise UserError(f"{path}: no run in rounds (it has no rounds.json); the key rounds makes one")
+    console.print(rounds_table(read_rounds(run)))
+    if reason := stopped(run):
+        console.print(f"no further round: {reason}", soft_wrap=True)
+
+
 def status_screen(overview: Overview, live: Live | str | None, now: float) -> RenderableType:
     """The state of a run on one screen.
 
@@ -94,7 +112,7 @@ def status_screen(overview: Overview, live: Live | str | None, now: float) -> Re
         live: the actors; a sentence on why they are not known; None if no process works on the run.
         now: Unix time.
     """
-    parts: list[RenderableType] = [Text.assemble((overview.run.name, "bold"), f"  {_state(overview)}")]
+    parts: list[RenderableType] = [Text.assemble((overview.name, "bold"), f"  {_state(overview)}")]
     if overview.holder:
         parts.append(Text(overview.holder, style="dim"))
     parts.append(_stages(overview, now))
@@ -125,7 +143,7 @@ def runs_table(runs: Sequence[RunFolder], now: float) -> Table:
         current = overview.current
         rl = next((stage.last for stage in overview.stages if stage.name == "rl"), None) or {}
         table.add_row(
-            run.name,
+            overview.name,
             _state(overview),
             f"{sum(stage.done for stage in overview.stages)} of {len(overview.stages)}",
             f"{current.name} {_steps(current)}" if current and current.step else current.name if current else "–",

@@ -17,6 +17,7 @@ from rayrlhf.config_labellers import LabellerConfig, ReferenceLabellerConfig
 from rayrlhf.config_resources import ResourcesConfig
 from rayrlhf.config_rewards import EnvironmentReward, ModelReward, Reward, Rewards
 from rayrlhf.config_rl import PPOConfig, RLSection
+from rayrlhf.config_rounds import CollectsAfterOthers, RoundsConfig, fault_of_rounds
 from rayrlhf.config_stages import StageName, fault_of_stages
 from rayrlhf.sections import DrawConfig, Fraction, OptimizerConfig, Positive, Section, StartSection
 
@@ -65,8 +66,8 @@ class SFTConfig(StartSection):
     """Use only so many of the SFT split."""
 
 
-class CollectConfig(DrawConfig):
-    """Stage `collect`: answers of the SFT model, ranked by a labeller."""
+class CollectConfig(DrawConfig, CollectsAfterOthers):
+    """Stage `collect`: answers of the SFT model, or of `models`, ranked by a labeller."""
 
     prompts: Positive = 256
     answers_per_prompt: Annotated[int, Field(ge=2)] = 4
@@ -97,6 +98,8 @@ class EvaluateConfig(DrawConfig):
     prompts: str | None = None
     """Another file of posts and references, in the demonstrations' format, in place of the split."""
     max_prompts: Positive | None = None
+    previous_from: str | None = None
+    """Also measure this policy, a model as in `from` of other sections, and how often the run's wins against it."""
     temperature: Annotated[float, Field(ge=0.01)] = 0.01
     """Near-greedy; vLLM raises lower temperatures to 0.01."""
     best_of: Annotated[int, Field(ge=2)] | None = None
@@ -134,6 +137,9 @@ class Config(Section):
     """What answers the policy, so that a response takes several turns; null: a response is one turn."""
     rl: RLSection = PPOConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    rounds: RoundsConfig | None = None
+    """Repeat `collect`, `reward_model` and `rl` (or `dpo`) with fresh answers of the newest policy (docs/rounds.md).
+    null: the run does them once."""
     alarms: AlarmsConfig = AlarmsConfig()
     resources: ResourcesConfig = ResourcesConfig()
 
@@ -160,7 +166,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _stages_fit(self) -> Config:
-        if fault := fault_of_stages(self):
+        if fault := fault_of_stages(self) or fault_of_rounds(self):
             raise ValueError(fault)
         return self
 

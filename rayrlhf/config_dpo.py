@@ -7,20 +7,20 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag, model_validator
 
-from rayrlhf.sections import OptimizerConfig, Positive, StartSection
+from rayrlhf.sections import OptimizerConfig, Positive, ReferenceSection
 
 PositiveFloat = Annotated[float, Field(gt=0)]
 BALANCED = 4 / 3
 """How far good answers may outweigh bad ones, by number and weight (Ethayarajh et al. 2024, section 4.2)."""
 
 
-class PreferenceConfig(StartSection):
+class PreferenceConfig(ReferenceSection):
     """What all losses have: the batches and the updates."""
 
     reference: ClassVar[bool] = True
-    """Whether the loss compares the policy with the SFT model, which is the reference policy then."""
+    """Whether the loss compares the policy with a reference policy."""
     takes_labels: ClassVar[bool] = False
     """Whether the loss also learns from single answers with a label, good or bad."""
 
@@ -33,6 +33,12 @@ class PreferenceConfig(StartSection):
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-6, warmup_fraction=0.1)
     max_comparisons: Positive | None = None
     """Use only so many of the comparisons (prompts, with all their answers)."""
+
+    @model_validator(mode="after")
+    def _reference_is_used(self) -> PreferenceConfig:
+        if self.reference_from is not None and not self.reference:
+            raise ValueError(f"reference_from: loss {self.loss} has no reference policy; leave it out")
+        return self
 
     def balance(self, good: int, bad: int) -> str | None:
         """A line for the user on so many good and bad answers to train on; None if there is nothing to say."""

@@ -9,13 +9,14 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from rayrlhf.sections import DrawConfig, Fraction, OptimizerConfig, Positive, Section, StartSection
+from rayrlhf.sections import DrawConfig, Fraction, OptimizerConfig, Positive, ReferenceSection, Section
 
 ClipRange = Annotated[float, Field(gt=0)]
 
 
 class KLConfig(Section):
-    """The penalty for the distance from the reference policy, which is the SFT model."""
+    """The penalty for the distance from the reference policy. That is the SFT model, unless `rl.from` or
+    `rl.reference_from` says otherwise."""
 
     estimator: Literal["k1", "k2", "k3"] = "k1"
     """The estimate of a token's KL divergence (Schulman 2020), of d = log pi - log pi_ref at the sampled token.
@@ -31,7 +32,7 @@ class KLConfig(Section):
     """Horizon of the adaptive controller, in samples."""
 
 
-class RLConfig(StartSection):
+class RLConfig(ReferenceSection):
     """What all algorithms have: the batches, the updates, the limits of staleness, the score of a response."""
 
     critic: ClassVar[bool] = False
@@ -40,6 +41,8 @@ class RLConfig(StartSection):
     algorithm: str
     steps: Positive = 20
     prompts_per_step: Positive = 64
+    skip_prompts: Annotated[int, Field(ge=0)] = 0
+    """Begin behind so many of the prompts in the order of the seed, which earlier rounds have had (`rounds`)."""
     samples_per_prompt: Positive = 1
     """Responses drawn for each prompt."""
     max_redraws: Annotated[int, Field(ge=0)] = 0

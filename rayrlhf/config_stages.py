@@ -15,7 +15,20 @@ def fault_of_stages(config: Any) -> str | None:
     """
     scored = any(reward.trained for reward in config.rewards)
     value_from = getattr(config.rl, "value_from", None)
+    has_sft = config.has("sft") or config.sft.start is not None
     checks = (
+        *(
+            (
+                config.has(stage) and getattr(config, stage).reference_from == "sft" and not has_sft,
+                f"{stage}.reference_from: the run has no SFT model; set sft.from, or a model",
+            )
+            for stage in ("dpo", "rl")
+        ),
+        (
+            bool(config.collect.models or config.collect.earlier or config.collect.skip_prompts)
+            and not (config.has("collect") and config.data.comparisons is None),
+            "collect.models, earlier and skip_prompts: the run does without the stage collect, so leave them out",
+        ),
         (
             config.reward_model.start is not None and not scored,
             "reward_model.from: no reward has the kind model without a path, so nothing would read this model",

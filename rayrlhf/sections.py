@@ -29,6 +29,14 @@ class StartSection(Section):
     """
 
 
+class ReferenceSection(StartSection):
+    """What stages have whose policy is compared with a reference policy."""
+
+    reference_from: str | None = None
+    """The reference policy: `sft` for the run's SFT model, or a model as in `from`. null: the model that the stage
+    begins with."""
+
+
 class DrawConfig(Section):
     """How tokens are drawn where nothing is learnt from their log-probs. `rl` has the temperature alone: a truncated
     distribution leaves out other tokens after every update, and then the ratio of new to old policy is undefined."""

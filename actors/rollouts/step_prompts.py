@@ -35,7 +35,8 @@ class StepPrompts:
     def groups(self, step: int) -> list[list[GenerationRequest]]:
         """The requests of a step as they are drawn first, by prompt."""
         per_step, samples = self.config.prompts_per_step, self.config.samples_per_prompt
-        chosen = [self.prompts[i] for i in prompts_of_step(len(self.prompts), self.seed, step, per_step)]
+        places = prompts_of_step(len(self.prompts), self.seed, step, per_step, self.config.skip_prompts)
+        chosen = [self.prompts[i] for i in places]
         requests = requests_for(chosen, samples, self.seed, SEEDED_AS, step)
         return [requests[i : i + samples] for i in range(0, len(requests), samples)]
 
@@ -56,7 +57,9 @@ class StepPrompts:
         if len(scores) > 1:
             return None
         step, place = divmod(position, config.prompts_per_step)
-        others = replacements_of_step(len(self.prompts), self.seed, step, config.prompts_per_step, redraws + 1)
+        others = replacements_of_step(
+            len(self.prompts), self.seed, step, config.prompts_per_step, redraws + 1, config.skip_prompts
+        )
         if place >= len(others):  # there are no further prompts
             return None
         prompt = self.prompts[others[place]]

@@ -1,13 +1,15 @@
 """Direct preference optimisation: the loop that runs inside Ray Train's workers.
 
 The policy learns from ranked or labelled answers without rollouts and without a reward model. It starts from the SFT
-model, which is also the reference policy. The losses are in `rayrlhf.algorithms.preferences`.
+model, which is also the reference policy unless another one is given. The losses are in
+`rayrlhf.algorithms.preferences`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,10 +32,12 @@ class DPOArguments(LoopArguments):
     """What every worker needs; picklable, paths absolute."""
 
     policy: str
-    """Path or URI of the SFT model's directory."""
+    """Path or URI of the directory of the model that it starts from."""
     comparisons: Any
     """list[RankedAnswers] or list[LabelledAnswers] (`heldout` ones are only measured), or `actors.pools.remote.put` of
     it."""
+    reference: str | None = None
+    """Path or URI of the reference policy; None: `policy`."""
 
 
 def dpo_loop(args: DPOArguments) -> None:
@@ -54,19 +58,23 @@ def dpo_loop(args: DPOArguments) -> None:
         others = loss.extra_rows(usable)
         check_pairs("dpo", usable, [*answers, *others], context_length(start))
         model = loop.trained("policy", load_policy(start, device=ranks.device), config.seed)
-        forward = Forward(
-            model,
+        forward_of = partial(
+            Forward,
             pad_token_id=tokenizer.pad_token_id,
             max_tokens=settings.micro_batch_tokens,
             dtype=config.model.dtype,
         )
+        forward = forward_of(model)
         # A restart finds its checkpoint here, so that the note belongs to its step, and loads it in `learn_pairs`.
-        # Until then the policy is the reference.
+        # Until then the policy is the model that it starts from, and so the reference where none is given.
         _, state = loop.restore() or (None, None)
         references, others_references = [], np.zeros(len(others))
         if settings.reference:
-            loop.note(f"computing log-probs of {len(answers)} answers under the SFT model")
-            flat = answer_logprobs(forward, [*answers, *others], ranks)
+            loop.note(f"computing log-probs of {len(answers)} answers under the reference policy")
+            given = None if args.reference in (None, args.policy) else local_copy(args.reference)
+            reference = forward if given is None else forward_of(load_policy(given, device=ranks.device))
+            flat = answer_logprobs(reference, [*answers, *others], ranks)
+            del reference
             references = np.split(flat[: len(answers)], np.cumsum([len(c.response_ids) for c in usable])[:-1])
             others_references = flat[len(answers) :]
 

@@ -13,7 +13,8 @@ loss of the two scores. KTO also learns from single answers with a label, good o
                                                           loss of a labelled answer with score s
     kto           beta log(pi(y) / pi_ref(y))             good: lambda_D sigmoid(z - s), bad: lambda_U sigmoid(s - z)
 
-The reference policy pi_ref is the SFT model. All pairs of a prompt have the same weight, and so have all prompts. All
+The reference policy pi_ref is the SFT model. All pairs of a prompt have the same weight, and so have all prompts of a
+round. All
 labelled answers have the same weight, since each is an example of the data: the paper's expectation is over those.
 
 Sources: Ouyang et al. 2022, equation 1; Rafailov et al. 2023, equation 7; Mitchell 2023 (e, cDPO); Azar et al. 2023,
@@ -101,7 +102,9 @@ class PairLoss(PreferenceLoss):
 
     def judge(self, scores: Tensor, comparisons: Sequence[RankedAnswers]) -> Judged:
         # Pairs are indices into the answers of one prompt, and become indices into those of all of them.
-        pairs = flatten_pairs([c.pairs for c in comparisons], [len(c.response_ids) for c in comparisons])
+        pairs = flatten_pairs(
+            [c.pairs for c in comparisons], [len(c.response_ids) for c in comparisons], [c.weight for c in comparisons]
+        )
         found = ranking_loss(scores, pairs.indices.to(scores.device), pairs.weights.to(scores.device), self.losses)
         sides = torch.stack([found.margins, found.better, found.worse]).cpu()
         return Judged(found.loss, [JudgedPrompt(*each) for each in sides.split([len(c.pairs) for c in comparisons], 1)])

@@ -23,7 +23,7 @@ class Pairs(NamedTuple):
     indices: Tensor
     """[m, 2] int64, (better, worse) into the concatenated answers"""
     weights: Tensor
-    """[m] float32, 1 / number of pairs of the same prompt, so that each prompt has weight 1"""
+    """[m] float32, weight of the prompt / number of its pairs, so that those of a prompt add up to its weight"""
 
 
 class RankingLoss(NamedTuple):
@@ -80,24 +80,27 @@ class ConfidenceBin(NamedTuple):
     """share of these pairs whose order is right; NaN for an empty bin"""
 
 
-def flatten_pairs(pairs: Sequence[Sequence[tuple[int, int]]], answers: Sequence[int]) -> Pairs:
+def flatten_pairs(
+    pairs: Sequence[Sequence[tuple[int, int]]], answers: Sequence[int], weights: Sequence[float] | None = None
+) -> Pairs:
     """Turn pairs of each prompt's own answers into pairs of all answers behind one another.
 
     For example, `flatten_pairs([[(0, 1)], [(1, 0), (2, 0)]], [2, 3])` has the indices (0, 1), (3, 2), (4, 2) and the
-    weights 1, 1/2, 1/2.
+    weights 1, 1/2, 1/2; with `weights` of 1 and 0.5 it has 1, 1/4, 1/4.
 
     Args:
         pairs: for each prompt its pairs (better, worse).
         answers: for each prompt the number of its answers.
+        weights: for each prompt how much it counts; all 1 where None.
     """
     flat: list[tuple[int, int]] = []
-    weights: list[float] = []
+    shared: list[float] = []
     start = 0
-    for own, count in zip(pairs, answers, strict=True):
+    for own, count, weight in zip(pairs, answers, weights or [1.0] * len(pairs), strict=True):
         flat += [(start + better, start + worse) for better, worse in own]
-        weights += [1.0 / len(own) for _ in own]
+        shared += [weight / len(own) for _ in own]
         start += count
-    return Pairs(torch.tensor(flat, dtype=torch.int64).reshape(-1, 2), torch.tensor(weights))
+    return Pairs(torch.tensor(flat, dtype=torch.int64).reshape(-1, 2), torch.tensor(shared))
 
 
 def bradley_terry(better: Tensor, worse: Tensor) -> Tensor:
@@ -111,7 +114,8 @@ def ranking_loss(
     """The loss of ranked answers before the mean over prompts.
 
     All pairs of a prompt are trained on together, each with weight 1 / number of pairs, so that a prompt counts once.
-    The caller divides by the number of prompts in the batch of all ranks.
+    The caller divides by the number of prompts in the batch of all ranks. Where prompts have weights of their own, as
+    those of earlier rounds, a prompt counts by its weight, and the caller divides by their sum.
 
     Args:
         scores: [n] of all answers.

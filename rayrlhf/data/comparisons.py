@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
@@ -61,8 +61,8 @@ class Answers(Protocol):
     def source(self) -> str: ...
 
     @property
-    def examples(self) -> int:
-        """How often it counts in the mean over a batch."""
+    def examples(self) -> float:
+        """How much it counts in the mean over a batch."""
 
     @property
     def counts(self) -> dict[str, int]:
@@ -96,6 +96,8 @@ class RankedAnswers:
     source: str = ""
     gold: tuple[float | None, ...] | None = None
     """[K] the gold measure of each answer, which nothing is trained on; None where the labeller's scores are it."""
+    weight: float = 1.0
+    """How much it counts in the loss; it is no part of the file, since it is the reader's."""
 
     @property
     def pairs(self) -> tuple[tuple[int, int], ...]:
@@ -110,9 +112,9 @@ class RankedAnswers:
         )
 
     @property
-    def examples(self) -> int:
-        """1: all prompts have the same weight, whatever the number of their pairs."""
-        return 1
+    def examples(self) -> float:
+        """`weight`, whatever the number of its pairs."""
+        return self.weight
 
     @property
     def counts(self) -> dict[str, int]:
@@ -214,6 +216,21 @@ def from_comparisons(
     ]
     # After the cut, not before: two long answers may differ behind it only.
     return [record for record in ranked if record.pairs]
+
+
+def of_run(records: Sequence[RankedAnswers], run: str, weight: float = 1.0) -> list[RankedAnswers]:
+    """One run's comparisons, as they stand beside those of others.
+
+    Args:
+        records: of the run.
+        run: its name, the `source` of all that have none.
+        weight: of those that are learnt from; of weight 0, they are left out. Held-out ones all stay.
+    """
+    return [
+        replace(record, source=record.source or run, weight=1.0 if record.heldout else weight)
+        for record in records
+        if record.heldout or weight > 0
+    ]
 
 
 def write_comparisons(path: Path, records: Sequence[RankedAnswers]) -> None:

@@ -27,17 +27,18 @@ class EncodedPrompt:
     reference: str | None = None
 
 
-def prompts_of_step(count: int, seed: int, step: int, per_step: int) -> list[int]:
+def prompts_of_step(count: int, seed: int, step: int, per_step: int, skip: int = 0) -> list[int]:
     """Indices of the `per_step` prompts of `step`, counted from 0.
 
     Steps are consecutive slices of permutations, one permutation for each pass over the `count` prompts.
     Example with 5 prompts, 2 a step: permutations 3 1 4 0 2 | 2 0 1 3 4 give [3, 1], [4, 0], [2, 2], [0, 1], [3, 4].
     The third step takes prompt 2 twice, since one pass ends and the next one begins inside it.
+    With `skip`, the first step begins behind so many prompts of the permutations: with 3, at 0 in the example.
     """
     orders: dict[int, np.ndarray] = {}
     chosen = []
     # All steps together are one line of positions, of which every `count` are a pass over the prompts.
-    for position in range(step * per_step, (step + 1) * per_step):
+    for position in range(skip + step * per_step, skip + (step + 1) * per_step):
         epoch, offset = divmod(position, count)
         if epoch not in orders:
             orders[epoch] = np.random.default_rng(derive_seed(seed, "prompts", epoch)).permutation(count)
@@ -45,14 +46,31 @@ def prompts_of_step(count: int, seed: int, step: int, per_step: int) -> list[int
     return chosen
 
 
+def whose_turn(shares: Sequence[float], count: int) -> list[int]:
+    """Which of several models draws each of `count` answers: indices of `shares`.
+
+    After any number of answers, each model has drawn its share of them, but for rounding: the next one is always that
+    which lacks most. The shares 2, 1 and 1 give 0, 1, 2, 0 and again 0, 1, 2, 0.
+    """
+    total, drawn = sum(shares), [0] * len(shares)
+    turns = []
+    for done in range(1, count + 1):
+        lacking = [share / total * done - had for share, had in zip(shares, drawn, strict=True)]
+        turns.append(lacking.index(max(lacking)))
+        drawn[turns[-1]] += 1
+    return turns
+
+
 @functools.lru_cache(maxsize=16)  # each of a step's groups asks for it, and it orders all prompts
-def replacements_of_step(count: int, seed: int, step: int, per_step: int, redraw: int) -> tuple[int, ...]:
+def replacements_of_step(
+    count: int, seed: int, step: int, per_step: int, redraw: int, skip: int = 0
+) -> tuple[int, ...]:
     """Indices of prompts that may take the places of those of `step`, at their `redraw`-th redraw, counted from 1.
 
     No prompt comes twice in a step, whatever the number of redraws: the list is shorter than `per_step`, or empty,
     where there are no further prompts.
     """
-    used = set(prompts_of_step(count, seed, step, per_step))
+    used = set(prompts_of_step(count, seed, step, per_step, skip))
     order = np.random.default_rng(derive_seed(seed, "redraw", step)).permutation(count).tolist()
     others = [index for index in order if index not in used]
     return tuple(others[(redraw - 1) * per_step : redraw * per_step])

@@ -41,6 +41,7 @@ from rayrlhf.resampling import Array, Interval
 from rayrlhf.runs.addresses import join
 from rayrlhf.runs.folder import RunFolder, run_at
 from rayrlhf.runs.metrics import read_metrics
+from rayrlhf.runs.rounds import newest_round
 from rayrlhf.runs.stages import STAGES
 from rayrlhf.runs.storage import as_user_error
 
@@ -69,17 +70,21 @@ def read_runs(folders: Sequence[str | Path]) -> list[Run]:
     Raises:
         UserError: a folder that is no finished run, is named twice, or was evaluated on other prompts than the first.
     """
-    found = [run_at(folder) for folder in folders]
+    named = [run_at(folder) for folder in folders]
+    found = []
+    for folder in named:
+        with _as_user_error(folder):
+            found.append(newest_round(folder))
     addresses = [join(folder.address) for folder in found]
     for address in addresses:
         if addresses.count(address) > 1:
             raise UserError(f"{address} is named twice: a run counts once")
-    names = [folder.name for folder in found]
+    names = [folder.name for folder in named]
     labels = names if len(set(names)) == len(names) else [str(folder) for folder in folders]
     runs = []
-    for folder, label in zip(found, labels, strict=True):
-        with as_user_error(folder.address) if folder.store else contextlib.nullcontext():
-            runs.append(_read(folder, label))
+    for folder, whole, label in zip(found, named, labels, strict=True):
+        with _as_user_error(folder):
+            runs.append(_read(folder, label, whole))
     first = runs[0].samples["id"].to_pylist()
     for address, run in zip(addresses, runs, strict=True):
         ids = run.samples["id"].to_pylist()
@@ -91,8 +96,13 @@ def read_runs(folders: Sequence[str | Path]) -> list[Run]:
     return runs
 
 
-def _read(folder: RunFolder, label: str) -> Run:
-    written = folder.read(folder.config)
+def _as_user_error(folder: RunFolder) -> contextlib.AbstractContextManager[None]:
+    return as_user_error(folder.address) if folder.store else contextlib.nullcontext()
+
+
+def _read(folder: RunFolder, label: str, whole: RunFolder) -> Run:
+    """`folder` is that of the newest round where `whole` has rounds; of these, the config is that of all."""
+    written = whole.read(whole.config)
     if written is None:
         raise UserError(f"{folder.address} is no run folder: it has no {folder.config.name}")
     measured, answers = folder.read(folder.evaluation), folder.read(folder.samples)

@@ -27,7 +27,7 @@ from rayrlhf.reports.intervals import (
     length_controlled_win_rate,
     paired_difference,
 )
-from rayrlhf.reports.measures import AT_EQUAL_LENGTH, DIVERSITY, MEASURES, SHARES
+from rayrlhf.reports.measures import AT_EQUAL_LENGTH, DIVERSITY, MEASURES, SHARES, VS_PREVIOUS
 from rayrlhf.reports.shares import share, win_rate
 from rayrlhf.resampling import CONFIDENCE, Interval
 from rayrlhf.rewards.diversity import (
@@ -41,6 +41,8 @@ from rayrlhf.rewards.rouge import rouge_per_example
 
 _ROUGE = ("rouge1", "rouge2", "rougeL")
 Statistic = Callable[..., Interval | None]
+PREVIOUS = "previous"
+"""The source of answers that is the policy of the round before."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,7 @@ def summarize(
     - The policy also has the `WIN_RATES`.
     - `differences.policy_minus_sft` holds paired differences with their p-values `p`. That of gold tells reward hacking
       from progress.
+    - Beside a baseline `previous`, the policy also has `VS_PREVIOUS`, its win rates against that one.
     - `differences.policy_minus_NAME` holds the same for each of `baselines`. `kl` of the best of n answers is
       log n - (n - 1) / n, an upper bound (Beirami et al. 2024).
     - `differences.policy_minus_sft_at_equal_length` holds the differences that remain between answers of equal length;
@@ -193,6 +196,10 @@ def summarize(
         result["policy"]["lc_win_rate_vs_sft"] = compare(at_equal_length, *pair, "reward", "length")
         result["policy"]["gold_win_rate_vs_sft"] = compare(win_rate, *pair, "gold")
         result["policy"]["gold_lc_win_rate_vs_sft"] = compare(at_equal_length, *pair, "gold", "length")
+        if PREVIOUS in present:
+            before = present["policy"], present[PREVIOUS]
+            measured = zip(VS_PREVIOUS, ("reward", "gold"), strict=True)
+            result["policy"] |= {name: compare(win_rate, *before, measure) for name, measure in measured}
         result["policy"]["kl"] = interval(present["policy"], "kl")
         result["differences"] = {
             "policy_minus_sft": {m: compare(resampled(paired_difference), *pair, m) for m in MEASURES},

@@ -216,7 +216,12 @@ WIN_RATES = {
     "gold_lc_win_rate_vs_sft": "the same at equal length, gold",
 }
 """The policy's win rates over the SFT model; `lc` is length-controlled."""
-SHARES = ("eos_rate", "win_rate_vs_reference", *WIN_RATES)
+VS_PREVIOUS = {
+    "win_rate_vs_previous": "win rate against the round before",
+    "gold_win_rate_vs_previous": "the same by gold",
+}
+"""The policy's win rates over that of the round before."""
+SHARES = ("eos_rate", "win_rate_vs_reference", *WIN_RATES, *VS_PREVIOUS)
 """Measures of an evaluation that are shares of the prompts."""
 WITHIN_ONE = (*SHARES, "rouge1", "rouge2", "rougeL")
 """Those that are never below 0 or above 1."""
@@ -226,6 +231,7 @@ EVALUATED = {
     **DIVERSITY,
     "win_rate_vs_reference": "win rate against the reference",
     **WIN_RATES,
+    **VS_PREVIOUS,
 }
 """All that evaluation.json has of one source of answers, in the order of the tables' rows: gold and score lead, since a
 win rate does not say by how much, nor whether all answers have become one."""
@@ -246,6 +252,7 @@ SOURCES = {
     "sft": Source("SFT", "SFT"),
     "best_of": Source("best of n", "SFT, best of n"),
     "dpo": Source("DPO", "DPO"),
+    "previous": Source("previous", "policy of the round before"),
     "policy": Source("policy", "policy"),
 }
 """The sources of answers in evaluation.json, the most trained last."""
@@ -253,6 +260,7 @@ DIFFERENCES = {
     "policy_minus_sft": "policy − SFT, paired",
     "policy_minus_best_of": "policy − best of n, paired",
     "policy_minus_dpo": "policy − DPO, paired",
+    "policy_minus_previous": "policy − round before, paired",
     "policy_minus_sft_at_equal_length": "the same at equal length",
 }
 

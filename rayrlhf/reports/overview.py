@@ -18,6 +18,7 @@ from rayrlhf.reports.progress import has_step_line
 from rayrlhf.reports.warnings import warnings_of
 from rayrlhf.runs.folder import RunFolder, run_at
 from rayrlhf.runs.metrics import read_metrics
+from rayrlhf.runs.rounds import newest_round
 from rayrlhf.runs.stages import STAGES, stages_of
 from rayrlhf.runs.stores import store_errors
 
@@ -51,6 +52,9 @@ class StageOverview:
 @dataclass(frozen=True)
 class Overview:
     run: RunFolder
+    """Of a run in rounds, the folder of its newest round."""
+    name: str
+    """Of the run, with that round behind it."""
     config: Config
     holder: str | None
     """The process that works on the run, in words; None if none does."""
@@ -81,12 +85,13 @@ def read_overview(address: str | Path, max_warnings: int = 5) -> Overview:
     Raises:
         UserError: it is none, its config cannot be read, or the store does not answer.
     """
-    run = run_at(address)
-    with store_errors(run.store):
-        return _read(run, max_warnings)
+    whole = run_at(address)
+    with store_errors(whole.store):
+        run = newest_round(whole)
+        return _read(run, whole.name if run is whole else f"{whole.name}/{run.name}", max_warnings)
 
 
-def _read(run: RunFolder, max_warnings: int) -> Overview:
+def _read(run: RunFolder, name: str, max_warnings: int) -> Overview:
     config, lines = _config(run), read_metrics(run.address)
     of = {name: [line for line in lines if line["stage"] == name] for name in STAGES}
     took = {key: line[key] for line in lines if line["stage"] == "run" for key in line if key.startswith("time/")}
@@ -94,6 +99,7 @@ def _read(run: RunFolder, max_warnings: int) -> Overview:
     stages = tuple(_stage(name, run.done(name), of[name], config, took.get(f"time/{name}")) for name in own)
     return Overview(
         run,
+        name,
         config,
         run.holder(),
         stages,

@@ -69,13 +69,13 @@ def write_report(run: RunFolder) -> Path:
         if figure is not None:
             title = STAGES[stage].title
             words = f"{title}: curves over {len(lines)} steps"
-            parts.append(f'<h2>{title}</h2><img alt="{words}" src="{_inline(figure)}">')
+            parts.append(f'<h2>{title}</h2><img alt="{words}" src="{inline(figure)}">')
         over_kl = over_kl_figure(lines) if stage == "rl" else None
         if over_kl is not None:
-            parts.append(f'<img alt="gains of proxy and gold against KL" src="{_inline(over_kl)}">')
+            parts.append(f'<img alt="gains of proxy and gold against KL" src="{inline(over_kl)}">')
         evaluations = stage_figure(f"{stage}_eval", [line for line in metrics if line["stage"] == f"{stage}_eval"])
         if evaluations is not None:
-            parts.append(f'<img alt="measures on dev prompts" src="{_inline(evaluations)}">')
+            parts.append(f'<img alt="measures on dev prompts" src="{inline(evaluations)}">')
         if stage == "reward_model" and run.reward_accuracy.exists():
             parts.append(_reward_accuracy(json.loads(run.reward_accuracy.read_text(encoding="utf-8"))))
     if run.config.exists():
@@ -87,11 +87,15 @@ def write_report(run: RunFolder) -> Path:
     if run.config.exists():
         text = escape(run.config.read_text(encoding="utf-8"))
         parts.append(f"<h2>Config</h2><details><summary>config.yaml</summary><pre>{text}</pre></details>")
-    head = f'<meta charset="utf-8"><title>{escape(run.name)}</title><style>{_STYLE}</style>'
-    page = f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n' + "\n".join(parts) + "\n</body></html>\n"
     with replacing(run.report) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+        temporary.write_text(document(run.name, parts), encoding="utf-8")
     return run.report
+
+
+def document(title: str, parts: Sequence[str]) -> str:
+    """A whole page of these parts, which are HTML."""
+    head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{_STYLE}</style>'
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n' + "\n".join(parts) + "\n</body></html>\n"
 
 
 def stage_figure(stage: str, lines: Sequence[Mapping[str, Any]]) -> Figure | None:
@@ -141,7 +145,7 @@ def _draw(axes: Axes, panel: Panel, lines: Sequence[Mapping[str, Any]]) -> None:
             axes.legend(fontsize=8, frameon=False)
 
 
-def _inline(figure: Figure) -> str:
+def inline(figure: Figure) -> str:
     """The figure as a data URI. Inlined as SVG elements, two figures could have the same ids."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg")

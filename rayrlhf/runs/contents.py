@@ -22,7 +22,7 @@ from rayrlhf.files import fingerprint
 
 Contents = dict[str, dict[str, Any]]
 """Dotted key to `path` and `files`; these are names to `bytes`, `blake2b` and `stat`."""
-_KEYS = ("path", "from", "value_from")
+_KEYS = ("path", "from", "value_from", "reference_from", "previous_from")
 """The last part of keys that name files."""
 _NOTICE_BYTES = 4 * 2**30
 """Reading more than that is said, since it takes seconds."""

@@ -11,11 +11,14 @@ from pathlib import Path
 from rayrlhf.config import Config
 from rayrlhf.errors import UserError, naming
 from rayrlhf.models.loading import resolve_model
-from rayrlhf.runs.addresses import is_uri, join
+from rayrlhf.runs.addresses import as_typed, is_uri
 from rayrlhf.runs.folder import RunFolder, run_at
+from rayrlhf.runs.rounds import newest_round
 from rayrlhf.runs.stages import STAGES
 from rayrlhf.runs.storage import locate
 
+SFT = "sft"
+"""The value of `reference_from` that names a model of the run itself."""
 _WORDS = ("policy", "reward_model")
 """Values of `rl.value_from` that name a model of the run itself."""
 
@@ -36,6 +39,18 @@ def find_models(config: Config) -> dict[str, str]:
     value_from = getattr(config.rl, "value_from", None)
     if value_from not in (None, *_WORDS) and config.has("rl"):
         found["rl.value_from"] = find_model(value_from, "reward_model", "rl.value_from")
+    last = "rl" if config.has("rl") else "dpo"
+    policies = {
+        f"{stage}.reference_from": getattr(config, stage).reference_from for stage in ("dpo", "rl") if config.has(stage)
+    }
+    if STAGES["collect"].part_of(config):
+        policies |= {f"collect.models[{i}].from": each.start for i, each in enumerate(config.collect.models)}
+    if config.has("evaluate"):
+        policies["evaluate.previous_from"] = config.evaluate.previous_from
+    for key, policy in policies.items():
+        if policy is not None and not (policy == SFT and key.endswith(".reference_from")):
+            section = key.partition(".")[0]
+            found[key] = find_model(policy, section if section in ("dpo", "rl") else last, key)
     return found
 
 
@@ -54,7 +69,8 @@ def find_model(given: str, stage: str, key: str) -> str:
     if run is not None:
         if run.done(stage):
             return run.address_of(run.output(stage))
-        made = [join(given, each.output) for each in STAGES.values() if each.trains and run.done(each.name)]
+        trained = [each.name for each in STAGES.values() if each.trains and run.done(each.name)]
+        made = [as_typed(run.address_of(run.output(name))) for name in trained]
         raise UserError(
             f"{key}: run {given} has no finished stage {stage!r}; "
             + (f"it has made: {', '.join(made)}" if made else "it has made no model yet")
@@ -72,7 +88,7 @@ def _run_folder(given: str) -> RunFolder | None:
     """The run at an address; None if it is none, such as a name on the hub or a model's directory."""
     if not is_uri(given) and not Path(given).expanduser().is_dir():
         return None
-    run = run_at(given)
+    run = newest_round(run_at(given))
     return run if run.read(run.config) is not None else None
 
 
@@ -114,6 +130,20 @@ class Starts:
         """The model of the stage `sft`, or the one given in its place; None where there is neither."""
         has = STAGES["sft"].part_of(self.config) or "sft.from" in self.given
         return self.of("collect") if has else None
+
+    @property
+    def answering(self) -> list[tuple[str, float]]:
+        """The models that answer prompts of the stage `collect`, each with its share."""
+        models = self.config.collect.models
+        given = [(self.given[f"collect.models[{i}].from"], each.share) for i, each in enumerate(models)]
+        return given or [(self.of("collect"), 1.0)]
+
+    def reference(self, stage: str) -> str:
+        """The reference policy of `dpo` or `rl`."""
+        wanted = getattr(self.config, stage).reference_from
+        if wanted == SFT and self.sft is not None:
+            return self.sft
+        return self.given.get(f"{stage}.reference_from") or self.of(stage)
 
     @property
     def final_policy(self) -> str:

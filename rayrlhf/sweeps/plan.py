@@ -177,6 +177,8 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
             raise UserError(f"{path}: search: {key!r} cannot be swept: {why}")
     if base.evaluate.prompts is not None:
         raise UserError(f"{path}: evaluate.prompts is set; a sweep compares trials on a split of the data")
+    if base.rounds is not None:
+        raise UserError(f"{path}: rounds is set; a trial is one run of the stages, so set rounds=null")
     if base.environment and settings.metric.partition(".")[2].startswith(("gold", "rouge")):
         raise UserError(
             f"{path}: metric {settings.metric!r} is not measured in a run with an environment; take policy.reward"

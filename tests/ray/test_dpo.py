@@ -126,6 +126,35 @@ def test_kto_learns_from_labelled_answers(tmp_path: Path, capsys: pytest.Capture
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
+def test_the_reference_may_be_another_model(tmp_path: Path) -> None:
+    """As in later rounds, whose policy goes on while the reference stays: margins against transformers alone."""
+    other = AutoModelForCausalLM.from_pretrained(TINY).eval()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.05)
+    other.save_pretrained(tmp_path / "other")
+    load_tokenizer(TINY).save_pretrained(tmp_path / "other")
+    policy = AutoModelForCausalLM.from_pretrained(TINY).eval()
+    heldout = toy(3, seed=1, heldout=True)
+
+    @torch.no_grad()
+    def logprob(model: Any, prompt: tuple[int, ...], answer: tuple[int, ...]) -> float:
+        logs = model(torch.tensor([[*prompt, *answer]])).logits[0].log_softmax(-1)[len(prompt) - 1 : -1]
+        return float(logs[range(len(answer)), list(answer)].sum())
+
+    margins = []
+    for c in heldout:
+        ratios = [logprob(policy, c.prompt_ids, a) - logprob(other, c.prompt_ids, a) for a in c.response_ids]
+        margins += [0.1 * (ratios[better] - ratios[worse]) for better, worse in c.pairs]
+    config = make_config(tmp_path)
+    run_dir = Path(config.runs_dir) / config.name
+    comparisons = toy(8, seed=0) + heldout
+    dpo_loop(DPOArguments(config, str(run_dir), "dpo", 2, TINY, comparisons, reference=str(tmp_path / "other")))
+    first = read_metrics(run_dir, "dpo")[0]
+    assert first["dpo/heldout_margin"] == pytest.approx(float(np.mean(margins)), rel=1e-3)
+    assert abs(first["dpo/heldout_margin"]) > 1e-3
+
+
 @pytest.mark.parametrize("settings", [{"loss": "kto"}, {"loss": "dpo", "lora": {"rank": 4}}])
 def test_a_killed_run_continues_and_ends_as_if_nothing_had_happened(
     tmp_path: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch

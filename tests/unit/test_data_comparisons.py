@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,6 +14,7 @@ from rayrlhf.config_data import DatasetConfig
 from rayrlhf.data.comparisons import (
     RankedAnswers,
     from_comparisons,
+    of_run,
     rank_answers,
     read_ranked,
     usable_answers,
@@ -134,6 +136,19 @@ def test_parquet_round_trip(tmp_path: Path) -> None:
     write_comparisons(path, records[:1])
     assert read_ranked(path) == records[:1]
     assert [p.name for p in tmp_path.iterdir()] == ["comparisons.parquet"]
+
+
+def test_comparisons_of_an_earlier_run() -> None:
+    """Held-out ones keep their weight and stay, whatever becomes of the others."""
+    heldout = ranked(None, [[1], [2]], [0, 1])
+    learnt = replace(heldout, heldout=False)
+    named = replace(learnt, source="people")
+    found = of_run([heldout, learnt, named], "round-1", 0.5)
+    assert [(c.source, c.weight, c.examples) for c in found] == [
+        ("round-1", 1.0, 1.0), ("round-1", 0.5, 0.5), ("people", 0.5, 0.5),
+    ]  # fmt: skip
+    assert of_run([heldout, learnt], "round-1", 0.0) == [replace(heldout, source="round-1")]
+    assert of_run([learnt], "round-2") == [replace(learnt, source="round-2")]
 
 
 def test_failed_write_leaves_the_old_file(tmp_path: Path) -> None:

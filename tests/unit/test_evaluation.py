@@ -23,7 +23,7 @@ from rayrlhf.reports.evaluation import (
     write_samples,
 )
 from rayrlhf.reports.intervals import length_controlled_win_rate
-from rayrlhf.reports.measures import WIN_RATES
+from rayrlhf.reports.measures import VS_PREVIOUS, WIN_RATES
 
 PROMPTS = [
     Prompt("a", "post a", reference=" the cat sat on the mat", title="cat"),
@@ -106,6 +106,18 @@ def test_the_best_of_several_answers_is_a_source_of_its_own() -> None:
     assert result["best_of"]["reward"]["mean"] == 1.75
     assert result["differences"]["policy_minus_best_of"]["reward"]["mean"] == pytest.approx((-1 + 0 + 0 + 1) / 4)
     assert "best_of" not in summary("file")
+
+
+def test_the_policy_of_the_round_before_is_a_source_of_its_own() -> None:
+    before = replace(POLICY, name="previous", rewards=[2.0, 1.0, 0.0, 3.0], gold=[0.5, 0.75, np.nan, 1.0])
+    result = summarize(PROMPTS, SFT, POLICY, REFERENCE, None, [before], labeller="file", metadata={}, samples=200)
+    wins = {name: (result["policy"][name]["mean"], result["policy"][name]["n"]) for name in VS_PREVIOUS}
+    assert wins == {
+        "win_rate_vs_previous": (pytest.approx((0 + 0.5 + 1 + 1) / 4), 4),
+        "gold_win_rate_vs_previous": (pytest.approx((1 + 0 + 0.5) / 3), 3),
+    }
+    assert result["differences"]["policy_minus_previous"]["reward"]["mean"] == pytest.approx((-1 + 0 + 1 + 1) / 4)
+    assert not set(VS_PREVIOUS) & set(summary("file")["policy"])
 
 
 def test_means_and_counts_against_hand_computation() -> None:

@@ -44,6 +44,19 @@ def test_loss_equals_a_naive_loop_and_counts_each_prompt_once() -> None:
     assert found.margins.tolist() == pytest.approx([float(scores[b] - scores[w]) for b, w in pairs.tolist()])
 
 
+def test_weighted_prompts_equal_a_naive_loop() -> None:
+    """As the comparisons of earlier rounds are."""
+    scores = torch.randn(9, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    own_weights = [1.0, 0.5, 0.25]
+    pairs, weights = flatten_pairs(PAIRS, ANSWERS, own_weights)
+    assert weights.tolist() == pytest.approx([1 / 3, 1 / 3, 1 / 3, 0.5, 0.125, 0.125])
+    expected = 0.0
+    for own, ranked, weight in zip(scores.split(ANSWERS), PAIRS, own_weights, strict=True):
+        losses = [math.log1p(math.exp(-float(own[better] - own[worse]))) for better, worse in ranked]
+        expected += weight * sum(losses) / len(losses)
+    assert float(ranking_loss(scores, pairs, weights.double()).loss) == pytest.approx(expected, rel=1e-7)
+
+
 def test_loss_of_one_pair_is_logsigmoid_with_its_gradient() -> None:
     scores = torch.tensor([0.3, -1.2], dtype=torch.float64, requires_grad=True)
     loss = ranking_loss(scores, torch.tensor([[0, 1]]), torch.ones(1)).loss

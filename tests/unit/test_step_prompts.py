@@ -40,6 +40,9 @@ def test_a_group_without_spread_gives_its_place_to_a_prompt_that_the_step_does_n
     prompts = step_prompts()
     first = [group[0].prompt_id for group in prompts.groups(1)]
     assert first == [f"p{i}" for i in prompts_of_step(7, 5, 1, 3)]
+    later = step_prompts(skip_prompts=3)  # behind a round of one step
+    assert [group[0].prompt_id for group in later.groups(0)] == first
+    assert later.redraw(0, 0, scored(1, 1))[0].prompt_id not in first  # type: ignore[index]
     once = [prompts.redraw(3 + place, 0, scored(1, 1)) for place in range(3)]
     twice = [prompts.redraw(3 + place, 1, scored(0, 0)) for place in range(3)]
     assert [group[0].prompt_id for group in once if group] == [f"p{i}" for i in replacements_of_step(7, 5, 1, 3, 1)]
