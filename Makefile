@@ -19,7 +19,7 @@ export UV_NO_SOURCES := 1
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart bench docs test test-long test-tools lint test-unit test-oracles test-ray test-e2e clean
+.PHONY: help setup quickstart bench docs test test-long test-tools browser lint test-unit test-oracles test-ray test-e2e clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -58,8 +58,14 @@ test-tools:
 	    apt-get -qq install -y openssh-client rsync util-linux >/dev/null; } || \
 	  { echo "make: the tests of 'ray up' need$$missing; install them (Debian and Ubuntu: apt install openssh-client rsync)" >&2; exit 1; }
 
+# The ranking page is tested in a real browser.
+browser:
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || { \
+	  test "$$(id -u)" = 0 && command -v apt-get >/dev/null && apt-get -qq update && apt-get -qq install -y chromium >/dev/null; } || \
+	  { echo "make: the tests of the ranking page need Chromium; install it (Debian and Ubuntu: apt install chromium)" >&2; exit 1; }
+
 # In two processes, a file in one of them. The order of the second call is that of tests/e2e/conftest.py.
-test: lint ## lint, then all tests but the long ones
+test: lint browser ## lint, then all tests but the long ones
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit tests/oracles $(ARGS)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/ray tests/e2e $(ARGS)
 
@@ -72,7 +78,7 @@ lint: $(DEV_STAMP) ## ruff, mypy and the import linter
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test-unit: $(DEV_STAMP) ## tests without Ray (fast)
+test-unit: $(DEV_STAMP) browser ## tests without Ray (fast)
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit $(ARGS)
 
 test-oracles: $(DEV_STAMP) ## our numbers against other people's code

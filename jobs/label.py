@@ -119,12 +119,11 @@ def open_labels(run: RunFolder) -> Iterator[LabelDatabase]:
     Raises:
         UserError: the run has neither.
     """
-    to_rank = run.path / "to_rank.jsonl"
     kept = run.read(labels_copy(run)) if run.store and not run.labels.exists() else None
     if kept:  # another machine had the page until now
         with replacing(run.labels) as temporary:
             temporary.write_bytes(kept)
-    waiting = run.read(to_rank) is not None
+    waiting = run.read(run.to_rank) is not None
     if not waiting and not run.labels.exists():
         raise UserError(
             f"{run.address} has no answers to rank; run collect with collect.labeller.kind=file (or people) first"
@@ -132,14 +131,10 @@ def open_labels(run: RunFolder) -> Iterator[LabelDatabase]:
     database = LabelDatabase(run.labels)
     try:
         if waiting:
-            unranked = read_unranked(run.download(to_rank))
-            gold = {item.id: item for item in database.items()}
-            database.add_items(
-                [
-                    Item(u.id, u.prompt, u.answers, *((old.priority, old.gold) if (old := gold.get(u.id)) else ()))
-                    for u in unranked
-                ]
-            )
+            known = {item.id: item.answers for item in database.items()}
+            unranked = read_unranked(run.download(run.to_rank))
+            # What collect has put there stays as it is, but for answers that were sampled again: that is refused.
+            database.add_items([Item(u.id, u.prompt, u.answers) for u in unranked if known.get(u.id) != u.answers])
         yield database
         copy_out(run, database)
     finally:

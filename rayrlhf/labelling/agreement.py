@@ -71,7 +71,7 @@ class Agreement:
     skipped: Mapping[str, int]
     """Judgements by the reason why they were skipped."""
     flags: Mapping[str, int]
-    """Judgements by flag."""
+    """Judgements by what was flagged: `harmful` counts one with `harmful:0` and `harmful:prompt` once."""
 
 
 def agreement(judgements: Sequence[Judgement], items: Sequence[Item], samples: int = 1000, seed: int = 0) -> Agreement:
@@ -129,7 +129,7 @@ def agreement(judgements: Sequence[Judgement], items: Sequence[Item], samples: i
         tau_b=_share([(item, value) for item, value in taus if not np.isnan(value).any()], samples, seed),
         alpha=alpha(rows, samples, seed),
         skipped=Counter(judgement.skipped for judgement in judged if judgement.ranks is None),
-        flags=Counter(flag for judgement in judged for flag in judgement.flags),
+        flags=Counter(kind for judgement in judged for kind in {flag.partition(":")[0] for flag in judgement.flags}),
     )
 
 

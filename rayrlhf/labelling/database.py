@@ -262,8 +262,8 @@ class LabelDatabase:
         return _judgement(rows[0]) if rows else None
 
     def written(self) -> int:
-        """How many rows of judgements there ever were: it grows with each judgement and each undo."""
-        return int(self.query("SELECT coalesce(max(seq), 0) FROM judgements")[0][0])
+        """How many rows of judgements there are: it grows with each judgement and each undo."""
+        return int(self.query("SELECT count(*) FROM judgements")[0][0])
 
     def copy_to(self, target: Path) -> None:
         """Write the database as one file that is whole at any time, while others go on writing."""

@@ -51,10 +51,19 @@ def test_wheel_holds_the_three_rooms_and_nothing_else(wheel_files: set[str]) -> 
 def test_wheel_holds_every_asset(wheel_files: set[str]) -> None:
     assets = {
         path.relative_to(ROOT).as_posix()
-        for path in (ROOT / "rayrlhf" / "assets").rglob("*")
+        for folder in ("assets", "labelling/web")
+        for path in (ROOT / "rayrlhf" / folder).rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
-    assert {Path(name).suffix for name in assets} >= {".parquet", ".safetensors", ".json", ".py"}
+    assert {Path(name).suffix for name in assets} >= {
+        ".parquet",
+        ".safetensors",
+        ".json",
+        ".py",
+        ".html",
+        ".js",
+        ".css",
+    }
     assert assets <= wheel_files
     assert "rayrlhf/py.typed" in wheel_files
 

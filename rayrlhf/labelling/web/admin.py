@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,7 +31,6 @@ class Overview:
             "published": PUBLISHED,
             "first": first_places(judgements),
             "last": {judgement.labeller: judgement.at for judgement in judgements},
-            "flags": Counter(flag.partition(":")[0] for judgement in judgements for flag in judgement.flags),
         }
 
 

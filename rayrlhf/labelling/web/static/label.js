@@ -59,17 +59,10 @@ async function insist(path, body, what) {
 }
 
 async function load(query, push) {
-  try {
-    const content = await insist(`/api/item${query}`, undefined, "Cannot load");
-    show(content, push);
-  } catch (error) {
-    banner(error.message);
-  }
+  show(await insist(`/api/item${query}`, undefined, "Cannot load"), push);
 }
 
 async function send(body) {
-  sending = true;
-  document.body.classList.add("busy");
   localStorage.setItem(PENDING, JSON.stringify(body));
   try {
     await insist("/api/judgement", body, "Not saved yet");
@@ -80,6 +73,19 @@ async function send(body) {
     return false;
   } finally {
     localStorage.removeItem(PENDING); // saved, or refused for good: the reason is on the page
+  }
+}
+
+// While the work is under way, nothing on the page changes: a key that comes early must not go to the item that leaves.
+async function alone(work) {
+  if (sending) return;
+  sending = true;
+  document.body.classList.add("busy");
+  try {
+    await work();
+  } catch (error) {
+    banner(error.message);
+  } finally {
     sending = false;
     document.body.classList.remove("busy");
   }
@@ -87,7 +93,7 @@ async function send(body) {
 
 // --- The item ------------------------------------------------------------------------------------------------------
 
-const draftName = (item, repeat) => `draft ${store} ${item} ${repeat}`;
+const draftName = (item, repeat) => `draft ${store} ${mode} ${item} ${repeat}`;
 
 function blank(count) {
   return { ranks: Array(count).fill(0), ratings: Array(count).fill(null), flags: [], note: "", pairs: { groups: [[0]], low: 0, high: 1 } };
@@ -104,7 +110,7 @@ function show({ item, standing }, push) {
   if (!there) {
     state = null;
     history.replaceState(null, "", `${root}/`);
-    polling = setTimeout(() => load("", false), 15000);
+    polling = setTimeout(() => alone(() => load("", false)), 15000);
     say("Nothing is left for you");
     return;
   }
@@ -237,6 +243,7 @@ function keep() {
 }
 
 function change(edit) {
+  if (sending) return;
   undone.push(structuredClone(state.mine));
   edit(state.mine);
   keep();
@@ -278,20 +285,20 @@ function submit() {
   finish({ ranks: state.mine.ranks, skipped: "" });
 }
 
-async function finish(verdict) {
-  if (sending) return;
+function finish(verdict) {
   const { item, mine } = state;
   const key = Array.from(crypto.getRandomValues(new Uint8Array(12)), (byte) => byte.toString(16).padStart(2, "0")).join("");
   const seconds = (state.seconds + (state.since === null ? 0 : performance.now() - state.since)) / 1000;
   const rated = mine.ratings.some((value) => value !== null);
   const body = { key, item: item.id, repeat: item.repeat, ...verdict, flags: mine.flags, ratings: rated ? mine.ratings : null, note: $("note").value, seconds };
-  if (await send(body)) {
+  alone(async () => {
+    if (!(await send(body))) return;
     say(verdict.ranks ? "Saved" : "Skipped");
     await load("", true);
-  }
+  });
 }
 
-async function undo() {
+function undo() {
   if (sending) return;
   if (state && undone.length) {
     state.mine = undone.pop();
@@ -301,12 +308,10 @@ async function undo() {
     say("Undone");
     return;
   }
-  try {
+  alone(async () => {
     show(await call("/api/undo", {}), true);
     say("The last judgement is withdrawn; rank it again");
-  } catch (error) {
-    banner(error.message);
-  }
+  });
 }
 
 // --- Pairs: the order of K answers by asking for two at a time (binary insertion) ----------------------------------
@@ -362,6 +367,7 @@ for (const [id, dialog] of [["skip", "skip-dialog"], ["help", "help-dialog"]]) {
   $(id).addEventListener("click", () => { $("reason").value = ""; $(dialog).showModal(); });
 }
 $("flag").addEventListener("click", () => flag(document.activeElement === $("prompt") ? "prompt" : state.focus));
+$("flag-prompt").addEventListener("click", () => flag("prompt"));
 $("undo").addEventListener("click", undo);
 $("submit").addEventListener("click", submit);
 $("skip-other").addEventListener("click", () => skip($("reason").value));
@@ -458,10 +464,10 @@ document.addEventListener("visibilitychange", () => {
   if (state.since !== null) state.seconds += performance.now() - state.since;
   state.since = document.hidden ? null : performance.now();
 });
-addEventListener("popstate", () => load(location.search, false));
+addEventListener("popstate", () => alone(() => load(location.search, false)));
 
-(async () => {
+alone(async () => {
   const pending = localStorage.getItem(PENDING);
   if (pending) await send(JSON.parse(pending));
   await load(location.search, false);
-})();
+});
