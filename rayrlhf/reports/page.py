@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow.parquet as pq
 
 from rayrlhf.config_file import load_config
+from rayrlhf.errors import UserError
 from rayrlhf.files import replacing
 from rayrlhf.reports.agreement import labellers_grid, raters_grid
 from rayrlhf.reports.curves import over_kl_figure, style
@@ -194,7 +195,10 @@ def _reward_accuracy(result: Mapping[str, Any]) -> str:
 
 def _agreement(run: RunFolder) -> list[str]:
     """The raters of the run beside each other, and its labellers; nothing where no two raters saw the same pair."""
-    raters = raters_of(run)
+    try:
+        raters = raters_of(run)
+    except UserError as error:  # a damaged file is to be named, and is no reason for a run to end without its report
+        return ["<h2>Agreement</h2>", f"<p>{escape(str(error))}</p>"]
     compared = compare(raters | {LONGER: longer(raters.values())})
     people = people_of(run)
     tables = ([raters_grid(compared)] if compared else []) + ([labellers_grid(*people)] if people else [])
