@@ -61,7 +61,7 @@ def main(directory: Path) -> None:
     chromium = shutil.which("chromium") or sys.exit("label_figures: install Chromium (apt install chromium)")
     with tempfile.TemporaryDirectory() as temporary, socket.create_server(("127.0.0.1", 0)) as listening:
         database = LabelDatabase(Path(temporary) / "labels.sqlite")
-        database.add_items([Item("p00", POST, SUMMARIES), Item("p01", CHAT, ADVICE)])
+        database.add_items([Item("p00", POST, SUMMARIES, priority=2), Item("p01", CHAT, ADVICE, priority=1)])
         database.add_items(
             [Item(f"p{n:02d}", POST, SUMMARIES, gold=(1, 3, 4, 2) if n % 8 == 0 else None) for n in range(2, 60)]
         )

@@ -27,6 +27,8 @@ from rayrlhf.labelling.web.security import Tokens
 CHANGED = """before => !document.body.classList.contains("busy") && before !=
     [...document.querySelectorAll(".card:not([hidden]) > .text")].map(text => text.innerText).join()"""
 """Whether other answers are on the page, and it is ready for a key."""
+WAIT_MS = 60_000
+"""No test is about speed."""
 LOST = "net::ERR_INTERNET_DISCONNECTED"
 
 
@@ -58,7 +60,7 @@ class Desk:
 
     def context(self, **options: Any) -> BrowserContext:
         context = self.browser.new_context(**options)
-        context.set_default_timeout(60_000)
+        context.set_default_timeout(WAIT_MS)
         context.on("request", lambda request: self.asked.append(request.url))
         context.on("weberror", lambda error: self.wrong.append(str(error.error)))
         context.on("console", lambda said: self.wrong.append(said.text) if said.type == "error" else None)
@@ -69,7 +71,8 @@ class Desk:
         """Somebody opens their link and begins."""
         page = self.context(**options).new_page()
         page.goto(self.site.link(name))
-        page.keyboard.press("Enter")  # the link "Begin" has the focus
+        expect(page.get_by_role("link", name="Begin")).to_be_focused()
+        page.keyboard.press("Enter")
         expect(page.locator(".card").first).to_be_visible()
         return page
 
@@ -84,7 +87,7 @@ class Desk:
 @pytest.fixture
 def desk(browser: Browser, tmp_path: Path) -> Iterator[Any]:
     """Makes a `Desk`."""
-    expect.set_options(timeout=60_000)  # no test is about speed
+    expect.set_options(timeout=WAIT_MS)
     with contextlib.ExitStack() as stack:
         made: list[Desk] = []
 
