@@ -128,13 +128,12 @@ def test_kto_learns_from_labelled_answers(tmp_path: Path, capsys: pytest.Capture
 
 def test_the_reference_may_be_another_model(tmp_path: Path) -> None:
     """As in later rounds, whose policy goes on while the reference stays: margins against transformers alone."""
-    other = AutoModelForCausalLM.from_pretrained(TINY).eval()
+    other, policy = (AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval() for _ in range(2))
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.mul_(1.05)
     other.save_pretrained(tmp_path / "other")
     load_tokenizer(TINY).save_pretrained(tmp_path / "other")
-    policy = AutoModelForCausalLM.from_pretrained(TINY).eval()
     heldout = toy(3, seed=1, heldout=True)
 
     @torch.no_grad()
