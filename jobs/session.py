@@ -7,7 +7,7 @@ import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any
 
@@ -29,9 +29,9 @@ from rayrlhf.config_services import HOW_ASKED
 from rayrlhf.data.run_data import RunData
 from rayrlhf.data.tokens import check_context
 from rayrlhf.errors import naming
-from rayrlhf.models.checks import check_architecture
+from rayrlhf.models.checks import check_architecture, parameter_counts
 from rayrlhf.models.ends import with_ends
-from rayrlhf.models.loading import context_length, load_tokenizer, parameter_counts
+from rayrlhf.models.loading import context_length, load_tokenizer
 from rayrlhf.models.roles import check_policy, check_reward_model
 from rayrlhf.reports.progress import batch_table
 from rayrlhf.reports.remarks import remarks
@@ -56,7 +56,9 @@ class Session:
         """The model with whose tokenizer and architecture the run begins: a directory or a hub name."""
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.model, config.model.revision)
         critic = config.has("rl") and config.rl.critic
-        check_architecture(self.model, config.model.revision, scores=config.trains_reward_model or critic)
+        self._architecture = check_architecture(
+            self.model, config.model.revision, scores=config.trains_reward_model or critic
+        )
         config, self._ends = with_ends(config, self.model, self.tokenizer)
         self.config, self.run, self.starts, self.local = config, run, starts, local
         self.data = RunData(config, self.tokenizer)
@@ -111,13 +113,16 @@ class Session:
         Raises:
             UserError: a model that a `from` names cannot take its place in the run.
         """
+        checks: dict[str, Callable[[str, str], None]] = {
+            "sft.from": check_policy,
+            "dpo.from": check_policy,
+            "rl.from": check_policy,
+            "reward_model.from": functools.partial(check_reward_model, trained=self.config.trains_reward_model),
+            "rl.value_from": functools.partial(check_reward_model, trained=True),
+        }
         for key, model in self.starts.given.items():
             with naming(key):
-                if key in ("reward_model.from", "rl.value_from"):
-                    trained = key == "rl.value_from" or self.config.trains_reward_model
-                    check_reward_model(local_copy(model), self.model, trained=trained)
-                else:
-                    check_policy(local_copy(model), self.model)
+                checks[key](local_copy(model), self.model)
 
     def overview(self) -> Table:
         """What the config's batch numbers mean in steps, samples, tokens and memory."""
@@ -172,7 +177,7 @@ class Session:
     @cached_property
     def parameters(self) -> tuple[int, int]:
         """How many parameters of the policy are frozen, and how many are trained."""
-        return parameter_counts(self.model, self.config.model.revision, self.config.model.lora)
+        return parameter_counts(self._architecture, self.config.model.lora)
 
     # ---- training
 
