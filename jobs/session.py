@@ -7,7 +7,7 @@ import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from typing import Any
 
@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerBase
 
 from actors.training.loop import LoopArguments
 from actors.training.workers import TrainingLoop, Workers
-from jobs.cluster import connected, inside_job, preflight
+from jobs.choices import with_lengths, with_resources
+from jobs.cluster import connected, has_cluster, inside_job, preflight
 from jobs.console import console
 from jobs.follow import following
 from jobs.rollouts import RolloutClient
@@ -51,7 +52,11 @@ KEPT_CHECKPOINTS = 2
 class Session:
     """One run while it is being worked on. Pools start when a stage first needs them, and serve the later stages."""
 
-    def __init__(self, config: Config, run: RunFolder, starts: Starts, local: bool) -> None:
+    def __init__(
+        self, config: Config, run: RunFolder, starts: Starts, local: bool, choices: Iterable[str] = ()
+    ) -> None:
+        """`choices` are lines about what was chosen where the config says nothing; the start prints them."""
+        self._choices = tuple(choices)
         self.model = local_copy(starts.base)
         """The model with whose tokenizer and architecture the run begins: a directory or a hub name."""
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.model, config.model.revision)
@@ -95,7 +100,7 @@ class Session:
             self._connection.enter_context(connected(self.config))
             self.run.note_in_lock(f"Ray at {ray.get_runtime_context().gcs_address}")
             self.placement = preflight(self.config)
-        for line in self._ends:
+        for line in (*self._choices, *self._ends):
             console.print(line, soft_wrap=True, markup=False)
         self.remarks = remarks(self.config)
         train = self.data.train
@@ -225,22 +230,33 @@ def opened(config: Config, local: bool = False) -> Iterator[Session]:
     runs_dir = runs_address(config.runs_dir, inside_job())
     # Not as it was typed: `namespace` of the run's actors is made of it, and config.yaml tells `rayrlhf status`.
     config = config.model_copy(update={"runs_dir": runs_dir})
-    # An evaluation of another file is no part of the run: it neither conflicts with a finished one nor is recorded.
-    recorded = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"prompts": None})})
     run = RunFolder(join(runs_dir, config.name))
-    with run.lock():
+    with run.lock(), contextlib.ExitStack() as connection:
         run.download_files()
         models = find_models(config)
-        contents = read_contents(recorded, models, stored_contents(run))
-        open_or_create(recorded, runs_dir, contents=contents)
+        contents = read_contents(_recorded(config), models, stored_contents(run))
+        model = local_copy(Starts(config, run, models).base)
+        config, lengths = with_lengths(config, run, model, contents)
+        if config.resources.asks_for_machines and not local and has_cluster():
+            connection.enter_context(connected(config))
+        config, resources = with_resources(config, model)
+        open_or_create(_recorded(config), runs_dir, contents=contents)
         if config.start is not None:
-            console.print(take_over(run, recorded, contents), soft_wrap=True, markup=False)
+            console.print(take_over(run, _recorded(config), contents), soft_wrap=True, markup=False)
         starts = Starts(config, run, models)
-        session = Session(_beginning_with(starts, config), run, starts, local)
+        session = Session(_beginning_with(starts, config), run, starts, local, filter(None, (lengths, resources)))
         try:
             yield session
         finally:
             session.close()
+
+
+def _recorded(config: Config) -> Config:
+    """The config as the run's folder has it.
+
+    An evaluation of another file is no part of the run: it neither conflicts with a finished one nor is recorded.
+    """
+    return config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"prompts": None})})
 
 
 def _beginning_with(starts: Starts, config: Config) -> Config:
