@@ -19,6 +19,7 @@ from actors.pools.remote import ActorFailure
 from actors.training.tasks import TRAIN_ENVIRONMENT
 from rayrlhf.config import Config
 from rayrlhf.errors import UserError
+from rayrlhf.machine import Machine
 from rayrlhf.runs.placement import Node, Plan, Role, demand, make_plan, roles_of, smaller
 
 _NOTICE_S, _POLL_S = 15.0, 1.0
@@ -40,6 +41,11 @@ LOCAL_ENVIRONMENT = {
 def inside_job() -> bool:
     """Whether this process is the entry point of a `ray job submit`."""
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def has_cluster() -> bool:
+    """Whether there is a cluster that a run would join: the job's, or the one that the user names."""
+    return ray.is_initialized() or "RAY_ADDRESS" in os.environ  # set by the user, or by Ray for a job
 
 
 @contextmanager
@@ -75,7 +81,7 @@ def connected(config: Config) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    local = "RAY_ADDRESS" not in os.environ  # set by the user, or by Ray for a job
+    local = not has_cluster()
     with loopback_only() if local else nullcontext():
         if local:
             for key, value in LOCAL_ENVIRONMENT.items():
@@ -176,6 +182,16 @@ def cluster_nodes(free: bool = False) -> list[Node]:
             cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
             nodes.append(Node(node["NodeManagerHostname"], cpus, gpus, node["Labels"]))
     return nodes
+
+
+def cluster_machines() -> list[Machine]:
+    """What the nodes have that are alive and have a CPU, whoever holds it now."""
+    found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [
+        Machine(int(has["CPU"]), int(has.get("GPU", 0)), has.get("memory", math.inf))
+        for has in found
+        if has.get("CPU", 0) >= 1
+    ]
 
 
 def plan_table(plan: Plan) -> Table:

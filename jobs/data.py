@@ -13,9 +13,10 @@ from rayrlhf.config import Config
 from rayrlhf.config_data import DatasetConfig
 from rayrlhf.config_file import load_config, parse_config, parse_override, parse_section, set_key
 from rayrlhf.data.formats import FORMATS, LOOKED_AT, recognise, renamed
+from rayrlhf.data.lengths import choose_lengths
 from rayrlhf.data.loading import load_source
 from rayrlhf.data.run_data import KINDS, RunData
-from rayrlhf.models.loading import load_tokenizer, resolve_model
+from rayrlhf.models.loading import context_length, load_tokenizer, resolve_model
 from rayrlhf.reports.data_usage import example_panels, shared_prompts, usage_table, usages
 from rayrlhf.sections import Section
 
@@ -48,7 +49,11 @@ def show_data(source: str, overrides: Sequence[str], model: str | None, console:
             tree["stages"] = ["sft"]
         _change(tree, [change for change in changes if change not in own], Config)
         config = parse_config(tree, source)
-    tokenizer = load_tokenizer(resolve_model(config.model.path), config.model.revision)
+    path = resolve_model(config.model.path)
+    tokenizer = load_tokenizer(path, config.model.revision)
+    config, lengths = choose_lengths(config, tokenizer, context_length(path))
+    if lengths:
+        console.print(escape(lengths), soft_wrap=True)
     data = RunData(config, tokenizer)
     data.read(kinds)
     found = usages(config, tokenizer, kinds)

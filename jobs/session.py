@@ -7,7 +7,7 @@ import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from typing import Any
 
@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerBase
 
 from actors.training.loop import LoopArguments
 from actors.training.workers import TrainingLoop, Workers
-from jobs.cluster import connected, inside_job, preflight
+from jobs.choices import with_lengths, with_resources
+from jobs.cluster import connected, has_cluster, inside_job, preflight
 from jobs.console import console
 from jobs.follow import following
 from jobs.rollouts import RolloutClient
@@ -29,9 +30,9 @@ from rayrlhf.config_services import HOW_ASKED
 from rayrlhf.data.run_data import RunData
 from rayrlhf.data.tokens import check_context
 from rayrlhf.errors import UserError, naming
-from rayrlhf.models.checks import check_architecture
+from rayrlhf.models.checks import check_architecture, parameter_counts
 from rayrlhf.models.ends import with_ends
-from rayrlhf.models.loading import context_length, load_tokenizer, parameter_counts
+from rayrlhf.models.loading import context_length, load_tokenizer
 from rayrlhf.models.roles import check_policy, check_reward_model
 from rayrlhf.reports.progress import batch_table
 from rayrlhf.reports.remarks import remarks
@@ -52,12 +53,18 @@ KEPT_CHECKPOINTS = 2
 class Session:
     """One run while it is being worked on. Pools start when a stage first needs them, and serve the later stages."""
 
-    def __init__(self, config: Config, run: RunFolder, starts: Starts, local: bool) -> None:
+    def __init__(
+        self, config: Config, run: RunFolder, starts: Starts, local: bool, choices: Iterable[str] = ()
+    ) -> None:
+        """`choices` are lines about what was chosen where the config says nothing; the start prints them."""
+        self._choices = tuple(choices)
         self.model = local_copy(starts.base)
         """The model with whose tokenizer and architecture the run begins: a directory or a hub name."""
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.model, config.model.revision)
         critic = config.has("rl") and config.rl.critic
-        check_architecture(self.model, config.model.revision, scores=config.trains_reward_model or critic)
+        self._architecture = check_architecture(
+            self.model, config.model.revision, scores=config.trains_reward_model or critic
+        )
         config, self._ends = with_ends(config, self.model, self.tokenizer)
         self.config, self.run, self.starts, self.local = config, run, starts, local
         self.data = RunData(config, self.tokenizer)
@@ -94,7 +101,7 @@ class Session:
             self._connection.enter_context(connected(self.config))
             self.run.note_in_lock(f"Ray at {ray.get_runtime_context().gcs_address}")
             self.placement = preflight(self.config)
-        for line in self._ends:
+        for line in (*self._choices, *self._ends):
             console.print(line, soft_wrap=True, markup=False)
         self.remarks = remarks(self.config)
         train = self.data.train
@@ -112,13 +119,16 @@ class Session:
         Raises:
             UserError: a model that a `from` names cannot take its place in the run.
         """
+        checks: dict[str, Callable[[str, str], None]] = {
+            "sft.from": check_policy,
+            "dpo.from": check_policy,
+            "rl.from": check_policy,
+            "reward_model.from": functools.partial(check_reward_model, trained=self.config.trains_reward_model),
+            "rl.value_from": functools.partial(check_reward_model, trained=True),
+        }
         for key, model in self.starts.given.items():
             with naming(key):
-                if key in ("reward_model.from", "rl.value_from"):
-                    trained = key == "rl.value_from" or self.config.trains_reward_model
-                    check_reward_model(local_copy(model), self.model, trained=trained)
-                else:
-                    check_policy(local_copy(model), self.model)
+                checks[key](local_copy(model), self.model)
 
     def overview(self) -> Table:
         """What the config's batch numbers mean in steps, samples, tokens and memory."""
@@ -179,7 +189,7 @@ class Session:
     @cached_property
     def parameters(self) -> tuple[int, int]:
         """How many parameters of the policy are frozen, and how many are trained."""
-        return parameter_counts(self.model, self.config.model.revision, self.config.model.lora)
+        return parameter_counts(self._architecture, self.config.model.lora)
 
     # ---- training
 
@@ -227,29 +237,40 @@ def opened(config: Config, local: bool = False) -> Iterator[Session]:
     runs_dir = runs_address(config.runs_dir, inside_job())
     # Not as it was typed: `namespace` of the run's actors is made of it, and config.yaml tells `rayrlhf status`.
     config = config.model_copy(update={"runs_dir": runs_dir})
-    # An evaluation of another file is no part of the run: it neither conflicts with a finished one nor is recorded.
-    recorded = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"prompts": None})})
     run = RunFolder(join(runs_dir, config.name))
     if config.rounds is not None:
         raise UserError(
             f"rounds: `rayrlhf run` does them; for one stage of a round take the config of that round, such as "
             f"{join(run.address, round_name(1), run.config.name)}, or set rounds=null"
         )
-    with run.lock():
+    with run.lock(), contextlib.ExitStack() as connection:
         run.download_files()
         if has_rounds(run):
             raise UserError(f"{run.address} is a run in rounds; set rounds, or choose another name (name=OTHER)")
         models = find_models(config)
-        contents = read_contents(recorded, models, stored_contents(run))
-        open_or_create(recorded, runs_dir, contents=contents)
+        contents = read_contents(_recorded(config), models, stored_contents(run))
+        model = local_copy(Starts(config, run, models).base)
+        config, lengths = with_lengths(config, run, model, contents)
+        if config.resources.asks_for_machines and not local and has_cluster():
+            connection.enter_context(connected(config))
+        config, resources = with_resources(config, model)
+        open_or_create(_recorded(config), runs_dir, contents=contents)
         if config.start is not None:
-            console.print(take_over(run, recorded, contents), soft_wrap=True, markup=False)
+            console.print(take_over(run, _recorded(config), contents), soft_wrap=True, markup=False)
         starts = Starts(config, run, models)
-        session = Session(_beginning_with(starts, config), run, starts, local)
+        session = Session(_beginning_with(starts, config), run, starts, local, filter(None, (lengths, resources)))
         try:
             yield session
         finally:
             session.close()
+
+
+def _recorded(config: Config) -> Config:
+    """The config as the run's folder has it.
+
+    An evaluation of another file is no part of the run: it neither conflicts with a finished one nor is recorded.
+    """
+    return config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"prompts": None})})
 
 
 def _beginning_with(starts: Starts, config: Config) -> Config:

@@ -25,6 +25,7 @@ from ray.tune.search.basic_variant import BasicVariantGenerator
 from ray.tune.search.variant_generator import generate_variants
 
 from actors.pools.remote import ActorFailure
+from jobs.choices import with_lengths, with_resources
 from jobs.cluster import connected, inside_job, preflight
 from jobs.console import console
 from jobs.guard import guarded
@@ -35,9 +36,11 @@ from rayrlhf.errors import one_line
 from rayrlhf.reports.measures import interval_text
 from rayrlhf.reports.progress import duration
 from rayrlhf.runs.addresses import join, runs_address
-from rayrlhf.runs.folder import RunFolder, open_or_create
+from rayrlhf.runs.contents import read_contents
+from rayrlhf.runs.folder import RunFolder, open_or_create, stored_contents
 from rayrlhf.runs.sharing import share
-from rayrlhf.runs.storage import Mirror
+from rayrlhf.runs.starts import Starts, find_models
+from rayrlhf.runs.storage import Mirror, local_copy
 from rayrlhf.sweeps.plan import BASE, Space, Sweep, Trial, Value, load_sweep
 from rayrlhf.sweeps.results import Result, ranked, read_result, results_table, write_results
 
@@ -62,9 +65,10 @@ def sweep(plan: Sweep) -> None:
     """
     address = join(runs_address(plan.base.runs_dir, inside_job()), plan.settings.name)
     folder = RunFolder(address)
-    base = plan.base.model_copy(update={"name": BASE, "runs_dir": address})
-    trials = plan.trials(draw(plan.search, plan.settings.samples, base.seed), address)
     with folder.lock():
+        plan = _with_lengths(plan, address)
+        base = plan.base.model_copy(update={"name": BASE, "runs_dir": address})
+        trials = plan.trials(draw(plan.search, plan.settings.samples, base.seed), address)
         base_run = open_or_create(base, address) if plan.shared else None
         runs = {trial.name: open_or_create(trial.config, address) for trial in trials}
         left = [trial for trial in trials if not runs[trial.name].done("evaluate")]
@@ -79,7 +83,8 @@ def sweep(plan: Sweep) -> None:
                 for trial in left:
                     share(base_run, runs[trial.name], plan.shared)
             with connected(base):
-                preflight(base, min(plan.settings.concurrent, len(left)))
+                shared, _ = with_resources(base, local_copy(_start_of(base)))
+                preflight(shared, min(plan.settings.concurrent, len(left)))
                 run_trials(left, plan.settings.concurrent, board)
         results = board.results()
         written = write_results(folder, plan, results)
@@ -92,6 +97,24 @@ def sweep(plan: Sweep) -> None:
         failed = [result for result in results if result.error]
         if failed:
             raise ActorFailure(f"{len(failed)} of {len(trials)} trials failed; the same command tries them again")
+
+
+def _with_lengths(plan: Sweep, address: str) -> Sweep:
+    """The plan with the lengths that its config leaves open, which all trials have; a line says what they are."""
+    base = plan.base.model_copy(update={"name": BASE, "runs_dir": address})
+    if not base.data.to_choose:
+        return plan
+    run = RunFolder(join(address, BASE))
+    contents = read_contents(base, find_models(base), stored_contents(run))
+    chosen, line = with_lengths(base, run, local_copy(_start_of(base)), contents)
+    if line:
+        console.print(line, soft_wrap=True, markup=False)
+    return plan.with_lengths(chosen)
+
+
+def _start_of(base: Config) -> str:
+    """The model with which the trials begin."""
+    return Starts(base, RunFolder(join(base.runs_dir, base.name)), find_models(base)).base
 
 
 def draw(search: Mapping[str, Space], samples: int, seed: int) -> list[dict[str, Value]]:

@@ -196,7 +196,8 @@ class Config(Section):
     @model_validator(mode="after")
     def _some_length_is_free(self) -> Config:
         overlong, longest = self.rl.overlong_tokens, self.data.max_response_tokens
-        if overlong is not None and overlong > longest:
+        chosen = "max_response_tokens" in self.data.to_choose
+        if overlong is not None and overlong > longest and not chosen:
             raise ValueError(f"rl.overlong_tokens ({overlong}) must not exceed data.max_response_tokens ({longest})")
         return self
 

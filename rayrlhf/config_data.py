@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PlainSerializer, WrapValidator, model_validator
 
@@ -57,6 +57,8 @@ Sources = Annotated[
 class DataConfig(Section):
     """The data, how it is split, and how long prompts and responses may be."""
 
+    CHOSEN: ClassVar = ("max_prompt_tokens", "max_response_tokens")
+
     demonstrations: Sources = (DatasetConfig(format="tldr", path="embedded:tldr"),)
     comparisons: Sources | None = None
     """Comparisons by people, to train the reward model or for `dpo`; or, for KTO, labelled answers. null: the stage
@@ -75,9 +77,10 @@ class DataConfig(Section):
     dev_fraction: Fraction = 0.4
     """Share of the validation records that selects checkpoints (dev); the rest is the test split."""
     max_prompt_tokens: Positive = 160
-    """A longer prompt is cut (`rayrlhf.data.template`)."""
+    """A longer prompt is cut (`rayrlhf.data.template`). auto, or not given: it is chosen by the data when a run starts
+    (`rayrlhf.data.lengths`)."""
     max_response_tokens: Positive = 48
-    """A longer response in the data is cut and has no EOS; generators stop here."""
+    """A longer response in the data is cut and has no EOS; generators stop here. auto, or not given: as above."""
     min_response_tokens: Annotated[int, Field(ge=0)] = 0
     """Generators sample at least so many tokens before the one that ends a response, at every stage. With an
     `environment`: in each turn of the policy. Responses in the data may be shorter."""
@@ -102,7 +105,8 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _responses_can_end(self) -> DataConfig:
-        if self.min_response_tokens >= self.max_response_tokens:
+        chosen = "max_response_tokens" in self.to_choose
+        if self.min_response_tokens >= self.max_response_tokens and not chosen:
             raise ValueError(
                 f"min_response_tokens ({self.min_response_tokens}) must be below max_response_tokens "
                 f"({self.max_response_tokens}): no response could end"

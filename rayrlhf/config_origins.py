@@ -12,16 +12,20 @@ The text is itself a config: `load_config` reads it and gives the same one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from rayrlhf.config import Config
 from rayrlhf.config_file import dump_config, load_config, parse_override
+from rayrlhf.config_resources import ResourcesConfig
+from rayrlhf.machine import this_machine
 
 Key = tuple[str, ...]
 """The parts of a dotted key. Labels have dots inside a part."""
+_HERE = "auto, for this machine"
 
 
 def annotated(path: str | Path, overrides: list[str]) -> str:
@@ -31,7 +35,19 @@ def annotated(path: str | Path, overrides: list[str]) -> str:
         UserError: as `load_config`.
     """
     config = load_config(path, overrides)
-    return "\n".join(_lines(dump_config(config), origins(path, overrides))) + "\n"
+    found = origins(path, overrides)
+    shared = config.resources.shared_among([this_machine()])
+    tree = dump_config(config.model_copy(update={"resources": shared}))
+    tree["data"].update(dict.fromkeys(config.data.to_choose, "auto"))
+    tree["resources"]["generators"].update(dict.fromkeys(shared.generators.to_choose, "auto"))
+    return "\n".join(_lines(tree, {**dict.fromkeys(_chosen(config, shared), _HERE), **found})) + "\n"
+
+
+def _chosen(config: Config, shared: ResourcesConfig) -> Iterator[Key]:
+    """The keys of `resources` that were chosen for this machine."""
+    for role in shared.ROLES:
+        before, now = getattr(config.resources, role), getattr(shared, role)
+        yield from (("resources", role, name) for name in now.model_fields_set - before.model_fields_set)
 
 
 def origins(path: str | Path, overrides: list[str]) -> dict[Key, str]:

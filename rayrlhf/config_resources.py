@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, Field, model_validator
 
-from rayrlhf.machine import resources_for, usable_cores, usable_gpus
+from rayrlhf.machine import Machine, resources_for
 from rayrlhf.sections import Fraction, Positive, Section
 
 
@@ -46,13 +47,16 @@ class Placement(Section):
 class GeneratorConfig(Placement):
     """vLLM rollout generators."""
 
+    CHOSEN: ClassVar = ("kv_cache_mib",)
+
     count: Positive = 1
     """Generators at the start; `scale` and `rayrlhf scale` change the number."""
     scale: ScaleConfig | None = None
     threads: Positive = 1
     """OpenMP threads of one generator (CPU only)."""
     kv_cache_mib: Positive = 512
-    """Size of the KV cache on a CPU, in MiB; on a GPU `gpu_memory_utilization` decides."""
+    """Size of the KV cache on a CPU, in MiB; on a GPU `gpu_memory_utilization` decides. auto, or not given: what
+    `max_num_seqs` sequences need, at most a quarter of the machine's free memory for all of its generators."""
     gpu_memory_utilization: Fraction = 0.4
     max_num_seqs: Positive = 128
     """Responses that vLLM samples at once."""
@@ -80,9 +84,12 @@ class LearnerConfig(Placement):
 class ResourcesConfig(Section):
     """The only section that differs between a laptop and a cluster. Nothing here changes the mathematics."""
 
-    auto: bool = False
-    """Share this machine out (`rayrlhf.machine`): counts, CPUs, GPUs and threads that are not given follow from its
-    cores and GPUs. For a Ray of this machine; on a cluster they are to be given."""
+    ROLES: ClassVar[tuple[str, ...]] = ("generators", "scorers", "learner")
+
+    auto: bool = True
+    """Choose the counts, CPUs, GPUs and threads of `generators`, `scorers` and `learner` that are not given,
+    by the nodes of the Ray cluster, or by this machine where there is none (`rayrlhf.machine`). false unless it is
+    given where one of the three is given: all its other keys have their defaults then."""
     generators: GeneratorConfig = GeneratorConfig()
     scorers: ScorerConfig = ScorerConfig()
     learner: LearnerConfig = LearnerConfig()
@@ -98,15 +105,20 @@ class ResourcesConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _share_the_machine(cls, tree: Any) -> Any:
-        if not (isinstance(tree, dict) and tree.get("auto") is True):
-            return tree
-        shares = resources_for(usable_cores(), usable_gpus())
-        return tree | {
-            role: share | given
-            for role, share in shares.items()
-            if isinstance(given := tree.get(role) or {}, dict)  # anything else is for the validation to refuse
-        }
+    def _keep_what_names_a_role(cls, tree: Any) -> Any:
+        return {"auto": False, **tree} if isinstance(tree, dict) and {*cls.ROLES} & {*tree} else tree
+
+    def shared_among(self, machines: Sequence[Machine]) -> ResourcesConfig:
+        """With `auto`, the section with what was not given chosen for these machines; without, the same."""
+        if not self.auto:
+            return self
+        shares = resources_for(machines)
+        return self.model_copy(update={role: getattr(self, role).completed(shares[role]) for role in self.ROLES})
+
+    @property
+    def asks_for_machines(self) -> bool:
+        """Whether something is to be chosen by the machines that there are."""
+        return self.auto or bool(not self.generators.gpus and self.generators.to_choose)
 
     @property
     def newcomer_timeout_s(self) -> int:

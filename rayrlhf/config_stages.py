@@ -2,17 +2,63 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from collections.abc import Sequence
+from typing import Literal, Protocol, get_args
 
 StageName = Literal["sft", "collect", "reward_model", "dpo", "rl", "evaluate"]
 """The keys of `rayrlhf.runs.stages.STAGES`, in their order."""
 
 
-def fault_of_stages(config: Any) -> str | None:
-    """What is wrong with the stages of a config and with the models that they start from; None if nothing is.
+class _Beginning(Protocol):
+    """A stage's section: the model that its `from` names."""
 
-    `config` is a `rayrlhf.config.Config`, whose file imports this one.
-    """
+    @property
+    def start(self) -> str | None: ...
+
+
+class _Reward(Protocol):
+    @property
+    def trained(self) -> bool: ...
+
+
+class _Data(Protocol):
+    @property
+    def comparisons(self) -> object | None: ...
+
+
+class _Evaluate(Protocol):
+    @property
+    def best_of(self) -> int | None: ...
+
+
+class Staged(Protocol):
+    """What is read here of a `rayrlhf.config.Config`, whose file imports this one."""
+
+    @property
+    def stages(self) -> Sequence[StageName] | None: ...
+    @property
+    def data(self) -> _Data: ...
+    @property
+    def sft(self) -> _Beginning: ...
+    @property
+    def reward_model(self) -> _Beginning: ...
+    @property
+    def dpo(self) -> _Beginning: ...
+    @property
+    def rl(self) -> _Beginning: ...
+    @property
+    def rewards(self) -> Sequence[_Reward]: ...
+    @property
+    def evaluate(self) -> _Evaluate: ...
+    @property
+    def has_reward_model(self) -> bool: ...
+    @property
+    def scored_by(self) -> Sequence[_Reward]: ...
+    def has(self, stage: StageName) -> bool: ...
+
+
+def fault_of_stages(config: Staged) -> str | None:
+    """What is wrong with the stages of a config and with the models that they start from; None if nothing is."""
     scored = any(reward.trained for reward in config.rewards)
     value_from = getattr(config.rl, "value_from", None)
     has_sft = config.has("sft") or config.sft.start is not None
@@ -41,7 +87,7 @@ def fault_of_stages(config: Any) -> str | None:
     return next((what for wrong, what in checks if wrong), None) or _fault_of_choice(config)
 
 
-def _fault_of_choice(config: Any) -> str | None:
+def _fault_of_choice(config: Staged) -> str | None:
     chosen, order = config.stages, get_args(StageName)
     if chosen is None:
         return None
@@ -54,10 +100,10 @@ def _fault_of_choice(config: Any) -> str | None:
         ("collect" in chosen and not has_sft, "sft is missing; collect samples from its model, or from sft.from"),
         *(
             (
-                stage in chosen and not has_sft and getattr(config, stage).start is None,
+                stage in chosen and not has_sft and section.start is None,
                 f"sft is missing; {stage} starts from its model, from sft.from, or from {stage}.from",
             )
-            for stage in ("reward_model", "dpo")
+            for stage, section in (("reward_model", config.reward_model), ("dpo", config.dpo))
         ),
         (
             "rl" in chosen and "dpo" not in chosen and not has_sft and config.rl.start is None,

@@ -1,4 +1,4 @@
-"""What this machine has, and how a run's actors share it: `resources.auto`.
+"""What machines have, and how the actors of a run share them: `resources.auto`.
 
 This module asks the operating system only, so that a config is read at once.
 """
@@ -7,14 +7,32 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+_CGROUP = Path("/sys/fs/cgroup")
+_MIB = 2**20
+
+
+class Machine(NamedTuple):
+    """A computer, or what a container may use of it."""
+
+    cores: int
+    gpus: int
+    memory: float
+    """Bytes that are free, without those of the GPUs."""
+
+
+def this_machine() -> Machine:
+    """What this process may use."""
+    return Machine(usable_cores(), usable_gpus(), free_memory())
 
 
 def usable_cores() -> int:
     """The CPU cores that this process may use: those that it may be scheduled on, within its container's quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, math.floor(min(cores, _quota(Path("/sys/fs/cgroup")))))
+    return max(1, math.floor(min(cores, _quota(_CGROUP))))
 
 
 def usable_gpus() -> int:
@@ -25,21 +43,42 @@ def usable_gpus() -> int:
     return len(list(Path("/dev").glob("nvidia[0-9]*")))
 
 
-def resources_for(cores: int, gpus: int) -> dict[str, dict[str, Any]]:
+def free_memory() -> float:
+    """The bytes of memory that this process may still take: what the machine has free, within its container's limit."""
+    return min(_available(Path("/proc/meminfo")), _left_of_limit(_CGROUP))
+
+
+def resources_for(machines: Sequence[Machine]) -> dict[str, dict[str, Any]]:
     """Counts, shares and threads of the three roles, as the section `resources` has them.
 
     Generating, scoring and learning take turns. So on CPUs every role may use all cores while it is at work, and on one
-    or two GPUs roles share one. From three GPUs on, half learn, one scores, and the others generate.
+    or two GPUs roles share one. From three GPUs on, the others generate beside one that scores and those that learn:
+    half of all, on one machine. Several machines with CPUs alone have an actor of each role each.
+
+    Args:
+        machines: at least one. Those without a GPU are left out if another one has some; of machines with CPUs alone,
+            those with fewer cores than the largest.
     """
+    gpus = sum(machine.gpus for machine in machines)
+    cores = max(machine.cores for machine in machines)
+    used = [m for m in machines if (m.gpus if gpus else m.cores == cores)]
+    cores = min(machine.cores for machine in used)
     if gpus >= 3:
-        workers = gpus // 2
+        workers = min(gpus // 2, max(machine.gpus for machine in used))
         counts, shares = (workers, gpus - workers - 1, 1), (1.0, 1.0, 1.0)
+        crowd = max(m.gpus / m.cores for m in used)  # actors a core, on the machine with the fewest cores for its GPUs
+        cpus = [min(1.0, _hundredths(1 / crowd))] * 3
     else:
-        counts = (1, 1, 1)
+        counts = (1, 1, 1) if gpus else (len(used),) * 3
         shares = ((0.0, 0.0, 0.0), (0.4, 0.4, 0.2), (1.0, 0.6, 0.4))[gpus]
+        if len(used) > 1 and not gpus:
+            # Ray puts learners together, and so one with more than half of a machine stays alone there.
+            cpus = [_hundredths(cores * part) for part in (0.6, 0.2, 0.2)]
+        else:
+            # The learner asks for twice as much as the others.
+            cpus = [1.0] * 3 if cores >= 3 else [_hundredths(cores * part) for part in (0.5, 0.25, 0.25)]
     # A sampler with many threads waits for them at each token; the others do much work at a time.
     threads = (1, 1, 1) if gpus else (cores, max(1, cores // 2), cores)
-    cpus = [1.0] * 3 if sum(counts) <= cores else [_hundredths(cores * part) for part in _parts(counts)]
     learner, generators, scorers = (
         {"cpus": c, "gpus": g, "threads": t} for c, g, t in zip(cpus, shares, threads, strict=True)
     )
@@ -50,10 +89,16 @@ def resources_for(cores: int, gpus: int) -> dict[str, dict[str, Any]]:
     }
 
 
-def _parts(counts: tuple[int, int, int]) -> list[float]:
-    """The part of all cores that each actor of a role asks for: the learner's twice that of the others."""
-    weight = 2 * counts[0] + counts[1] + counts[2]
-    return [2 / weight, 1 / weight, 1 / weight]
+def cache_for(machines: Sequence[Machine], generators: int, wanted_mib: int) -> int:
+    """The MiB of a KV cache in the memory of a machine: what is wanted, or a part of a quarter of what is free.
+
+    Args:
+        machines: at least one; that with the least memory decides.
+        generators: their number on all machines.
+        wanted_mib: what one generator could use.
+    """
+    quarter = min(machine.memory for machine in machines) / 4 / _MIB
+    return max(1, math.floor(min(wanted_mib, quarter / math.ceil(generators / len(machines)))))
 
 
 def _hundredths(amount: float) -> float:
@@ -69,5 +114,27 @@ def _quota(cgroup: Path) -> float:
             if words[0] not in ("max", "-1"):
                 return int(words[0]) / int(words[1])
         except (OSError, ValueError, IndexError):
+            continue
+    return math.inf
+
+
+def _available(meminfo: Path) -> float:
+    """The bytes that the kernel could give to a process without swapping; infinite where it does not say."""
+    try:
+        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        return 1024.0 * int(lines["MemAvailable"].split()[0])
+    except (OSError, ValueError, KeyError, IndexError):
+        return math.inf
+
+
+def _left_of_limit(cgroup: Path) -> float:
+    """The bytes that are left of a container's limit (cgroup v2 or v1); infinite without a limit."""
+    for limit, usage in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        try:
+            return max(0.0, float(int((cgroup / limit).read_text()) - int((cgroup / usage).read_text())))
+        except (OSError, ValueError):  # no such file, or "max"
             continue
     return math.inf

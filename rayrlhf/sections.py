@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
@@ -18,6 +18,24 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=(), serialize_by_alias=True
     )
+
+    CHOSEN: ClassVar[tuple[str, ...]] = ()
+    """Keys that may be `auto`, as they are where they are not given: a run chooses their values when it starts."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_what_is_auto(cls, tree: Any) -> Any:
+        auto = {key for key in cls.CHOSEN if isinstance(tree, dict) and tree.get(key) == "auto"}
+        return {key: value for key, value in tree.items() if key not in auto} if auto else tree
+
+    @property
+    def to_choose(self) -> tuple[str, ...]:
+        """The keys of `CHOSEN` that have no value yet but their default, which counts for nothing."""
+        return tuple(key for key in self.CHOSEN if key not in self.model_fields_set)
+
+    def completed(self, chosen: dict[str, Any]) -> Self:
+        """A copy with these values where no value was given."""
+        return self.model_copy(update={key: chosen[key] for key in chosen if key not in self.model_fields_set})
 
 
 class StartSection(Section):

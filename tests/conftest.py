@@ -14,6 +14,7 @@ os.environ.update(
     VLLM_PLUGINS="",  # torchrl, which tests/oracles need, is one: every engine would import it, for 3 s of CPU time
 )
 
+import pytest
 from hypothesis import settings  # after the environment above, which it may import others with
 
 from tests.order import pytest_collection_modifyitems
@@ -24,3 +25,8 @@ __all__ = ["pytest_collection_modifyitems", "pytest_configure", "pytest_terminal
 # The same examples in every run, so that a failure is a change of the code; no deadline on a shared machine.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """An option of tests/e2e/test_families.py."""
+    parser.addoption("--every-family", action="store_true", help="run each data set with every family of models")

@@ -1,4 +1,7 @@
-"""What a later stage needs of a model's architecture, looked for before the first stage. No weight is read."""
+"""What a model's architecture says before the first stage: whether later stages can have it, and its size.
+
+No weight is read.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +11,24 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from rayrlhf.config import LoRAConfig
 from rayrlhf.errors import UserError
 from rayrlhf.models.heads import with_classifier
 from rayrlhf.models.hub import read_config
 from rayrlhf.models.loading import score_head
+from rayrlhf.models.lora import add_adapters
 
 
-def check_architecture(path: str, revision: str | None, *, scores: bool) -> None:
+def check_architecture(path: str, revision: str | None, *, scores: bool) -> PreTrainedModel:
     """Check that a model can go through the stages of a run.
 
     Args:
         path: a directory or a hub name.
         revision: of a hub name.
         scores: whether a stage puts a scalar head on it, for a reward or value model.
+
+    Returns:
+        The language model on torch's device `meta`: its parameters have names and shapes, and no values.
 
     Raises:
         UserError: it is no language model, its weights have other names in files than in memory, or it can get no head.
@@ -35,7 +43,7 @@ def check_architecture(path: str, revision: str | None, *, scores: bool) -> None
             ) from None
         _check_names(policy, path)
         if not scores:
-            return
+            return policy
         config.num_labels = 1
         try:
             model = AutoModelForSequenceClassification.from_config(with_classifier(config), trust_remote_code=False)
@@ -45,6 +53,20 @@ def check_architecture(path: str, revision: str | None, *, scores: bool) -> None
                 "model needs; choose another model, or a run without one (stages=[sft, dpo, evaluate])"
             ) from None
     score_head(model, path)
+    return policy
+
+
+def parameter_counts(policy: PreTrainedModel, lora: LoRAConfig | None = None) -> tuple[int, int]:
+    """The numbers of frozen and of trained parameters of a policy without weights, which gets its adapters here.
+
+    Raises:
+        UserError: the model has no layer that `lora` targets.
+    """
+    if lora:
+        with torch.device("meta"):
+            add_adapters(policy, lora, seed=0)
+    trained = sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad)
+    return sum(parameter.numel() for parameter in policy.parameters()) - trained, trained
 
 
 def _check_names(model: PreTrainedModel, path: str) -> None:

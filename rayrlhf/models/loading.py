@@ -21,7 +21,6 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rayrlhf.config import LoRAConfig
 from rayrlhf.data.rows import Row
 from rayrlhf.errors import UserError
 from rayrlhf.models.batching import collate
@@ -29,7 +28,6 @@ from rayrlhf.models.files import stored_names
 from rayrlhf.models.heads import with_classifier
 from rayrlhf.models.hub import check_embedding, one_line_errors, quiet, read_config, read_tokenizer
 from rayrlhf.models.logprobs import hidden_states
-from rayrlhf.models.lora import add_adapters
 
 _ASSETS = Path(__file__).parent.parent / "assets"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -229,20 +227,6 @@ def context_length(model: str | PreTrainedConfig) -> int:
     config = config.get_text_config()
     lengths = [getattr(config, key, None) for key in _CONTEXT_KEYS]
     return min((length for length in lengths if isinstance(length, int) and length > 0), default=2048)
-
-
-def parameter_counts(path: str, revision: str | None = None, lora: LoRAConfig | None = None) -> tuple[int, int]:
-    """The numbers of frozen and of trained parameters of a policy. Only its config is read, no weight is loaded.
-
-    Raises:
-        UserError: the model has no layer that `lora` targets.
-    """
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(read_config(path, revision), trust_remote_code=False)
-        if lora:
-            add_adapters(model, lora, seed=0)
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return sum(parameter.numel() for parameter in model.parameters()) - trained, trained
 
 
 def load_pretrained(

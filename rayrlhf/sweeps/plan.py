@@ -13,7 +13,7 @@ import os
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -118,6 +118,13 @@ class Sweep:
         """The stages that no swept key goes into, in order: they run once."""
         touched = {stage for key in self.search for stage in stages_from(key)}
         return tuple(stage.name for stage in stages_of(self.base) if stage.name not in touched)
+
+    def with_lengths(self, chosen: Config) -> Sweep:
+        """The sweep with the lengths of `chosen`, which is its base with those that its config does not give."""
+        tree = copy.deepcopy(self.tree)
+        for key in self.base.data.to_choose:
+            set_key(tree, f"data.{key}", getattr(chosen.data, key), str(self.source))
+        return replace(self, tree=tree, base=parse_config(tree, f"{self.source}: {self.config_file}"))
 
     def trials(self, points: Iterable[Mapping[str, Value]], folder: str | Path) -> list[Trial]:
         """The trials at `points` (dotted key to value), each once, as runs in `folder` (an absolute path or a URI).

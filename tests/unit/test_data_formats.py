@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from rayrlhf.data.sources import DataSet, Rendering
 from rayrlhf.data.splits import split_train, split_valid
 from rayrlhf.data.template import ChatPrompt, plain_prompt, told_first
 from rayrlhf.errors import UserError
+from tests.rows import write_rows
 
 ROOT = Path(__file__).parents[2]
 BEST, WORST = "it takes seven minutes in boiling water", "I would rather not talk about eggs today"
@@ -35,11 +35,6 @@ ASKED = "\n\nHuman: How long?\n\nAssistant:"
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(ROOT / "rayrlhf/assets/opt-tiny")
-
-
-def write(path: Path, rows: Iterable[Mapping[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 def opened(
@@ -86,7 +81,7 @@ def opened(
 def test_demonstrations(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path, row: dict[str, Any], format: str, prompt: str, answer: str
 ) -> None:
-    source = opened(tokenizer, write(tmp_path / "a.jsonl", [row]), "demonstration")
+    source = opened(tokenizer, write_rows(tmp_path / "a.jsonl", [row]), "demonstration")
     (record,) = source.demonstrations("all").records
     assert prompt in record.prompt and record.response == answer
     assert [line.split(": ")[1].split(" ")[2] for line in source.remarks] == [format]
@@ -128,7 +123,7 @@ WHOLE = {"chosen": [USER, *PAIR[0]], "rejected": [USER, *PAIR[1]]}
 def test_comparisons(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path, row: dict[str, Any], format: str, prompt: str
 ) -> None:
-    source = opened(tokenizer, write(tmp_path / "a.jsonl", [row]), "comparison", "labelled")
+    source = opened(tokenizer, write_rows(tmp_path / "a.jsonl", [row]), "comparison", "labelled")
     (record,) = source.comparisons("all").records
     assert record.prompt.strip() == prompt.strip() and record.responses == (BEST, WORST)
     assert record.scores == ((2.5, 1.0) if "scores" in row else None)
@@ -137,7 +132,7 @@ def test_comparisons(
 
 def test_equal_scores_are_no_preference(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     rows = [{"prompt": f"Why {i}?", "responses": [BEST, WORST], "scores": [1, i]} for i in (0, 1)]
-    found = opened(tokenizer, write(tmp_path / "a.jsonl", rows), "comparison").comparisons("all")
+    found = opened(tokenizer, write_rows(tmp_path / "a.jsonl", rows), "comparison").comparisons("all")
     assert len(found.records) == 1 and found.dropped == {"equal_scores": 1}
 
 
@@ -155,7 +150,7 @@ def test_equal_scores_are_no_preference(tokenizer: PreTrainedTokenizerBase, tmp_
 def test_prompts(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path, row: dict[str, Any], reference: str | None
 ) -> None:
-    source = opened(tokenizer, write(tmp_path / "a.jsonl", [row, row]), "prompt")
+    source = opened(tokenizer, write_rows(tmp_path / "a.jsonl", [row, row]), "prompt")
     found = source.prompts("all")
     assert [p.reference for p in found.records] == [reference] and "How long?" in found.records[0].text
     assert found.dropped == {"duplicate": 1}
@@ -206,11 +201,11 @@ def test_every_format_is_one_of_some_use() -> None:
 def test_parts_that_are_no_text(tokenizer: PreTrainedTokenizerBase, tmp_path: Path, content: Any, message: str) -> None:
     row = {"messages": [{"role": "user", "content": content}, said("a")]}
     with pytest.raises(UserError, match=f"line 1: {message}"):
-        opened(tokenizer, write(tmp_path / "a.jsonl", [row]), "demonstration").demonstrations("all")
+        opened(tokenizer, write_rows(tmp_path / "a.jsonl", [row]), "demonstration").demonstrations("all")
 
 
 def test_own_names_of_columns(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    path = write(tmp_path / "a.jsonl", [{"question": "Why?", "answer": "So.", "level": 2}])
+    path = write_rows(tmp_path / "a.jsonl", [{"question": "Why?", "answer": "So.", "level": 2}])
     columns = {"prompt": "question", "response": "answer"}
     (record,) = opened(tokenizer, path, "demonstration", columns=columns).demonstrations("all").records
     assert (record.prompt, record.response, record.metadata) == ("Why?", "So.", {"level": 2})
@@ -236,14 +231,14 @@ def test_dialogues_that_end_with_the_human_and_empty_sides(tokenizer: PreTrained
         {**good, "chosen": ""},
     ]
     for kind in ("hh_rlhf", None):
-        found = opened(tokenizer, write(tmp_path / "a.jsonl", rows), "comparison", format=kind).comparisons("all")
+        found = opened(tokenizer, write_rows(tmp_path / "a.jsonl", rows), "comparison", format=kind).comparisons("all")
         assert [c.responses for c in found.records] == [(BEST, WORST)]
         assert found.dropped == {"ends_with_the_human": 1, "empty_response": 2}
 
 
 def test_bad_rows_are_skipped_and_counted_on_request(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     rows = [{"prompt": "a?", "response": "b"}, {"prompt": "b?", "response": ""}, {"prompt": "c?", "response": "d"}]
-    path = write(tmp_path / "a.jsonl", rows)
+    path = write_rows(tmp_path / "a.jsonl", rows)
     with pytest.raises(UserError, match="line 2: 'response' is empty"):
         opened(tokenizer, path, "demonstration").demonstrations("all")
     found = opened(tokenizer, path, "demonstration", skip_bad_rows=True).demonstrations("all")
@@ -272,7 +267,7 @@ def test_a_prompt_of_special_tokens_alone_is_dropped_and_counted(
         {"prompt": "</s>\nWhy?"},
     ]
     rows = [{**row, "response": "b"} for row in asked]
-    found = opened(tokenizer, write(tmp_path / "a.jsonl", rows), "demonstration").demonstrations("all")
+    found = opened(tokenizer, write_rows(tmp_path / "a.jsonl", rows), "demonstration").demonstrations("all")
     assert [r.prompt for r in found.records] == ["\nWhy?"] and found.dropped == {"empty_prompt": 2}
     assert found.cleared == 1
 
@@ -286,7 +281,7 @@ def test_records_that_lost_texts_of_the_tokenizer_are_counted(
         {"prompt": "How?", "response": "Thus.</s>"},
         {"messages": [{"role": "user", "content": "A\n\nAssistant: B"}], "response": "C"},
     ]
-    found = opened(tokenizer, write(tmp_path / "a.jsonl", rows), "demonstration").demonstrations("all")
+    found = opened(tokenizer, write_rows(tmp_path / "a.jsonl", rows), "demonstration").demonstrations("all")
     assert found.cleared == 3 and [r.response for r in found.records] == ["So.", "So.", "Thus.", "C"]
 
 
@@ -298,7 +293,7 @@ def test_rows_of_one_prompt_are_in_one_split(tokenizer: PreTrainedTokenizerBase,
     rows = [{"id": f"r{i}", "prompt": f"Question {i % 60}?", "response": f"answer {i}"} for i in range(300)]
     shares = []
     for own in (rows, rows[::-1]):
-        source = opened(tokenizer, write(tmp_path / "a.jsonl", own), "demonstration")
+        source = opened(tokenizer, write_rows(tmp_path / "a.jsonl", own), "demonstration")
         train = split_train(source.demonstrations("train").records, DataConfig())
         dev, test = split_valid(source.demonstrations("valid").records, DataConfig())
         splits = [train.sft, train.reward_model, train.rl, dev, test]
@@ -310,7 +305,7 @@ def test_rows_of_one_prompt_are_in_one_split(tokenizer: PreTrainedTokenizerBase,
 
 def test_an_id_may_name_a_prompt(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     rows = [{"id": "q", "prompt": "Why?", "response": text} for text in ("a", "b", "a")]
-    found = opened(tokenizer, write(tmp_path / "a.jsonl", rows), "demonstration").demonstrations("all")
+    found = opened(tokenizer, write_rows(tmp_path / "a.jsonl", rows), "demonstration").demonstrations("all")
     first, second = found.records
     assert first.id == "q" and second.id.startswith("q-") and first.split_key == second.split_key == "q"
     assert found.dropped == {"duplicate": 1}
@@ -319,8 +314,8 @@ def test_an_id_may_name_a_prompt(tokenizer: PreTrainedTokenizerBase, tmp_path: P
 def test_validation_rows_whose_prompt_is_in_training_are_dropped(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
-    write(tmp_path / "train.jsonl", [{"prompt": f"{i}?", "response": "a"} for i in range(3)])
-    write(tmp_path / "validation.jsonl", [{"prompt": f"{i}?", "response": "b"} for i in range(2, 5)])
+    write_rows(tmp_path / "train.jsonl", [{"prompt": f"{i}?", "response": "a"} for i in range(3)])
+    write_rows(tmp_path / "validation.jsonl", [{"prompt": f"{i}?", "response": "b"} for i in range(2, 5)])
     found = opened(tokenizer, str(tmp_path), "demonstration").demonstrations("valid")
     assert [r.prompt for r in found.records] == ["3?", "4?"] and found.dropped == {"prompt_in_train": 1}
 
@@ -332,7 +327,7 @@ def test_sources_are_mixed_by_weight(tokenizer: PreTrainedTokenizerBase, tmp_pat
     """Both files count from 1, and the second one is drawn from until it has a third of the other's records."""
     for name in "ab":
         rows = [{"id": str(i), "prompt": f"{name}{i}?", "response": "r"} for i in range(400)]
-        write(tmp_path / f"{name}.jsonl", rows)
+        write_rows(tmp_path / f"{name}.jsonl", rows)
 
     def drawn(weights: tuple[float, float] | None) -> tuple[list[str], dict[str, int]]:
         sources = [
@@ -356,8 +351,8 @@ def test_a_prompt_of_two_sources_is_in_one_split(tokenizer: PreTrainedTokenizerB
     (tmp_path / "both").mkdir()
     for name, first in (("train", 0), ("validation", 50)):
         rows = [{"prompt": f"{i}?", "response": "a"} for i in range(first, first + 50)]
-        write(tmp_path / "both" / f"{name}.jsonl", rows)
-    write(tmp_path / "one.jsonl", [{"prompt": f"{i}?", "response": "b"} for i in range(0, 150)])
+        write_rows(tmp_path / "both" / f"{name}.jsonl", rows)
+    write_rows(tmp_path / "one.jsonl", [{"prompt": f"{i}?", "response": "b"} for i in range(0, 150)])
     sources = [DatasetConfig(path=str(tmp_path / name)) for name in ("both", "one.jsonl")]
     data = DataSet(sources, Rendering(tokenizer, 100), "demonstration")
     train, valid = (data.demonstrations(split) for split in ("train", "valid"))
@@ -413,7 +408,7 @@ def test_system_prompt(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> No
     chat.chat_template = TEMPLATE
     long = "word " * 200
     rows: list[dict[str, Any]] = [{"prompt": f"{long}\nWhy?", "response": "So."}, {"messages": [USER, said("a")]}]
-    source = opened(chat, write(tmp_path / "a.jsonl", rows), "demonstration", system="Be kind.")
+    source = opened(chat, write_rows(tmp_path / "a.jsonl", rows), "demonstration", system="Be kind.")
     text, dialogue = source.demonstrations("all").records
     # The text's last line and all that frames it stay when it is cut.
     assert text.prompt.startswith("<system>Be kind.</system><user>word word") and text.prompt.endswith(

@@ -16,12 +16,12 @@ from rayrlhf.config import LoRAConfig
 from rayrlhf.data.rows import Row
 from rayrlhf.errors import UserError
 from rayrlhf.models.batching import collate
+from rayrlhf.models.checks import check_architecture, parameter_counts
 from rayrlhf.models.loading import (
     checkpoint_gradients,
     load_policy,
     load_reward_model,
     load_tokenizer,
-    parameter_counts,
 )
 from rayrlhf.models.logprobs import sequence_scores, token_logprobs
 from rayrlhf.models.lora import (
@@ -155,7 +155,8 @@ def test_parameters_are_counted_without_loading(family: Path) -> None:
     total = sum(p.numel() for p in model.parameters())
     add_adapters(model, LORA, seed=0)
     trained = sum(tensor.numel() for tensor in trained_state(model).values())
-    assert parameter_counts(str(family), lora=LORA) == (total, trained)
+    bare = check_architecture(str(family), None, scores=False)
+    assert parameter_counts(bare, LORA) == (total, trained)
 
 
 def test_target_modules_are_the_ends_of_names() -> None:

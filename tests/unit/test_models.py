@@ -31,7 +31,7 @@ from rayrlhf.data.rows import Row
 from rayrlhf.data.tokens import sampling_of
 from rayrlhf.errors import UserError
 from rayrlhf.models.batching import collate
-from rayrlhf.models.checks import check_architecture
+from rayrlhf.models.checks import check_architecture, parameter_counts
 from rayrlhf.models.classifier import Classifier, inspect_classifier
 from rayrlhf.models.ends import with_ends
 from rayrlhf.models.forward import autocast
@@ -41,7 +41,6 @@ from rayrlhf.models.loading import (
     load_policy,
     load_reward_model,
     load_tokenizer,
-    parameter_counts,
     resolve_model,
 )
 from rayrlhf.models.logprobs import sequence_scores
@@ -316,4 +315,4 @@ def test_autocast_computes_in_the_asked_type() -> None:
 def test_parameters_are_counted_without_loading() -> None:
     path = resolve_model("embedded:opt-tiny")
     total = sum(p.numel() for p in load_policy(path).parameters())
-    assert parameter_counts(path) == (0, total)
+    assert parameter_counts(check_architecture(path, None, scores=True)) == (0, total)

@@ -17,6 +17,7 @@ from rayrlhf.data.run_data import RunData
 from rayrlhf.errors import UserError
 from rayrlhf.reports.data_usage import shared_prompts, usages
 from rayrlhf.rewards.labellers import ReferenceLabeller
+from tests.rows import write_rows
 
 ROOT = Path(__file__).parents[2]
 FIRST, SECOND = "it takes about seven minutes", "nobody here can say it"
@@ -27,24 +28,19 @@ def tokenizer() -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(ROOT / "rayrlhf/assets/opt-tiny")
 
 
-def write(path: Path, rows: list[dict[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
 def demonstrations(directory: Path, again: int = 1) -> str:
     """120 prompts, with `again` responses each."""
     rows = [{"prompt": f"What is {i}?", "response": f"It is {k}."} for i in range(120) for k in range(again)]
-    return write(directory / "demonstrations.jsonl", rows)
+    return write_rows(directory / "demonstrations.jsonl", rows)
 
 
 def prompts(directory: Path, **more: Any) -> str:
-    return write(directory / "prompts.jsonl", [{"prompt": f"Why {i}?", **more} for i in range(60)])
+    return write_rows(directory / "prompts.jsonl", [{"prompt": f"Why {i}?", **more} for i in range(60)])
 
 
 def pairs(directory: Path) -> str:
     rows = [{"prompt": f"What is {i}?", "chosen": FIRST, "rejected": SECOND} for i in range(100, 160)]
-    return write(directory / "pairs.jsonl", rows)
+    return write_rows(directory / "pairs.jsonl", rows)
 
 
 def run_data(tokenizer: PreTrainedTokenizerBase, lines: list[str], data: dict[str, Any], **settings: Any) -> RunData:
@@ -133,8 +129,8 @@ def test_what_is_cut_dropped_and_unused_is_counted(tokenizer: PreTrainedTokenize
     """In a run of SFT and DPO on given pairs, which has no use for 60 % of the demonstrations."""
     rows = [{"prompt": f"What is {i}?", "response": "word " * (30 if i < 7 else 2)} for i in range(40)]
     rows += [{"prompt": "line\n" * 60 + f"{i}?", "response": "short"} for i in range(3)]
-    write(tmp_path / "train.jsonl", [*rows, rows[0]])
-    write(tmp_path / "validation.jsonl", [{"prompt": f"Who is {i}?", "response": "a"} for i in range(20)])
+    write_rows(tmp_path / "train.jsonl", [*rows, rows[0]])
+    write_rows(tmp_path / "validation.jsonl", [{"prompt": f"Who is {i}?", "response": "a"} for i in range(20)])
     lines: list[str] = []
     data = run_data(
         tokenizer,

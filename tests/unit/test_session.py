@@ -21,6 +21,7 @@ from rayrlhf.models.loading import load_policy, load_tokenizer, resolve_model
 from rayrlhf.models.saving import save_model
 from rayrlhf.reports.overview import read_overview
 
+LENGTHS = {"max_prompt_tokens": 160, "max_response_tokens": 8}
 SAME = "the first words of both of these two answers are equal and many "
 
 
@@ -39,7 +40,7 @@ def config(directory: Path, **settings: Any) -> Config:
             (directory / kind).mkdir(exist_ok=True)
             (directory / kind / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     data = {kind: {"format": "prompts", "path": str(directory / kind)} for kind in ("comparisons", "demonstrations")}
-    tree = {"name": "run", "runs_dir": str(directory / "runs"), "data": {**data, "max_response_tokens": 8}}
+    tree = {"name": "run", "runs_dir": str(directory / "runs"), "data": {**data, **LENGTHS}}
     return parse_config(tree | settings, "test")
 
 

@@ -15,10 +15,11 @@ import pytest
 import yaml
 from rich.console import Console
 
-from jobs.sweep import Board, _trainable, draw
+from jobs.sweep import Board, _trainable, _with_lengths, draw
 from rayrlhf.config import Config
 from rayrlhf.config_file import load_config
 from rayrlhf.errors import UserError
+from rayrlhf.models.loading import load_tokenizer, resolve_model
 from rayrlhf.reports.page import write_report
 from rayrlhf.runs.folder import RunFolder, open_or_create
 from rayrlhf.runs.metrics import MetricsWriter
@@ -62,6 +63,21 @@ def test_the_example_is_a_sweep_of_ppo_on_dev() -> None:
     plain = load_config(EXAMPLE.parent / "../quickstart.yaml")
     assert plain.evaluate.split == "test"
     assert sweep.base == plain.model_copy(update={"evaluate": plain.evaluate.model_copy(update={"split": "dev"})})
+
+
+def test_all_trials_have_the_lengths_that_the_data_has_chosen(write: Any, tmp_path: Path) -> None:
+    rows = [{"prompt": f"Who is number {i}?", "response": f"It is {i}."} for i in range(60)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"demonstrations": str(tmp_path / "rows.jsonl"), "max_prompt_tokens": 70}
+    plan = _with_lengths(load_sweep(write(run={"data": data})), str(tmp_path / "search"))
+    tokenizer = load_tokenizer(resolve_model("embedded:opt-tiny"))
+    longest = max(len(tokenizer(" " + row["response"], add_special_tokens=False)["input_ids"]) for row in rows) + 1
+    for config in (plan.base, *(trial.config for trial in plan.trials(points(plan), tmp_path / "search"))):
+        assert config.data.to_choose == () and config.data.max_prompt_tokens == 70
+        assert 0 < config.data.max_response_tokens <= longest
+    assert "max_response_tokens" not in plan.command(plan.trials(points(plan), tmp_path)[0]), "it is chosen again"
+    named = load_sweep(write(run={"data": {"max_prompt_tokens": 9, "max_response_tokens": 8}}))
+    assert _with_lengths(named, str(tmp_path / "search")) is named
 
 
 @pytest.mark.parametrize(
