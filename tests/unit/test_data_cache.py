@@ -147,8 +147,9 @@ def test_values_keep_their_types(tokenizer: PreTrainedTokenizerBase, tmp_path: P
     }
     metadata = pa.table(columns).to_pylist()
     turns = [{"role": "user", "content": "Tea?"}, {"role": "assistant", "content": "Yes."}]
+    reply = {"role": "assistant", "content": "No."}
     path = tmp_path / "a.parquet"
-    pq.write_table(pa.table({"id": ["0", "1"], "messages": [turns, turns], **columns}), path)
+    pq.write_table(pa.table({"id": ["0", "1"], "messages": [turns, [*turns[:1], reply]], **columns}), path)
     for cached in (False, True):
         source = DatasetConfig(path=str(path), format="prompts")
         found = DataSet([source], Rendering(tokenizer, 40), "demonstration").demonstrations("all")
