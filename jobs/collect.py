@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -92,7 +93,7 @@ def collect(session: Session) -> None:
     console.print(summary(ranked))
 
 
-def chosen_prompts(config: Config, records: list[Demonstration]) -> list[Demonstration]:
+def chosen_prompts(config: Config, records: Sequence[Demonstration]) -> list[Demonstration]:
     """A seeded choice of `collect.prompts` of the split (all of them if there are fewer).
 
     Rounds take one piece of the same order after the other, and begin again at its end.

@@ -120,7 +120,7 @@ def evaluation_prompts(session: Session) -> list[Prompt]:
             f"evaluate: the {config.evaluate.split} split is empty; change data.dev_fraction or name a file in "
             "evaluate.prompts"
         )
-    return records[: config.evaluate.max_prompts]
+    return list(records[: config.evaluate.max_prompts])
 
 
 def model_answers(
@@ -189,7 +189,7 @@ def text_answers(
 ) -> Answers:
     """A baseline that is text already (references, titles), scored by the same reward model."""
     encoded = session.data.prompts(prompts)
-    responses = session.data.responses(prompts, [text or "" for text in texts])
+    responses = session.data.as_responses(prompts, [text or "" for text in texts])
     given = [
         Trajectory(
             p.id,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
@@ -14,6 +16,7 @@ from actors.pools.remote import Call, Remote, namespace, wait
 from actors.rollouts.coordinator import Coordinator
 from actors.rollouts.weight_sync import publish_directory
 from jobs.console import warn_of_stage
+from jobs.stopping import asking_first
 from rayrlhf.config import Config
 from rayrlhf.data.prompts import EncodedPrompt, requests_for
 from rayrlhf.data.records import Prompt
@@ -25,6 +28,7 @@ from rayrlhf.rewards.gold import GoldMeasure, gold_labeller
 from rayrlhf.rewards.judge import UNUSABLE
 from rayrlhf.rewards.pretrained import CUT
 from rayrlhf.rewards.texts import TextRewards, make_text_rewards
+from rayrlhf.runs.samples import KeptSamples
 from rayrlhf.runs.starts import Starts
 from rayrlhf.runs.storage import local_copy
 from rayrlhf.sections import DrawConfig
@@ -45,6 +49,8 @@ class RolloutClient:
         """The rewards that read texts."""
         self.sampling(config.rl.draw)  # a stop token that is none shows before anything starts
         self.environment = EnvironmentMaker.read(config.environment)
+        self._model = Path()
+        """The directory whose weights the generators were given last."""
         self._coordinator: Remote | None = None
         self._starting: Call | None = None
 
@@ -97,7 +103,9 @@ class RolloutClient:
         """Put the weights of a model (a directory, URI or hub name) on all generators; returns their version."""
         self.wait_for_generators()
         version: int = self.call("next_version")
-        self.call("load_weights", publish_directory(local_directory(local_copy(model)), version, local=self.local))
+        directory = local_directory(local_copy(model))
+        self.call("load_weights", publish_directory(directory, version, local=self.local))
+        self._model = Path(directory)
         return version
 
     def generate(
@@ -109,12 +117,33 @@ class RolloutClient:
         samples: int = 1,
         play: bool = False,
     ) -> list[Trajectory]:
-        """`samples` responses to each prompt, in order, from the weights of `version`; the rest as in `sampling`."""
+        """`samples` responses to each prompt, in order, from the weights of `version`; the rest as in `sampling`.
+
+        They are kept until the stage is done. `version` is that of the weights that were loaded last.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C or SIGTERM; what is finished is kept, unless a second one followed.
+        """
         requests = requests_for(prompts, samples, self.config.seed, *seed_parts)
-        done: list[Trajectory] = []
-        for piece in self._slices(requests, self.config.resources.generators.count, "sampled"):
-            done += self.call("generate", piece, self.sampling(draw, play=play), version)
-        return done
+        sampling, coordinator = self.sampling(draw, play=play), self.start()
+        played = [self.environment.config.model_dump(), self.environment.plugin] if play and self.environment else None
+        kept = KeptSamples(self.starts.run, self._model, requests, sampling, played)
+        done = kept.read(version)
+        if done:
+            print(f"{len(done)} of {len(requests)} samples are there from an earlier start", flush=True)
+        missing = [place for place in range(len(requests)) if place not in done]
+        stop = partial(coordinator.submit_beside, CONTROL, "stop_drawing")
+        with asking_first(str(seed_parts[0]), stop, "keeps the samples that are finished") as stopping:
+            for piece in self._slices(missing, self.config.resources.generators.count, "sampled"):
+                found = self.call("draw", [requests[place] for place in piece], sampling, version)
+                done |= {place: t for place, t in zip(piece, found, strict=True) if t is not None}
+                if stopping.is_set():
+                    break
+        if missing:
+            kept.write(done)
+        if stopping.is_set():
+            raise KeyboardInterrupt
+        return [done[place] for place in range(len(requests))]
 
     def start_scorers(self, prompts: list[Prompt], reference: str, *, gold: bool) -> None:
         """Scorers of responses to these prompts, with the rewards of the config.

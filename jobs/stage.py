@@ -17,6 +17,7 @@ from rayrlhf.config_file import load_config
 from rayrlhf.errors import UserError
 from rayrlhf.reports.progress import duration
 from rayrlhf.runs.metrics import MetricsWriter
+from rayrlhf.runs.samples import forget_samples
 from rayrlhf.runs.stages import STAGES, stages_of
 
 StageFunction = Callable[[Session], None]
@@ -56,6 +57,7 @@ def stage(
             # `guarded` has set this handler already, but Ray replaced it with its own when it started.
             with interrupted_by_sigterm():
                 function(session)
+            forget_samples(run)
             seconds = time.monotonic() - started
             with MetricsWriter(run.address) as metrics:
                 metrics.write("run", list(STAGES).index(name), {f"time/{name}": seconds})

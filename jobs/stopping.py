@@ -1,7 +1,7 @@
 """What a command does at Ctrl-C, and at SIGTERM, which `ray job stop` sends before it kills the process.
 
-A training stage finishes its step, writes a checkpoint and ends. What is not training ends at once, and so does a
-training stage at a second signal. The same command continues the run in each case.
+A training stage finishes its step, writes a checkpoint and ends. A stage that samples keeps what it has and ends.
+Anything else ends at once, and so does a stage at a second signal. The same command continues the run in each case.
 """
 
 from __future__ import annotations
@@ -26,14 +26,17 @@ def interrupted_by_sigterm() -> Iterator[None]:
 
 
 @contextmanager
-def asking_first(stage: str, ask: Callable[[], object]) -> Iterator[threading.Event]:
+def asking_first(
+    stage: str, ask: Callable[[], object], does: str = "writes a checkpoint when its step ends"
+) -> Iterator[threading.Event]:
     """During the block, the first Ctrl-C or SIGTERM calls `ask` in another thread and sets the event that it gets.
 
     A second one is a KeyboardInterrupt.
 
     Args:
         stage: its name, for the message.
-        ask: has the stage's loop save and end.
+        ask: has the stage save and end.
+        does: what the stage does before it ends, for the message.
     """
     asked, first = threading.Event(), 0.0
 
@@ -46,7 +49,7 @@ def asking_first(stage: str, ask: Callable[[], object]) -> Iterator[threading.Ev
         first = time.monotonic()
         asked.set()
         word = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
-        print(f"stopping: {stage} writes a checkpoint when its step ends; {word} again ends it now", flush=True)
+        print(f"stopping: {stage} {does}; {word} again ends it now", flush=True)
         # In a thread: this handler may have interrupted a call to Ray, and Ray is not made to be entered again there.
         threading.Thread(target=ask, name="stopping", daemon=True).start()
 

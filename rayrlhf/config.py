@@ -16,7 +16,7 @@ from rayrlhf.config_environment import EnvironmentConfig
 from rayrlhf.config_labellers import LabellerConfig, ReferenceLabellerConfig
 from rayrlhf.config_resources import ResourcesConfig
 from rayrlhf.config_rewards import EnvironmentReward, ModelReward, Reward, Rewards
-from rayrlhf.config_rl import PPOConfig, RLSection
+from rayrlhf.config_rl import ROUGE_NAMES, PPOConfig, RLSection
 from rayrlhf.config_rounds import CollectsAfterOthers, RoundsConfig, fault_of_rounds
 from rayrlhf.config_stages import StageName, fault_of_stages
 from rayrlhf.sections import DrawConfig, Fraction, OptimizerConfig, Positive, Section, StartSection
@@ -188,9 +188,13 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _gold_is_measured(self) -> Config:
-        if self.environment is not None and self.rl.select == "gold":
-            raise ValueError("rl.select: gold is not measured with an environment; take score")
+    def _selects_what_is_measured(self) -> Config:
+        compared, select = ("gold", *ROUGE_NAMES), self.rl.select
+        if self.environment is not None and select in compared:
+            raise ValueError(f"rl.select: {select} is not measured with an environment; take score")
+        measures = ("score", *compared, *(reward.name for reward in self.scored_by))
+        if select is not None and select not in measures:
+            raise ValueError(f"rl.select: {select} is not measured; take one of {', '.join(measures)}")
         return self
 
     @model_validator(mode="after")

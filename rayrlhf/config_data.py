@@ -14,8 +14,8 @@ class DatasetConfig(Section):
     """A source of records."""
 
     path: str
-    """A file, a pattern of files such as `posts/*.csv`, a directory, a URI such as `s3://bucket/posts.parquet`, a hub
-    name, or `embedded:tldr`."""
+    """A file, a pattern of files such as `posts/*.csv`, a directory, any of these as a URI such as
+    `s3://bucket/posts/`, a hub name, or `embedded:tldr`."""
     format: str | None = None
     """A key of `rayrlhf.data.formats.FORMATS`. null: it is recognised by the columns."""
     columns: dict[str, str] = Field(default_factory=dict)

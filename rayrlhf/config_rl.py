@@ -12,6 +12,8 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from rayrlhf.sections import DrawConfig, Fraction, OptimizerConfig, Positive, ReferenceSection, Section
 
 ClipRange = Annotated[float, Field(gt=0)]
+ROUGE_NAMES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
+"""Mean F1 with the references (`rayrlhf.rewards.rouge`)."""
 
 
 class KLConfig(Section):
@@ -94,9 +96,9 @@ class RLConfig(ReferenceSection):
     """As often, score, gold, KL, length and diversity of answers to dev prompts are measured. null: never."""
     eval_prompts: Positive = 64
     """On at most so many of them."""
-    select: Literal["gold", "score"] | None = None
-    """The policy with the highest mean of this over these answers is kept and becomes the run's policy. null: the last
-    one does."""
+    select: str | None = None
+    """The policy with the highest mean of this over these answers is kept and becomes the run's policy. It is `gold`,
+    `score`, one of `ROUGE_NAMES`, or the name of one of the rewards, with its weight. null: the last one does."""
     patience: Positive | None = None
     """Stop after this many evaluations without a better one by `select`. null: make all steps."""
 
@@ -131,7 +133,7 @@ class RLConfig(ReferenceSection):
         if self.select and self.eval_every is None:
             raise ValueError(f"select: {self.select} needs eval_every, such as 10: it chooses by these evaluations")
         if self.patience and self.select is None:
-            raise ValueError("patience needs select, gold or score: it waits for a better one")
+            raise ValueError("patience needs select, such as gold or score: it waits for a better one")
         return self
 
     @model_validator(mode="after")

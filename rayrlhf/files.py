@@ -11,7 +11,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+CACHE = "RAYRLHF_CACHE"
+"""Environment variable: where a node keeps copies and tokenised data.
+
+Default: rayrlhf in XDG_CACHE_HOME or ~/.cache."""
 _DIGEST_BYTES = 16
+
+
+def cache_directory() -> Path:
+    """Where this node keeps what can be made again."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rayrlhf"
+    return Path(os.environ.get(CACHE) or default).absolute()
 
 
 @contextlib.contextmanager

@@ -93,8 +93,8 @@ def usage_of(data: Path, overrides: Sequence[str]) -> str:
     found = DataSet(sources, Rendering(tokenizer, 10**6), "comparison").comparisons("all")
     whole, dropped = found.records, found.dropped
     fitted = DataSet(sources, Rendering(tokenizer, limits.max_prompt_tokens), "comparison").comparisons("all").records
-    answers = [len(ids) for c in from_comparisons(whole, tokenizer, 10**6) for ids in c.response_ids]
-    used = len(from_comparisons(fitted, tokenizer, limits.max_response_tokens))
+    answers = [len(ids) for c in from_comparisons(whole, 10**6) for ids in c.response_ids]
+    used = len(from_comparisons(fitted, limits.max_response_tokens))
     reasons = Counter(dropped) + Counter(equal_after_cutting=len(fitted) - used)
     total = used + reasons.total()
     shortened = np.mean([a.prompt != b.prompt for a, b in zip(whole, fitted, strict=True)])

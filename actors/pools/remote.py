@@ -105,6 +105,14 @@ class Remote:
         ref = bound(*args, **kwargs) if self.local else bound.remote(*args, **kwargs)
         return Call(self.name, method, ref, self.local, started)
 
+    def submit_beside(self, group: str, method: str, *args: Any) -> Call:
+        """Start a call of a concurrency group, which does not wait for the calls of others."""
+        if self.local:
+            return self.submit(method, *args)
+        started = time.monotonic()
+        ref = getattr(self._target, method).options(concurrency_group=group).remote(*args)
+        return Call(self.name, method, ref, False, started)
+
     def submit_serialized(self, method: str, *args: Any) -> Call:
         """Start a call for less CPU time, see `SerializedCalls`. The arguments must hold no ObjectRef."""
         if self.local:

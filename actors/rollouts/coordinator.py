@@ -25,7 +25,7 @@ from actors.pools.worker import Worker
 from actors.rollouts.ahead import Ahead
 from actors.rollouts.batch import Batch, Counts
 from actors.rollouts.groups import Cursor, Limits
-from actors.rollouts.in_turn import InTurn, generate, score
+from actors.rollouts.in_turn import InTurn, draw, generate, score
 from actors.rollouts.rollout_pools import RolloutPools
 from actors.rollouts.step_prompts import StepPrompts
 from actors.rollouts.weight_sync import PublishedWeights
@@ -70,6 +70,7 @@ class Coordinator:
         self.batch: Batch | None = None
         """The last batch, returned again when the same step and version are asked for."""
         self.reported = Counts()
+        self._stopped = False
         self._generators_of_batch: list[str] = []
         """The generators at the last batch, by name."""
         if not local:
@@ -147,6 +148,16 @@ class Coordinator:
         """One trajectory per request, in order, by generators that all have weight `version`."""
         self.rollouts.check_idle("coordinator.generate")
         return [serialized.load() for serialized in generate(self.pools.generators, requests, sampling, version)]
+
+    def draw(self, requests: Sequence[GenerationRequest], sampling: Sampling, version: int) -> list[Trajectory | None]:
+        """As `generate`, but after `stop_drawing` with None for each request that is not finished."""
+        self.rollouts.check_idle("coordinator.draw")
+        done = draw(self.pools.generators, requests, sampling, version, lambda: self._stopped)
+        return [done[place].load() if place in done else None for place in range(len(requests))]
+
+    def stop_drawing(self) -> None:
+        """Have `draw` return what it has. The run's command is about to end: it will draw nothing more."""
+        self._stopped = True
 
     def score(self, trajectories: Sequence[Trajectory], temperature: float) -> list[Trajectory]:
         """The trajectories with rewards and reference log-probs, in order."""

@@ -130,7 +130,21 @@ def load_on_all(generators: Pool, publication: PublishedWeights) -> None:
 def generate(
     generators: Pool, requests: Sequence[GenerationRequest], sampling: Sampling, version: int
 ) -> list[SerializedTrajectory]:
-    """One trajectory per request, in their order, drawn from the policy of exactly `version`.
+    """One trajectory per request, in their order; see `draw`."""
+    done = draw(generators, requests, sampling, version, stopped=lambda: False)
+    return [done[place] for place in range(len(requests))]
+
+
+def draw(
+    generators: Pool,
+    requests: Sequence[GenerationRequest],
+    sampling: Sampling,
+    version: int,
+    stopped: Callable[[], bool],
+) -> dict[int, SerializedTrajectory]:
+    """Trajectories by the places of their requests, drawn from the policy of exactly `version`.
+
+    They are those of all requests, unless `stopped` says that those which are finished will do.
 
     Every generator has its share from the start, so that what an engine computes together is the same in every run.
     What a dead one had not finished goes to the others in equal shares, or waits for a newcomer if there are none.
@@ -166,7 +180,7 @@ def generate(
     given_at = time.monotonic()
     with Dispatcher([generators], on_loss=lambda worker, held: waiting.update(held)) as dispatcher:
         try:
-            while waiting or dispatcher.busy:
+            while (waiting or dispatcher.busy) and not stopped():
                 if waiting:  # while a newcomer loads its weights the others run out of calls: not for one without work
                     generators.admit()
                 if waiting and generators.workers:
@@ -181,11 +195,11 @@ def generate(
                     if worker.held and time.monotonic() - given_at > generators.call_timeout_s:
                         # It answers, but does not get on: the dispatcher sees only calls without an answer.
                         raise late(worker.calls[0].call, generators.call_timeout_s)
-        except BaseException:
-            for worker in generators.workers:  # nobody waits for the answer; the next work finds the engines empty
+        finally:
+            # Nobody waits for the answer; the next work finds the engines empty.
+            for worker in generators.workers if len(done) < len(requests) else ():
                 dispatcher.submit(worker, "abort")
-            raise
-    return [done[ticket] for ticket in range(len(requests))]
+    return done
 
 
 def score(scorers: Pool, trajectories: Sequence[Trajectory], temperature: float) -> list[Trajectory]:

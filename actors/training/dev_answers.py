@@ -30,6 +30,7 @@ from rayrlhf.errors import UserError
 from rayrlhf.files import replacing
 from rayrlhf.reports.progress import answers_text
 from rayrlhf.rewards.diversity import diversity
+from rayrlhf.rewards.rouge import ROUGE_NAMES, rouge
 from rayrlhf.rewards.score import score_of
 from rayrlhf.sections import DrawConfig
 from rayrlhf.trajectory import GenerationRequest, Sampling, Trajectory
@@ -153,9 +154,10 @@ class DevAnswers:
         )
 
     def _keep_if_best(self, metrics: Mapping[str, float]) -> None:
-        value = metrics.get(f"rl_eval/{self.settings.select}")
+        select = self.settings.select
+        value = metrics.get(f"rl_eval/{select}", metrics.get(f"rl_eval/rewards/{select}"))
         if value is None:
-            raise UserError(f"rl.select: this run has no {self.settings.select} to choose by; take another measure")
+            raise UserError(f"rl.select: this run has no {select} to choose by; take another measure")
         if not value > self.best.value:
             self.best.stale += 1
             return
@@ -185,10 +187,25 @@ class DevAnswers:
         if not evaluated:
             return {}
         drawn = self._draw(evaluated, self.settings.draw, "rl-dev-kl", version)
-        return measured(answers[: len(evaluated)], drawn, self.settings.missing_eos_reward) | {
+        found = measured(answers[: len(evaluated)], drawn, self.settings.missing_eos_reward)
+        if self.settings.select in ROUGE_NAMES:  # what else needs it does not have to load it
+            found |= self._rouge(evaluated, answers)
+        return found | {
             "rl_eval/weight_version": float(version),
             "time/evaluation": time.perf_counter() - started,
         }
+
+    def _rouge(self, prompts: Sequence[DevPrompt], answers: Sequence[Trajectory]) -> dict[str, float]:
+        """ROUGE with the references of the prompts that have one."""
+        pairs = [
+            (decode_trajectory(self.tokenizer, answer), each.prompt.reference)
+            for each, answer in zip(prompts, answers, strict=False)
+            if each.prompt.reference is not None
+        ]
+        if not pairs:
+            return {}
+        texts, references = zip(*pairs, strict=True)
+        return {f"rl_eval/{name}": value for name, value in rouge(texts, references).items()}
 
     def _draw(self, prompts: Sequence[DevPrompt], draw: DrawConfig, seeded_as: str, version: int) -> list[Trajectory]:
         turns = self.config.environment.max_turns if self.config.environment else 1
@@ -242,6 +259,9 @@ def measured(
     return {
         "rl_eval/prompts": float(len(answers)),
         "rl_eval/score": statistics.fmean(score),
+        **{
+            f"rl_eval/rewards/{name}": statistics.fmean(a.rewards[name] for a in answers) for name in answers[0].rewards
+        },
         **({"rl_eval/gold": statistics.fmean(gold)} if gold else {}),
         "rl_eval/kl": statistics.fmean(each.log_ratio for each in drawn),
         "rl_eval/length": statistics.fmean(answer.written_tokens for answer in answers),

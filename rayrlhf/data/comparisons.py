@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rayrlhf.data.records import Comparison
-from rayrlhf.data.tokens import encode_prompts, encode_responses
 from rayrlhf.data.words import count_words
 from rayrlhf.errors import UserError
 from rayrlhf.files import replacing
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 MIN_WORDS = 5
 """An answer with fewer words (`rayrlhf.data.words.count_words`) counts as nearly empty: preferences about such answers
@@ -186,33 +182,26 @@ def rank_answers(
 
 
 def from_comparisons(
-    comparisons: Sequence[Comparison],
-    tokenizer: PreTrainedTokenizerBase,
-    max_response_tokens: int,
-    heldout: bool = False,
+    comparisons: Iterable[Comparison], max_response_tokens: int, heldout: bool = False
 ) -> list[RankedAnswers]:
     """Turn published comparisons into training records.
 
     An answer longer than `max_response_tokens` is cut and then has no EOS.
     A comparison is left out if the cut makes all its answers equal.
     """
-    prompt_ids = encode_prompts(tokenizer, [c.prompt for c in comparisons])
-    texts = [response for c in comparisons for response in c.responses]
-    prompts = [c.prompt for c in comparisons for _ in c.responses]
-    encoded = iter(encode_responses(tokenizer, texts, max_response_tokens, prompts))
     ranked = [
         RankedAnswers(
             id=c.id,
             prompt=c.prompt,
-            prompt_ids=tuple(ids),
+            prompt_ids=c.ids,
             responses=c.responses,
-            response_ids=tuple(tuple(next(encoded)) for _ in c.responses),
+            response_ids=tuple(ids[:max_response_tokens] for ids in c.response_ids),
             scores=c.scores,
             labeller="people",
             heldout=heldout,
             source=c.source,
         )
-        for c, ids in zip(comparisons, prompt_ids, strict=True)
+        for c in comparisons
     ]
     # After the cut, not before: two long answers may differ behind it only.
     return [record for record in ranked if record.pairs]

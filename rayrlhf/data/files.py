@@ -5,7 +5,9 @@ Nothing is unpickled. Rows come one after the other, so that a file may be large
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import hashlib
 import io
 import json
 import re
@@ -20,6 +22,7 @@ import pyarrow.parquet as pq
 from rayrlhf.errors import UserError
 
 _COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
+_BLOCK_BYTES = 2**22
 _BATCH = 1000  # rows of a columnar file that are Python objects at once
 _HALVES = re.compile(r"\\u[dD][89a-fA-F]")  # two of these in a row spell one character
 _LONGEST_FIELD = 2**31 - 1  # of CSV, in characters; the library's own limit is shorter than many a post
@@ -99,18 +102,40 @@ class DataFile:
         if ending is None:
             raise UserError(f"{self.name}: unknown kind of file; use {', '.join(READERS)} ({' or '.join(_COMPRESSED)})")
         empty = True
+        with self._opened() as opened:
+            stream = pa.CompressedInputStream(opened, compression) if compression else opened
+            for row in READERS[ending](stream, self.name):
+                empty = False
+                yield row
+        if empty:
+            raise UserError(f"{self.name}: the file holds no rows")
+
+    def content(self) -> str:
+        """A hash of what decides the rows: the file's bytes, and the kind that its name tells.
+
+        Raises:
+            UserError: no such file, or one that cannot be read.
+        """
+        digest = hashlib.blake2b(repr(kind_of(self.name)).encode(), digest_size=16)
+        with self._opened() as stream:
+            while block := stream.read(_BLOCK_BYTES):
+                digest.update(block)
+        return digest.hexdigest()
+
+    def read(self) -> bytes:
+        """The whole file. See `content` for errors."""
+        with self._opened() as stream:
+            return bytes(stream.read())
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[Any]:
         try:
-            with self.filesystem.open_input_file(self.path) as opened:
-                stream = pa.CompressedInputStream(opened, compression) if compression else opened
-                for row in READERS[ending](stream, self.name):
-                    empty = False
-                    yield row
+            with self.filesystem.open_input_file(self.path) as stream:
+                yield stream
         except FileNotFoundError:
             raise UserError(f"{self.name}: no such file") from None
         except (pa.ArrowException, OSError, EOFError) as error:
             raise UserError(f"{self.name}: cannot be read ({first_line(error)})") from None
-        if empty:
-            raise UserError(f"{self.name}: the file holds no rows")
 
 
 def kind_of(name: str) -> tuple[str | None, str | None]:

@@ -5,13 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from rayrlhf.data.records import LabelledAnswer
-from rayrlhf.data.tokens import encode_prompts, encode_responses
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -46,10 +42,7 @@ class LabelledAnswers:
 
 
 def group_answers(
-    rows: Sequence[LabelledAnswer],
-    tokenizer: PreTrainedTokenizerBase,
-    max_response_tokens: int,
-    heldout: bool = False,
+    rows: Sequence[LabelledAnswer], max_response_tokens: int, heldout: bool = False
 ) -> tuple[list[LabelledAnswers], Counter[str]]:
     """Turn rows into training records: one for each prompt of a source, in the order of their first rows.
 
@@ -59,12 +52,10 @@ def group_answers(
     Returns:
         The records, and how many rows were left out as `good_and_bad`.
     """
-    prompt_ids = encode_prompts(tokenizer, [row.prompt for row in rows])
-    responses = [row.response for row in rows]
-    encoded = encode_responses(tokenizer, responses, max_response_tokens, [row.prompt for row in rows])
     together: dict[tuple[str, tuple[int, ...]], list[tuple[str, tuple[int, ...], bool]]] = {}
-    for row, prompt, response in zip(rows, prompt_ids, encoded, strict=True):
-        together.setdefault((row.source, tuple(prompt)), []).append((row.id, tuple(response), row.good))
+    for row in rows:
+        response = row.response_ids[0][:max_response_tokens]
+        together.setdefault((row.source, row.ids), []).append((row.id, response, row.good))
     records = []
     for (source, shared), own in together.items():
         verdicts = {(response, good) for _, response, good in own}

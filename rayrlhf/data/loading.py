@@ -6,18 +6,21 @@ scripts.
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import pyarrow as pa
 import pyarrow.fs as fs
 
 from rayrlhf.config_data import DatasetConfig
+from rayrlhf.data import remote
 from rayrlhf.data.files import READERS, DataFile, SourceRow, first_line, kind_of, rows_of
 from rayrlhf.errors import UserError
 
@@ -26,6 +29,8 @@ Split = Literal["train", "valid", "all"]
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _URI = re.compile(r"[a-z][a-z0-9+.-]+://")
 _VALIDATION_NAMES = ("validation", "valid", "val", "dev")
+_SAVED = ("dataset_dict.json", "state.json")
+"""What `save_to_disk` writes beside the data."""
 _ASSETS = Path(__file__).parent.parent / "assets"
 _BATCH = 1000  # rows of a hub data set that are read at once
 
@@ -35,6 +40,8 @@ class Rows:
     """Rows that are read each time when somebody iterates over them."""
 
     read: Callable[[], Iterator[SourceRow]]
+    content: Callable[[], list[str]]
+    """Hashes of what decides the rows, for `rayrlhf.data.cache`."""
 
     def __iter__(self) -> Iterator[SourceRow]:
         return self.read()
@@ -54,6 +61,8 @@ class SourceRows:
     """Whether others have published it, so that the user cannot mend its rows."""
     unused: tuple[str, ...] = ()
     """Its other splits."""
+    left_out: tuple[str, ...] = ()
+    """Files of its directory that belong to no split."""
 
 
 def load_source(config: DatasetConfig) -> SourceRows:
@@ -70,17 +79,22 @@ def load_source(config: DatasetConfig) -> SourceRows:
     if path.startswith("embedded:"):
         raise UserError(f"{path}: no such embedded data; there is embedded:tldr")
     if _URI.match(path):
-        return SourceRows(path, _rows(_remote(path)), None)
+        found = remote.find(path)
+        return (
+            _load_remote_directory(config, found.directory)
+            if found.directory
+            else SourceRows(path, _rows(found.files), None)
+        )
     expanded = Path(path).expanduser()
     if expanded.is_file():
         return SourceRows(path, _rows([_local(expanded)]), None)
     if expanded.is_dir():
         return _load_directory(config, expanded)
     if glob.has_magic(path):
-        found = sorted(name for name in glob.glob(str(expanded), recursive=True) if Path(name).is_file())
-        if not found:
+        names = sorted(name for name in glob.glob(str(expanded), recursive=True) if Path(name).is_file())
+        if not names:
             raise UserError(f"{path}: no file matches this pattern (a relative one starts at {Path.cwd()})")
-        return SourceRows(path, _rows([_local(Path(name)) for name in found]), None)
+        return SourceRows(path, _rows([_local(Path(name)) for name in names]), None)
     if kind_of(path)[0] or not _HUB_NAME.fullmatch(path):
         raise UserError(
             f"{path}: no such file or directory; check data.*.path (a relative path starts at {Path.cwd()})"
@@ -97,50 +111,74 @@ def _local(path: Path) -> DataFile:
     return DataFile(str(path), str(path.absolute()), fs.LocalFileSystem())
 
 
-def _remote(uri: str) -> list[DataFile]:
-    """The files of a store that a URI names. It may end with a pattern such as `part-*.parquet`."""
-    scheme = uri.partition("://")[0]
-    address, mark, options = uri.partition("?")  # such as a region
-    directory, _, name = address.rpartition("/")
-    pattern = re.compile(re.escape(name).replace(r"\*", "[^/]*"))
-    try:
-        filesystem, base = fs.FileSystem.from_uri(directory + mark + options)
-        entries = filesystem.get_file_info(fs.FileSelector(base, allow_not_found=True))
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{uri}: cannot be opened ({first_line(error)}); check the address and its access") from None
-    found = sorted(each.path for each in entries if each.is_file and pattern.fullmatch(each.base_name))
-    if not found:
-        raise UserError(f"{uri}: no such file; name a file, or a pattern of files such as {directory}/*.parquet")
-    return [DataFile(f"{scheme}://{path.lstrip('/')}", path, filesystem) for path in found]
-
-
 def _rows(files: Sequence[DataFile]) -> Rows:
-    return Rows(lambda: (row for file in files for row in file.rows()))
+    return Rows(lambda: (row for file in files for row in file.rows()), lambda: [file.content() for file in files])
 
 
 def _load_directory(config: DatasetConfig, folder: Path) -> SourceRows:
-    """`datasets` says which file belongs to which split, as on the hub; the files are read as single ones are.
+    from datasets import Dataset, load_from_disk  # late: it takes seconds, and most are files
+
+    if any((folder / name).is_file() for name in _SAVED):
+        with _taken_for_a_data_set(config, folder):
+            saved = load_from_disk(str(folder))
+        return _of_splits(config, {"train": saved} if isinstance(saved, Dataset) else saved, _table_rows)
+    splits = _names_by_split(config, folder)
+    names = {each.relative_to(folder).as_posix() for each in folder.rglob("*") if each.is_file()}
+    names.update(*splits.values())  # also behind links
+    return _of_files(config, splits, {name: _local(folder / name) for name in names})
+
+
+def _load_remote_directory(config: DatasetConfig, files: Mapping[str, DataFile]) -> SourceRows:
+    """As a local one: its split names are those of a directory with the same names."""
+    if any(name in files for name in _SAVED):
+        splits: dict[str, list[str]] = {}
+        for name in files:
+            if name.endswith(".arrow"):
+                splits.setdefault(name.partition("/")[0] if "/" in name else "train", []).append(name)
+        return _of_files(config, splits, {name: file for name, file in files.items() if name.endswith(".arrow")})
+    with tempfile.TemporaryDirectory() as folder:
+        for name, file in files.items():
+            copy = Path(folder, name)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(file.read() if name == "README.md" else b"")  # where a data set may name its splits
+        return _of_files(config, _names_by_split(config, Path(folder)), files)
+
+
+def _names_by_split(config: DatasetConfig, folder: Path) -> dict[str, list[str]]:
+    """`datasets` says which file belongs to which split, as on the hub, by their names; we read them as single ones.
 
     It would read them, too, but takes all for one table: two files that differ in a column, used or not, are an error
     there, whose cause and row it does not tell.
     """
-    from datasets import Dataset, load_dataset_builder, load_from_disk  # late: it takes seconds, and most are files
+    from datasets import load_dataset_builder
 
+    with _taken_for_a_data_set(config, folder):
+        splits = load_dataset_builder(str(folder), config.name).config.data_files or {}
+        return {
+            str(split): [Path(name).relative_to(folder.resolve()).as_posix() for name in names]
+            for split, names in splits.items()
+        }
+
+
+@contextlib.contextmanager
+def _taken_for_a_data_set(config: DatasetConfig, folder: Path) -> Iterator[None]:
     try:
-        if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-            saved = load_from_disk(str(folder))
-            return _of_splits(config, {"train": saved} if isinstance(saved, Dataset) else saved, _table_rows)
-        splits = load_dataset_builder(str(folder), config.name).config.data_files
-    except Exception as error:  # it raises whatever it meets
+        yield
+    except Exception as error:  # `datasets` raises whatever it meets
+        said = first_line(error).replace(str(folder), config.path)
         raise UserError(
-            f"{config.path}: cannot be taken for a data set ({first_line(error)}); put files into it "
-            f"that end with {', '.join(READERS)}"
+            f"{config.path}: cannot be taken for a data set ({said}); put files into it that end with "
+            f"{', '.join(READERS)}"
         ) from error
-    files = {
-        str(split): [_local(Path(name)) for name in names if kind_of(str(name))[0]]
-        for split, names in (splits or {}).items()
-    }
-    return _of_splits(config, files, lambda files, name: _rows(files))
+
+
+def _of_files(config: DatasetConfig, splits: Mapping[str, Sequence[str]], files: Mapping[str, DataFile]) -> SourceRows:
+    """Files of a directory by their splits; those of no split are noted."""
+    rows = {split: [files[name] for name in names if kind_of(name)[0]] for split, names in splits.items()}
+    used = {name for names in splits.values() for name in names}
+    hidden = (name for name in files if any(part.startswith((".", "_")) for part in name.split("/")))
+    left_out = sorted({name for name in files if kind_of(name)[0]} - used - {*hidden})
+    return replace(_of_splits(config, rows, lambda files, name: _rows(files)), left_out=tuple(left_out))
 
 
 def _load_published(config: DatasetConfig) -> SourceRows:
@@ -161,7 +199,9 @@ def _load_published(config: DatasetConfig) -> SourceRows:
 
 def _table_rows(data: Any, name: str) -> Rows:
     """The rows of what `datasets` has loaded."""
-    return Rows(partial(_table_reader, data, name))
+    files = [_local(Path(each["filename"])) for each in data.cache_files]
+    # What `datasets` holds in memory has no file; its content counts as another one each time.
+    return Rows(partial(_table_reader, data, name), lambda: [f.content() for f in files] or [uuid.uuid4().hex])
 
 
 def _table_reader(data: Any, name: str) -> Iterator[SourceRow]:

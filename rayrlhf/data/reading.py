@@ -10,7 +10,7 @@ import hashlib
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from rayrlhf.data.formats import FORMATS, LOOKED_AT, Format, Use, check_columns,
 from rayrlhf.data.loading import SourceRows, Split, load_source
 from rayrlhf.data.raw import RawComparison, RawDemonstration, RawLabelled, RawPrompt, SkipRow
 from rayrlhf.data.splits import hash_fraction
+from rayrlhf.data.spool import Spool
 from rayrlhf.errors import UserError
 
 CARVED_SHARE = 0.1
@@ -69,6 +70,12 @@ class Source:
         name = recognise(config.path, [renamed(row, config.columns) for row in first], uses)
         return cls(config, rows, FORMATS[name], name)
 
+    @property
+    def content(self) -> list[Any]:
+        """What decides its rows and what they mean: its settings, and the hashes of its files as they are now."""
+        files = [None if rows is None else rows.content() for rows in (self.rows.train, self.rows.valid)]
+        return [self.name, self.rows.from_hub, self.config.model_dump(exclude={"path", "format"}), *files]
+
     def split(self, valid: bool) -> Iterator[SourceRow]:
         """The rows of a split, with our names of columns; none if the source does not have it."""
         rows = self.rows.valid if valid else self.rows.train
@@ -76,24 +83,41 @@ class Source:
         return (renamed(row, self.config.columns) for row in given) if self.config.columns else given
 
 
-@dataclass
+@dataclass(slots=True)
 class Record:
-    """A row that was read."""
+    """A row that was read. What it says waits on disk, so that memory holds about half a kilobyte a row."""
 
     id: str
     key: str
     """What the record's split follows from, if it is the only one of its prompt."""
-    where: str
     own_id: bool
     source: int
-    raw: Any  # one of `Raw`, by the use of the sources
+    text: str
+    """A hash of prompt and answers."""
+    prompt: str
+    """A hash of the prompt, the same for all records of it."""
+    carved: bool
+    """Whether the prompt goes to the validation split if its source has none."""
+    spool: Spool
+    place: int
     group: str | None = None
+
+    @property
+    def said(self) -> tuple[str, Any]:
+        """The file and the row in words, and what the row says: one of `Raw`, by the use of the sources."""
+        said: tuple[str, Raw] = self.spool[self.place]
+        return said
+
+    @property
+    def where(self) -> str:
+        return self.said[0]
 
 
 @dataclass
 class _Parsed:
     """The rows of some splits as records by id, in their order. Of rows with identical text only the first is kept."""
 
+    spool: Spool
     records: dict[str, Record] = field(default_factory=dict)
     texts: set[str] = field(default_factory=set)
     dropped: Counter[str] = field(default_factory=Counter)
@@ -119,7 +143,7 @@ class _Parsed:
                 raise first_error
 
     def _add_row(self, row: SourceRow, raw: Raw, source: int) -> None:
-        text = _text_hash(raw)
+        text, prompt = _hash(raw.prompt.text, *raw.texts), _hash(raw.prompt.text)
         self.mended += row.mended
         if text in self.texts:
             self.dropped["duplicate"] += 1
@@ -128,12 +152,14 @@ class _Parsed:
         key = id = row.id or text
         if (other := self.records.get(id)) is not None:
             # Several rows of a prompt may have its id, and the files of several sources may each count from 1.
-            if other.source == source and other.raw.prompt.text != raw.prompt.text:
+            if other.source == source and other.prompt != prompt:
                 raise UserError(
                     f"{row.where}: id {id!r} was used before ({other.where}) with another prompt; rename one"
                 )
             id = f"{key}-{text}"
-        self.records[id] = Record(id, key, row.where, row.id is not None, source, raw)
+        carved = hash_fraction(raw.prompt.text, "carve") < CARVED_SHARE
+        place = self.spool.add((row.where, raw))
+        self.records[id] = Record(id, key, row.id is not None, source, text, prompt, carved, self.spool, place)
 
 
 class SplitRecords(NamedTuple):
@@ -164,6 +190,13 @@ class Reading:
             kinds = " and ".join(_USES[use] for use in uses)
             raise UserError(f"{self.paths}: some of these hold {kinds}, which cannot be mixed")
         self.use = shared[0]
+        self.rows, self.settled = 0, False
+        """Once the files are read: how many rows they have, and whether their content was the same before and after."""
+
+    @cached_property
+    def content(self) -> list[Any]:
+        """What decides the records, as JSON has it: the files' hashes and the settings of the sources."""
+        return [self.use, *(source.content for source in self.sources)]
 
     def split(self, split: Split) -> SplitRecords:
         """The records of a split. "all" is the whole training split, for a file that only evaluates.
@@ -179,20 +212,22 @@ class Reading:
 
     @cached_property
     def _splits(self) -> dict[Split, SplitRecords]:
-        train, valid = _Parsed(), _Parsed()
+        spool = Spool()
+        train, valid = _Parsed(spool), _Parsed(spool)
         train.add(self.sources, self.use, valid=False)
         valid.add(self.sources, self.use, valid=True)
         everything = list(train.records.values())
         _group(everything)
-        bound = {record.raw.prompt.text for record in everything if not self._carves(record)}
+        bound = {record.prompt for record in everything if not self._carves(record)}
         carved, own = list[Record](), list[Record]()
         for record in everything:
-            text = record.raw.prompt.text
             # A hash of the prompt, not of the row: no prompt may be on both sides with different answers.
-            (carved if text not in bound and hash_fraction(text, "carve") < CARVED_SHARE else own).append(record)
-        published = self._without_training(valid, train, {record.raw.prompt.text for record in own})
+            (carved if record.carved and record.prompt not in bound else own).append(record)
+        published = self._without_training(valid, train, {record.prompt for record in own})
         _group([*carved, *published])
         own = self._drawn(own, train.dropped)
+        self.rows = len(everything) + len(valid.records)
+        self.settled = self.content[1:] == [source.content for source in self.sources]
         return {
             "train": SplitRecords(own, train.dropped, train.mended),
             "valid": SplitRecords([*carved, *published], valid.dropped, valid.mended),
@@ -212,17 +247,17 @@ class Reading:
         kept = []
         for record in valid.records.values():
             other = train.records.get(record.id)
-            if _text_hash(record.raw) in train.texts:
+            if record.text in train.texts:
                 valid.dropped["in_train"] += 1
-            elif record.raw.prompt.text in prompts:
+            elif record.prompt in prompts:
                 valid.dropped["prompt_in_train"] += 1
             elif other is not None and record.own_id and other.source == record.source:
                 raise UserError(
                     f"{record.where}: id {record.id!r} is also in training ({other.where}); rename or remove one"
                 )
             else:
-                id = record.id if other is None else f"{record.key}-{_text_hash(record.raw)}"
-                kept.append(replace(record, id=id))
+                record.id = record.id if other is None else f"{record.key}-{record.text}"
+                kept.append(record)
         return kept
 
     def _drawn(self, records: list[Record], dropped: Counter[str]) -> list[Record]:
@@ -250,7 +285,7 @@ def _group(records: Sequence[Record]) -> None:
     """Note at records of the same prompt the smallest of their keys."""
     by_prompt: dict[str, list[Record]] = {}
     for record in records:
-        by_prompt.setdefault(record.raw.prompt.text, []).append(record)
+        by_prompt.setdefault(record.prompt, []).append(record)
     for own in by_prompt.values():
         if len(own) > 1:
             smallest = min(record.key for record in own)
@@ -258,7 +293,6 @@ def _group(records: Sequence[Record]) -> None:
                 record.group = smallest
 
 
-def _text_hash(raw: Raw) -> str:
-    text = "\x1f".join((raw.prompt.text, *raw.texts))
+def _hash(*texts: str) -> str:
     # surrogatepass: half an emoji is no UTF-8 and would otherwise end the reading.
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+    return hashlib.blake2b("\x1f".join(texts).encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()

@@ -32,6 +32,15 @@ class Prompt:
     """Of the whole prompt, before it is cut; BOS included."""
     group: str | None = field(default=None, compare=False)
     """What all records of this prompt share; None if it is the only one."""
+    ids: tuple[int, ...] = field(default=(), compare=False)
+    """The token ids of `text`."""
+    response_ids: tuple[tuple[int, ...], ...] = field(default=(), compare=False)
+    """The token ids of `answers`, whole: no limit has cut them."""
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """The texts that may follow the prompt."""
+        return () if self.reference is None else (self.reference,)
 
     @property
     def split_key(self) -> str:
@@ -65,7 +74,17 @@ class Comparison:
     scores: tuple[float, ...] | None = None
     """[K] falling; equal ones are no preference. None if the answers only have an order."""
     tokens: int = field(default=0, compare=False)
-    """As in `Prompt`."""
+    """As in `Prompt`, and so are the next ones."""
+    ids: tuple[int, ...] = field(default=(), compare=False)
+    response_ids: tuple[tuple[int, ...], ...] = field(default=(), compare=False)
+
+    @property
+    def text(self) -> str:
+        return self.prompt
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        return self.responses
 
 
 @dataclass(frozen=True)
@@ -78,4 +97,14 @@ class LabelledAnswer:
     good: bool
     source: str = ""
     tokens: int = field(default=0, compare=False)
-    """As in `Prompt`."""
+    """As in `Prompt`, and so are the next ones."""
+    ids: tuple[int, ...] = field(default=(), compare=False)
+    response_ids: tuple[tuple[int, ...], ...] = field(default=(), compare=False)
+
+    @property
+    def text(self) -> str:
+        return self.prompt
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        return (self.response,)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -18,13 +18,13 @@ from rayrlhf.data.prompts import EncodedPrompt
 from rayrlhf.data.records import Demonstration, Prompt
 from rayrlhf.data.sources import DataSet, Found, P, Rendering, one_each
 from rayrlhf.data.splits import Splits, check_disjoint, split_train, split_valid
-from rayrlhf.data.tokens import encode_prompts, encode_responses
+from rayrlhf.data.stored import Records
+from rayrlhf.data.tokens import encode_responses
 from rayrlhf.errors import UserError
 
 _SPLITS: tuple[Split, ...] = ("train", "valid")
 KINDS = ("demonstrations", "comparisons", "prompts")
 """The keys of `data` that name sources."""
-_CHUNK = 1024  # responses tokenised at a time, where only their lengths are wanted
 
 
 def print_line(line: str) -> None:
@@ -72,62 +72,63 @@ class RunData:
     def train(self) -> Splits[Demonstration]:
         """The training records: the shares of SFT, of the reward model, and the rest, which `rl` may have."""
         data = self.config.data
+        train, valid = self._demonstrations
         splits = split_train(
-            self._demonstrations[0],
+            train.keys,
             data,
             reward_model=self._learns and (self._collects or data.reward_model_fraction > 0),
             rl=self._rl_has_the_rest or not self._collects,
         )
-        check_disjoint(sft=splits.sft, reward_model=splits.reward_model, rl=splits.rl, dev=self.dev, test=self.test)
-        return splits
+        check_disjoint(sft=splits.sft, reward_model=splits.reward_model, rl=splits.rl, valid=valid.keys)
+        return Splits(train.at(splits.sft), train.at(splits.reward_model), train.at(splits.rl))
 
     @property
-    def dev(self) -> list[Demonstration]:
+    def dev(self) -> Records[Demonstration]:
         """The validation records by which SFT's checkpoint is chosen."""
         return self._valid[0]
 
     @property
-    def test(self) -> list[Demonstration]:
+    def test(self) -> Records[Demonstration]:
         """The validation records that only the final evaluation reads."""
         return self._valid[1]
 
     @cached_property
-    def collect(self) -> list[Demonstration]:
+    def collect(self) -> Records[Demonstration]:
         """The prompts to which the stage `collect` may sample answers, each once."""
         return self.once(self.train.reward_model)
 
     @cached_property
-    def rl(self) -> list[Prompt]:
+    def rl(self) -> Records[Any]:
         """The prompts of `rl`, each once."""
         return self.once(self._rl_rows)
 
     @cached_property
-    def evaluated(self) -> list[Prompt]:
+    def evaluated(self) -> Records[Any]:
         """The held-out prompts of `evaluate.split`, each once: of `data.prompts`, or else of the demonstrations."""
         dev, test = self._heldout
         return self.once(dev if self.config.evaluate.split == "dev" else test)
 
-    def once(self, records: Sequence[P]) -> list[P]:
+    def once(self, records: Records[P]) -> Records[P]:
         """The records without those whose prompt an earlier one has.
 
         With an environment all stay: the same prompt may begin different games, which the reference tells apart.
         """
-        return one_each(records) if self.config.environment is None else list(records)
+        return one_each(records) if self.config.environment is None else records
 
     @cached_property
-    def rl_dev(self) -> list[Prompt]:
+    def rl_dev(self) -> Records[Any]:
         """The held-out prompts that the policy may answer while `rl` trains it, each once."""
         return self.once(self._heldout[0])
 
     @property
-    def _heldout(self) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
+    def _heldout(self) -> tuple[Records[Any], Records[Any]]:
         """Dev and test of the prompts of `rl`."""
-        return (self.dev, self.test) if self._prompts is None else split_valid(self._prompts[1], self.config.data)
+        return self._valid if self._prompts is None else self._dev_and_test(self._prompts[1])
 
     @property
-    def unused(self) -> list[Demonstration]:
+    def unused(self) -> Records[Demonstration]:
         """The training demonstrations that no stage of the run learns from or asks for."""
-        return [] if self._rl_has_the_rest else self.train.rl
+        return self.train.rl[:0] if self._rl_has_the_rest else self.train.rl
 
     @cached_property
     def comparisons(self) -> list[Answers]:
@@ -140,17 +141,16 @@ class RunData:
 
     def prompts(self, records: Sequence[Prompt]) -> list[EncodedPrompt]:
         """The prompts of `records` as token ids."""
-        ids = encode_prompts(self.tokenizer, [record.text for record in records])
         if self.config.environment is None:
-            return [EncodedPrompt(record.id, tuple(own)) for record, own in zip(records, ids, strict=True)]
-        return [
-            EncodedPrompt(record.id, tuple(own), record.text, record.reference)
-            for record, own in zip(records, ids, strict=True)
-        ]
+            return [EncodedPrompt(record.id, record.ids) for record in records]
+        return [EncodedPrompt(record.id, record.ids, record.text, record.reference) for record in records]
 
-    def responses(self, records: Sequence[Prompt], texts: Sequence[str] | None = None) -> list[list[int]]:
-        """The references of `records`, or other `texts` in their place, as token ids that follow the prompts."""
-        texts = [record.reference or "" for record in records] if texts is None else texts
+    def responses(self, records: Sequence[Prompt]) -> list[tuple[int, ...]]:
+        """The references of `records`, which all have one, as token ids that follow the prompts."""
+        return [record.response_ids[0][: self.config.data.max_response_tokens] for record in records]
+
+    def as_responses(self, records: Sequence[Prompt], texts: Sequence[str]) -> list[list[int]]:
+        """Other texts in the place of the references of `records`."""
         prompts = [record.text for record in records]
         return encode_responses(self.tokenizer, texts, self.config.data.max_response_tokens, prompts)
 
@@ -172,28 +172,31 @@ class RunData:
         return self.config.has("rl") and data.prompts is None and data.rl_prompts != "sft"
 
     @property
-    def _rl_rows(self) -> Sequence[Prompt]:
+    def _rl_rows(self) -> Records[Any]:
         if self._prompts is not None:
             return self._prompts[0]
         shares = {"rest": self.train.rl, "sft": self.train.sft, "all": self._demonstrations[0]}
         return shares[self.config.data.rl_prompts]
 
     @cached_property
-    def _demonstrations(self) -> tuple[list[Demonstration], list[Demonstration]]:
+    def _demonstrations(self) -> tuple[Records[Demonstration], Records[Demonstration]]:
         data = self.config.data
         source = self._opened("demonstrations", data.demonstrations, "demonstration")
         found = [source.demonstrations(split) for split in _SPLITS]
         for split, own in zip(_SPLITS, found, strict=True):
-            responses = self._responses_in_turn(own.records)
-            self._say(f"{len(own.records)} {split} demonstrations", source, own, own.dropped, responses)
+            self._say(f"{len(own.records)} {split} demonstrations", source, own, own.dropped)
         return found[0].records, found[1].records
 
     @cached_property
-    def _valid(self) -> tuple[list[Demonstration], list[Demonstration]]:
-        return split_valid(self._demonstrations[1], self.config.data)
+    def _valid(self) -> tuple[Records[Demonstration], Records[Demonstration]]:
+        return self._dev_and_test(self._demonstrations[1])
+
+    def _dev_and_test(self, records: Records[P]) -> tuple[Records[P], Records[P]]:
+        dev, test = split_valid(records.keys, self.config.data)
+        return records.at(dev), records.at(test)
 
     @cached_property
-    def _prompts(self) -> tuple[list[Prompt], list[Prompt]] | None:
+    def _prompts(self) -> tuple[Records[Prompt], Records[Prompt]] | None:
         """The training and the validation prompts of `data.prompts`."""
         if self.config.data.prompts is None:
             return None
@@ -213,11 +216,11 @@ class RunData:
         data, ranked = self.config.data, list[Answers]()
         for split in _SPLITS:
             found = source.comparisons(split)
-            own = from_comparisons(found.records, self.tokenizer, data.max_response_tokens, heldout=split == "valid")
+            own = from_comparisons(found.records, data.max_response_tokens, heldout=split == "valid")
             dropped = dict(found.dropped)
             if len(own) < len(found.records):
                 dropped["equal_when_cut"] = len(found.records) - len(own)
-            self._say(f"{len(own)} {split} comparisons", source, found, dropped, _ids(own))
+            self._say(f"{len(own)} {split} comparisons", source, found, dropped)
             ranked += own
         return ranked
 
@@ -234,9 +237,7 @@ class RunData:
             raise UserError(f"{single} dpo.loss={config.dpo.loss} learns from pairs; set dpo.loss=kto")
         for split in _SPLITS:
             found = source.labelled(split)
-            own, contradictory = group_answers(
-                found.records, self.tokenizer, data.max_response_tokens, heldout=split == "valid"
-            )
+            own, contradictory = group_answers(found.records, data.max_response_tokens, heldout=split == "valid")
             if not own:
                 raise UserError(
                     f"{source.reading.paths}: all answers of split {split!r} are called good by one row and bad by "
@@ -244,7 +245,7 @@ class RunData:
                 )
             good, bad = _sides(own)
             counts = f"{len(own)} {split} prompts with {good} good and {bad} bad answers"
-            self._say(counts, source, found, {**found.dropped, **contradictory}, _ids(own))
+            self._say(counts, source, found, {**found.dropped, **contradictory})
             labelled += own
         train = [c for c in labelled if not c.heldout]
         if config.has("dpo") and (advice := config.dpo.balance(*_sides(train[: config.dpo.max_comparisons]))):
@@ -262,7 +263,7 @@ class RunData:
             )
         if len(self.rl) < len(self._rl_rows):
             self.say(f"rl asks {len(self.rl)} prompts, each once, of {len(self._rl_rows)} rows")
-        bare = sum(prompt.reference is None for prompt in self.rl)
+        bare = sum(reference is None for reference in self.rl.column("reference"))
         if not bare:
             return
         for reward in self.config.rewards:
@@ -276,38 +277,23 @@ class RunData:
             "leaves them out"
         )
 
-    def _responses_in_turn(self, records: Sequence[Demonstration]) -> Iterable[list[int]]:
-        for start in range(0, len(records), _CHUNK):
-            yield from self.responses(records[start : start + _CHUNK])
-
-    def _say(
-        self,
-        counts: str,
-        source: DataSet,
-        found: Found[Any],
-        dropped: Mapping[str, int],
-        responses: Iterable[Sequence[int]] = (),
-    ) -> None:
+    def _say(self, counts: str, source: DataSet, found: Found[Any], dropped: Mapping[str, int]) -> None:
         """One line about a split: its records, what was dropped, and what is cut."""
-        data, eos = self.config.data, self.tokenizer.eos_token_id
+        data = self.config.data
         reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(dropped.items())) or "none"
-        prompts = sum(record.tokens > data.max_prompt_tokens for record in found.records)
-        # The EOS is the first token that a cut takes.
-        answers = sum(len(ids) == data.max_response_tokens and ids[-1] != eos for ids in responses)
+        answers = int((found.records.lengths() > data.max_response_tokens).sum())
         line = f"{counts} from {source.reading.paths}; dropped: {reasons}"
-        if prompts:
-            line += f"; {prompts} prompts cut to data.max_prompt_tokens={data.max_prompt_tokens}"
+        if found.longer:
+            line += f"; {found.longer} prompts cut to data.max_prompt_tokens={data.max_prompt_tokens}"
         if answers:
             line += f"; {answers} responses cut to data.max_response_tokens={data.max_response_tokens}"
         if found.mended:
             line += f"; {found.mended} rows had characters that are none, U+FFFD stands for them"
         if found.cleared:
             line += f"; {found.cleared} lost texts that spell special tokens or open a turn"
+        if found.cached:
+            line += "; from the cache of tokenised data"
         self.say(line)
-
-
-def _ids(answers: Sequence[Answers]) -> Iterable[Sequence[int]]:
-    return (ids for each in answers for ids in each.response_ids)
 
 
 def _sides(answers: Sequence[Answers]) -> tuple[int, int]:

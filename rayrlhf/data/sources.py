@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
+import itertools
+import pickle
+import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from jinja2 import TemplateError
 
 from rayrlhf.config_data import DatasetConfig
+from rayrlhf.data import cache
 from rayrlhf.data.comparisons import usable_answers
 from rayrlhf.data.formats import Use
 from rayrlhf.data.loading import Split
 from rayrlhf.data.raw import RawComparison, RawDemonstration, RawLabelled, RawPrompt, SkipRow
 from rayrlhf.data.reading import Reading, Record
 from rayrlhf.data.records import Comparison, Demonstration, LabelledAnswer, Prompt
-from rayrlhf.data.template import Fitted, PromptParts, cleaner, fit_prompts, told_first
-from rayrlhf.data.tokens import special_text_remover
+from rayrlhf.data.stored import Key, R, Records, write_records
+from rayrlhf.data.template import Fitted, PromptParts, check_fast, cleaner, fit_prompts, told_first
+from rayrlhf.data.tokens import encode_responses, special_text_remover
 from rayrlhf.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-R = TypeVar("R")
 P = TypeVar("P", bound=Prompt)
+_CHUNK = 1024  # records that are made at a time
 
 
 @dataclass(frozen=True)
@@ -36,17 +42,27 @@ class Rendering:
     system_prompt: str | None = None
 
 
-@dataclass(frozen=True)
-class Found(Generic[R]):
-    """The records of a split, and what became of the rows that are none."""
+@dataclass(kw_only=True)
+class Facts:
+    """What became of the rows of a split."""
 
-    records: list[R]
     dropped: dict[str, int]
     """Rows by the reason for which they were dropped."""
     mended: int = 0
     """Rows in which U+FFFD stands for what was no character."""
     cleared: int = 0
     """Records that lost texts which only the tokenizer and its template may write."""
+    longer: int = 0
+    """Records whose prompt was cut."""
+
+
+@dataclass(kw_only=True)
+class Found(Facts, Generic[R]):
+    """The records of a split, and what became of the rows that are none."""
+
+    records: Records[R]
+    cached: bool = False
+    """Whether they were tokenised at an earlier start."""
 
 
 class DataSet:
@@ -60,15 +76,24 @@ class DataSet:
     def remarks(self) -> list[str]:
         """What was recognised in the sources, and what of them is not used: one line each."""
         sources = self.reading.sources
-        return [
-            f"{source.config.path}: read as {source.name} ({source.format.columns})"
-            for source in sources
-            if source.config.format is None
-        ] + [
-            f"{source.config.path}: splits that are not used: {', '.join(source.rows.unused)}"
-            for source in sources
-            if source.rows.unused
-        ]
+        return (
+            [
+                f"{source.config.path}: read as {source.name} ({source.format.columns})"
+                for source in sources
+                if source.config.format is None
+            ]
+            + [
+                f"{source.config.path}: splits that are not used: {', '.join(source.rows.unused)}"
+                for source in sources
+                if source.rows.unused
+            ]
+            + [
+                f"{source.config.path}: files that are not read, as they are of no split or of another kind than the "
+                f"others: {', '.join(source.rows.left_out)}"
+                for source in sources
+                if source.rows.left_out
+            ]
+        )
 
     def demonstrations(self, split: Split) -> Found[Demonstration]:
         """The demonstrations of a split.
@@ -80,13 +105,13 @@ class DataSet:
         def make(record: Record, raw: RawDemonstration, fitted: Fitted) -> Demonstration:
             return Demonstration(
                 record.id, fitted.text, _response(record, raw.response), raw.title, raw.prompt.messages, raw.metadata,
-                fitted.tokens, record.group,
+                fitted.tokens, record.group, fitted.ids,
             )  # fmt: skip
 
         def clean(raw: RawDemonstration, remove: Callable[[str], str]) -> RawDemonstration:
             return replace(raw, response=remove(raw.response))
 
-        return self._made(split, clean, make)
+        return self._found(Demonstration, split, clean, make)
 
     def prompts(self, split: Split) -> Found[Prompt]:
         """The prompts of a split. See `demonstrations` for errors."""
@@ -94,14 +119,14 @@ class DataSet:
         def make(record: Record, raw: RawPrompt, fitted: Fitted) -> Prompt:
             return Prompt(
                 record.id, fitted.text, raw.reference, raw.title, raw.prompt.messages, raw.metadata, fitted.tokens,
-                record.group,
+                record.group, fitted.ids,
             )  # fmt: skip
 
         def clean(raw: RawPrompt, remove: Callable[[str], str]) -> RawPrompt:
             reference = remove(raw.reference).strip() or None if raw.reference else None
             return replace(raw, reference=reference)
 
-        return self._made(split, clean, make)
+        return self._found(Prompt, split, clean, make)
 
     def comparisons(self, split: Split) -> Found[Comparison]:
         """The comparisons of a split.
@@ -111,7 +136,7 @@ class DataSet:
         """
 
         def make(record: Record, raw: RawComparison, fitted: Fitted) -> Comparison:
-            return Comparison(record.id, fitted.text, raw.responses, raw.source, raw.scores, fitted.tokens)
+            return Comparison(record.id, fitted.text, raw.responses, raw.source, raw.scores, *fitted[1:])
 
         def clean(raw: RawComparison, remove: Callable[[str], str]) -> RawComparison:
             answers = tuple(remove(response).strip() for response in raw.responses)
@@ -121,53 +146,99 @@ class DataSet:
                 raise SkipRow(next(iter(reasons)))  # a row counts once, by its first reason
             return replace(raw, responses=tuple(answers[i] for i in kept), scores=scores)
 
-        return self._made(split, clean, make)
+        return self._found(Comparison, split, clean, make)
 
     def labelled(self, split: Split) -> Found[LabelledAnswer]:
         """The labelled answers of a split; short ones stay, since each is judged by itself. See `demonstrations`."""
 
         def make(record: Record, raw: RawLabelled, fitted: Fitted) -> LabelledAnswer:
-            return LabelledAnswer(
-                record.id, fitted.text, _response(record, raw.response), raw.good, raw.source, fitted.tokens
-            )
+            response = _response(record, raw.response)
+            return LabelledAnswer(record.id, fitted.text, response, raw.good, raw.source, *fitted[1:])
 
         def clean(raw: RawLabelled, remove: Callable[[str], str]) -> RawLabelled:
             return replace(raw, response=remove(raw.response))
 
-        return self._made(split, clean, make)
+        return self._found(LabelledAnswer, split, clean, make)
 
-    def _made(
+    @cached_property
+    def _content(self) -> str:
+        """A hash of what decides the records of all splits."""
+        own = self.rendering
+        check_fast(own.tokenizer)
+        return cache.digest(
+            cache.tokenizer_digest(own.tokenizer), own.max_prompt_tokens, own.system_prompt, self.reading.content
+        )
+
+    def _found(
         self,
+        kind: type[R],
         split: Split,
         clean: Callable[[Any, Callable[[str], str]], Any],
         make: Callable[[Any, Any, Fitted], R],
     ) -> Found[R]:
-        """The records of a split: special tokens taken out, prompts rendered and cut."""
+        """The records of a split, from the cache or made now."""
+        key = cache.digest(self._content, kind.__name__, split)
+        if kept := cache.read_entry(kind, key):
+            return Found(records=kept[0], cached=True, **kept[1])
         records, counted, mended = self.reading.split(split)
-        dropped = Counter(counted)
-        remove, cleaned = special_text_remover(self.rendering.tokenizer), cleaner(self.rendering.tokenizer)
-        kept: list[tuple[Record, Any]] = []
-        cleared = 0
-        for record in records:
+        facts = Facts(dropped=Counter(counted), mended=mended)
+        with cache.working_directory() as directory:
+            file = directory / cache.RECORDS
             try:
-                raw = clean(replace(record.raw, prompt=cleaned(record.raw.prompt)), remove)
-                if raw.prompt.blank:  # now that special tokens are out
-                    raise SkipRow("empty_prompt")
-            except SkipRow as reason:
-                dropped[str(reason)] += 1
-                continue
-            cleared += raw.prompt != record.raw.prompt or any(remove(text) != text for text in record.raw.texts)
-            kept.append((record, raw))
-        if not kept:
-            raise UserError(
-                f"{self.reading.paths}: no usable {self.reading.use} in split {split!r} (dropped: {dict(dropped)}); "
-                "add rows, or give a directory with a train and a validation file"
-            )
-        prompts = [self._told(record.where, raw.prompt) for record, raw in kept]
+                count = write_records(kind, self._made(records, facts, clean, make), file)
+            except pickle.UnpicklingError as error:
+                raise UserError(
+                    f"{self.reading.paths}: a further column has {error}, which cannot be read; leave the column out"
+                ) from None
+            if not count:
+                raise UserError(
+                    f"{self.reading.paths}: no usable {self.reading.use} in split {split!r} (dropped: "
+                    f"{dict(facts.dropped)}); add rows, or give a directory with a train and a validation file"
+                )
+            found = Found(records=Records.open(kind, file), **vars(facts))
+            if self.reading.settled and self.reading.rows >= cache.KEPT_FROM:
+                cache.keep(directory, key, vars(facts))
+        return found
+
+    def _made(
+        self,
+        records: Sequence[Record],
+        facts: Facts,
+        clean: Callable[[Any, Callable[[str], str]], Any],
+        make: Callable[[Any, Any, Fitted], R],
+    ) -> Iterator[R]:
+        """Make records: special tokens taken out, prompts rendered and cut, all texts tokenised."""
         own = self.rendering
-        fitted = fit_prompts(own.tokenizer, prompts, own.max_prompt_tokens, [record.where for record, _ in kept])
-        made = [make(record, raw, each) for (record, raw), each in zip(kept, fitted, strict=True)]
-        return Found(made, dict(dropped), mended, cleared)
+        remove, cleaned = special_text_remover(own.tokenizer), cleaner(own.tokenizer)
+        for start in range(0, len(records), _CHUNK):
+            kept: list[tuple[Record, Any]] = []
+            where: list[str] = []
+            for record in records[start : start + _CHUNK]:
+                place, given = record.said
+                try:
+                    raw = clean(replace(given, prompt=cleaned(given.prompt)), remove)
+                    if raw.prompt.blank:  # now that special tokens are out
+                        raise SkipRow("empty_prompt")
+                except SkipRow as reason:
+                    facts.dropped[str(reason)] += 1
+                    continue
+                facts.cleared += raw.prompt != given.prompt or any(remove(text) != text for text in given.texts)
+                kept.append((record, raw))
+                where.append(place)
+            prompts = [self._told(place, raw.prompt) for place, (_, raw) in zip(where, kept, strict=True)]
+            fitted = fit_prompts(own.tokenizer, prompts, own.max_prompt_tokens, where)
+            facts.longer += sum(each.tokens > own.max_prompt_tokens for each in fitted)
+            yield from self._with_responses(
+                [make(record, raw, each) for (record, raw), each in zip(kept, fitted, strict=True)]
+            )
+
+    def _with_responses(self, records: Sequence[R]) -> Iterator[R]:
+        """The records with the token ids of their answers."""
+        answers = [answer for record in records for answer in record.answers]
+        prompts = [record.text for record in records for _ in record.answers]
+        encoded = map(tuple, encode_responses(self.rendering.tokenizer, answers, sys.maxsize, prompts))
+        for record in records:
+            yield replace(record, response_ids=tuple(itertools.islice(encoded, len(record.answers))))
 
     def _told(self, where: str, prompt: PromptParts) -> PromptParts:
         own = self.rendering
@@ -184,15 +255,15 @@ def read_demonstrations(
 ) -> list[Demonstration]:
     """The demonstrations of one split of these sources; see `DataSet` and `Reading`."""
     rendering = Rendering(tokenizer, max_prompt_tokens)
-    return DataSet(sources, rendering, "demonstration").demonstrations(split).records
+    return list(DataSet(sources, rendering, "demonstration").demonstrations(split).records)
 
 
-def one_each(records: Sequence[P]) -> list[P]:
+def one_each(records: Records[P]) -> Records[P]:
     """Of the records of one prompt the first."""
-    first: dict[str, P] = {}
-    for record in records:
-        first.setdefault(record.split_key, record)
-    return list(first.values())
+    first: dict[str, Key] = {}
+    for key in records.keys:
+        first.setdefault(key.split_key, key)
+    return records.at(first.values())
 
 
 def _response(record: Record, text: str) -> str:

@@ -77,6 +77,8 @@ class Fitted(NamedTuple):
     text: str
     tokens: int
     """Of the whole prompt, BOS included, before it was cut."""
+    ids: tuple[int, ...]
+    """Of the text, as `encode_prompts` has them."""
 
 
 def tldr_prompt(subreddit: str, title: str, post: str) -> TextPrompt:
@@ -145,15 +147,23 @@ def fit_prompts(
         UserError: the fixed parts of a prompt exceed the limit by themselves, the chat template refuses a prompt, or
             the tokenizer has no fast version.
     """
-    if not tokenizer.is_fast:
-        raise UserError(
-            f"tokenizer {tokenizer.name_or_path!r} has no fast version (tokenizer.json); cutting prompts needs one"
-        )
+    check_fast(tokenizer)
     fitted: list[Fitted] = []
     for start in range(0, len(prompts), _CHUNK):
         chunk = slice(start, start + _CHUNK)
         fitted += _fit_chunk(tokenizer, prompts[chunk], max_tokens, where[chunk])
     return fitted
+
+
+def check_fast(tokenizer: PreTrainedTokenizerBase) -> None:
+    """
+    Raises:
+        UserError: the tokenizer has no fast version.
+    """
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"tokenizer {tokenizer.name_or_path!r} has no fast version (tokenizer.json); cutting prompts needs one"
+        )
 
 
 def _fit_chunk(
@@ -167,15 +177,17 @@ def _fit_chunk(
             raise UserError(f"{origin}: the tokenizer's chat template refuses these messages: {error}") from None
     encodings = tokenizer(texts, add_special_tokens=False, verbose=False).encodings
     assert encodings is not None  # a fast tokenizer has them
-    lead = len(leading_ids(tokenizer))
+    lead = leading_ids(tokenizer)
     waiting: dict[int, Iterator[str]] = {}
+    found: list[list[int]] = []
     lengths = []
     for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
         # A text that spells its BOS has it among its own tokens already.
-        added = 0 if starts_with_bos(tokenizer, text) else lead
-        room = max_tokens - added
-        lengths.append(len(encodings[i].ids) + added)
-        if len(encodings[i].ids) <= room:
+        added = [] if starts_with_bos(tokenizer, text) else lead
+        room = max_tokens - len(added)
+        found.append(added + encodings[i].ids)
+        lengths.append(len(found[i]))
+        if lengths[i] <= max_tokens:
             continue
         if isinstance(prompt, TextPrompt):
             waiting[i] = _cuts(prompt, encodings[i].offsets, room)
@@ -194,8 +206,9 @@ def _fit_chunk(
         indices = list(waiting)
         for i, ids in zip(indices, encode_prompts(tokenizer, [texts[i] for i in indices]), strict=True):
             if len(ids) <= max_tokens:
+                found[i] = ids
                 del waiting[i]
-    return list(map(Fitted, texts, lengths))
+    return list(map(Fitted, texts, lengths, map(tuple, found)))
 
 
 def _cuts(prompt: TextPrompt, offsets: Sequence[tuple[int, int]], room: int) -> Iterator[str]:

@@ -44,7 +44,7 @@ def spelled_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
 
 def written_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
     """The special and added tokens that the chat template writes."""
-    written = "".join(_dialogues(tokenizer))
+    written = "".join(dialogues(tokenizer))
     return {token for token in _tokens(tokenizer) if token in written}
 
 
@@ -56,7 +56,7 @@ def turn_texts(tokenizer: PreTrainedTokenizerBase) -> set[str]:
     if not tokenizer.chat_template:
         return {f"\n\n{name}:" for name in SPEAKERS.values()}
     tokens = spelled_tokens(tokenizer)
-    seams = [seam for text in _dialogues(tokenizer) for seam in re.split("|".join(_SAID), text)[1:-1]]
+    seams = [seam for text in dialogues(tokenizer) for seam in re.split("|".join(_SAID), text)[1:-1]]
     # A line break before it stays part of it: `assistant:` in the middle of a line opens nothing.
     between = {seam.strip(" ").rstrip() for seam in seams}
     return {text for text in between if text and not any(token in text for token in tokens)}
@@ -85,7 +85,7 @@ def _tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
     return (added | set(tokenizer.all_special_tokens)) - {""}
 
 
-def _dialogues(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def dialogues(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Rendered dialogues with every kind of seam that the template knows. Not every template takes a system turn."""
     roles = ("user", "assistant", "user")
     found = [_rendered(tokenizer, each, asks=True) for each in (("system", *roles), roles)]

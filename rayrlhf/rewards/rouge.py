@@ -17,9 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rayrlhf.config_rl import ROUGE_NAMES
 from rayrlhf.data.words import words
-
-ROUGE_NAMES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
 
 def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:

@@ -15,9 +15,7 @@ from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from rayrlhf.errors import UserError
-
-CACHE = "RAYRLHF_CACHE"
-"""Environment variable: where a node keeps its copies. Default: rayrlhf in XDG_CACHE_HOME or ~/.cache."""
+from rayrlhf.files import cache_directory
 
 
 def is_uri(address: str | Path) -> bool:
@@ -44,9 +42,8 @@ def local_path(address: str | Path) -> Path:
         return Path(address)
     base, _, options = str(address).partition("?")
     scheme, _, path = base.rstrip("/").partition("://")
-    default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rayrlhf"
     kind = f"{scheme}-{hashlib.blake2b(options.encode(), digest_size=4).hexdigest()}"
-    return Path(os.environ.get(CACHE) or default).absolute() / kind / path.lstrip("/")
+    return cache_directory() / kind / path.lstrip("/")
 
 
 def runs_address(runs_dir: str, inside_job: bool) -> str:

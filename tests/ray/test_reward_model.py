@@ -195,9 +195,7 @@ def test_people_s_comparisons_of_harmlessness_train(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(TINY)
     source = DataSet([DatasetConfig(format="hh_rlhf", path=str(HH))], Rendering(tokenizer, 160), "comparison")
     found = source.comparisons("train").records
-    comparisons = from_comparisons(found[:24], tokenizer, 48) + from_comparisons(
-        found[24:32], tokenizer, 48, heldout=True
-    )
+    comparisons = from_comparisons(found[:24], 48) + from_comparisons(found[24:32], 48, heldout=True)
     _, metrics = run_reward_model(make_config(tmp_path, epochs=3), comparisons)
     last = metrics[-1]
     assert last["reward_model/loss"] < metrics[1]["reward_model/loss"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -82,13 +83,20 @@ def test_answers_in_a_script_without_spaces_are_kept(tokenizer: PreTrainedTokeni
     assert usable_answers(short) == ([2], {"nearly_empty": 2, "identical": 1})
 
 
+def encoded(tokenizer: PreTrainedTokenizerBase, record: Any) -> Any:
+    """The record with the token ids of its texts, whole, as it is read."""
+    response_ids = (tuple(encode_response(tokenizer, answer, 10**6, record.text)) for answer in record.answers)
+    return replace(record, ids=tuple(encode_prompt(tokenizer, record.text)), response_ids=tuple(response_ids))
+
+
 def test_published_comparisons(tokenizer: PreTrainedTokenizerBase) -> None:
     same = "the first ten words of these two answers are equal "
     comparisons = [
         Comparison("a", "What?\n\nTL;DR:", ("good tea is hot tea", "bad tea is cold", "no"), "us"),
         Comparison("b", "Why?\n\nTL;DR:", (same + "yes", same + "no")),
     ]
-    records = from_comparisons(comparisons, tokenizer, 8, heldout=True)
+    comparisons = [encoded(tokenizer, each) for each in comparisons]
+    records = from_comparisons(comparisons, 8, heldout=True)
     assert [r.id for r in records] == ["a"]  # cut to 8 tokens, the answers of b are the same
     record = records[0]
     assert record.pairs == ((0, 1), (0, 2), (1, 2)) and record.scores is None
@@ -97,7 +105,7 @@ def test_published_comparisons(tokenizer: PreTrainedTokenizerBase) -> None:
     assert [list(ids) for ids in record.response_ids] == [
         encode_response(tokenizer, text, 8, "TL;DR:") for text in comparisons[0].responses
     ]
-    assert len(from_comparisons(comparisons, tokenizer, 48)) == 2
+    assert len(from_comparisons(comparisons, 48)) == 2
 
 
 def test_labelled_answers_to_one_prompt_are_together(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -112,7 +120,8 @@ def test_labelled_answers_to_one_prompt_are_together(tokenizer: PreTrainedTokeni
         LabelledAnswer("g", "Who?", same + "yes", True),
         LabelledAnswer("h", "Who?", same + "no", True),
     ]
-    records, dropped = group_answers(rows, tokenizer, 8, heldout=True)
+    rows = [encoded(tokenizer, each) for each in rows]
+    records, dropped = group_answers(rows, 8, heldout=True)
     assert dropped == {"good_and_bad": 2}  # cut to 8 tokens, b and d are the same answer with both labels
     assert [(r.id, r.labels, r.source) for r in records] == [
         ("a", (True, False, True), ""),
@@ -124,7 +133,7 @@ def test_labelled_answers_to_one_prompt_are_together(tokenizer: PreTrainedTokeni
         encode_response(tokenizer, text, 8, "What?") for text in ("tea", "milk", "water")
     ]
     assert (records[0].examples, records[0].counts) == (3, {"good answers": 2, "bad answers": 1})
-    records, dropped = group_answers(rows, tokenizer, 48)
+    records, dropped = group_answers(rows, 48)
     assert [len(r.labels) for r in records] == [3, 2, 1, 2] and not dropped and not records[0].heldout
 
 

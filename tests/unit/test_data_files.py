@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import gzip
 import json
 from collections.abc import Callable
@@ -106,6 +107,58 @@ def test_files_of_a_directory_may_differ_in_their_columns(tmp_path: Path) -> Non
     found = load_source(DatasetConfig(path=str(tmp_path)))
     assert [row.values for row in found.train] == rows and found.valid is not None
     assert [row.values for row in found.valid] == [{"prompt": "c"}] and found.unused == ("test",)
+
+
+def test_files_of_a_directory_that_are_not_read_are_named(tmp_path: Path) -> None:
+    """`datasets` reads one kind of file in a directory."""
+    for name in ("train.jsonl", "validation.jsonl", "more.csv"):
+        (tmp_path / name).write_text(json.dumps({"prompt": "a"}))
+    (tmp_path / "notes.txt").write_text("no data")
+    for path in (str(tmp_path), f"file://{tmp_path}"):
+        assert load_source(DatasetConfig(path=path)).left_out == ("more.csv",)
+
+
+def test_a_uri_names_a_directory_as_a_path_does(tmp_path: Path) -> None:
+    """Splits by names of files, of directories and in a README; hidden files; and what `datasets` has saved."""
+    from datasets import Dataset, DatasetDict
+
+    def put(folder: str, *names: str) -> None:
+        for name in names:
+            (tmp_path / folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / folder / name).write_text(json.dumps({"prompt": name}))
+
+    put("names", "train-1.jsonl", "train-0.jsonl", "validation.jsonl", "test.jsonl")
+    put("folders", "train/b.jsonl", "train/a.jsonl", "dev/c.jsonl", ".hidden/d.jsonl")
+    put("alone", "a.jsonl", "b.jsonl")
+    put("readme", "x.jsonl", "y.jsonl")
+    splits = "[{split: train, path: y.jsonl}, {split: validation, path: x.jsonl}]"
+    readme = "---\nconfigs: [{config_name: default, data_files: " + splits + "}]\n---\n"
+    (tmp_path / "readme/README.md").write_text(readme)
+    one = Dataset.from_list(ROWS)
+    one.save_to_disk(tmp_path / "one")
+    DatasetDict({"train": one, "validation": one.select([1]), "extra": one}).save_to_disk(tmp_path / "both")
+
+    def found(path: str) -> Any:
+        source = load_source(DatasetConfig(path=path))
+        valid = None if source.valid is None else [row.values for row in source.valid]
+        return [row.values for row in source.train], valid, source.unused, source.left_out
+
+    for folder in ("names", "folders", "alone", "readme", "one", "both"):
+        assert found(f"file://{tmp_path}/{folder}/") == found(str(tmp_path / folder)), folder
+    assert found(f"file://{tmp_path}/readme")[:2] == ([{"prompt": "y.jsonl"}], [{"prompt": "x.jsonl"}])
+    assert found(f"file://{tmp_path}/both") == (ROWS, ROWS[1:], ("extra",), ())
+
+
+@pytest.mark.parametrize("pattern", ["names/*.jsonl", "*/part.jsonl", "**/*.jsonl", "names/**", "na*/x-[1].jsonl"])
+def test_patterns_of_uris_are_those_of_paths(tmp_path: Path, pattern: str) -> None:
+    for name in ("names/x-1.jsonl", "names/x-[1].jsonl", "names/deep/part.jsonl", "other/part.jsonl", "top.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(json.dumps({"prompt": name}))
+    paths = sorted(path for path in glob.glob(f"{tmp_path}/{pattern}", recursive=True) if Path(path).is_file())
+    wanted = [json.loads(Path(path).read_text()) for path in paths]
+    if "[" in pattern:  # `glob` has sets of characters, which no name of a bucket needs
+        wanted = [{"prompt": "names/x-[1].jsonl"}]
+    assert [row.values for row in load_source(DatasetConfig(path=f"file://{tmp_path}/{pattern}")).train] == wanted
 
 
 def test_what_datasets_has_saved(tmp_path: Path) -> None:

@@ -39,14 +39,14 @@ def read_published(
     sources: list[DatasetConfig], split: Split, tokenizer: PreTrainedTokenizerBase, limit: int
 ) -> tuple[list[Comparison], dict[str, int]]:
     found = DataSet(sources, Rendering(tokenizer, limit), "comparison").comparisons(split)
-    return found.records, found.dropped
+    return list(found.records), found.dropped
 
 
 def read_labelled(
     sources: list[DatasetConfig], split: Split, tokenizer: PreTrainedTokenizerBase, limit: int
 ) -> tuple[list[LabelledAnswer], dict[str, int]]:
     found = DataSet(sources, Rendering(tokenizer, limit), "labelled").labelled(split)
-    return found.records, found.dropped
+    return list(found.records), found.dropped
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:

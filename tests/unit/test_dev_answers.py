@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,8 +48,9 @@ def answered(
 class Policy:
     """A policy whose first weight is its step, and generators that answer with the gold of that step."""
 
-    def __init__(self, run_dir: Path, gold: dict[int, float], **rl: Any) -> None:
-        self.config = parse_config({"name": run_dir.name, "runs_dir": str(run_dir.parent), "rl": rl}, "test")
+    def __init__(self, run_dir: Path, gold: dict[int, float], rewards: Any = None, **rl: Any) -> None:
+        settings = {"name": run_dir.name, "runs_dir": str(run_dir.parent), "rl": rl}
+        self.config = parse_config(settings | ({"rewards": rewards} if rewards else {}), "test")
         self.run_dir, self.gold = run_dir, gold
         self.model = load_policy(TINY)
         self.asked: list[tuple[list[GenerationRequest], Sampling, int]] = []
@@ -146,6 +148,32 @@ def test_a_measure_that_is_not_there_is_said(tmp_path: Path) -> None:
         Policy(tmp_path / "run", {}, **EVALUATED).train(range(1))
 
 
+def test_any_reward_and_any_rouge_measure_may_choose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`brevity` is best at step 2, ROUGE-2 at step 4, and the sum of the rewards at step 0."""
+    said = {0: "the cat sat", 2: "a dog", 4: "a black dog ran", 5: "a dog ran black"}
+    rewards = {0: (9.0, 0.1), 2: (1.0, 0.9), 4: (2.0, 0.3), 5: (3.0, 0.4)}
+
+    def answer(self: Policy, requests: Sequence[GenerationRequest], sampling: Sampling, version: int) -> Any:
+        answers = [answered(request.prompt_id, 0.0, None, said[version]) for request in requests]
+        for each in answers:
+            each.rewards = dict(zip(("reward_model", "brevity"), rewards[version], strict=True))
+        return answers
+
+    monkeypatch.setattr(Policy, "answer", answer)
+    asked = [DevPrompt(each.encoded, replace(each.prompt, reference="a black dog slept")) for each in PROMPTS[:2]]
+    asked.append(DevPrompt(PROMPTS[2].encoded, replace(PROMPTS[2].prompt, reference=None)))  # which ROUGE leaves out
+    monkeypatch.setattr("tests.unit.test_dev_answers.PROMPTS", asked)
+    given = [{"kind": "model"}, {"kind": "python", "name": "brevity", "path": "brief.py:brief"}]
+    for select, best in (("score", 0), ("brevity", 2), ("rouge2", 4)):
+        policy = Policy(tmp_path / select, {}, rewards=given, sample_every=None, eval_every=2, select=select)
+        policy.train(range(6))
+        assert policy.published() == best
+        lines = read_metrics(policy.run_dir, "rl_eval")
+        assert [line["rl_eval/rewards/brevity"] for line in lines] == pytest.approx([0.1, 0.9, 0.3, 0.4])
+    # Two of three 2-grams of "a black dog ran", which are two of three of the reference.
+    assert [line["rl_eval/rouge2"] for line in lines] == pytest.approx([0, 0, 2 / 3, 0])
+
+
 def test_answers_to_look_at(tmp_path: Path) -> None:
     """Before the first step, every two steps and at the end; the same prompts with the same seeds, near-greedily."""
     run = open_or_create(parse_config({"name": "run"}, "test"), tmp_path)
@@ -187,6 +215,7 @@ def test_measures_by_hand() -> None:
     assert found == {
         "rl_eval/prompts": 2.0,
         "rl_eval/score": pytest.approx(-0.25),  # (0.5 - 1) / 2
+        "rl_eval/rewards/reward_model": pytest.approx(0.375),  # as it is, also of the answer that does not end
         "rl_eval/gold": pytest.approx(0.3),
         "rl_eval/kl": pytest.approx(0.5 * drawn[0].written_tokens),
         "rl_eval/length": float(answers[0].written_tokens),
@@ -206,6 +235,10 @@ def test_measures_by_hand() -> None:
         (
             {"environment": {"path": "game.py:Game"}, "rl": {"eval_every": 5, "select": "gold"}},
             "rl.select: gold is not measured with an environment",
+        ),
+        (
+            {"rl": {"eval_every": 5, "select": "helpful"}},
+            "rl.select: helpful is not measured; take one of score, gold, rouge1, .*, reward_model",
         ),
     ],
 )

@@ -21,7 +21,7 @@ from actors.pools.remote import ActorDied, ActorFailure, Remote
 from actors.rollouts.ahead import Ahead
 from actors.rollouts.generator import INITIAL_VERSION
 from actors.rollouts.groups import Cursor, Group, Limits
-from actors.rollouts.in_turn import load_on_all
+from actors.rollouts.in_turn import draw, load_on_all
 from actors.rollouts.weight_sync import Publication
 from rayrlhf.trajectory import GenerationRequest, Sampling, SerializedTrajectory, Trajectory
 
@@ -389,3 +389,15 @@ def test_the_coordinator_starts_without_transformers_and_vllm() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
+
+
+def test_drawing_ends_with_what_is_finished() -> None:
+    """A request as long as its prompt says: of 40, in two shares, the short ones are finished by then."""
+    setting = Setting({}, steps=1, per_step=1, staleness=0)
+    requests = [GenerationRequest(str(length), (length,), 0, seed=length) for length in range(1, 41)]
+    done = draw(setting.generators, requests, SAMPLING, 10, lambda: setting.made[0].slices >= 12)
+    assert 0 < len(done) < 40
+    assert all(done[place].load().prompt_id == requests[place].prompt_id for place in done)
+    assert [made.running for made in setting.made] == [{}, {}], "the engines are empty for the next work"
+    again = draw(setting.generators, requests, SAMPLING, 10, lambda: False)
+    assert sorted(again) == list(range(40)) and all(again[place].data == done[place].data for place in done)

@@ -86,7 +86,7 @@ def test_prompts_of_their_own(tokenizer: PreTrainedTokenizerBase, tmp_path: Path
     given = {"demonstrations": demonstrations(tmp_path), "prompts": prompts(tmp_path), "comparisons": pairs(tmp_path)}
     data = run_data(tokenizer, lines, given)
     data.read()
-    asked = data.rl + run_data(tokenizer, [], given, evaluate={"split": "dev"}).evaluated + data.evaluated
+    asked = [*data.rl, *run_data(tokenizer, [], given, evaluate={"split": "dev"}).evaluated, *data.evaluated]
     assert len(asked) == 60 == len(texts(asked)) and all(text.startswith("Why") for text in texts(asked))
     assert all(prompt.reference is None for prompt in asked) and data.prompts(data.rl)[0].reference is None
     assert not data.train.reward_model
@@ -129,14 +129,16 @@ def test_what_is_cut_dropped_and_unused_is_counted(tokenizer: PreTrainedTokenize
     """In a run of SFT and DPO on given pairs, which has no use for 60 % of the demonstrations."""
     rows = [{"prompt": f"What is {i}?", "response": "word " * (30 if i < 7 else 2)} for i in range(40)]
     rows += [{"prompt": "line\n" * 60 + f"{i}?", "response": "short"} for i in range(3)]
-    write_rows(tmp_path / "train.jsonl", [*rows, rows[0]])
-    write_rows(tmp_path / "validation.jsonl", [{"prompt": f"Who is {i}?", "response": "a"} for i in range(20)])
+    folder = tmp_path / "demonstrations"
+    folder.mkdir()
+    write_rows(folder / "train.jsonl", [*rows, rows[0]])
+    write_rows(folder / "validation.jsonl", [{"prompt": f"Who is {i}?", "response": "a"} for i in range(20)])
     lines: list[str] = []
     data = run_data(
         tokenizer,
         lines,
         {
-            "demonstrations": {"path": str(tmp_path), "format": "prompts"},
+            "demonstrations": {"path": str(folder), "format": "prompts"},
             "comparisons": {"path": pairs(tmp_path), "format": "preferences"},
             "max_prompt_tokens": 40,
             "max_response_tokens": 12,
@@ -146,9 +148,9 @@ def test_what_is_cut_dropped_and_unused_is_counted(tokenizer: PreTrainedTokenize
     data.read()
     sft, unused = len(data.train.sft), len(data.unused)
     assert lines[:2] == [
-        f"43 train demonstrations from {tmp_path}; dropped: 1 duplicate; 3 prompts cut to data.max_prompt_tokens=40; "
+        f"43 train demonstrations from {folder}; dropped: 1 duplicate; 3 prompts cut to data.max_prompt_tokens=40; "
         "7 responses cut to data.max_response_tokens=12",
-        f"20 valid demonstrations from {tmp_path}; dropped: none",
+        f"20 valid demonstrations from {folder}; dropped: none",
     ]
     assert lines[-1].startswith(f"{unused} train demonstrations are used by no stage") and sft + unused == 43
 

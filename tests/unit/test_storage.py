@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import math
 import os
 import signal
@@ -20,7 +21,9 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rayrlhf.config import Config
+from rayrlhf.config_data import DatasetConfig
 from rayrlhf.config_file import parse_config
+from rayrlhf.data.loading import load_source
 from rayrlhf.errors import UserError
 from rayrlhf.runs import conditional, lease
 from rayrlhf.runs.addresses import join, local_path, runs_address
@@ -495,3 +498,25 @@ def test_who_has_lost_its_lease_ends_and_leaves_it_to_the_other(
     found = store.read(lock)
     assert found is not None and found.startswith(b"process 2 on another-machine")
     assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_data_in_a_bucket(s3: S3) -> None:
+    """A file, a pattern and a directory of a bucket, behind options; and what is not there."""
+    store = Store.open(s3.uri("data"))
+    for name in ("train-1.jsonl", "train-0.jsonl", "validation.jsonl", "deep/train-2.jsonl"):
+        path = f"{store.root}/{name}"
+        store.filesystem.create_dir(path.rpartition("/")[0], recursive=True)
+        store.write(path, json.dumps({"prompt": name}).encode())
+
+    def train(path: str) -> list[str]:
+        return [row.values["prompt"] for row in load_source(DatasetConfig(path=s3.uri(path))).train]
+
+    assert train("data/train-0.jsonl") == ["train-0.jsonl"]
+    assert train("data/train-*.jsonl") == ["train-0.jsonl", "train-1.jsonl"]
+    assert train("data/**/train-*.jsonl") == ["deep/train-2.jsonl", "train-0.jsonl", "train-1.jsonl"]
+    directory = load_source(DatasetConfig(path=s3.uri("data/")))
+    assert sorted(row.values["prompt"] for row in directory.train) == train("data/**/train-*.jsonl")
+    assert directory.valid is not None and [row.values["prompt"] for row in directory.valid] == ["validation.jsonl"]
+    for path, said in (("nothing/", "no such file or directory"), ("data/no-*", "no such file matches this pattern")):
+        with pytest.raises(UserError, match=said):
+            load_source(DatasetConfig(path=s3.uri(path)))
