@@ -23,6 +23,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from actors.training.loop import Loop
+from rayrlhf.config_rl import ROUGE_NAMES
 from rayrlhf.data.prompts import EncodedPrompt, requests_for
 from rayrlhf.data.records import Prompt
 from rayrlhf.data.tokens import decode_trajectory, sampling_of
@@ -30,7 +31,7 @@ from rayrlhf.errors import UserError
 from rayrlhf.files import replacing
 from rayrlhf.reports.progress import answers_text
 from rayrlhf.rewards.diversity import diversity
-from rayrlhf.rewards.rouge import ROUGE_NAMES, rouge
+from rayrlhf.rewards.rouge import rouge
 from rayrlhf.rewards.score import score_of
 from rayrlhf.sections import DrawConfig
 from rayrlhf.trajectory import GenerationRequest, Sampling, Trajectory

@@ -80,8 +80,8 @@ def labellers_grid(found: Agreement, reliability: Mapping[str, float]) -> Grid:
         f"{found.items} items ranked, {found.shared} of them by several: Kendall's tau-b {_text(found.tau_b)}, "
         f"Krippendorff's alpha {_text(found.alpha)}; labellers of InstructGPT: {share:.3f} ± {error:.3f} with others"
     )
-    heads = ("labeller", "ranked", "skip", "flag", "ties", "with others", "with self", "with gold")
-    heads = (*heads, "earlier preferred", "s each", "reliable")
+    names = "labeller|ranked|skip|flag|ties|with others|with self|with gold|earlier preferred|s each|reliable"
+    heads = tuple(names.split("|"))
     each = (*found.labellers.items(), ("all", found.everyone))
     rows = [_row(name, own, reliability.get(name)) for name, own in each]
     measured = [column for column in range(len(heads)) if any(row[column] != UNKNOWN for row in rows)]

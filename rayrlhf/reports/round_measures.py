@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from scipy.special import expit
 
 from rayrlhf.reports.evaluation import PREVIOUS
-from rayrlhf.reports.reward_accuracy import cluster_bootstrap
+from rayrlhf.resampling import cluster_bootstrap
 from rayrlhf.runs.folder import RunFolder
 from rayrlhf.runs.rounds import round_name, rounds_of
 

@@ -209,7 +209,7 @@ def test_collect_waits_is_interrupted_and_learns_from_ties(
 
     monkeypatch.setattr(jobs.collect, "sample_answers", sample)
     with monkeypatch.context() as context:
-        context.setattr(people_labeller.time, "sleep", interrupt)
+        context.setattr("rayrlhf.rewards.people_labeller.time.sleep", interrupt)
         assert stage() == 130
     assert "the same command continues" in capsys.readouterr().err
     run = RunFolder(tmp_path / "runs" / "run")
@@ -228,7 +228,8 @@ def test_collect_waits_is_interrupted_and_learns_from_ties(
     assert [(r.id, r.labeller) for r in ranked] == [(asked[0], "people"), (asked[2], "people")]
     assert ranked[0].responses == (ANSWERS[1], ANSWERS[0], ANSWERS[2]) and ranked[0].pairs == ((0, 1), (0, 2))
     assert ranked[1].responses == ANSWERS and len(ranked[1].pairs) == 3
-    assert ranked[1].gold is not None and len(ranked[1].gold) == 3 and not any(map(math.isnan, ranked[1].gold))
+    assert ranked[1].gold is not None and len(ranked[1].gold) == 3
+    assert all(gold is not None and math.isfinite(gold) for gold in ranked[1].gold)
     out = " ".join(capsys.readouterr().out.split())
     assert "1 of 3 prompts have no ranking and are left out" in out and "5 pairs" in out
     assert "labellers 1, judgements 2, skipped 1, flagged personal data 1" in out

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from rouge_score import rouge_scorer
 
+from rayrlhf.config_rl import ROUGE_NAMES
 from rayrlhf.data.records import Prompt
 from rayrlhf.rewards.labellers import ReferenceLabeller
-from rayrlhf.rewards.rouge import ROUGE_NAMES, rouge, rouge_per_example
+from rayrlhf.rewards.rouge import rouge, rouge_per_example
 
 PREDICTIONS = [
     "My girlfriend lies about running shoes.",
