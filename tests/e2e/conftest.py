@@ -106,9 +106,13 @@ class Command:
                 pytest.fail(f"{self.arguments}: {'ended' if ended else 'waited'} before {what}\n{self._texts()}")
             time.sleep(0.5)
 
+    def output(self) -> str:
+        """What it has printed to standard output so far."""
+        return self._out.read_text()
+
     def says(self, text: str) -> bool:
         """Whether it has printed this to standard output."""
-        return text in self._out.read_text()
+        return text in self.output()
 
     def processes(self) -> dict[int, str]:
         """Command lines of all living processes that descend from this command, by pid: their environment says so."""

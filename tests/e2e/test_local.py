@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +12,6 @@ import pytest
 from jobs.reward_model import reward_model
 from jobs.stage import run
 from rayrlhf.config_file import load_config
-from rayrlhf.data.comparisons import read_ranked
-from rayrlhf.reports.raters import agreement_of
-from rayrlhf.rewards.labellers import read_unranked
 from rayrlhf.runs.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -78,55 +73,3 @@ def test_reward_model_from_published_comparisons_without_a_split_of_its_own(
     measured = json.loads((tmp_path / "hh" / "reward_model.json").read_text())
     assert measured["accuracy"]["reward_model"]["mean"] == lines[-1]["reward_model/heldout_accuracy"]
     assert f"{measured['pairs']} held-out pairs of" in out and "SFT log-prob, sum" in out
-
-
-PEOPLE = """
-import sys
-from rayrlhf.labelling.database import LabelDatabase
-from rayrlhf.labelling.judgements import Judgement
-
-database = LabelDatabase(sys.argv[1])
-for name in ("ann", "bob"):
-    database.add_labeller(name)
-    for number, item in enumerate(database.items()):
-        longest = [-len(answer) for answer in item.answers]
-        places = sorted(set(longest))
-        ranks = None if number == 0 else tuple(1 if name == "bob" else places.index(each) + 1 for each in longest)
-        database.judge(Judgement(item.id, name, ranks, skipped="" if ranks else "unsure"), f"{name} {item.id}")
-"""
-"""Another process, in which ann prefers longer answers, bob calls all of them equal, and both skip the first prompt."""
-
-
-def test_people_rank_while_the_run_waits_and_it_goes_on_by_itself(finished: Any, tmp_path: Path, start: Any) -> None:
-    path = tmp_path / "people"
-    shutil.copytree(finished.path / "sft", path / "sft")
-    changes = [f"runs_dir={tmp_path}", "name=people", "stages=[sft, collect, reward_model]", "collect.prompts=16"]
-    changes += [
-        "collect.labeller.kind=people",
-        "collect.labeller.labellers=2",
-        "collect.labeller.aggregate=bradley_terry",
-    ]
-    command = start("rayrlhf", "run", *finished.arguments, *changes, "--local")
-    command.wait_for_line(r"collect: 0 of \d+ prompts are ranked; `rayrlhf label ")
-    waiting = read_unranked(path / "to_rank.jsonl")
-    assert not (path / "comparisons.parquet").exists()
-    subprocess.run([sys.executable, "-c", PEOPLE, str(path / "labels.sqlite")], cwd=ROOT, check=True)
-    outcome = command.wait()
-    assert outcome.code == 0, outcome.err
-    assert f"1 of {len(waiting)} prompts have no ranking and are left out" in " ".join(outcome.out.split())
-    ranked = read_ranked(path / "comparisons.parquet")
-    assert [r.id for r in ranked] == [item.id for item in waiting[1:]]
-    for record in ranked:
-        lengths = [len(text) for text in record.responses]
-        assert lengths == sorted(lengths, reverse=True), "bob's ties leave ann's order"
-        longer = {(i, j) for i in range(len(lengths)) for j in range(len(lengths)) if lengths[i] > lengths[j]}
-        assert set(record.pairs) == longer, "answers of one length are a tie"
-    assert json.loads((path / "labeller.json").read_text())["skipped"] == 2
-    lines = read_metrics(path, "reward_model")
-    assert lines[0]["reward_model/pairs"] == sum(len(r.pairs) for r in ranked if not r.heldout)
-    assert (path / "reward_model" / "model.safetensors").is_file()
-    found = {(each.one, each.other): each for each in agreement_of([path])}
-    both = found["people", "longer answer"]
-    assert both.alike is not None and both.alike.mean == 1.0 and both.pairs == sum(len(r.pairs) for r in ranked)
-    assert found["people: ann", "people: bob"].alike is None, "bob prefers nothing"
-    assert ("people", "reward model") in found
