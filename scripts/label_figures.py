@@ -93,6 +93,7 @@ def main(directory: Path) -> None:
                     viewport={"width": width, "height": height},
                     color_scheme="dark" if scheme == "dark" else "light",
                     device_scale_factor=scale,
+                    reduced_motion="reduce",  # else a picture may show a colour on its way
                 )
                 page = context.new_page()
                 page.goto(site.link(name))
@@ -100,7 +101,7 @@ def main(directory: Path) -> None:
                 expect(page.locator(".card").first).to_be_visible()
                 return page
 
-            page = sit_down("ann", 1280, 860)
+            page = sit_down("ann", 1280, 1010)
             for key in ("2", "1", "2"):
                 page.keyboard.press(key)
             page.screenshot(path=directory / "rank.png")

@@ -139,21 +139,8 @@ def test_keyboard_alone(desk: Any) -> None:
     page.keyboard.press("Enter")
     done(page, 1)
     shown_next = answers(page)
-    # Arrows: the last answer one rank down from nothing, which is 1, and further; 0 takes it away again.
-    for key in (
-        "ArrowDown",
-        "ArrowDown",
-        "ArrowRight",
-        "ArrowRight",
-        "ArrowRight",
-        "ArrowLeft",
-        "ArrowUp",
-        "1",
-        "0",
-        "3",
-        "ArrowUp",
-        "1",
-    ):
+    # Arrows: the last answer from no rank to 1, 2, 3 and back to 2. Then B is 1, and A is 1, none and 3.
+    for key in [*["ArrowDown"] * 2, *["ArrowRight"] * 3, "ArrowLeft", "ArrowUp", "1", "1", "0", "3"]:
         page.keyboard.press(key)
     page.keyboard.press("n")
     page.keyboard.type("3 reasons: usf")  # letters and digits of a note are no commands
@@ -179,8 +166,8 @@ def test_keyboard_alone(desk: Any) -> None:
     expect(page.get_by_role("heading", name="Nothing is left for you")).to_be_visible()
     first, second, third, fourth = at.database.judgements()
     assert by_answer(first, items) == dict(zip(shown, (2, 1, 2), strict=True))
-    assert by_answer(second, items) == dict(zip(shown_next, (1, 3, 2), strict=True))
-    marked = items[1].answers.index(shown_next[1])
+    assert by_answer(second, items) == dict(zip(shown_next, (3, 1, 2), strict=True))
+    marked = items[1].answers.index(shown_next[0])
     assert second.flags == tuple(sorted((f"harmful:{marked}", f"personal_data:{marked}", "nonsense:prompt")))
     assert second.note == "3 reasons: usf" and second.seconds > 0
     assert (third.ranks, third.skipped, fourth.skipped) == (None, "Too long", "no 1 time")

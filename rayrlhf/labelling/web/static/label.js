@@ -10,7 +10,7 @@ const LETTERS = "ABCDEFGHI";
 const RATINGS = [1, 2, 3, 4, 5, 6, 7];
 const PENDING = `pending ${store}`; // a judgement that the server has not confirmed yet
 let state = null; // of the item on the page; see `show`
-let undone = []; // earlier values of `state.mine`, for U
+let undone = []; // earlier values of `state.mine` and `state.focus`, for U
 let sending = false;
 let polling = 0;
 
@@ -244,7 +244,7 @@ function keep() {
 
 function change(edit) {
   if (sending) return;
-  undone.push(structuredClone(state.mine));
+  undone.push({ mine: structuredClone(state.mine), focus: state.focus });
   edit(state.mine);
   keep();
   update();
@@ -301,7 +301,7 @@ function finish(verdict) {
 function undo() {
   if (sending) return;
   if (state && undone.length) {
-    state.mine = undone.pop();
+    Object.assign(state, undone.pop());
     keep();
     update();
     mark(compared().includes(state.focus) ? state.focus : compared()[0], true);
