@@ -20,7 +20,7 @@ from rayrlhf.machine import Machine
 from rayrlhf.models.kv_cache import kv_cache_mib
 from rayrlhf.models.loading import resolve_model
 from rayrlhf.runs.contents import read_contents
-from rayrlhf.runs.folder import open_or_create, stored_config
+from rayrlhf.runs.folder import open_or_create, run_at, stored_config
 from tests.families import LLAMA, OPT
 from tests.rows import write_rows
 
@@ -138,7 +138,7 @@ def test_lengths_stay_what_they_were(
     def opened(**settings: Any) -> tuple[int, str | None]:
         own = config(demonstrations, **settings)
         contents = read_contents(own, {}, {})
-        run = choices.run_at(tmp_path / "runs" / own.name)
+        run = run_at(tmp_path / "runs" / own.name)
         own, line = with_lengths(own, run, model, contents)
         open_or_create(own, tmp_path / "runs", contents=contents)
         assert stored_config(run).data == own.data
