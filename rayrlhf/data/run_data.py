@@ -69,7 +69,7 @@ class RunData:
             )
 
     @cached_property
-    def train(self) -> Splits[Demonstration]:
+    def train(self) -> Splits[Records[Demonstration]]:
         """The training records: the shares of SFT, of the reward model, and the rest, which `rl` may have."""
         data = self.config.data
         train, valid = self._demonstrations

@@ -29,16 +29,17 @@ class HasId(Protocol):
 
 
 R = TypeVar("R", bound=HasId)
+S = TypeVar("S")
 
 
 @dataclass(frozen=True)
-class Splits(Generic[R]):
+class Splits(Generic[S]):
     """The training records of the three stages; no record is in two of them."""
 
-    sft: list[R]
-    reward_model: list[R]
+    sft: S
+    reward_model: S
     """also of `dpo`, which learns from the same comparisons"""
-    rl: list[R]
+    rl: S
 
 
 def hash_fraction(record_id: str, salt: str) -> float:
@@ -47,7 +48,9 @@ def hash_fraction(record_id: str, salt: str) -> float:
     return (int.from_bytes(digest, "big") >> 11) / 2**53  # 53 bits: what a float holds exactly
 
 
-def split_train(records: Iterable[R], data: DataConfig, *, reward_model: bool = True, rl: bool = True) -> Splits[R]:
+def split_train(
+    records: Iterable[R], data: DataConfig, *, reward_model: bool = True, rl: bool = True
+) -> Splits[list[R]]:
     """Share the training records out to SFT, reward model and RL prompts, as `data` says.
 
     Args:
@@ -59,7 +62,7 @@ def split_train(records: Iterable[R], data: DataConfig, *, reward_model: bool = 
     Raises:
         UserError: an id appears twice.
     """
-    splits: Splits[R] = Splits([], [], [])
+    splits: Splits[list[R]] = Splits([], [], [])
     for record in records:
         # The salt is part of the format: another one would move records between the splits of existing runs.
         place = hash_fraction(record.split_key, "train")

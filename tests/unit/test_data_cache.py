@@ -122,7 +122,7 @@ def test_what_comes_from_the_cache_is_equal(
     assert plain == first == again
     counts = [line for line in said if "; dropped:" in line]
     assert len(counts) == 6 and [line for line in lines if "; dropped:" in line] == [line + USED for line in counts]
-    cut = [int(found[1]) for line in counts[:2] if (found := re.search(r"; (\d+) prompts cut", line))]
+    cut = [int(match[1]) for line in counts[:2] if (match := re.search(r"; (\d+) prompts cut", line))]
     assert "dropped: 1 duplicate" in counts[0] and sum(cut) == 9
     # The ids, against each text by itself.
     sft, responses = plain[0][0], plain[2]
@@ -339,7 +339,7 @@ def test_a_file_that_changes_while_it_is_read_is_not_kept(
 
 def test_what_nobody_uses_is_deleted(tokenizer: PreTrainedTokenizerBase, tmp_path: Path, directory: Path) -> None:
     paths = [write(tmp_path / f"{i}.jsonl", rows(60 + i)) for i in range(3)]
-    entries = []
+    entries: list[Path] = []
     for path in paths[:2]:
         read(path, tokenizer)
         (entry,) = set(directory.iterdir()) - set(entries)
