@@ -317,7 +317,8 @@ def test_every_expression_of_the_dashboard_finds_its_series(
             assert all(used <= found.keys() for found in series), f"{target['expr']}: {used}, there is {series[0]}"
     (variable,) = [v for v in dashboard["templating"]["list"] if v["name"] == "run"]
     name, label = re.fullmatch(r"label_values\((\w+), (\w+)\)", variable["query"]["query"]).groups()  # type: ignore[union-attr]
-    assert {found[label] for found, _ in scraped[name]} == {"watched", "forgetful"}
+    # Loops that earlier tests ran in this process export for as long as it lives.
+    assert {found[label] for found, _ in scraped[name]} >= {"watched", "forgetful"}
 
 
 def test_every_metric_of_the_page_is_there(scraped: Mapping[str, list[tuple[Labels, float]]]) -> None:
