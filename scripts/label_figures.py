@@ -71,7 +71,7 @@ def main(directory: Path) -> None:
         site = Site(
             database,
             Tokens.read(Path(temporary) / "secret"),
-            Assigner(database, overlap=2),
+            Assigner(database, overlap=2, repeats=0, gold=0),
             "quickstart",
             INSTRUCTIONS,
             url,
@@ -83,7 +83,7 @@ def main(directory: Path) -> None:
                 judge(database, f"p{n:02d}", name, error, 1)
         database.judge(Judgement("p42", "bob", None, skipped="Too long", seconds=12, at=time.time()), "skipped")
         server = uvicorn.Server(uvicorn.Config(application(site), log_level="error"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
         thread.start()
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])

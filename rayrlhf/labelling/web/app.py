@@ -52,6 +52,8 @@ class Site:
     """`rank`, or `pairs`."""
     ratings: bool = False
     """Whether each answer may also be rated from 1 to 7."""
+    clock: Callable[[], float] = time.monotonic
+    """Seconds, for the limits on requests."""
 
     def link(self, name: str) -> str:
         """The link by which a labeller comes in."""
@@ -98,8 +100,8 @@ class Pages:
             reasons=REASONS,
             when=lambda at: time.strftime("%Y-%m-%d %H:%M", time.localtime(at)) if at else "",
         )
-        self.known = RateLimit(rate=10, burst=60)
-        self.strangers = RateLimit(rate=0.5, burst=20)
+        self.known = RateLimit(rate=10, burst=60, clock=site.clock)
+        self.strangers = RateLimit(rate=0.5, burst=20, clock=site.clock)
 
     # --- Pages -------------------------------------------------------------------------------------------------------
 
