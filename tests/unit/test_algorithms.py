@@ -268,7 +268,8 @@ def test_bad_settings_are_one_line(tree: dict[str, Any], said: str) -> None:
 
 def test_the_punished_length_is_a_part_of_the_longest() -> None:
     with pytest.raises(UserError, match=r"rl\.overlong_tokens \(49\) must not exceed data\.max_response_tokens \(48\)"):
-        parse_config({"name": "run", "rl": {"algorithm": "grpo", "overlong_tokens": 49}}, "run.yaml")
+        rl = {"algorithm": "grpo", "overlong_tokens": 49}
+        parse_config({"name": "run", "data": {"max_response_tokens": 48}, "rl": rl}, "run.yaml")
 
 
 def test_the_section_of_an_algorithm() -> None:
