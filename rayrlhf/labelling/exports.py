@@ -20,7 +20,7 @@ from rayrlhf.errors import UserError
 from rayrlhf.files import replacing
 from rayrlhf.labelling.aggregate import aggregate
 from rayrlhf.labelling.database import LabelDatabase
-from rayrlhf.labelling.judgements import Item, Judgement
+from rayrlhf.labelling.judgements import Item, Judgement, grouped, ungrouped
 
 _PAIRS = pa.schema(
     [
@@ -67,31 +67,6 @@ def rankings(items: Sequence[Item], judgements: Sequence[Judgement]) -> list[dic
         for item in items
         if item.id in seen
     ]
-
-
-def grouped(ranks: Sequence[float]) -> list[int | list[int]]:
-    """Ranks of answers as the answers in their order, those of one rank in a list.
-
-    Example: the ranks (2, 2, 1) are [2, [0, 1]].
-    """
-    order = sorted(range(len(ranks)), key=lambda index: ranks[index])
-    groups = [list(group) for _, group in itertools.groupby(order, key=lambda index: ranks[index])]
-    return [group[0] if len(group) == 1 else group for group in groups]
-
-
-def ungrouped(ranking: Any, count: int) -> tuple[int, ...] | None:
-    """[K] ranks of the answers; None if this is no ranking of `count` answers. The inverse of `grouped`."""
-    if not isinstance(ranking, list):
-        return None
-    groups = [group if isinstance(group, list) else [group] for group in ranking]
-    places = {}
-    for place, group in enumerate(groups, start=1):
-        for index in group:
-            # type(...) is int: isinstance would take true and false for 1 and 0.
-            if type(index) is not int or index in places:
-                return None
-            places[index] = place
-    return tuple(places[index] for index in range(count)) if set(places) == set(range(count)) else None
 
 
 def pairs(items: Sequence[Item], judgements: Sequence[Judgement]) -> Iterator[dict[str, Any]]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -50,3 +52,28 @@ def dense(ranks: Sequence[float]) -> tuple[int, ...]:
     """[K] ranks without gaps: 1 is best, equal values stay equal, and lower values come first."""
     places = {value: place for place, value in enumerate(sorted(set(ranks)), start=1)}
     return tuple(places[value] for value in ranks)
+
+
+def grouped(ranks: Sequence[float]) -> list[int | list[int]]:
+    """Ranks of answers as the answers in their order, those of one rank in a list.
+
+    Example: the ranks (2, 2, 1) are [2, [0, 1]].
+    """
+    order = sorted(range(len(ranks)), key=lambda index: ranks[index])
+    groups = [list(group) for _, group in itertools.groupby(order, key=lambda index: ranks[index])]
+    return [group[0] if len(group) == 1 else group for group in groups]
+
+
+def ungrouped(ranking: Any, count: int) -> tuple[int, ...] | None:
+    """[K] ranks of the answers; None if this is no ranking of `count` answers. The inverse of `grouped`."""
+    if not isinstance(ranking, list):
+        return None
+    groups = [group if isinstance(group, list) else [group] for group in ranking]
+    places = {}
+    for place, group in enumerate(groups, start=1):
+        for index in group:
+            # type(...) is int: isinstance would take true and false for 1 and 0.
+            if type(index) is not int or index in places:
+                return None
+            places[index] = place
+    return tuple(places[index] for index in range(count)) if set(places) == set(range(count)) else None

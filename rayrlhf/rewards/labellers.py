@@ -25,7 +25,7 @@ from rayrlhf.data.files import json_lines
 from rayrlhf.data.records import Prompt
 from rayrlhf.errors import UserError
 from rayrlhf.files import replacing
-from rayrlhf.labelling.exports import ungrouped
+from rayrlhf.labelling.judgements import ungrouped
 from rayrlhf.plugins import Plugin
 from rayrlhf.rewards.judge_labeller import JudgeLabeller
 from rayrlhf.rewards.labeller import LabelledRanking, Labeller

@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from rayrlhf.config_labellers import PeopleLabellerConfig
 from rayrlhf.data.records import Prompt
 from rayrlhf.errors import UserError
-from rayrlhf.labelling.aggregate import aggregate
 from rayrlhf.labelling.agreement import agreement
 from rayrlhf.labelling.database import LabelDatabase
 from rayrlhf.labelling.judgements import Item, Judgement
@@ -53,6 +52,8 @@ class PeopleLabeller(Labeller):
             database.remember("overlap", self._config.labellers)
             judgements = self._wait(database, ids, run)
             items = [item for item in database.items() if item.id in ids]
+        from rayrlhf.labelling.aggregate import aggregate  # scipy takes time, and actors only hold labellers
+
         aggregated = aggregate(judgements, self._config.aggregate)
         self._scores = aggregated.scores
         # No names: `rayrlhf label RUN --forget NAME` could not take them out of labeller.json.

@@ -13,8 +13,8 @@ from datasets import load_dataset
 from rayrlhf.errors import UserError
 from rayrlhf.labelling.database import LabelDatabase
 from rayrlhf.labelling.dialogue import Turn, turns
-from rayrlhf.labelling.exports import export, grouped, import_rankings, mark_gold, pairs, rankings, ungrouped
-from rayrlhf.labelling.judgements import Item, Judgement
+from rayrlhf.labelling.exports import export, import_rankings, mark_gold, pairs, rankings
+from rayrlhf.labelling.judgements import Item, Judgement, grouped, ungrouped
 
 ITEMS = [Item("p0", "one?", ("a", "b", "c")), Item("p1", "two?", ("d", "e")), Item("p2", "three?", ("f", "g", "h"))]
 JUDGEMENTS = [

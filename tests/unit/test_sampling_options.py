@@ -60,7 +60,7 @@ def test_a_response_must_be_able_to_end() -> None:
     assert parsed().data.min_response_tokens == 0
     assert parsed(data={"min_response_tokens": 47}).data.min_response_tokens == 47
     with pytest.raises(UserError, match=r"min_response_tokens \(48\) must be below max_response_tokens \(48\)"):
-        parsed(data={"min_response_tokens": 48})
+        parsed(data={"min_response_tokens": 48, "max_response_tokens": 48})
 
 
 def test_an_environment_whose_rewards_nobody_asks_for_is_said() -> None:

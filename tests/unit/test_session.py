@@ -67,6 +67,7 @@ def test_published_comparisons_count_what_was_dropped(tmp_path: Path, capsys: py
         found = session.data.comparisons
     assert [r.id for r in found if not r.heldout] == ["train0", "train1"]
     expected = f"comparisons from {tmp_path}/comparisons; dropped: 1 equal_when_cut, 1 nearly_empty"
+    expected += "; 2 responses cut to data.max_response_tokens=8"
     assert capsys.readouterr().out.splitlines()[0] == f"2 train {expected}"
 
 
