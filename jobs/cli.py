@@ -319,7 +319,7 @@ def agreement_command(
         console.print(raters_grid(agreement_of(runs)).rich())
         for people in map(people_of, map(run_at, runs)):
             if people:
-                console.print(labellers_grid(people).rich())
+                console.print(labellers_grid(*people).rich())
 
     _exit(action)
 

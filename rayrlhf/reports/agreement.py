@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
 
@@ -13,6 +13,8 @@ from rayrlhf.labelling.agreement import PUBLISHED, Agreement, Figures
 from rayrlhf.reports.measures import interval_text
 from rayrlhf.reports.raters import Compared
 from rayrlhf.resampling import Interval
+
+UNKNOWN = "–"
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Grid:
     """So many columns hold names, the others numbers."""
 
     def rich(self) -> Table:
-        """For the terminal; narrow, so that it fits into a log's 120 columns."""
+        """For the terminal."""
         table = Table(title=self.title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
         for number, head in enumerate(self.heads):
             table.add_column(head, justify="left" if number < self.left else "right")
@@ -66,31 +68,42 @@ def raters_grid(compared: Sequence[Compared]) -> Grid:
     )
 
 
-def labellers_grid(found: Agreement) -> Grid:
-    """One row for each labeller, and one for all together."""
+def labellers_grid(found: Agreement, reliability: Mapping[str, float]) -> Grid:
+    """One row for each labeller, and one for all together; columns of figures that nobody has are left out.
+
+    Args:
+        found: their figures.
+        reliability: by labeller, as `rayrlhf.labelling.aggregate.reliabilities` estimates it.
+    """
     share, error = PUBLISHED
     title = (
         f"{found.items} items ranked, {found.shared} of them by several: Kendall's tau-b {_text(found.tau_b)}, "
         f"Krippendorff's alpha {_text(found.alpha)}; labellers of InstructGPT: {share:.3f} ± {error:.3f} with others"
     )
-    heads = ("labeller", "ranked", "skipped", "flagged", "ties", "with others", "with self", "with gold")
+    heads = ("labeller", "ranked", "skip", "flag", "ties", "with others", "with self", "with gold")
+    heads = (*heads, "earlier preferred", "s each", "reliable")
+    each = (*found.labellers.items(), ("all", found.everyone))
+    rows = [_row(name, own, reliability.get(name)) for name, own in each]
+    measured = [column for column in range(len(heads)) if any(row[column] != UNKNOWN for row in rows)]
     return Grid(
         title,
-        (*heads, "earlier preferred", "s an item"),
-        tuple(_row(name, own) for name, own in (*found.labellers.items(), ("all", found.everyone))),
+        tuple(heads[column] for column in measured),
+        tuple(tuple(row[column] for column in measured) for row in rows),
     )
 
 
-def _row(name: str, own: Figures) -> tuple[str, ...]:
+def _row(name: str, own: Figures, reliability: float | None) -> tuple[str, ...]:
+    # Two decimals, so that all columns fit into a log's 120 columns.
     shares = (own.with_others, own.with_self, own.with_gold, own.earlier_preferred)
     return (
         name,
         str(own.judged),
         str(own.skipped),
         str(own.flagged),
-        "–" if own.ties is None else f"{own.ties:.2f}",
-        *map(_text, shares),
-        "–" if own.seconds is None else f"{own.seconds:.0f}",
+        UNKNOWN if own.ties is None else f"{own.ties:.2f}",
+        *(f"{s.mean:.2f} [{s.low:.2f}, {s.high:.2f}]" if s else UNKNOWN for s in shares),
+        UNKNOWN if own.seconds is None else f"{own.seconds:.0f}",
+        UNKNOWN if reliability is None else f"{reliability:.2f}",
     )
 
 

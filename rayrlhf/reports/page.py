@@ -193,7 +193,7 @@ def _agreement(run: RunFolder) -> list[str]:
     raters = raters_of(run)
     compared = compare(raters | {LONGER: longer(raters.values())})
     people = people_of(run)
-    tables = ([raters_grid(compared)] if compared else []) + ([labellers_grid(people)] if people else [])
+    tables = ([raters_grid(compared)] if compared else []) + ([labellers_grid(*people)] if people else [])
     return ["<h2>Agreement</h2>", *(table.html() for table in tables)] if tables else []
 
 

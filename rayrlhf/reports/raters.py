@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rayrlhf.errors import UserError
+from rayrlhf.labelling.aggregate import reliabilities
 from rayrlhf.labelling.agreement import Agreement, agreement
 from rayrlhf.labelling.database import LabelDatabase
 from rayrlhf.labelling.judgements import Item, Judgement
@@ -116,10 +117,11 @@ def labels_of(run: RunFolder) -> tuple[list[Item], list[Judgement]]:
         return database.items(), database.judgements()
 
 
-def people_of(run: RunFolder) -> Agreement | None:
-    """The figures of a run's labellers; None where nobody has judged."""
+def people_of(run: RunFolder) -> tuple[Agreement, dict[str, float]] | None:
+    """The figures of a run's labellers, and their reliability by name; None where nobody has judged."""
     items, judgements = labels_of(run)
-    return agreement(judgements, items) if judgements else None
+    rankings = [judgement for judgement in judgements if judgement.ranks is not None and judgement.repeat == 0]
+    return (agreement(judgements, items), reliabilities(rankings)) if judgements else None
 
 
 def longer(raters: Iterable[Verdicts]) -> Verdicts:

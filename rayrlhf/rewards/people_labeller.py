@@ -55,8 +55,9 @@ class PeopleLabeller(Labeller):
             items = [item for item in database.items() if item.id in ids]
         aggregated = aggregate(judgements, self._config.aggregate)
         self._scores = aggregated.scores
+        # No names: `rayrlhf label RUN --forget NAME` could not take them out of labeller.json.
         self._facts = facts(judgements, items) | {
-            f"reliability of {name}": round(share, 4) for name, share in aggregated.reliability.items()
+            "lowest_reliability": round(min(aggregated.reliability.values(), default=0.0), 4)
         }
 
     def rank(self, prompt: Prompt, answers: Sequence[str]) -> LabelledRanking:

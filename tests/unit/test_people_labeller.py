@@ -111,7 +111,7 @@ def test_gold_ranks_that_somebody_set_stay(tmp_path: Path) -> None:
     # The gold ranks order three pairs; ann has the last two the other way round. `other` is none of the run's.
     assert people.facts() == {
         "labellers": 1, "judgements": 1, "skipped": 0, "with_gold": pytest.approx(2 / 3, abs=1e-4),
-        "reliability of ann": 0.8,
+        "lowest_reliability": 0.8,
     }  # fmt: skip
 
 

@@ -107,14 +107,14 @@ def test_people_one_by_one_beside_each_other(tmp_path: Path) -> None:
     assert found["people: ann", "people: bob"] == (round(2 / 3, 4), 3, 1, 0)
     assert found["people", "people: ann"] == (1.0, 3, 1, 0)
     figures = people_of(run)
-    assert figures is not None and figures.everyone.with_others is not None
+    assert figures is not None and figures[0].everyone.with_others is not None
     console = Console(file=io.StringIO(), width=160)
-    console.print(labellers_grid(figures).rich(), raters_grid(agreement_of([run.address])).rich())
+    console.print(labellers_grid(*figures).rich(), raters_grid(agreement_of([run.address])).rich())
     shown = " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
-    assert "ann 1 0 0 0.00 0.667 [0.667, 0.667] – – – 20" in shown
+    assert "ann 1 0 0 0.00 0.67 [0.67, 0.67] 20 0.80" in shown
     assert "people: ann people: bob 0.667 [0.667, 0.667] 3 1 0" in shown
     printed = CliRunner().invoke(app, ["agreement", run.address], terminal_width=160)
-    assert printed.exit_code == 0 and "people: ann" in printed.output and "earlier preferred" in printed.output
+    assert printed.exit_code == 0 and "people: ann" in printed.output and "with others" in printed.output
     nothing = CliRunner().invoke(app, ["agreement", str(tmp_path / "two")])
     assert nothing.exit_code == 2 and "no run folder" in nothing.output
     page = write_report(run).read_text()
