@@ -16,7 +16,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.stats import rankdata
 
 from rayrlhf.labelling.judgements import Item, Judgement
 from rayrlhf.resampling import CONFIDENCE, Array, Interval, cluster_bootstrap
@@ -186,6 +185,8 @@ def alpha(
         seed: of them.
         confidence: of the interval.
     """
+    from scipy.stats import rankdata  # it takes time, and actors only hold labellers
+
     shared = [rankdata(item, axis=-1) for item in rankings if len(item) > 1]
     if not shared:
         return None
