@@ -85,7 +85,7 @@ class Source:
 
 @dataclass(slots=True)
 class Record:
-    """A row that was read. What it says waits on disk, so that memory holds about half a kilobyte a row."""
+    """A row that was read. Its text waits on disk, so that memory does not grow with its length."""
 
     id: str
     key: str
