@@ -298,7 +298,7 @@ def _item(row: sqlite3.Row) -> Item:
 
 
 def _judgement(row: sqlite3.Row) -> Judgement:
-    values = {
+    values: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in json.loads(row["judgement"]).items()
     }
     return Judgement(item=row["item"], labeller=row["labeller"], repeat=row["repeat"], **values)

@@ -165,7 +165,8 @@ def read_rankings(path: Path, items: Sequence[Item]) -> list[tuple[str, str, tup
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
     counts = {item.id: len(item.answers) for item in items}
-    found, seen = [], {}
+    found = []
+    seen: dict[tuple[str, str], int] = {}
     for number, row in json_lines(text, path):
         where = f"{path} line {number}"
         id, labeller = row.get("id"), row.get("labeller", "imported")

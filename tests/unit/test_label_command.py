@@ -135,7 +135,8 @@ def test_a_folder_without_answers_and_a_port_that_is_taken(run: RunFolder, tmp_p
 
 
 def test_a_copy_that_fails_is_tried_again() -> None:
-    calls, third = [], threading.Event()
+    calls: list[None] = []
+    third = threading.Event()
 
     def action() -> None:
         calls.append(None)
