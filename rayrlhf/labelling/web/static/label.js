@@ -347,13 +347,14 @@ function choose(choice) {
 function flag(place) {
   const dialog = $("flag-dialog");
   $("flag-title").textContent = place === "prompt" ? "Flag the prompt" : `Flag answer ${document.querySelector(`.card[data-index="${place}"] .letter`).textContent}`;
-  const boxes = [...dialog.querySelectorAll("input")];
-  for (const box of boxes) box.checked = state.mine.flags.some(([flag, at]) => flag === box.value && at === place);
-  dialog.onclose = () => {
-    const others = state.mine.flags.filter(([flag, at]) => at !== place || flag === "bad");
-    const flags = [...others, ...boxes.filter((box) => box.checked).map((box) => [box.value, place])];
-    if (JSON.stringify(flags) !== JSON.stringify(state.mine.flags)) change((mine) => { mine.flags = flags; });
-  };
+  // At once, not when the dialog closes: that event may come after the key that submits.
+  for (const box of dialog.querySelectorAll("input")) {
+    const own = ([flag, at]) => flag === box.value && at === place;
+    box.checked = state.mine.flags.some(own);
+    box.onchange = () => change((mine) => {
+      mine.flags = box.checked ? [...mine.flags, [box.value, place]] : mine.flags.filter((each) => !own(each));
+    });
+  }
   dialog.showModal();
 }
 
