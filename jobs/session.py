@@ -119,16 +119,13 @@ class Session:
         Raises:
             UserError: a model that a `from` names cannot take its place in the run.
         """
-        checks: dict[str, Callable[[str, str], None]] = {
-            "sft.from": check_policy,
-            "dpo.from": check_policy,
-            "rl.from": check_policy,
+        scoring: dict[str, Callable[[str, str], None]] = {
             "reward_model.from": functools.partial(check_reward_model, trained=self.config.trains_reward_model),
             "rl.value_from": functools.partial(check_reward_model, trained=True),
         }
         for key, model in self.starts.given.items():
             with naming(key):
-                checks[key](local_copy(model), self.model)
+                scoring.get(key, check_policy)(local_copy(model), self.model)
 
     def overview(self) -> Table:
         """What the config's batch numbers mean in steps, samples, tokens and memory."""

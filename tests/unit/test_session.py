@@ -17,7 +17,7 @@ from rayrlhf.config import Config
 from rayrlhf.config_data import DatasetConfig
 from rayrlhf.config_file import parse_config
 from rayrlhf.errors import UserError
-from rayrlhf.models.loading import load_policy, load_tokenizer, resolve_model
+from rayrlhf.models.loading import load_policy, load_reward_model, load_tokenizer, resolve_model
 from rayrlhf.models.saving import save_model
 from rayrlhf.reports.overview import read_overview
 
@@ -154,3 +154,26 @@ def test_the_reward_model_starts_from_the_sft_model(tmp_path: Path) -> None:
     assert set(found) <= set(expected) and len(found) > 10
     for name, value in found.items():
         assert torch.equal(value, expected[name].detach()), name
+
+
+def test_every_model_that_a_round_has_from_others_is_held_against_the_runs(tmp_path: Path) -> None:
+    """Those that answer, are compared with, and are the reference are policies; a reward model is refused there."""
+    tokenizer = load_tokenizer(resolve_model("embedded:opt-tiny"))
+    reward_model = tmp_path / "reward_model"
+    save_model(load_reward_model(resolve_model("embedded:opt-tiny"), fresh_head_seed=0), tokenizer, reward_model)
+    demonstrations = config(tmp_path).data.model_dump(mode="json") | {"comparisons": None}
+
+    def of_a_round(model: str) -> dict[str, Any]:
+        return {
+            "collect": {"models": [{"from": model}]},
+            "rl": {"from": model, "reference_from": model},
+            "evaluate": {"previous_from": model},
+        }
+
+    with opened(config(tmp_path, data=demonstrations, **of_a_round("embedded:opt-tiny")), local=True) as session:
+        assert {"collect.models[0].from", "rl.reference_from", "evaluate.previous_from"} <= session.starts.given.keys()
+        assert session.start()
+    for key, section in of_a_round(str(reward_model)).items():
+        own = config(tmp_path, name=key, data=demonstrations, **{key: section})
+        with opened(own, local=True) as session, pytest.raises(UserError, match="is a reward model"):
+            session.start()
