@@ -20,6 +20,7 @@ from rayrlhf.data.tokens import decode_response, encode_response
 from rayrlhf.errors import UserError
 from rayrlhf.files import replacing
 from rayrlhf.rewards.gold import gold_labeller, gold_measures
+from rayrlhf.rewards.labeller import Labeller
 from rayrlhf.rewards.labellers import Unranked, make_labeller, read_unranked, write_unranked
 from rayrlhf.trajectory import Trajectory, derive_seed
 
@@ -33,50 +34,10 @@ def collect(session: Session) -> None:
         fresh = min(max(len(session.data.collect) - config.collect.skip_prompts, 0), len(records))
         console.print(f"collect: {len(records)} prompts, {fresh} of them for the first time in these rounds")
     labeller = make_labeller(config.collect.labeller)
-    if labeller.asks_people and run.to_rank.is_file():
-        answers = read_unranked(run.to_rank)  # people rank these answers: sampling again would give them others
-        console.print(f"collect: the answers of {run.to_rank} are used again (delete it to have others sampled)")
-    else:
-        answers, dropped = sample_answers(session, records)
-        counts = ", ".join(f"{n} {reason}" for reason, n in sorted(dropped.items())) or "none"
-        console.print(
-            f"collect: {sum(len(a.answers) for a in answers)} answers to {len(answers)} prompts; dropped: {counts}"
-        )
-    if not answers:
-        raise UserError(
-            "collect: no prompt got two different answers of at least 5 words; "
-            "train SFT longer or raise collect.temperature"
-        )
+    answers = unranked_answers(session, records, again=labeller.asks_people)
     if labeller.asks_people:
-        if not run.to_rank.is_file():
-            write_unranked(run.to_rank, answers)
-            run.upload(run.to_rank)
         session.rest()
-
-    prompts: dict[str, Prompt] = {p.id: p for p in session.data.collect}
-    labeller.prepare([(prompts[a.id], a.answers) for a in answers], run)
-    verdicts = [(answer, labeller.rank(prompts[answer.id], answer.answers)) for answer in answers]
-    if unknown := sum(verdict.unknown for _, verdict in verdicts):
-        console.print(f"collect: {unknown} of {len(verdicts)} prompts have no ranking and are left out")
-    gold = None if config.collect.labeller.measures else gold_labeller(config)
-    ranked = []
-    for answer, verdict in verdicts:
-        if verdict.unknown:
-            continue
-        ranked.append(
-            rank_answers(
-                id=answer.id,
-                prompt=answer.prompt,
-                prompt_ids=answer.prompt_ids,
-                responses=answer.answers,
-                response_ids=answer.answer_ids,
-                order=verdict.order,
-                scores=verdict.scores,
-                gold=gold_measures(gold, [prompts[answer.id]] * len(answer.answers), answer.answers),
-                labeller=labeller.name,
-                heldout=is_heldout(answer.id, config.collect.heldout_fraction),
-            )
-        )
+    ranked = ranked_answers(session, labeller, answers)
     if facts := labeller.facts():
         with replacing(run.labeller) as temporary:
             temporary.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
@@ -91,6 +52,64 @@ def collect(session: Session) -> None:
     with run.writing("collect") as path:
         write_comparisons(path, ranked)
     console.print(summary(ranked))
+
+
+def unranked_answers(session: Session, records: list[Demonstration], *, again: bool) -> list[Unranked]:
+    """The answers to rank: sampled now, or those of an earlier call.
+
+    Args:
+        records: whose prompts are answered.
+        again: whether they are kept in `to_rank.jsonl` and taken from there. People rank them for days, and other
+            answers would make their rankings void.
+
+    Raises:
+        UserError: no prompt has two different answers.
+    """
+    run = session.run
+    if again and run.to_rank.is_file():
+        console.print(f"collect: the answers of {run.to_rank} are used again (delete it to have others sampled)")
+        return read_unranked(run.to_rank)
+    answers, dropped = sample_answers(session, records)
+    counts = ", ".join(f"{n} {reason}" for reason, n in sorted(dropped.items())) or "none"
+    console.print(
+        f"collect: {sum(len(a.answers) for a in answers)} answers to {len(answers)} prompts; dropped: {counts}"
+    )
+    if not answers:
+        raise UserError(
+            "collect: no prompt got two different answers of at least 5 words; "
+            "train SFT longer or raise collect.temperature"
+        )
+    if again:
+        write_unranked(run.to_rank, answers)
+        run.upload(run.to_rank)
+    return answers
+
+
+def ranked_answers(session: Session, labeller: Labeller, answers: list[Unranked]) -> list[RankedAnswers]:
+    """The answers in the labeller's order; prompts that it does not rank are left out and counted on the screen."""
+    config = session.config
+    prompts: dict[str, Prompt] = {p.id: p for p in session.data.collect}
+    labeller.prepare([(prompts[a.id], a.answers) for a in answers], session.run)
+    verdicts = [(answer, labeller.rank(prompts[answer.id], answer.answers)) for answer in answers]
+    if unknown := sum(verdict.unknown for _, verdict in verdicts):
+        console.print(f"collect: {unknown} of {len(verdicts)} prompts have no ranking and are left out")
+    gold = None if config.collect.labeller.measures else gold_labeller(config)
+    return [
+        rank_answers(
+            id=answer.id,
+            prompt=answer.prompt,
+            prompt_ids=answer.prompt_ids,
+            responses=answer.answers,
+            response_ids=answer.answer_ids,
+            order=verdict.order,
+            scores=verdict.scores,
+            gold=gold_measures(gold, [prompts[answer.id]] * len(answer.answers), answer.answers),
+            labeller=labeller.name,
+            heldout=is_heldout(answer.id, config.collect.heldout_fraction),
+        )
+        for answer, verdict in verdicts
+        if not verdict.unknown
+    ]
 
 
 def chosen_prompts(config: Config, records: Sequence[Demonstration]) -> list[Demonstration]:
