@@ -27,10 +27,11 @@ from rayrlhf.algorithms.registry import make_algorithm, read_plugin
 from rayrlhf.config import Config
 from rayrlhf.config_file import dump_config
 from rayrlhf.config_services import HOW_ASKED
+from rayrlhf.config_stages import StageName
 from rayrlhf.data.run_data import RunData
 from rayrlhf.data.tokens import check_context
 from rayrlhf.errors import UserError, naming
-from rayrlhf.models.checks import check_architecture, parameter_counts
+from rayrlhf.models.checks import check_architecture, check_head_size, parameter_counts
 from rayrlhf.models.ends import with_ends
 from rayrlhf.models.loading import context_length, load_tokenizer
 from rayrlhf.models.roles import check_policy, check_reward_model
@@ -46,6 +47,8 @@ from rayrlhf.runs.stages import stages_from, stages_to
 from rayrlhf.runs.starts import Starts, find_models
 from rayrlhf.runs.storage import local_copy
 
+_SAMPLING: tuple[StageName, ...] = ("sft", "collect", "rl", "evaluate")
+"""The stages that have generators."""
 KEPT_CHECKPOINTS = 2
 """Of SFT and the reward model: where one is damaged, the one before it is taken."""
 
@@ -65,6 +68,9 @@ class Session:
         self._architecture = check_architecture(
             self.model, config.model.revision, scores=config.trains_reward_model or critic
         )
+        samples = any(config.has(stage) for stage in _SAMPLING)
+        if samples and not config.resources.generators.gpus:
+            check_head_size(self._architecture, self.model)
         config, self._ends = with_ends(config, self.model, self.tokenizer)
         self.config, self.run, self.starts, self.local = config, run, starts, local
         self.data = RunData(config, self.tokenizer)

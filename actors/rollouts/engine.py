@@ -79,6 +79,8 @@ class Engine:
         os.environ.update({k: v for k, v in environment_variables(settings).items() if not k.startswith("OMP_")})
         from vllm import EngineArgs, LLMEngine
 
+        from actors.rollouts.engine_weights import CheckpointLayout
+
         on_gpu = settings.gpus > 0
         # On a CPU the default block of 128 tokens is too coarse for short prompts to share; 32 is its smallest.
         memory: dict[str, Any] = (
@@ -96,6 +98,8 @@ class Engine:
         neutral = tempfile.TemporaryDirectory(prefix="rayrlhf-")
         (Path(neutral.name) / "generation_config.json").write_text("{}", encoding="utf-8")
         try:
+            # Before vLLM starts: for its compiler it may change the class that this makes an object of.
+            self._layout = CheckpointLayout.read(model_path, revision)
             arguments = EngineArgs(
                 model=model_path,
                 revision=revision,
@@ -115,6 +119,8 @@ class Engine:
                 disable_log_stats=True,
                 **memory,
             )
+            if not on_gpu:
+                _keep_transformers_classes()
             with self._thread_count():
                 self._llm = LLMEngine.from_engine_args(arguments)
         except (ValueError, OSError) as error:
@@ -125,9 +131,6 @@ class Engine:
         finally:
             neutral.cleanup()
         self._vocab_size = int(self._llm.model_config.get_vocab_size())
-        from actors.rollouts.engine_weights import CheckpointLayout
-
-        self._layout = CheckpointLayout.read(model_path, revision)
 
     def add(self, requests: Mapping[int, GenerationRequest], sampling: Sampling, version: int) -> None:
         """Queue requests under the caller's tickets; they join the running batch as soon as there is room.
@@ -322,3 +325,14 @@ class Engine:
         finally:
             torch.set_num_threads = set_num_threads  # a starting engine disables it for the whole process
             set_num_threads(before)
+
+
+def _keep_transformers_classes() -> None:
+    """Keep vLLM from preparing classes of transformers for its compiler, which is not used on a CPU.
+
+    vLLM serves families that it has no code for, such as GPT-NeoX, by transformers' own modules. It changes their class
+    for the whole process, and then nobody but vLLM can make such a model: not the learner either, with `--local`.
+    """
+    from vllm.model_executor.models.transformers.base import Base
+
+    Base._decorate_for_torch_compile = lambda self: None

@@ -18,6 +18,9 @@ from rayrlhf.models.hub import read_config
 from rayrlhf.models.loading import score_head
 from rayrlhf.models.lora import add_adapters
 
+HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""Of models that vLLM serves on CPUs."""
+
 
 def check_architecture(path: str, revision: str | None, *, scores: bool) -> PreTrainedModel:
     """Check that a model can go through the stages of a run.
@@ -67,6 +70,21 @@ def parameter_counts(policy: PreTrainedModel, lora: LoRAConfig | None = None) ->
             add_adapters(policy, lora, seed=0)
     trained = sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad)
     return sum(parameter.numel() for parameter in policy.parameters()) - trained, trained
+
+
+def check_head_size(policy: PreTrainedModel, path: str) -> None:
+    """Check that vLLM can sample from a model on CPUs, which shows there only with the first token.
+
+    Raises:
+        UserError: its attention heads are of another size than `HEAD_SIZES`.
+    """
+    config = policy.config.get_text_config()
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if size not in HEAD_SIZES:
+        raise UserError(
+            f"model {path!r}: its attention heads have {size} dimensions, and on CPUs vLLM samples from models with "
+            f"{', '.join(map(str, HEAD_SIZES))}; choose another model, or give resources.generators a GPU"
+        )
 
 
 def _check_names(model: PreTrainedModel, path: str) -> None:

@@ -19,7 +19,15 @@ import pytest
 import ray
 import torch
 from numpy.typing import NDArray
-from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPTNeoXConfig,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 import rayrlhf
 from actors.pools.pool import Pool
@@ -33,6 +41,7 @@ from rayrlhf.config_resources import GeneratorConfig
 from rayrlhf.data.rows import Row
 from rayrlhf.errors import UserError
 from rayrlhf.models.batching import collate
+from rayrlhf.models.checks import HEAD_SIZES
 from rayrlhf.models.logprobs import token_logprobs
 from rayrlhf.trajectory import GenerationRequest, Sampling, SerializedTrajectory, Trajectory, Truncation
 
@@ -490,6 +499,34 @@ def test_the_process_keeps_its_thread_count(tied: Generator, embedded: PreTraine
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+# One more engine, and a family less common than the others.
+@pytest.mark.long
+def test_a_family_that_vllm_serves_by_transformers_modules(tmp_path: Path) -> None:
+    """New weights reach them, also fused and packed ones; and this process can make such models as before."""
+    torch.manual_seed(3)
+    size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = GPTNeoXConfig(vocab_size=1000, max_position_embeddings=256, initializer_range=0.2, **size)
+    initial = AutoModelForCausalLM.from_config(config).eval()
+    initial.save_pretrained(tmp_path)
+    settings = GeneratorConfig(threads=1, kv_cache_mib=64)
+    generator = Generator("generator-8", ModelConfig(path=str(tmp_path)), settings, MAX_LENGTH, 0)
+    try:
+        again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+        requests = _requests(8, length=70, samples=2)
+        for changed in (again, _perturbed(initial, 1), _perturbed(initial, 2)):
+            trajectories = _generate(generator, requests, _sampling(0.7), _sync(generator, changed))
+            assert _gap(changed, trajectories, 0.7) < TOLERANCE
+            assert changed is again or _gap(initial, trajectories, 0.7) > 1.0
+    finally:
+        generator.engine.close()
+
+
+def test_heads_that_are_refused_are_those_that_vllm_lacks() -> None:
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    assert list(HEAD_SIZES) == CPUAttentionBackend.get_supported_head_sizes()
 
 
 # One more engine, for an actor that test_coordinator has as well.

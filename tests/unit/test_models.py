@@ -23,6 +23,7 @@ from transformers import (
     MixtralConfig,
     OPTConfig,
     PreTrainedTokenizerBase,
+    Qwen3Config,
     ViTConfig,
 )
 
@@ -31,7 +32,7 @@ from rayrlhf.data.rows import Row
 from rayrlhf.data.tokens import sampling_of
 from rayrlhf.errors import UserError
 from rayrlhf.models.batching import collate
-from rayrlhf.models.checks import check_architecture, parameter_counts
+from rayrlhf.models.checks import check_architecture, check_head_size, parameter_counts
 from rayrlhf.models.classifier import Classifier, inspect_classifier
 from rayrlhf.models.ends import with_ends
 from rayrlhf.models.forward import autocast
@@ -254,6 +255,27 @@ def test_what_a_later_stage_needs_is_looked_for_first(tmp_path: Path) -> None:
     ViTConfig().save_pretrained(tmp_path / "vit")
     with pytest.raises(UserError, match="no language model of type vit"):
         check_architecture(str(tmp_path / "vit"), None, scores=True)
+
+
+@pytest.mark.parametrize(
+    ("model", "size"),
+    [
+        (OPTConfig(**{**OPT, "hidden_size": 128}), None),
+        (OPTConfig(**OPT), 8),
+        (Qwen3Config(**LLAMA, head_dim=64), None),  # not the hidden size by the number of heads
+        (Qwen3Config(**LLAMA, head_dim=48), 48),
+    ],
+)
+def test_heads_that_cpus_cannot_sample_with_are_refused_first(model: Any, size: int | None, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    policy = check_architecture(str(tmp_path), None, scores=False)
+    if size is None:
+        check_head_size(policy, "mine")
+        return
+    with pytest.raises(
+        UserError, match=rf"^model 'mine': its attention heads have {size} dimensions, and on CPUs vLLM"
+    ):
+        check_head_size(policy, "mine")
 
 
 def test_a_head_on_an_architecture_without_a_classifier(tmp_path: Path) -> None:
