@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rayrlhf.config import Config
 from rayrlhf.data.formats import Use
-from rayrlhf.data.sources import DataSet, Rendering
-from rayrlhf.data.tokens import encode_responses
+from rayrlhf.data.sources import NO_LIMIT, DataSet, Rendering
+from rayrlhf.data.stored import Records
 from rayrlhf.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,8 +20,6 @@ COVERED = 0.95
 """Share of the training prompts, and of the responses, that are to fit."""
 WITHOUT_RESPONSES = 128
 """Tokens of a response where no stage learns from given ones, so that the data does not say how long one should be."""
-_NO_LIMIT = 10**9
-_CHUNK = 1024  # responses tokenised at a time
 
 
 @dataclass
@@ -31,13 +29,11 @@ class Lengths:
     prompts: list[int] = field(default_factory=list)
     responses: list[int] = field(default_factory=list)
 
-    def add_responses(
-        self, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], responses: Sequence[str]
-    ) -> None:
-        """Add those of responses to these prompts."""
-        for start in range(0, len(responses), _CHUNK):
-            chunk = slice(start, start + _CHUNK)
-            self.responses += map(len, encode_responses(tokenizer, responses[chunk], _NO_LIMIT, prompts[chunk]))
+    def add(self, records: Records[Any], responses: bool = True) -> None:
+        """Add those of the prompts of these records, and of the responses unless no stage learns from them."""
+        self.prompts += records.column("tokens")
+        if responses:
+            self.responses += records.lengths().tolist()
 
 
 def choose_lengths(config: Config, tokenizer: PreTrainedTokenizerBase, context: int) -> tuple[Config, str | None]:
@@ -88,28 +84,17 @@ def choose_lengths(config: Config, tokenizer: PreTrainedTokenizerBase, context: 
 def measured(config: Config, tokenizer: PreTrainedTokenizerBase) -> Lengths:
     """The lengths of the training prompts of all sources, and of the responses that a stage learns from."""
     data, found = config.data, Lengths()
-    rendering = Rendering(tokenizer, _NO_LIMIT, data.system_prompt)
+    rendering = Rendering(tokenizer, NO_LIMIT, data.system_prompt)
     demonstrations = DataSet(data.demonstrations, rendering, "demonstration").demonstrations("train").records
-    found.prompts += [record.tokens for record in demonstrations]
-    if config.has("sft") and config.environment is None:  # with one, a response is several turns
-        texts = [record.prompt for record in demonstrations]
-        found.add_responses(tokenizer, texts, [record.response for record in demonstrations])
+    # With an environment, a response is several turns.
+    found.add(demonstrations, responses=config.has("sft") and config.environment is None)
     if data.comparisons is not None:
         uses: tuple[Use, ...] = ("comparison", "labelled")
         source = DataSet(data.comparisons, rendering, *uses)
-        pairs: list[tuple[str, str]]
-        if source.reading.use == "labelled":
-            labelled = source.labelled("train").records
-            found.prompts += [record.tokens for record in labelled]
-            pairs = [(record.prompt, record.response) for record in labelled]
-        else:
-            ranked = source.comparisons("train").records
-            found.prompts += [record.tokens for record in ranked]
-            pairs = [(record.prompt, response) for record in ranked for response in record.responses]
-        found.add_responses(tokenizer, [prompt for prompt, _ in pairs], [response for _, response in pairs])
+        found.add((source.labelled if source.reading.use == "labelled" else source.comparisons)("train").records)
     if data.prompts is not None:
         asked = DataSet(data.prompts, rendering, "prompt").prompts("train").records
-        found.prompts += [record.tokens for record in asked]
+        found.add(asked, responses=False)
     return found
 
 

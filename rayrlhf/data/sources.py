@@ -6,7 +6,7 @@ import itertools
 import pickle
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 P = TypeVar("P", bound=Prompt)
+NO_LIMIT = 10**9
+"""A `max_prompt_tokens` that cuts no prompt: what `rayrlhf.data.lengths` reads, to choose one."""
 _CHUNK = 1024  # records that are made at a time
 
 
@@ -162,12 +164,13 @@ class DataSet:
 
     @cached_property
     def _content(self) -> str:
-        """A hash of what decides the records of all splits."""
+        """A hash of what decides the records of all splits, but for the limit."""
         own = self.rendering
         check_fast(own.tokenizer)
-        return cache.digest(
-            cache.tokenizer_digest(own.tokenizer), own.max_prompt_tokens, own.system_prompt, self.reading.content
-        )
+        return cache.digest(cache.tokenizer_digest(own.tokenizer), own.system_prompt, self.reading.content)
+
+    def _key(self, kind: type[R], split: Split, max_prompt_tokens: int) -> str:
+        return cache.digest(self._content, max_prompt_tokens, kind.__name__, split)
 
     def _found(
         self,
@@ -177,15 +180,17 @@ class DataSet:
         make: Callable[[Any, Any, Fitted], R],
     ) -> Found[R]:
         """The records of a split, from the cache or made now."""
-        key = cache.digest(self._content, kind.__name__, split)
+        key = self._key(kind, split, self.rendering.max_prompt_tokens)
         if kept := cache.read_entry(kind, key):
             return Found(records=kept[0], cached=True, **kept[1])
+        # Those that the limit was chosen by: most of them fit it as they are.
+        whole = cache.read_entry(kind, self._key(kind, split, NO_LIMIT))
         records, counted, mended = self.reading.split(split)
         facts = Facts(dropped=Counter(counted), mended=mended)
         with cache.working_directory() as directory:
             file = directory / cache.RECORDS
             try:
-                count = write_records(kind, self._made(records, facts, clean, make), file)
+                count = write_records(kind, self._made(records, facts, clean, make, whole[0] if whole else None), file)
             except pickle.UnpicklingError as error:
                 raise UserError(
                     f"{self.reading.paths}: a further column has {error}, which cannot be read; leave the column out"
@@ -206,10 +211,15 @@ class DataSet:
         facts: Facts,
         clean: Callable[[Any, Callable[[str], str]], Any],
         make: Callable[[Any, Any, Fitted], R],
+        whole: Iterable[R] | None,
     ) -> Iterator[R]:
-        """Make records: special tokens taken out, prompts rendered and cut, all texts tokenised."""
+        """Make records: special tokens taken out, prompts rendered and cut, all texts tokenised.
+
+        `whole` has the same records without a limit, if they were made before: those that fit are taken from there.
+        """
         own = self.rendering
         remove, cleaned = special_text_remover(own.tokenizer), cleaner(own.tokenizer)
+        earlier = iter(whole or ())
         for start in range(0, len(records), _CHUNK):
             kept: list[tuple[Record, Any]] = []
             where: list[str] = []
@@ -225,12 +235,15 @@ class DataSet:
                 facts.cleared += raw.prompt != given.prompt or any(remove(text) != text for text in given.texts)
                 kept.append((record, raw))
                 where.append(place)
-            prompts = [self._told(place, raw.prompt) for place, (_, raw) in zip(where, kept, strict=True)]
-            fitted = fit_prompts(own.tokenizer, prompts, own.max_prompt_tokens, where)
+            before = enumerate(itertools.islice(earlier, len(kept)))
+            made = {i: record for i, record in before if record.tokens <= own.max_prompt_tokens}
+            new = [i for i in range(len(kept)) if i not in made]
+            prompts = [self._told(where[i], kept[i][1].prompt) for i in new]
+            fitted = fit_prompts(own.tokenizer, prompts, own.max_prompt_tokens, [where[i] for i in new])
             facts.longer += sum(each.tokens > own.max_prompt_tokens for each in fitted)
-            yield from self._with_responses(
-                [make(record, raw, each) for (record, raw), each in zip(kept, fitted, strict=True)]
-            )
+            with_responses = self._with_responses([make(*kept[i], each) for i, each in zip(new, fitted, strict=True)])
+            made |= zip(new, with_responses, strict=True)
+            yield from (made[i] for i in range(len(kept)))
 
     def _with_responses(self, records: Sequence[R]) -> Iterator[R]:
         """The records with the token ids of their answers."""

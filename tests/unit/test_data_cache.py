@@ -21,13 +21,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rayrlhf.config_data import DatasetConfig
 from rayrlhf.config_file import parse_config
-from rayrlhf.data import cache, stored
+from rayrlhf.data import cache, sources, stored
 from rayrlhf.data.files import DataFile, SourceRow
 from rayrlhf.data.records import Demonstration, Message
 from rayrlhf.data.run_data import RunData
-from rayrlhf.data.sources import DataSet, Found, Rendering
+from rayrlhf.data.sources import NO_LIMIT, DataSet, Found, Rendering
 from rayrlhf.data.spool import Spool
 from rayrlhf.data.stored import Records, write_records
+from rayrlhf.data.template import fit_prompts
 from rayrlhf.data.tokens import encode_prompt, encode_response
 
 ROOT = Path(__file__).parents[2]
@@ -82,6 +83,30 @@ def read(path: Path, tokenizer: PreTrainedTokenizerBase, rendering: Any = None, 
 def whole(records: Any) -> list[tuple[Any, ...]]:
     """All fields, also those that do not count when records are compared."""
     return [astuple(record) for record in records]
+
+
+def test_what_a_limit_was_chosen_by_is_not_tokenised_again(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only prompts that are cut are; the records are those of a reading that has no earlier one to take from."""
+    monkeypatch.setattr(sources, "_CHUNK", 8)  # several chunks
+    path = write(tmp_path / "rows.jsonl", [*rows(), {"prompt": "</s>", "response": "dropped"}])
+    expected = read(path, tokenizer)
+    shutil.rmtree(directory)
+    unlimited = read(path, tokenizer, Rendering(tokenizer, NO_LIMIT))
+    long = sum(record.tokens > 40 for record in unlimited.records)
+    assert 5 < long < len(unlimited.records) and unlimited.longer == 0
+
+    fitted: list[int] = []
+
+    def counting(tokenizer: Any, prompts: Any, *rest: Any) -> Any:
+        fitted.append(len(prompts))
+        return fit_prompts(tokenizer, prompts, *rest)
+
+    monkeypatch.setattr(sources, "fit_prompts", counting)
+    found = read(path, tokenizer)
+    assert whole(found.records) == whole(expected.records) and not found.cached
+    assert (found.longer, found.dropped) == (expected.longer, expected.dropped) and found.longer == sum(fitted) == long
 
 
 def test_what_comes_from_the_cache_is_equal(
