@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.core_model_loading import revert_weight_conversion
 
 from actors.rollouts.weight_sync import WeightSyncError
 
@@ -18,23 +19,35 @@ class CheckpointLayout:
     """The tensors that make up a complete set of an architecture's weights."""
 
     shapes: dict[str, tuple[int, ...]]
-    """By Hugging Face name."""
+    """By the names in files, which vLLM reads."""
     aliases: frozenset[str]
     """Second names of tied tensors, such as the output head's. A set may have them or not."""
+    names: dict[str, str]
+    """From those in memory to those in files: transformers has new names for the weights of some older families."""
 
     @classmethod
     def read(cls, model_path: str, revision: str | None) -> CheckpointLayout:
         """Of a model directory or hub name, from its config: no weights are read."""
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_path, revision=revision))
-        state = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        held = model.state_dict()
+        in_files = {id(tensor): name for name, tensor in revert_weight_conversion(model, dict(held)).items()}
+        names = {name: in_files.get(id(tensor), name) for name, tensor in held.items()}
         unique = {name for name, _ in model.named_parameters()}
         aliases = {name for name, _ in model.named_parameters(remove_duplicate=False)} - unique
-        return cls({name: shape for name, shape in state.items() if name not in aliases}, frozenset(aliases))
+        shapes = {names[name]: tuple(tensor.shape) for name, tensor in held.items() if name not in aliases}
+        return cls(shapes, frozenset({*aliases, *(names[alias] for alias in aliases)}), names)
 
     def validated(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> list[tuple[str, torch.Tensor]]:
-        """The tensors, without aliases; raises WeightSyncError unless they are a complete set."""
-        weights = [(name, tensor) for name, tensor in tensors if name not in self.aliases]
+        """The tensors by the names in files, without aliases.
+
+        Args:
+            tensors: by their names in memory or in files.
+
+        Raises:
+            WeightSyncError: they are no complete set.
+        """
+        weights = [(self.names.get(name, name), tensor) for name, tensor in tensors if name not in self.aliases]
         shapes = {name: tuple(tensor.shape) for name, tensor in weights}
         wanted = self.shapes
         faults = {

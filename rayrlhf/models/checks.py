@@ -90,7 +90,7 @@ def check_head_size(policy: PreTrainedModel, path: str) -> None:
 def _check_names(model: PreTrainedModel, path: str) -> None:
     """Generators are sent the tensors that the model holds, and vLLM reads those that files have.
 
-    A tensor with another name only passes: vLLM serves such models, as GPT-NeoX, by transformers' own modules.
+    A tensor with another name only passes, as the output head of GPT-NeoX: generators know both names.
 
     Raises:
         UserError: transformers saves other tensors than it holds: the experts of Mixtral are one in memory.

@@ -19,6 +19,7 @@ import pytest
 import ray
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     GPTNeoXConfig,
@@ -504,7 +505,8 @@ def test_the_process_keeps_its_thread_count(tied: Generator, embedded: PreTraine
 # One more engine, and a family less common than the others.
 @pytest.mark.long
 def test_a_family_that_vllm_serves_by_transformers_modules(tmp_path: Path) -> None:
-    """New weights reach them, also fused and packed ones; and this process can make such models as before."""
+    """New weights reach them, also fused and packed ones; and this process can make such models as before. The names in
+    files are not those in memory."""
     torch.manual_seed(3)
     size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = GPTNeoXConfig(vocab_size=1000, max_position_embeddings=256, initializer_range=0.2, **size)
@@ -519,6 +521,9 @@ def test_a_family_that_vllm_serves_by_transformers_modules(tmp_path: Path) -> No
             trajectories = _generate(generator, requests, _sampling(0.7), _sync(generator, changed))
             assert _gap(changed, trajectories, 0.7) < TOLERANCE
             assert changed is again or _gap(initial, trajectories, 0.7) > 1.0
+        assert "embed_out.weight" in load_file(tmp_path / "model.safetensors")
+        version = generator.load_weights(publish_directory(tmp_path, _version(generator) + 1, local=True))
+        assert _gap(initial, _generate(generator, requests, _sampling(0.7), version), 0.7) < TOLERANCE
     finally:
         generator.engine.close()
 
