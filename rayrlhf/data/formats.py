@@ -136,6 +136,14 @@ _COLUMNS = {
     "subreddit", "title", "post", "summary", "human_ref_A", "human_ref_B", "domain",
 }  # fmt: skip
 
+_USUAL = {
+    "prompt": ("question", "query", "instruction", "input", "user", "text"),
+    "response": ("answer", "output", "reply", "assistant", "target"),
+    "chosen": ("better", "preferred", "accepted", "winner"),
+    "rejected": ("worse", "dispreferred", "loser"),
+}
+"""How other people name our columns."""
+
 
 def format_named(name: str) -> Format:
     """
@@ -169,10 +177,18 @@ def recognise(path: str, rows: Sequence[SourceRow], uses: Sequence[Use]) -> str:
     if not fitting:
         known = "; ".join(f"{name}: {each.columns}" for name, each in able.items())
         raise UserError(
-            f"{path}: the format is not recognised, {there_are}; set columns: {{our name: the file's}}, such as "
-            f"columns: {{prompt: question}}, or set format to one of these: {known}"
+            f"{path}: the format is not recognised, {there_are}; say which of them are ours, such as "
+            f"{{path: {path}, columns: {{{_likely(rows)}}}}}, or set format to one of these: {known}"
         )
     return fitting[0]
+
+
+def _likely(rows: Sequence[SourceRow]) -> str:
+    """Our names of columns and the file's, in words, as far as the file's names suggest them; else an example."""
+    there = {column.lower(): column for column in columns_of(rows)}
+    likely = {ours: next((there[name] for name in names if name in there), None) for ours, names in _USUAL.items()}
+    found = {ours: theirs for ours, theirs in likely.items() if theirs is not None and ours not in there}
+    return ", ".join(f"{ours}: {theirs}" for ours, theirs in (found or {"prompt": "question"}).items())
 
 
 def columns_of(rows: Sequence[SourceRow]) -> list[str]:

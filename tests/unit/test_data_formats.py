@@ -162,8 +162,15 @@ def test_prompts(
         (
             [{"question": "a", "answer": "b"}],
             ["demonstration"],
-            "not recognised, .*: question, answer; .*prompts: ",
+            "not recognised, .*: question, answer; .*"
+            r"{path: a.jsonl, columns: {prompt: question, response: answer}}, .*prompts: ",
         ),
+        (
+            [{"prompt": "a", "Better": "b", "worse": "c"}],
+            ["comparison"],
+            "not recognised, .*columns: {chosen: Better, rejected: worse}}",
+        ),
+        ([{"a": "b"}], ["demonstration"], "not recognised, .*columns: {prompt: question}}"),
         ([{"prompt": "a"}], ["demonstration"], "not recognised, its columns are: prompt; "),
         (
             [{"prompt": "a", "response": "b", "instruction": "c", "output": "d"}],
