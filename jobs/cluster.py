@@ -5,25 +5,30 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray._private import ray_constants
 from ray._private.state import available_resources_per_node
 from ray.autoscaler.sdk import request_resources
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.table import Table
 
 from actors.pools.remote import ActorFailure
 from actors.training.tasks import TRAIN_ENVIRONMENT
 from rayrlhf.config import Config
-from rayrlhf.errors import UserError
-from rayrlhf.machine import Machine
+from rayrlhf.errors import UserError, one_line
+from rayrlhf.machine import Machine, free_gpu_memory
 from rayrlhf.runs.placement import Node, Plan, Role, demand, make_plan, roles_of, smaller
+
+Answer = TypeVar("Answer")
 
 _NOTICE_S, _POLL_S = 15.0, 1.0
 """Seconds between two lines for the user, and between two looks at the cluster, while nodes are waited for."""
+_ANSWER_S = 120.0
+"""Seconds in which all nodes must have answered what they are asked."""
 _START_TRIES = 3
 """So often a private cluster is started before the run gives up."""
 _NODES_IN_ERROR = 4
@@ -186,12 +191,29 @@ def cluster_nodes(free: bool = False) -> list[Node]:
 
 def cluster_machines() -> list[Machine]:
     """What the nodes have that are alive and have a CPU, whoever holds it now."""
-    found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return [
-        Machine(int(has["CPU"]), int(has.get("GPU", 0)), has.get("memory", math.inf))
-        for has in found
-        if has.get("CPU", 0) >= 1
-    ]
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
+    with_gpus = [node["NodeID"] for node in nodes if node["Resources"].get("GPU", 0)]
+    free = dict(zip(with_gpus, ask_nodes(free_gpu_memory, with_gpus), strict=True))
+    machines = []
+    for node in nodes:
+        has, own = node["Resources"], node["NodeID"]
+        machine = Machine(int(has["CPU"]), int(has.get("GPU", 0)), has.get("memory", math.inf))
+        machines.append(machine._replace(gpu_memory=free[own]) if own in free else machine)
+    return machines
+
+
+def ask_nodes(ask: Callable[[], Answer], nodes: Sequence[str]) -> list[Answer]:
+    """What a function returns on each of these nodes, by their ids. Ray itself does not know what memory GPUs have.
+
+    Raises:
+        ActorFailure: a node does not answer.
+    """
+    task = ray.remote(num_cpus=0)(ask)
+    strategies = [NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes]
+    try:
+        return ray.get([task.options(scheduling_strategy=each).remote() for each in strategies], timeout=_ANSWER_S)
+    except ray.exceptions.RayError as error:
+        raise ActorFailure(f"a node did not answer what it has: {one_line(error)[:200]}") from error
 
 
 def plan_table(plan: Plan) -> Table:

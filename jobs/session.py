@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from actors.training.loop import LoopArguments
 from actors.training.workers import TrainingLoop, Workers
-from jobs.choices import with_lengths, with_resources
+from jobs.choices import asks_for_machines, with_lengths, with_resources
 from jobs.cluster import connected, has_cluster, inside_job, preflight
 from jobs.console import console
 from jobs.follow import following
@@ -39,6 +39,7 @@ from rayrlhf.reports.progress import batch_table
 from rayrlhf.reports.remarks import remarks
 from rayrlhf.rewards.labellers import check_labeller
 from rayrlhf.runs.addresses import join, runs_address
+from rayrlhf.runs.changes import MICRO_BATCH
 from rayrlhf.runs.contents import hashes, read_contents
 from rayrlhf.runs.folder import RunFolder, open_or_create, stored_contents
 from rayrlhf.runs.rounds import has_rounds, round_name
@@ -177,6 +178,9 @@ class Session:
         relevant["contents"] = {key: hashes(contents, key) for key in contents if stage in stages_from(key)}
         for key in self.config.rl.of_no_result:
             relevant.get("rl", {}).pop(key, None)
+        for section in relevant.values():
+            if isinstance(section, dict):
+                section.pop(MICRO_BATCH, None)
         asked = [relevant["collect"]["labeller"]] if "collect" in relevant else []
         if "rl" in relevant:
             relevant["rewards"] = settings["rewards"]
@@ -254,7 +258,7 @@ def opened(config: Config, local: bool = False) -> Iterator[Session]:
         contents = read_contents(_recorded(config), models, stored_contents(run))
         model = local_copy(Starts(config, run, models).base)
         config, lengths = with_lengths(config, run, model, contents)
-        if config.resources.asks_for_machines and not local and has_cluster():
+        if asks_for_machines(config) and not local and has_cluster():
             connection.enter_context(connected(config))
         config, resources = with_resources(config, model)
         open_or_create(_recorded(config), runs_dir, contents=contents)

@@ -5,7 +5,7 @@ Units: lengths are tokens, times are seconds, sizes are bytes unless the name sa
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -48,12 +48,15 @@ class ModelConfig(Section):
 class SFTConfig(StartSection):
     """Stage `sft`: supervised fine-tuning on demonstrations."""
 
+    CHOSEN: ClassVar = ("micro_batch_tokens",)
+
     epochs: Positive = 1
     batch_size: Positive = 32
     """Demonstrations per optimiser step, over all learner workers."""
     micro_batch_tokens: Positive = 4096
     """Upper bound of the tokens of one forward pass on one worker; padding counts, for models that cannot pack rows.
-    A single row that is longer gets a pass of its own."""
+    A single row that is longer gets a pass of its own. auto, or not given: chosen by the memory that there is when a
+    run starts (`rayrlhf.models.micro_batches`). It changes speed and memory, not the result."""
     loss_on: Literal["completion", "all"] = "completion"
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-4, warmup_fraction=0.05)
     evals_per_epoch: Positive = 1
@@ -81,10 +84,13 @@ class CollectConfig(DrawConfig, CollectsAfterOthers):
 class RewardModelConfig(StartSection):
     """Stage `reward_model`: learn to order ranked answers."""
 
+    CHOSEN: ClassVar = ("micro_batch_tokens",)
+
     epochs: Positive = 1
     prompts_per_batch: Positive = 16
     """Prompts (with all their ranked answers) per optimiser step, over all learner workers."""
     micro_batch_tokens: Positive = 4096
+    """As `sft.micro_batch_tokens`."""
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-4, warmup_fraction=0.05)
     max_comparisons: Positive | None = None
     """Use only so many of the comparisons."""

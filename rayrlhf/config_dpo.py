@@ -19,6 +19,8 @@ BALANCED = 4 / 3
 class PreferenceConfig(ReferenceSection):
     """What all losses have: the batches and the updates."""
 
+    CHOSEN: ClassVar = ("micro_batch_tokens",)
+
     reference: ClassVar[bool] = True
     """Whether the loss compares the policy with a reference policy."""
     takes_labels: ClassVar[bool] = False

@@ -22,6 +22,7 @@ from rayrlhf.config import Config
 from rayrlhf.config_file import dump_config, load_config, parse_override
 from rayrlhf.config_resources import ResourcesConfig
 from rayrlhf.machine import this_machine
+from rayrlhf.sections import Section
 
 Key = tuple[str, ...]
 """The parts of a dotted key. Labels have dots inside a part."""
@@ -37,9 +38,9 @@ def annotated(path: str | Path, overrides: list[str]) -> str:
     config = load_config(path, overrides)
     found = origins(path, overrides)
     shared = config.resources.shared_among([this_machine()])
-    tree = dump_config(config.model_copy(update={"resources": shared}))
-    tree["data"].update(dict.fromkeys(config.data.to_choose, "auto"))
-    tree["resources"]["generators"].update(dict.fromkeys(shared.generators.to_choose, "auto"))
+    whole = config.model_copy(update={"resources": shared})
+    tree = dump_config(whole)
+    _show_auto(tree, whole)
     return "\n".join(_lines(tree, {**dict.fromkeys(_chosen(config, shared), _HERE), **found})) + "\n"
 
 
@@ -48,6 +49,14 @@ def _chosen(config: Config, shared: ResourcesConfig) -> Iterator[Key]:
     for role in shared.ROLES:
         before, now = getattr(config.resources, role), getattr(shared, role)
         yield from (("resources", role, name) for name in now.model_fields_set - before.model_fields_set)
+
+
+def _show_auto(tree: dict[str, Any], section: Section) -> None:
+    """Put `auto` where a run is to choose a value."""
+    tree.update(dict.fromkeys(section.to_choose, "auto"))
+    for name in type(section).model_fields:
+        if isinstance(inner := getattr(section, name), Section):
+            _show_auto(tree[name], inner)
 
 
 def origins(path: str | Path, overrides: list[str]) -> dict[Key, str]:

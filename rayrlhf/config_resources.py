@@ -65,9 +65,12 @@ class GeneratorConfig(Placement):
 class ScorerConfig(Placement):
     """Actors that hold the reward model and the reference policy."""
 
+    CHOSEN: ClassVar = ("micro_batch_tokens",)
+
     count: Positive = 1
     threads: Positive = 1
     micro_batch_tokens: Positive = 8192
+    """Upper bound of the tokens of one forward pass. auto, or not given: chosen as `sft.micro_batch_tokens` is."""
 
 
 class LearnerConfig(Placement):
@@ -118,7 +121,8 @@ class ResourcesConfig(Section):
     @property
     def asks_for_machines(self) -> bool:
         """Whether something is to be chosen by the machines that there are."""
-        return self.auto or bool(not self.generators.gpus and self.generators.to_choose)
+        cache = not self.generators.gpus and self.generators.to_choose
+        return self.auto or bool(cache or self.scorers.to_choose)
 
     @property
     def newcomer_timeout_s(self) -> int:

@@ -37,6 +37,8 @@ class KLConfig(Section):
 class RLConfig(ReferenceSection):
     """What all algorithms have: the batches, the updates, the limits of staleness, the score of a response."""
 
+    CHOSEN: ClassVar = ("micro_batch_tokens",)
+
     critic: ClassVar[bool] = False
     """Whether the algorithm has a value model."""
 

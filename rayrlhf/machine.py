@@ -7,12 +7,21 @@ from __future__ import annotations
 
 import math
 import os
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 _CGROUP = Path("/sys/fs/cgroup")
 _MIB = 2**20
+
+
+_SMALL_GPU = 16.0 * 2**30
+"""Bytes that a GPU counts as having which does not say."""
+_OF_GPU = 0.9
+"""Share of a GPU's free memory for what is counted: the rest is for CUDA, and for gaps between tensors."""
+_OF_MACHINE = {"learner": 1 / 2, "scorers": 1 / 4, "generators": 1 / 4}
+"""Share of a machine's free memory that the actors of a role may take together, where they have no GPU."""
 
 
 class Machine(NamedTuple):
@@ -22,11 +31,14 @@ class Machine(NamedTuple):
     gpus: int
     memory: float
     """Bytes that are free, without those of the GPUs."""
+    gpu_memory: float = _SMALL_GPU
+    """Bytes that are free on the GPU that has least of them."""
 
 
 def this_machine() -> Machine:
     """What this process may use."""
-    return Machine(usable_cores(), usable_gpus(), free_memory())
+    gpus = usable_gpus()
+    return Machine(usable_cores(), gpus, free_memory(), free_gpu_memory() if gpus else _SMALL_GPU)
 
 
 def usable_cores() -> int:
@@ -46,6 +58,18 @@ def usable_gpus() -> int:
 def free_memory() -> float:
     """The bytes of memory that this process may still take: what the machine has free, within its container's limit."""
     return min(_available(Path("/proc/meminfo")), _left_of_limit(_CGROUP))
+
+
+def free_gpu_memory() -> float:
+    """The bytes that are free on the GPU of this machine that has least of them; a small GPU's if none says."""
+    try:
+        said = subprocess.run(
+            ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"],
+            capture_output=True, text=True, timeout=30, check=True,
+        ).stdout  # fmt: skip
+        return min(float(line) for line in said.splitlines()) * _MIB
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return _SMALL_GPU
 
 
 def resources_for(machines: Sequence[Machine]) -> dict[str, dict[str, Any]]:
@@ -97,8 +121,21 @@ def cache_for(machines: Sequence[Machine], generators: int, wanted_mib: int) -> 
         generators: their number on all machines.
         wanted_mib: what one generator could use.
     """
-    quarter = min(machine.memory for machine in machines) / 4 / _MIB
-    return max(1, math.floor(min(wanted_mib, quarter / math.ceil(generators / len(machines)))))
+    return max(1, math.floor(min(wanted_mib, room_of("generators", machines, generators, 0.0) / _MIB)))
+
+
+def room_of(role: str, machines: Sequence[Machine], actors: int, gpus: float) -> float:
+    """The bytes of memory for one actor of a role: of its GPU, or of a machine that it shares with the other roles.
+
+    Args:
+        role: as `resources` names it.
+        machines: at least one; that with the least memory decides.
+        actors: of the role, on all machines.
+        gpus: of each of these actors.
+    """
+    if gpus:
+        return _OF_GPU * min(gpus, 1.0) * min((m.gpu_memory for m in machines if m.gpus), default=_SMALL_GPU)
+    return _OF_MACHINE[role] * min(m.memory for m in machines) / math.ceil(actors / len(machines))
 
 
 def _hundredths(amount: float) -> float:

@@ -11,6 +11,8 @@ from rayrlhf.runs.stages import stages_from
 
 _FREE_KEYS = {"name", "runs_dir", "from", "alarms", "resources"}
 """Top-level keys that do not change results."""
+MICRO_BATCH = "micro_batch_tokens"
+"""The key of a stage's section that does not: a run may go on with another value, as where memory was too small."""
 _SHOWN = 3
 """A sentence names so many changes, and counts the others."""
 
@@ -26,7 +28,8 @@ class Change:
     @property
     def stages(self) -> tuple[str, ...]:
         """The stages whose results it changes."""
-        return () if self.key.split(".")[0] in _FREE_KEYS else stages_from(self.key)
+        parts = self.key.split(".")
+        return () if parts[0] in _FREE_KEYS or parts[-1] == MICRO_BATCH else stages_from(self.key)
 
 
 def config_changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[Change]:

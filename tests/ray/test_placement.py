@@ -16,7 +16,7 @@ from ray.cluster_utils import Cluster
 from actors.pools.remote import Remote
 from actors.rollouts.coordinator import Coordinator
 from actors.training.workers import Workers
-from jobs.cluster import preflight
+from jobs.cluster import ask_nodes, cluster_machines, preflight
 from rayrlhf.config import Config
 from rayrlhf.config_file import parse_config
 from rayrlhf.errors import UserError
@@ -27,11 +27,13 @@ from tests.clusters import cluster_of_nodes
 TINY = resolve_model("embedded:opt-tiny")
 LEARNER, GENERATOR = {"rayrlhf.io/role": "learner"}, {"rayrlhf.io/role": "generator"}
 
+_NODES = ((LEARNER, 0), (LEARNER, 0), (GENERATOR, 1))
+
 
 @pytest.fixture(scope="module")
 def cluster(no_ray: None) -> Iterator[Cluster]:
-    """A head without CPUs; learner nodes and one rollout node."""
-    nodes = [{"num_cpus": 2, "labels": labels} for labels in (LEARNER, LEARNER, GENERATOR)]
+    """A head without CPUs; learner nodes and one rollout node, which claims to have a GPU."""
+    nodes = [{"num_cpus": 2, "num_gpus": gpus, "labels": labels} for labels, gpus in _NODES]
     with cluster_of_nodes(0, *nodes) as cluster:
         yield cluster
 
@@ -87,6 +89,18 @@ def test_actors_are_where_their_labels_say(cluster: Cluster, tmp_path: Path) -> 
     learners = [(tmp_path / f"rank{rank}").read_text() for rank in range(2)]
     assert learners[0] == learners[1], "two workers that fit one node are packed on it"
     assert labels_of_node(learners[0])["rayrlhf.io/role"] == "learner"
+
+
+def test_a_node_with_gpus_is_asked_for_their_memory(cluster: Cluster) -> None:
+    machines = cluster_machines()
+    assert sorted((machine.cores, machine.gpus) for machine in machines) == [(2, 0), (2, 0), (2, 1)]
+    assert all(machine.gpu_memory > 0 for machine in machines)
+    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+    assert ask_nodes(this_node, nodes) == nodes
+
+
+def this_node() -> str:
+    return ray.get_runtime_context().get_node_id()
 
 
 def test_what_fits_nowhere_is_one_line(cluster: Cluster, tmp_path: Path) -> None:

@@ -24,6 +24,10 @@ from rayrlhf.runs.folder import open_or_create, run_at, stored_config
 from tests.families import LLAMA, OPT
 from tests.rows import write_rows
 
+MICRO_BATCHES = (
+    "; micro_batch_tokens=4096 of sft, reward_model, rl (more is hardly faster)"
+    "; micro_batch_tokens=8192 of scorers (more is hardly faster)"
+)
 RL_ALONE = {"stages": ["rl"], "sft": {"from": "model"}, "rewards": [{"kind": "python", "path": "a.py:a", "name": "a"}]}
 
 
@@ -179,15 +183,17 @@ def test_resources_are_chosen_for_the_machine(
     # 128 sequences of 128 tokens of 256 bytes
     assert line == (
         "resources, by 1 machine with 2 cores and 0 GPUs: generators 1 × (0.5 CPUs, 1 threads); "
-        "scorers 1 × (0.5 CPUs, 2 threads); learner 1 × (1 CPUs, 2 threads); KV cache 4 MiB"
+        "scorers 1 × (0.5 CPUs, 2 threads); learner 1 × (1 CPUs, 2 threads); KV cache 4 MiB" + MICRO_BATCHES
     )
     assert found.resources.generators.kv_cache_mib == 4
     named = config(demonstrations, lengths, resources={"generators": {"count": 2, "max_num_seqs": 64}})
     found, line = with_resources(named, str(tmp_path / "model"))
-    assert line == "resources, by 1 machine with 2 cores and 0 GPUs: KV cache 2 MiB"
+    assert line == "resources, by 1 machine with 2 cores and 0 GPUs: KV cache 2 MiB" + MICRO_BATCHES
     assert found.resources.generators.cpus == 1.0 and found.resources.generators.kv_cache_mib == 2
     for generators in ({"kv_cache_mib": 9}, {"gpus": 1.0}):
-        given = config(demonstrations, lengths, resources={"generators": generators})
+        micro_batch = {"micro_batch_tokens": 1}
+        stages = dict.fromkeys(("sft", "reward_model", "dpo", "rl"), micro_batch)
+        given = config(demonstrations, lengths, resources={"generators": generators, "scorers": micro_batch}, **stages)
         assert with_resources(given, str(tmp_path / "model")) == (given, None)
 
 

@@ -108,6 +108,8 @@ def test_the_chosen_numbers_are_shown_and_stay(monkeypatch: pytest.MonkeyPatch, 
     kept = load_config(tmp_path / "all.yaml")
     assert kept.resources.shared_among([Machine(64, 8, GIB)]) == kept.resources and kept.resources.learner.workers == 1
     assert kept.data.to_choose == ("max_prompt_tokens", "max_response_tokens")
+    assert shown.count("  micro_batch_tokens: auto  # default") == 5
+    assert kept.sft.to_choose == kept.resources.scorers.to_choose == ("micro_batch_tokens",)
     assert "kv_cache_mib: auto  # default" in shown and kept.resources.generators.to_choose == ("kv_cache_mib",)
     assert parse_config(yaml.safe_load(yaml.safe_dump(dump_config(kept))), "stored") == kept
 
