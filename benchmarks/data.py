@@ -1,4 +1,5 @@
-"""A million rows: time and memory until a run has its records, the first time and from the cache of tokenised data.
+"""A million rows: time and memory until a run has its records, the first time, from the cache of tokenised data, and
+where it chooses its lengths by them.
 
 Each start is a process of its own, which reads a file of JSON Lines with short prompts and answers, makes the splits of
 a usual run, and then looks at what SFT would train on, row by row. Its time is CPU time, user and system, as a shared
@@ -32,11 +33,15 @@ print(sum(1 for row in load_source(DatasetConfig(path=sys.argv[1])).train))
 _START = """
 import sys
 from rayrlhf.config_file import parse_config
+from rayrlhf.data.lengths import choose_lengths
 from rayrlhf.data.run_data import RunData
 from rayrlhf.models.loading import load_tokenizer, resolve_model
 data = {"demonstrations": {"path": sys.argv[1], "format": "prompts"}}
+if sys.argv[2] == "given":
+    data |= {"max_prompt_tokens": 160, "max_response_tokens": 48}
 tokenizer = load_tokenizer(resolve_model("embedded:opt-tiny"))
-run = RunData(parse_config({"name": "a", "data": data}, "benchmark"), tokenizer)
+config, _ = choose_lengths(parse_config({"name": "a", "data": data}, "benchmark"), tokenizer, 1024)
+run = RunData(config, tokenizer)
 run.read()
 sft = run.train.sft
 tokens = sum(len(record.ids) + len(record.response_ids[0]) for record in sft)
@@ -47,12 +52,13 @@ print(len(sft), len(run.train.rl), tokens)
 def run(quick: bool) -> Result:
     """Measure a start with few rows, with many, and with many again."""
     rows = ROWS // 100 if quick else ROWS
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory() as directory, tempfile.TemporaryDirectory() as another:
         few, many = (written(Path(directory, f"{count}.jsonl"), count) for count in (FEW, rows))
-        _, libraries, _ = measured(_START, few, directory)
-        reading, _, _ = measured(_READ, many, directory)
-        first, first_mib, found = measured(_START, many, directory)
-        again, again_mib, cached = measured(_START, many, directory)
+        _, libraries, _ = measured(_START, few, "given", cache=directory)
+        reading, _, _ = measured(_READ, many, cache=directory)
+        first, first_mib, found = measured(_START, many, "given", cache=directory)
+        again, again_mib, cached = measured(_START, many, "given", cache=directory)
+        chosen, chosen_mib, _ = measured(_START, many, "chosen", cache=another)
         assert found == cached, "the cache has other records"
         entries = [file for file in Path(directory, "records").rglob("*") if file.is_file()]
         facts = [
@@ -60,9 +66,11 @@ def run(quick: bool) -> Result:
             Fact("first start", "s of CPU", [first]),
             Fact("first start", "rows/s of CPU", [rows / first]),
             Fact("start from the cache", "s of CPU", [again]),
+            Fact("first start that chooses lengths", "s of CPU", [chosen]),
             Fact("start with few rows, peak", "MiB", [libraries]),
             Fact("first start, peak", "MiB", [first_mib]),
             Fact("start from the cache, peak", "MiB", [again_mib]),
+            Fact("first start that chooses lengths, peak", "MiB", [chosen_mib]),
             Fact("first start, beyond the libraries", "bytes a row", [(first_mib - libraries) * 2**20 / rows]),
             Fact("the file", "bytes a row", [many.stat().st_size / rows]),
             Fact("the cache", "bytes a row", [sum(file.stat().st_size for file in entries) / rows]),
@@ -90,10 +98,10 @@ def written(path: Path, count: int) -> Path:
     return path
 
 
-def measured(code: str, path: Path, cache: str) -> tuple[float, float, str]:
+def measured(code: str, path: Path, *words: str, cache: str) -> tuple[float, float, str]:
     """CPU seconds, peak memory in MiB, and the last line of a process that runs `code` on a file."""
     process = subprocess.Popen(
-        [sys.executable, "-c", code, str(path)],
+        [sys.executable, "-c", code, str(path), *words],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT), "RAYRLHF_CACHE": cache, "TOKENIZERS_PARALLELISM": "false"},
         stdout=subprocess.PIPE,
