@@ -154,11 +154,11 @@ class RolloutClient:
             prompts: with their references, for rewards that look at these.
             reference: the reference policy: a directory, URI or hub name.
             gold: they watch the texts as well, and have the gold measure if the run has one.
-            reward_model: in place of the run's own.
+            reward_model: in place of the run's own, and of the rewards that read texts, which may cost money.
         """
         watched = gold and self.config.environment is None  # trajectories in turns are no answers
         measure = GoldMeasure(gold_labeller(self.config), prompts, self.tokenizer) if watched else None
-        texts = TextRewards(self.texts, prompts, self.tokenizer) if self.texts else None
+        texts = TextRewards(self.texts, prompts, self.tokenizer) if self.texts and reward_model is None else None
         self.call("start_scorers", reward_model or self.starts.reward_model, reference, measure, texts)
 
     def score(self, trajectories: list[Trajectory], temperature: float) -> list[Trajectory]:

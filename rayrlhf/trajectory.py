@@ -143,9 +143,9 @@ class Trajectory:
     @classmethod
     def given(cls, prompt_id: str, index: int, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> Trajectory:
         """A response that nobody samples now, to be scored: as if it had ended by itself."""
-        count = len(response_ids)
-        nothing = np.zeros(count, np.float32), np.zeros(count, np.int64)
-        return cls(prompt_id, index, 0, np.array(prompt_ids), np.array(response_ids), *nothing, "eos")
+        ids = np.array(prompt_ids, np.int64), np.array(response_ids, np.int64)
+        nothing = np.zeros(len(response_ids), np.float32), np.zeros(len(response_ids), np.int64)
+        return cls(prompt_id, index, 0, *ids, *nothing, "eos")
 
     @property
     def written_tokens(self) -> int:
