@@ -23,6 +23,7 @@ from rayrlhf.runs.starts import find_models
 from rayrlhf.trajectory import Trajectory
 from tests.rounds import RUN, write_model
 
+TEXTS = {"kind": "python", "name": "mine", "path": "mine.py:score"}
 BY_MARGIN = {"labeller": {"kind": "people", "choose": "margin"}}
 
 
@@ -75,7 +76,7 @@ def test_each_round_asks_by_the_reward_model_of_the_round_before(tmp_path: Path)
         ({}, "choose: margin needs a reward model, which a run has in its second round"),
         ({"rounds": {"count": 2}, "stages": ["sft", "collect", "dpo", "evaluate"]}, "choose: margin needs a reward mo"),
         (
-            {"stages": ["sft", "collect", "dpo"], "rewards": [], "collect": BY_MARGIN | {"margin_from": "m"}},
+            {"stages": ["sft", "collect", "dpo"], "rewards": [TEXTS], "collect": BY_MARGIN | {"margin_from": "m"}},
             "margin needs a reward of kind model",
         ),
         ({"collect": {"margin_from": "m"}}, "collect.margin_from: nothing reads it"),
