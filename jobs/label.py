@@ -19,7 +19,6 @@ import uvicorn
 
 from jobs.console import console
 from rayrlhf.errors import UserError
-from rayrlhf.files import replacing
 from rayrlhf.labelling import exports
 from rayrlhf.labelling.assignment import Assigner
 from rayrlhf.labelling.database import LabelDatabase
@@ -28,12 +27,11 @@ from rayrlhf.labelling.web.app import Site, application
 from rayrlhf.labelling.web.security import Tokens
 from rayrlhf.rewards.labellers import read_unranked
 from rayrlhf.runs.folder import RunFolder, run_at
+from rayrlhf.runs.labels import COPY_S, begin_with_labels, copy_labels_out
 
 ADMIN = "admin"
 """The name of the admin's link."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-COPY_S = 30.0
-"""How often the labels of a run in a store are copied there, while people judge."""
 
 INSTRUCTIONS = """Rank the answers: 1 is the best one.
 
@@ -117,12 +115,9 @@ def open_labels(run: RunFolder) -> Iterator[LabelDatabase]:
     """The database of a run's labels, with the answers of `to_rank.jsonl`; for a run in a store it is copied there.
 
     Raises:
-        UserError: the run has neither.
+        UserError: the run has neither, or this machine and another one have both added judgements.
     """
-    kept = run.read(labels_copy(run)) if run.store and not run.labels.exists() else None
-    if kept:  # another machine had the page until now
-        with replacing(run.labels) as temporary:
-            temporary.write_bytes(kept)
+    begin_with_labels(run)
     waiting = run.read(run.to_rank) is not None
     if not waiting and not run.labels.exists():
         raise UserError(
@@ -136,22 +131,9 @@ def open_labels(run: RunFolder) -> Iterator[LabelDatabase]:
             # What collect has put there stays as it is, but for answers that were sampled again: that is refused.
             database.add_items([Item(u.id, u.prompt, u.answers) for u in unranked if known.get(u.id) != u.answers])
         yield database
-        copy_out(run, database)
+        copy_labels_out(run, database)
     finally:
         database.close()
-
-
-def labels_copy(run: RunFolder) -> Path:
-    """The file of a run in a store that holds a copy of its labels."""
-    return run.path / "labels.sqlite"
-
-
-def copy_out(run: RunFolder, database: LabelDatabase) -> None:
-    """Write the labels of a run in a store there."""
-    if run.store:
-        with replacing(labels_copy(run)) as temporary:
-            database.copy_to(temporary)
-        run.upload(labels_copy(run))
 
 
 def print_export(database: LabelDatabase, directory: Path) -> None:
@@ -192,7 +174,7 @@ def serve(run: RunFolder, database: LabelDatabase, serving: Serving) -> None:
             )
         )
         try:
-            with every(COPY_S, lambda: copy_out(run, database), only=run.store is not None):
+            with every(COPY_S, lambda: copy_labels_out(run, database), only=run.store is not None):
                 server.run(sockets=[listening])
         except KeyboardInterrupt:
             pass

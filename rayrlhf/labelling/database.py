@@ -13,7 +13,7 @@ import sqlite3
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +81,8 @@ class LabelDatabase:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if not self.path.exists():
-                self.path.touch(
-                    mode=0o600
-                )  # what people said is not for everybody; SQLite gives its side files the same
+                # What people said is not for everybody; SQLite gives its side files the same mode.
+                self.path.touch(mode=0o600)
             # Transactions are written out below, so the module must not begin any (isolation_level).
             self._connection = sqlite3.connect(self.path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
             self._connection.row_factory = sqlite3.Row
@@ -161,6 +160,11 @@ class LabelDatabase:
                     "ON CONFLICT (id) DO UPDATE SET priority = excluded.priority, gold = excluded.gold",
                     (item.id, item.prompt, answers, item.priority, item.gold and json.dumps(item.gold)),
                 )
+
+    def prioritize(self, priorities: Mapping[str, float]) -> None:
+        """Set the priorities of these items."""
+        with self.writing() as connection:
+            connection.executemany("UPDATE items SET priority = ?2 WHERE id = ?1", priorities.items())
 
     def items(self) -> list[Item]:
         """All items, in the order in which they were added."""
@@ -241,7 +245,7 @@ class LabelDatabase:
                 return None
             connection.execute(
                 "INSERT INTO judgements (key, item, labeller, repeat, undone, judgement) VALUES (?, ?, ?, ?, 1, ?)",
-                (f"undo {row['seq']}", row["item"], labeller, row["repeat"], row["judgement"]),
+                (f"undo {row['key']}", row["item"], labeller, row["repeat"], row["judgement"]),
             )
             connection.execute(
                 "INSERT OR REPLACE INTO leases VALUES (?, ?, ?, ?)",
@@ -261,9 +265,27 @@ class LabelDatabase:
         )
         return _judgement(rows[0]) if rows else None
 
-    def written(self) -> int:
-        """How many rows of judgements there are: it grows with each judgement and each undo."""
-        return int(self.query("SELECT count(*) FROM judgements")[0][0])
+    def written(self, until: int | None = None) -> int:
+        """How many rows of judgements there are, up to the number `until`. Each judgement and each undo is one."""
+        return int(self.query("SELECT count(*) FROM judgements WHERE ?1 IS NULL OR seq <= ?1", until)[0][0])
+
+    def version(self) -> int:
+        """A number that changes when another connection writes, also if it deletes. To read it costs little."""
+        return int(self.query("PRAGMA data_version")[0][0])
+
+    def rows_after(self, seq: int) -> Iterator[tuple[int, bool, Judgement]]:
+        """The rows behind that number, in the order of writing: number, whether it is an undo, and the judgement."""
+        for row in self.query("SELECT * FROM judgements WHERE seq > ? ORDER BY seq", seq):
+            yield row["seq"], bool(row["undone"]), _judgement(row)
+
+    def keys(self) -> set[str]:
+        """What is unique for each row of judgements."""
+        return {row["key"] for row in self.query("SELECT key FROM judgements")}
+
+    def become(self, other: LabelDatabase) -> None:
+        """Hold what another database holds, in place of all that is here; other processes may have the file open."""
+        with self._turn, other._turn:
+            other._connection.backup(self._connection)
 
     def copy_to(self, target: Path) -> None:
         """Write the database as one file that is whole at any time, while others go on writing."""

@@ -30,6 +30,8 @@ REASONS = ("I cannot tell", "Too long", "I lack the knowledge", "The prompt is b
 """Why an item was skipped."""
 
 Value = TypeVar("Value")
+Place = Annotated[int, Field(ge=0, le=8)]
+"""Of an answer, as it was shown."""
 
 
 class Sent(BaseModel):
@@ -42,10 +44,12 @@ class Sent(BaseModel):
     repeat: Literal[0, 1]
     ranks: Annotated[list[Annotated[int, Field(ge=1, le=9)]], Field(min_length=2, max_length=9)] | None
     skipped: Annotated[str, Field(max_length=200)] = ""
-    flags: Annotated[list[tuple[str, Annotated[int, Field(ge=0, le=8)] | Literal["prompt"]]], Field(max_length=50)] = []
+    flags: Annotated[list[tuple[str, Place | Literal["prompt"]]], Field(max_length=50)] = []
     ratings: Annotated[list[Annotated[int, Field(ge=1, le=7)] | None], Field(max_length=9)] | None = None
     note: Annotated[str, Field(max_length=5000)] = ""
     seconds: Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
+    compared: Annotated[list[tuple[Place, Literal[">", "<", "="], Place]], Field(max_length=36)] = []
+    """Of the pairs mode: which two answers were asked about, and which of them is better."""
 
     def judgement(self, item: Item, labeller: str, shown: Sequence[int]) -> Judgement:
         """The judgement with its answers in the order of `to_rank.jsonl`.
@@ -61,6 +65,8 @@ class Sent(BaseModel):
             raise ValueError("a judgement has ranks, or a reason why it was skipped")
         if any(flag not in FLAGS or (place != "prompt" and place >= count) for flag, place in self.flags):
             raise ValueError("a flag does not fit the item")
+        if any(one == other or max(one, other) >= count for one, _, other in self.compared):
+            raise ValueError("two answers that were compared do not fit the item")
         flags = {f"{flag}:{place if place == 'prompt' else shown[place]}" for flag, place in self.flags}
         return Judgement(
             item=item.id,
@@ -74,7 +80,12 @@ class Sent(BaseModel):
             seconds=self.seconds,
             at=time.time(),
             repeat=self.repeat,
+            compared=tuple(_verdict(shown[one], sign, shown[other]) for one, sign, other in self.compared),
         )
+
+
+def _verdict(one: int, sign: str, other: int) -> str:
+    return f"{other}>{one}" if sign == "<" else f"{one}{sign}{other}"
 
 
 def unshown(values: Sequence[Value], shown: Sequence[int]) -> list[Value]:
