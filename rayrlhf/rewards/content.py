@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from rayrlhf.data.records import Demonstration
 from rayrlhf.rewards.stems import stems
 
+EXAMPLES = 4096
+"""Demonstrations that tell how common words are. More of them cost time and hardly change a weight."""
 COMMON = 0.03
 """A word that is in a larger share of the documents is a function word: it says nothing of what a text is about."""
 FAITHFULNESS = 1 / 3
@@ -31,6 +34,12 @@ class Vocabulary:
     def of(cls, texts: Iterable[str]) -> Vocabulary:
         found = [set(stems(text)) for text in texts]
         return cls(len(found), Counter(word for each in found for word in each))
+
+    @classmethod
+    def of_demonstrations(cls, records: Sequence[Demonstration]) -> Vocabulary:
+        """That of prompts and responses; of many records, of `EXAMPLES` of them or fewer, evenly over all."""
+        step = math.ceil(len(records) / EXAMPLES)
+        return cls.of(f"{record.text} {record.reference}" for record in (records[::step] if step else ()))
 
     def weight(self, word: str) -> float:
         """The inverse document frequency, nats; 0 of a word that is in every document. All are 1 without documents."""

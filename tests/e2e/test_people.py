@@ -60,8 +60,8 @@ def rank_by_length(page: Page, count: int, skip: str) -> None:
 def test_people_rank_in_a_browser_and_the_run_goes_on_by_itself(finished: Any, tmp_path: Path, start: Any) -> None:
     path = tmp_path / "people"
     shutil.copytree(finished.path / "sft", path / "sft")
-    changes = [f"runs_dir={tmp_path}", "name=people", "collect.prompts=12", "collect.labeller.kind=people"]
-    changes += ["collect.labeller.labellers=2", "collect.labeller.aggregate=bradley_terry", "rl.steps=1"]
+    labeller = "collect.labeller={kind: people, labellers: 2, aggregate: bradley_terry}"
+    changes = [f"runs_dir={tmp_path}", "name=people", "collect.prompts=12", labeller, "rl.steps=1"]
     run = start("rayrlhf", "run", *finished.arguments, *changes)
     run.wait_for_line(r"collect: 0 of \d+ prompts are ranked; `rayrlhf label ")
     waiting = read_unranked(path / "to_rank.jsonl")
