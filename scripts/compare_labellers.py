@@ -35,7 +35,7 @@ from rayrlhf.data.run_data import RunData
 from rayrlhf.models.loading import load_tokenizer
 from rayrlhf.reports.shares import win_rate
 from rayrlhf.resampling import Interval, bootstrap
-from rayrlhf.rewards.content import COMMON, Vocabulary, content, faithfulness, overlap
+from rayrlhf.rewards.content import Vocabulary, content, faithfulness, overlap
 from rayrlhf.rewards.diversity import repetition
 from rayrlhf.rewards.rouge import rouge_scorer
 from rayrlhf.rewards.stems import stems
@@ -111,7 +111,6 @@ def measures(records: Sequence[Demonstration]) -> dict[str, Measure]:
     """All candidates but embeddings; `records` are the demonstrations that tell how common words are."""
     summaries = Vocabulary.of(record.reference for record in records)
     whole = Vocabulary.of(f"{record.text} {record.reference}" for record in records)
-    common = {word for word, n in summaries.frequency.items() if n > COMMON * summaries.documents}
     lengths = [len(stems(record.reference)) for record in records]
     usual = float(np.median(lengths))
 
@@ -119,7 +118,10 @@ def measures(records: Sequence[Demonstration]) -> dict[str, Measure]:
         return float(rouge_scorer(name).score(case.reference, answer)[name].fmeasure)
 
     def without_function_words(case: Case, answer: str) -> float:
-        kept = [" ".join(word for word in stems(text) if word not in common) for text in (case.reference, answer)]
+        kept = [
+            " ".join(word for word in stems(text) if word not in summaries.function_words)
+            for text in (case.reference, answer)
+        ]
         return overlap(Vocabulary(), *kept)
 
     def penalty(answer: str) -> float:

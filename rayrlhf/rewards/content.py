@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from rayrlhf.data.records import Demonstration
 from rayrlhf.rewards.stems import stems
@@ -17,7 +17,7 @@ from rayrlhf.rewards.stems import stems
 EXAMPLES = 4096
 """Demonstrations that tell how common words are. More of them cost time and hardly change a weight."""
 COMMON = 0.03
-"""A word that is in a larger share of the documents is a function word: it says nothing of what a text is about."""
+"""A word that is in a larger share of the responses is a function word: it says nothing of what a text is about."""
 FAITHFULNESS = 1 / 3
 """The weight of the words that stand in the prompt, beside that of the words of the reference."""
 
@@ -29,17 +29,27 @@ class Vocabulary:
     documents: int = 0
     frequency: Mapping[str, int] = field(default_factory=dict)
     """In how many of them a word is, by its stem."""
+    function_words: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, texts: Iterable[str]) -> Vocabulary:
+        """That of texts."""
         found = [set(stems(text)) for text in texts]
-        return cls(len(found), Counter(word for each in found for word in each))
+        counts = Counter(word for each in found for word in each)
+        common = frozenset(word for word, count in counts.items() if count > COMMON * len(found))
+        return cls(len(found), counts, common)
 
     @classmethod
     def of_demonstrations(cls, records: Sequence[Demonstration]) -> Vocabulary:
-        """That of prompts and responses; of many records, of `EXAMPLES` of them or fewer, evenly over all."""
-        step = math.ceil(len(records) / EXAMPLES)
-        return cls.of(f"{record.text} {record.reference}" for record in (records[::step] if step else ()))
+        """That of prompts with responses, and the function words of the responses.
+
+        Words of a template are in all prompts, and so weigh nothing. Of many records, `EXAMPLES` or fewer are read,
+        evenly over all.
+        """
+        chosen = list(records[:: max(1, math.ceil(len(records) / EXAMPLES))])
+        responses = cls.of(record.reference for record in chosen)
+        whole = cls.of(f"{record.text} {record.reference}" for record in chosen)
+        return replace(whole, function_words=responses.function_words)
 
     def weight(self, word: str) -> float:
         """The inverse document frequency, nats; 0 of a word that is in every document. All are 1 without documents."""
@@ -47,8 +57,7 @@ class Vocabulary:
 
     def content_words(self, prompt: str, answer: str) -> int:
         """How many different words of an answer, function words aside, stand in its prompt."""
-        most = COMMON * self.documents
-        return sum(self.frequency.get(word, 0) <= most for word in set(stems(answer)) & set(stems(prompt)))
+        return len((set(stems(answer)) & set(stems(prompt))) - self.function_words)
 
 
 def overlap(vocabulary: Vocabulary, reference: str, answer: str) -> float:

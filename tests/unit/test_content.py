@@ -79,6 +79,13 @@ def test_many_demonstrations_are_sampled_evenly(records: int, documents: int) ->
     assert found.documents == documents
 
 
+def test_function_words_are_those_of_many_responses() -> None:
+    records = [Demonstration(str(i), "My banjo fell.", f"the answer{i}") for i in range(40)]
+    vocabulary = Vocabulary.of_demonstrations(records)
+    assert vocabulary.function_words == {"the"}, "the words of the prompts are in all documents, but in no response"
+    assert vocabulary.content_words("My banjo fell the", "the banjo") == 1
+
+
 def test_content_words_are_counted_once_each() -> None:
     vocabulary = Vocabulary.of([*["the cat"] * 4, *[f"word{i}" for i in range(96)]])  # in 4 %: function words
     assert vocabulary.content_words("The cat and the banjo race", "the cat the banjo, banjo races, violin") == 2
