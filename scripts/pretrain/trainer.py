@@ -175,8 +175,11 @@ class Trainer:
         return not asked
 
     def save_here(self, budget: Budget) -> None:
+        """Write the checkpoint of this part of the schedule."""
         decays = self.position.decay_from is not None
         self.save("decay.pt" if decays else "stable.pt", budget if decays else None)
+        if not decays:
+            (self.directory / "decay.pt").unlink(missing_ok=True)  # it began before this
 
     def export(self, directory: Path) -> None:
         """Write the model in bfloat16, with its tokenizer, as transformers and vLLM read it."""

@@ -109,7 +109,7 @@ def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
 
 
 def test_a_stopped_run_goes_on_to_the_same_weights_through_the_end_of_an_epoch_and_in_the_decay(tmp_path: Path) -> None:
-    budget = Budget("tokens", 650, 0.25)  # 3 windows of 16 a step, 20 of them an epoch: it ends within the sixth step
+    budget = Budget("tokens", 650, 0.25)  # a step has 30 tokens, 40 in the decay, and an epoch 13 steps
     whole = trainer(tmp_path / "whole")
     (tmp_path / "whole").mkdir()
     rows = []
