@@ -30,12 +30,12 @@ LARGEST = 8_000_000
 TOKENIZER = Path(__file__).parents[2] / "rayrlhf" / "assets" / "opt-tiny"
 
 
-def make_model(layers: int, hidden: int, heads: int, seed: int) -> PreTrainedModel:
+def make_model(layers: int, hidden: int, heads: int, positions: int, seed: int) -> PreTrainedModel:
     """A new OPT with tied embeddings, for the embedded tokenizer of 8,192 tokens."""
     torch.manual_seed(seed)
     config = OPTConfig(
         vocab_size=8192, hidden_size=hidden, word_embed_proj_dim=hidden, ffn_dim=4 * hidden, num_hidden_layers=layers,
-        num_attention_heads=heads, max_position_embeddings=1024, bos_token_id=EOS, eos_token_id=EOS, pad_token_id=1,
+        num_attention_heads=heads, max_position_embeddings=positions, bos_token_id=EOS, eos_token_id=EOS, pad_token_id=1,
         dropout=0.0, attention_dropout=0.0,
     )  # fmt: skip
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -86,7 +86,8 @@ def main() -> None:
     if arguments.init:
         model = AutoModelForCausalLM.from_pretrained(arguments.init, dtype=torch.float32)
     else:
-        model = make_model(arguments.layers, arguments.hidden, arguments.heads, arguments.seed)
+        positions = max(arguments.window, arguments.last_window)
+        model = make_model(arguments.layers, arguments.hidden, arguments.heads, positions, arguments.seed)
     parameters = sum(each.numel() for each in model.parameters())
     if parameters > LARGEST:
         raise SystemExit(f"{parameters:,} parameters; at most {LARGEST:,}, so that the quick start is quick")

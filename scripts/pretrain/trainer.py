@@ -182,10 +182,15 @@ class Trainer:
             (self.directory / "decay.pt").unlink(missing_ok=True)  # it began before this
 
     def export(self, directory: Path) -> None:
-        """Write the model in bfloat16, with its tokenizer, as transformers and vLLM read it."""
+        """Write the model in bfloat16, with its tokenizer, as transformers and vLLM read it.
+
+        The tokenizer says how many positions were trained.
+        """
         with replacing(directory, directory=True) as temporary:
             weights = {name: value.to(torch.bfloat16) for name, value in self.model.state_dict().items()}
             self.model.config.dtype = torch.bfloat16
             self.model.save_pretrained(temporary, state_dict=weights)
-            for name in ("tokenizer.json", "tokenizer_config.json"):
-                shutil.copy(self.arguments.tokenizer / name, temporary)
+            shutil.copy(self.arguments.tokenizer / "tokenizer.json", temporary)
+            facts = json.loads((self.arguments.tokenizer / "tokenizer_config.json").read_text(encoding="utf-8"))
+            facts["model_max_length"] = max(self.arguments.window, self.arguments.last_window)
+            (temporary / "tokenizer_config.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")

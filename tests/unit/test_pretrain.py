@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
+from rayrlhf.models.loading import context_length, load_tokenizer
 from scripts.pretrain.__main__ import make_model, parse
-from scripts.pretrain.corpus import IGNORED, Corpus
+from scripts.pretrain.corpus import EOS, IGNORED, Corpus
 from scripts.pretrain.schedule import Budget, Position
 from scripts.pretrain.tokens import kept, render, texts
 from scripts.pretrain.trainer import Trainer
@@ -97,7 +99,7 @@ CORPUS = corpus_of(*[9] * 40)
 def trainer(directory: Path) -> Trainer:
     small = "--layers 1 --hidden 8 --heads 2 --window 16 --last-window 24 --batch-tokens 48 --micro-batch-tokens 32"
     arguments = parse(["corpus", str(directory), *small.split(), "--device", "cpu", "--warmup", "2", "--no-compile"])
-    return Trainer(make_model(1, 8, 2, seed=0).train(), CORPUS, directory, arguments)
+    return Trainer(make_model(1, 8, 2, 24, seed=0).train(), CORPUS, directory, arguments)
 
 
 def weights(of: Trainer) -> dict[str, torch.Tensor]:
@@ -149,9 +151,19 @@ def test_a_finished_run_is_made_longer_from_before_its_decay(tmp_path: Path) -> 
     assert again.position == first.position
 
 
+def test_the_model_is_one_that_the_library_loads(tmp_path: Path) -> None:
+    trained = trainer(tmp_path)
+    trained.step(FOREVER)
+    trained.export(tmp_path / "model")
+    tokenizer = load_tokenizer(str(tmp_path / "model"))
+    assert tokenizer.eos_token_id == EOS and context_length(str(tmp_path / "model")) == 24
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).state_dict()
+    assert_equal({name: value.to(torch.bfloat16).float() for name, value in weights(trained).items()}, found)
+
+
 def test_the_largest_model_has_a_limit_and_budgets_exclude_one_another(capsys: pytest.CaptureFixture[str]) -> None:
     default = parse(["corpus", "out"])
-    model = make_model(default.layers, default.hidden, default.heads, seed=0)
+    model = make_model(default.layers, default.hidden, default.heads, 768, seed=0)
     assert sum(each.numel() for each in model.parameters()) < 8_000_000
     with pytest.raises(SystemExit):
         parse(["corpus", "out", "--tokens", "1", "--minutes", "1"])
