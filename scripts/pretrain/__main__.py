@@ -35,8 +35,8 @@ def make_model(layers: int, hidden: int, heads: int, positions: int, seed: int) 
     torch.manual_seed(seed)
     config = OPTConfig(
         vocab_size=8192, hidden_size=hidden, word_embed_proj_dim=hidden, ffn_dim=4 * hidden, num_hidden_layers=layers,
-        num_attention_heads=heads, max_position_embeddings=positions, bos_token_id=EOS, eos_token_id=EOS, pad_token_id=1,
-        dropout=0.0, attention_dropout=0.0,
+        num_attention_heads=heads, max_position_embeddings=positions, bos_token_id=EOS, eos_token_id=EOS,
+        pad_token_id=1, dropout=0.0, attention_dropout=0.0,
     )  # fmt: skip
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
