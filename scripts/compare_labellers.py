@@ -33,8 +33,9 @@ from rayrlhf.config_file import load_config
 from rayrlhf.data.records import Demonstration
 from rayrlhf.data.run_data import RunData
 from rayrlhf.models.loading import load_tokenizer
+from rayrlhf.reports.intervals import bootstrap
 from rayrlhf.reports.shares import win_rate
-from rayrlhf.resampling import Interval, bootstrap
+from rayrlhf.resampling import Interval
 from rayrlhf.rewards.content import Vocabulary, content, faithfulness, overlap
 from rayrlhf.rewards.diversity import repetition
 from rayrlhf.rewards.rouge import rouge_scorer
