@@ -20,7 +20,7 @@ from rayrlhf.data.splits import is_heldout
 from rayrlhf.data.tokens import decode_response, encode_response
 from rayrlhf.errors import UserError
 from rayrlhf.files import replacing
-from rayrlhf.rewards.gold import gold_labeller, gold_measures
+from rayrlhf.rewards.gold import gold_measures
 from rayrlhf.rewards.labeller import Labeller
 from rayrlhf.rewards.labellers import Unranked, make_labeller, read_unranked, write_unranked
 from rayrlhf.rewards.margins import closest_first, margin
@@ -35,7 +35,7 @@ def collect(session: Session) -> None:
     if config.collect.skip_prompts:
         fresh = min(max(len(session.data.collect) - config.collect.skip_prompts, 0), len(records))
         console.print(f"collect: {len(records)} prompts, {fresh} of them for the first time in these rounds")
-    labeller = make_labeller(config.collect.labeller)
+    labeller = make_labeller(config.collect.labeller, session.vocabulary)
     answers = unranked_answers(session, records, again=labeller.asks_people)
     if labeller.asks_people:
         session.rest()
@@ -91,7 +91,7 @@ def unranked_answers(session: Session, records: list[Demonstration], *, again: b
 
 def least_sure_first(session: Session, model: str, answers: list[Unranked]) -> list[Unranked]:
     """The answers of all prompts, those first on whose best two the reward model is least sure: so people are asked."""
-    session.rollouts.start_scorers([], session.starts.base, gold=False, reward_model=model)
+    session.rollouts.start_scorers([], session.starts.base, gold=None, reward_model=model)
     given = [
         Trajectory.given(each.id, index, each.prompt_ids, ids)
         for each in answers
@@ -117,7 +117,7 @@ def ranked_answers(session: Session, labeller: Labeller, answers: list[Unranked]
     verdicts = [(answer, labeller.rank(prompts[answer.id], answer.answers)) for answer in answers]
     if unknown := sum(verdict.unknown for _, verdict in verdicts):
         console.print(f"collect: {unknown} of {len(verdicts)} prompts have no ranking and are left out")
-    gold = None if config.collect.labeller.measures else gold_labeller(config)
+    gold = None if config.collect.labeller.measures else session.gold
     return [
         rank_answers(
             id=answer.id,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +16,20 @@ from rayrlhf.config import Config
 from rayrlhf.config_data import paths_of
 from rayrlhf.data.records import Prompt
 from rayrlhf.data.tokens import decode_trajectory
-from rayrlhf.reports.evaluation import PREVIOUS, Answers, samples_table, summarize, write_evaluation, write_samples
+from rayrlhf.reports.evaluation import (
+    PREVIOUS,
+    Answers,
+    samples_table,
+    summarize,
+    with_content_words,
+    write_evaluation,
+    write_samples,
+)
 from rayrlhf.reports.page import write_report
 from rayrlhf.reports.progress import sample_panel
 from rayrlhf.reports.tables import evaluation_table
 from rayrlhf.rewards.functions import scores
-from rayrlhf.rewards.gold import gold_labeller, gold_measures
+from rayrlhf.rewards.gold import gold_measures, gold_names
 from rayrlhf.rewards.labeller import Labeller
 from rayrlhf.sections import DrawConfig
 from rayrlhf.trajectory import Trajectory
@@ -33,8 +42,8 @@ def evaluate(session: Session) -> None:
     prompts = evaluation_prompts(session)
     session.rollouts.wait_for_generators()
     baseline = session.starts.baseline
-    session.rollouts.start_scorers(prompts, baseline, gold=False)
-    labeller = gold_labeller(config)
+    session.rollouts.start_scorers(prompts, baseline, None)
+    labeller = session.gold
     # ROUGE with the reference says nothing of a trajectory in turns.
     compared = [replace(p, reference=None) for p in prompts] if config.environment else prompts
 
@@ -52,6 +61,10 @@ def evaluate(session: Session) -> None:
     policy = model_answers(session, "policy", version, prompts, labeller, with_kl=True)
     reference = text_answers(session, "reference", [p.reference for p in prompts], prompts, None)
     title = text_answers(session, "title", [p.title for p in prompts], prompts, labeller)
+    if not config.environment:
+        counted = partial(with_content_words, prompts=prompts, vocabulary=session.vocabulary)
+        sft, policy, reference, title = map(counted, (sft, policy, reference, title))
+        baselines = list(map(counted, baselines))
 
     asked = paths_of(config.data.prompts or config.data.demonstrations)
     result = summarize(
@@ -66,6 +79,7 @@ def evaluate(session: Session) -> None:
             "data": config.evaluate.prompts or f"{asked}, {config.evaluate.split} split",
             **config.evaluate.model_dump(include=set(DrawConfig.model_fields)),
             "kl_temperature": config.rl.temperature,
+            **({} if config.environment else gold_names(config)),
             **({"best_of": config.evaluate.best_of} if best else {}),
             "seed": config.seed,
             "max_prompt_tokens": config.data.max_prompt_tokens,

@@ -29,7 +29,7 @@ def rl(session: Session) -> None:
     dev = dev_prompts(session)
     session.rollouts.wait_for_generators()
     reference = session.starts.reference("rl")
-    session.rollouts.start_scorers([*session.data.rl, *(p.prompt for p in dev)], reference, gold=True)
+    session.rollouts.start_scorers([*session.data.rl, *(p.prompt for p in dev)], reference, session.gold)
     session.rollouts.call("set_prompts", prompts, session.rollouts.sampling(config.rl.draw, play=True))
     coordinator = session.rollouts.start()
     arguments = RLArguments(

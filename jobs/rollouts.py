@@ -24,8 +24,9 @@ from rayrlhf.data.tokens import sampling_of
 from rayrlhf.environments.base import EnvironmentMaker
 from rayrlhf.models.hub import local_directory
 from rayrlhf.reports.alarms import cut_prompts
-from rayrlhf.rewards.gold import GoldMeasure, gold_labeller
+from rayrlhf.rewards.gold import GoldMeasure
 from rayrlhf.rewards.judge import UNUSABLE
+from rayrlhf.rewards.labeller import Labeller
 from rayrlhf.rewards.pretrained import CUT
 from rayrlhf.rewards.texts import TextRewards, make_text_rewards
 from rayrlhf.runs.samples import KeptSamples
@@ -146,18 +147,17 @@ class RolloutClient:
         return [done[place] for place in range(len(requests))]
 
     def start_scorers(
-        self, prompts: list[Prompt], reference: str, *, gold: bool, reward_model: str | None = None
+        self, prompts: list[Prompt], reference: str, gold: Labeller | None, reward_model: str | None = None
     ) -> None:
         """Scorers of responses to these prompts, with the rewards of the config.
 
         Args:
             prompts: with their references, for rewards that look at these.
             reference: the reference policy: a directory, URI or hub name.
-            gold: they watch the texts as well, and have the gold measure if the run has one.
+            gold: they watch the texts as well, and have this labeller's measure of them; None: they do not.
             reward_model: in place of the run's own, and of the rewards that read texts, which may cost money.
         """
-        watched = gold and self.config.environment is None  # trajectories in turns are no answers
-        measure = GoldMeasure(gold_labeller(self.config), prompts, self.tokenizer) if watched else None
+        measure = None if gold is None else GoldMeasure(gold, prompts, self.tokenizer)
         texts = TextRewards(self.texts, prompts, self.tokenizer) if self.texts and reward_model is None else None
         self.call("start_scorers", reward_model or self.starts.reward_model, reference, measure, texts)
 

@@ -37,6 +37,9 @@ from rayrlhf.models.loading import context_length, load_tokenizer
 from rayrlhf.models.roles import check_policy, check_reward_model
 from rayrlhf.reports.progress import batch_table
 from rayrlhf.reports.remarks import remarks
+from rayrlhf.rewards.content import Vocabulary
+from rayrlhf.rewards.gold import gold_labeller
+from rayrlhf.rewards.labeller import Labeller
 from rayrlhf.rewards.labellers import check_labeller
 from rayrlhf.runs.addresses import join, runs_address
 from rayrlhf.runs.changes import MICRO_BATCH
@@ -131,6 +134,16 @@ class Session:
             )
         self._started = True
         return True
+
+    @functools.cached_property
+    def vocabulary(self) -> Vocabulary:
+        """How common words are in the run's demonstrations."""
+        return Vocabulary.of_demonstrations(self.data.demonstrations)
+
+    @functools.cached_property
+    def gold(self) -> Labeller | None:
+        """The labeller whose measure is `gold`."""
+        return gold_labeller(self.config, self.vocabulary)
 
     def _check_models(self) -> None:
         """

@@ -11,12 +11,15 @@ from rayrlhf.sections import Fraction, Positive, Section
 
 
 class ReferenceLabellerConfig(Section):
-    """Ranks by ROUGE-L with the author's own summary."""
+    """Ranks by the words that an answer shares with the author's own, see `rayrlhf.rewards.labellers`."""
 
     measures: ClassVar[bool] = True
     """Whether it measures a single answer, without asking anybody: the gold measure is its own then."""
 
     kind: Literal["reference"] = "reference"
+    measure: Literal["content", "rouge_l"] = "content"
+    """`content`: words weigh by how rare they are, and a third is for words that stand in the prompt
+    (`rayrlhf.rewards.content`). `rouge_l`: ROUGE-L F1, most of which is function words."""
 
 
 class FileLabellerConfig(Section):

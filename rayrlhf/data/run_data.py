@@ -85,6 +85,11 @@ class RunData:
         return Splits(train.at(splits.sft), train.at(splits.reward_model), train.at(splits.rl))
 
     @property
+    def demonstrations(self) -> Records[Demonstration]:
+        """All training records, whichever stage learns from them."""
+        return self._demonstrations[0]
+
+    @property
     def dev(self) -> Records[Demonstration]:
         """The validation records by which SFT's checkpoint is chosen."""
         return self._valid[0]

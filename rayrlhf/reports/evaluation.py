@@ -30,6 +30,7 @@ from rayrlhf.reports.intervals import (
 from rayrlhf.reports.measures import AT_EQUAL_LENGTH, DIVERSITY, MEASURES, SHARES, VS_PREVIOUS
 from rayrlhf.reports.shares import share, win_rate
 from rayrlhf.resampling import CONFIDENCE, Interval
+from rayrlhf.rewards.content import Vocabulary
 from rayrlhf.rewards.diversity import (
     common_opening,
     common_opening_without,
@@ -65,13 +66,16 @@ class Answers:
     """[n] whether the answer ended with EOS; None for texts that were not sampled."""
     kl: ArrayLike | None = None
     """[n] sum over tokens of log p - log p_ref of a separate sample at the training temperature, nats."""
+    content_words: ArrayLike | None = None
+    """[n] different words of the answer, function words aside, that stand in its prompt."""
     rouge: Mapping[str, ArrayLike] = field(default_factory=dict)
     """[n] F1 by name, filled in by `with_rouge`."""
 
     def measure(self, name: str) -> NDArray[np.float64] | None:
         """[n] values of one of `MEASURES` or of `kl`; NaN where there is no text, None if never measured."""
         sources = {"reward": self.rewards, "gold": self.gold, "length": self.lengths, "eos_rate": self.finished}
-        raw = {**sources, "kl": self.kl, **self.rouge}.get(name)
+        counted = {"content_words_in_post": self.content_words, "kl": self.kl}
+        raw = {**sources, **counted, **self.rouge}.get(name)
         if raw is None:
             return None
         values = np.asarray(raw, dtype=np.float64)
@@ -110,6 +114,15 @@ def with_rouge(answers: Answers, references: Sequence[str | None]) -> Answers:
     for name in _ROUGE:
         filled[name][list(rows)] = scores[name]
     return Answers(**{**vars(answers), "rouge": filled})
+
+
+def with_content_words(answers: Answers, prompts: Sequence[Prompt], vocabulary: Vocabulary) -> Answers:
+    """The same answers with their words that stand in the prompts [n]; NaN where there is no text."""
+    counts = [
+        np.nan if text is None else float(vocabulary.content_words(prompt.text, text))
+        for prompt, text in zip(prompts, answers.texts, strict=True)
+    ]
+    return Answers(**{**vars(answers), "content_words": counts})
 
 
 def summarize(

@@ -197,6 +197,7 @@ MEASURES = {
     "rouge1": "ROUGE-1",
     "rouge2": "ROUGE-2",
     "rougeL": "ROUGE-L",
+    "content_words_in_post": "content words from the post",
     "length": "length, tokens",
     "eos_rate": "ends with EOS",
 }

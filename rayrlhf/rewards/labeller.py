@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from rayrlhf.data.records import Prompt
+from rayrlhf.rewards.content import Vocabulary
 from rayrlhf.runs.folder import RunFolder
 
 
@@ -45,6 +46,9 @@ class Labeller(ABC):
 
     name: str
     """What `comparisons.parquet` and the evaluation call it."""
+
+    vocabulary: Vocabulary = Vocabulary()
+    """How common words are in the run's demonstrations, for those that measure words; `make_labeller` sets it."""
 
     asks_people: ClassVar[bool] = False
     """Whether people rank outside this process: `to_rank.jsonl` keeps the answers, which are not sampled again then."""

@@ -1,6 +1,7 @@
 """Labellers rank the answers that the stage `collect` has sampled.
 
-`reference` ranks by ROUGE-L with the author's own TL;DR: an honest stand-in for people, not their judgement.
+`reference` ranks by the words that an answer shares with the author's own: an honest stand-in for people, not their
+judgement. docs/results.md says how its measures were compared.
 `people` waits for people who rank on a page, and `file` reads their rankings from a JSONL file. `python` ranks by a
 function in a file of the user's own. `judge` asks a language model.
 
@@ -19,6 +20,7 @@ from rayrlhf.config_labellers import (
     FileLabellerConfig,
     LabellerConfig,
     PythonLabellerConfig,
+    ReferenceLabellerConfig,
 )
 from rayrlhf.config_rewards import PythonReward
 from rayrlhf.data.files import json_lines
@@ -27,19 +29,29 @@ from rayrlhf.errors import UserError
 from rayrlhf.files import replacing
 from rayrlhf.labelling.judgements import ungrouped
 from rayrlhf.plugins import Plugin
+from rayrlhf.rewards.content import Vocabulary, content
 from rayrlhf.rewards.judge_labeller import JudgeLabeller
 from rayrlhf.rewards.labeller import LabelledRanking, Labeller
 from rayrlhf.rewards.people_labeller import PeopleLabeller
 from rayrlhf.rewards.python import PythonFunction
-from rayrlhf.rewards.rouge import rouge_scorer
+from rayrlhf.rewards.rouge import rouge_l
 from rayrlhf.runs.folder import RunFolder
 from rayrlhf.trajectory import GenerationRequest
 
+REFERENCE_MEASURES: dict[str, Callable[[Vocabulary, str, str, str], float]] = {
+    "content": content,
+    "rouge_l": lambda vocabulary, prompt, reference, answer: rouge_l(reference, answer),
+}
+"""In [0, 1], of vocabulary, prompt, reference and answer; by the `measure` of the labeller's section."""
+
 
 class ReferenceLabeller(Labeller):
-    """ROUGE-L F1 (Porter stemmer) with the author's own TL;DR: an honest stand-in for people."""
+    """A measure of an answer beside the author's own TL;DR: an honest stand-in for people."""
 
     name = "reference"
+
+    def __init__(self, config: ReferenceLabellerConfig) -> None:
+        self._of = REFERENCE_MEASURES[config.measure]
 
     def rank(self, prompt: Prompt, answers: Sequence[str]) -> LabelledRanking:
         return LabelledRanking.by([self._score(prompt, answer) for answer in answers])
@@ -47,14 +59,13 @@ class ReferenceLabeller(Labeller):
     def measure(self, prompt: Prompt, answer: str) -> float | None:
         return None if prompt.reference is None else self._score(prompt, answer)
 
-    @staticmethod
-    def _score(prompt: Prompt, answer: str) -> float:
+    def _score(self, prompt: Prompt, answer: str) -> float:
         if prompt.reference is None:
             raise UserError(
                 f"prompt {prompt.id!r} has no reference, which collect.labeller.kind=reference compares with; "
                 "add references or use kind: file"
             )
-        return float(rouge_scorer("rougeL").score(prompt.reference, answer)["rougeL"].fmeasure)
+        return self._of(self.vocabulary, prompt.text, prompt.reference, answer)
 
 
 class FileLabeller(Labeller):
@@ -168,7 +179,7 @@ class PythonLabeller(Labeller):
 
 
 LABELLERS: dict[str, Callable[[Any], Labeller]] = {
-    "reference": lambda section: ReferenceLabeller(),
+    "reference": ReferenceLabeller,
     "file": FileLabeller,
     "people": PeopleLabeller,
     "python": PythonLabeller,
@@ -186,13 +197,19 @@ def check_labeller(config: LabellerConfig) -> None:
     make_labeller(config)
 
 
-def make_labeller(config: LabellerConfig) -> Labeller:
+def make_labeller(config: LabellerConfig, vocabulary: Vocabulary = Vocabulary()) -> Labeller:  # noqa: B008 - frozen
     """Make the labeller that `config.kind` names.
+
+    Args:
+        config: its section.
+        vocabulary: how common words are in the run's demonstrations. Without it all words weigh alike.
 
     Raises:
         UserError: as `check_labeller`.
     """
-    return LABELLERS[config.kind](config)
+    labeller = LABELLERS[config.kind](config)
+    labeller.vocabulary = vocabulary
+    return labeller
 
 
 # --- Asking people: answers go out in `to_rank.jsonl`, which the page and other programs read -------------------------

@@ -1,6 +1,6 @@
 """ROUGE F1 through `evaluate`, from the metric module that ships with this package.
 
-Words are those of `rayrlhf.data.words`, of every script. `rouge_score` alone drops all letters but a to z.
+Words are those of `rayrlhf.rewards.stems`, of every script. `rouge_score` alone drops all letters but a to z.
 
 `evaluate` copies the module into the Hugging Face modules cache, under a file lock. With `keep_in_memory` it writes
 nothing else, so any number of processes can compute ROUGE at once.
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rayrlhf.config_rl import ROUGE_NAMES
-from rayrlhf.data.words import words
+from rayrlhf.rewards.stems import stems
 
 
 def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
@@ -52,18 +52,19 @@ def rouge_scorer(*names: str) -> Any:
     Numbers for plain English are those of `RougeScorer(names, use_stemmer=True)`.
     """
     # Imported late, as below: only processes that compute ROUGE pay for it.
-    from nltk.stem.porter import PorterStemmer
     from rouge_score.rouge_scorer import RougeScorer
     from rouge_score.tokenizers import Tokenizer
 
     class Stems(Tokenizer):
-        def __init__(self) -> None:
-            self.stemmer = PorterStemmer()
-
         def tokenize(self, text: str) -> list[str]:
-            return [str(self.stemmer.stem(word)) if len(word) > 3 else word for word in words(text)]
+            return stems(text)
 
     return RougeScorer(list(names), tokenizer=Stems())
+
+
+def rouge_l(reference: str, answer: str) -> float:
+    """ROUGE-L F1 of one answer, in [0, 1]."""
+    return float(rouge_scorer("rougeL").score(reference, answer)["rougeL"].fmeasure)
 
 
 @functools.cache

@@ -29,6 +29,7 @@ SHRUNKEN = [
     "sft.max_demonstrations=96",
     "sft.epochs=1",
     "sft.eval_prompts=8",
+    "collect.labeller.measure=rouge_l",
     "collect.prompts=24",
     "collect.heldout_fraction=0.15",
     "reward_model.epochs=1",

@@ -74,9 +74,9 @@ def margins_by(reward_model: Path, waiting: list[Unranked]) -> list[float]:
 def test_people_rank_in_a_browser_and_the_run_goes_on_by_itself(finished: Any, tmp_path: Path, start: Any) -> None:
     path = tmp_path / "people"
     shutil.copytree(finished.path / "sft", path / "sft")
-    changes = [f"runs_dir={tmp_path}", "name=people", "collect.prompts=12", "collect.labeller.kind=people"]
-    changes += ["collect.labeller.labellers=2", "collect.labeller.aggregate=bradley_terry", "rl.steps=1"]
-    changes += ["collect.labeller.choose=margin", f"collect.margin_from={finished.path}"]
+    labeller = "collect.labeller={kind: people, labellers: 2, aggregate: bradley_terry, choose: margin}"
+    changes = [f"runs_dir={tmp_path}", "name=people", "collect.prompts=12", labeller, "rl.steps=1"]
+    changes += [f"collect.margin_from={finished.path}"]
     run = start("rayrlhf", "run", *finished.arguments, *changes)
     run.wait_for_line(r"collect: 0 of \d+ prompts are ranked; `rayrlhf label ")
     waiting = read_unranked(path / "to_rank.jsonl")

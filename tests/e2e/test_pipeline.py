@@ -19,7 +19,10 @@ from rayrlhf.config_file import load_config
 from rayrlhf.data.tokens import encode_prompts, encode_responses
 from rayrlhf.models.loading import load_tokenizer
 
-MEASURES = {"reward", "gold", "rouge1", "rouge2", "rougeL", "length", "eos_rate", "win_rate_vs_reference"}
+MEASURES = {
+    "reward", "gold", "rouge1", "rouge2", "rougeL", "content_words_in_post", "length", "eos_rate",
+    "win_rate_vs_reference",
+}  # fmt: skip
 DIVERSITY = {"distinct_2", "repetition", "common_opening"}
 WIN_RATES = {"win_rate_vs_sft", "lc_win_rate_vs_sft", "gold_win_rate_vs_sft", "gold_lc_win_rate_vs_sft"}
 
@@ -108,6 +111,7 @@ def test_evaluation_has_exactly_the_documented_keys(evaluation: dict[str, Any]) 
             assert all(math.isfinite(value) for value in interval.values())
     assert evaluation["metadata"]["prompts"] == 16
     assert evaluation["metadata"]["temperature"] == 0.01
+    assert evaluation["metadata"]["gold"] == "rouge_l"
 
 
 def test_dev_prompts_are_answered_before_and_after_rl(finished: Any) -> None:
@@ -126,8 +130,9 @@ def test_samples_agree_with_the_evaluation(finished: Any, evaluation: dict[str, 
     table = pq.read_table(finished.path / "samples.parquet")
     texts = ["id", "post", "reference", "sft", "policy"]
     measured = MEASURES - {"win_rate_vs_reference"}
+    others = ["reward_reference", "length_reference", "content_words_in_post_reference", "kl_policy"]
     numbers = [f"{measure}_{source}" for measure in measured for source in ("sft", "policy")]
-    assert sorted(table.column_names) == sorted(texts + numbers + ["reward_reference", "length_reference", "kl_policy"])
+    assert sorted(table.column_names) == sorted(texts + numbers + others)
     assert table.num_rows == len(set(table["id"].to_pylist())) == 16
     for source in ("sft", "policy"):
         for measure in measured:

@@ -24,6 +24,7 @@ from actors.training.dev_answers import DevPrompt
 from actors.training.rl import RLArguments, rl_loop
 from rayrlhf.config import Config
 from rayrlhf.config_file import parse_config
+from rayrlhf.config_labellers import ReferenceLabellerConfig
 from rayrlhf.data.prompts import EncodedPrompt
 from rayrlhf.data.sources import read_demonstrations
 from rayrlhf.data.tokens import encode_prompts
@@ -105,7 +106,8 @@ def coordinator(tmp_path_factory: pytest.TempPathFactory, reward_model: Path) ->
     own = Watched(config, TINY, MAX_PROMPT + MAX_RESPONSE, tokenizer.pad_token_id, True)
     records = read_demonstrations(config.data.demonstrations, "train", tokenizer, MAX_PROMPT)[:60]
     ids = encode_prompts(tokenizer, [r.prompt for r in records])
-    own.start_scorers(str(reward_model), TINY, GoldMeasure(ReferenceLabeller(), records, tokenizer))
+    labeller = ReferenceLabeller(ReferenceLabellerConfig(measure="rouge_l"))
+    own.start_scorers(str(reward_model), TINY, GoldMeasure(labeller, records, tokenizer))
     own.start_generators()
     own.set_prompts(
         [EncodedPrompt(r.id, tuple(i)) for r, i in zip(records, ids, strict=True)],

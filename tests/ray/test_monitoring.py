@@ -34,6 +34,7 @@ from actors.training.rl import RLArguments, rl_loop
 from actors.training.sft import DevPrompt, SFTArguments, sft_loop
 from rayrlhf.config import Config
 from rayrlhf.config_file import parse_config
+from rayrlhf.config_labellers import ReferenceLabellerConfig
 from rayrlhf.data.comparisons import RankedAnswers
 from rayrlhf.data.prompts import EncodedPrompt
 from rayrlhf.data.rows import Row
@@ -138,7 +139,7 @@ def coordinator(cluster: None, config: Config, tmp_path_factory: pytest.TempPath
         return False
 
     remote = exporting(spawn, "ray_rayrlhf_weight_version", lambda labels: labels["run"] == config.name, name_is_free)
-    gold = GoldMeasure(ReferenceLabeller(), records, tokenizer)
+    gold = GoldMeasure(ReferenceLabeller(ReferenceLabellerConfig(measure="rouge_l")), records, tokenizer)
     remote.call("start_scorers", str(reward_model), TINY, gold, timeout_s=600)
     remote.call("start_generators", timeout_s=600)
     prompts = [EncodedPrompt(record.id, tuple(own)) for record, own in zip(records, ids, strict=True)]

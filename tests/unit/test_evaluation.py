@@ -18,12 +18,14 @@ from rayrlhf.reports.evaluation import (
     diversity_of,
     samples_table,
     summarize,
+    with_content_words,
     with_rouge,
     write_evaluation,
     write_samples,
 )
 from rayrlhf.reports.intervals import length_controlled_win_rate
 from rayrlhf.reports.measures import VS_PREVIOUS, WIN_RATES
+from rayrlhf.rewards.content import Vocabulary
 
 PROMPTS = [
     Prompt("a", "post a", reference=" the cat sat on the mat", title="cat"),
@@ -38,6 +40,7 @@ SFT = Answers(
     gold=[0.5, 0.25, np.nan, 0.75],
     lengths=[4, 2, 2, 2],
     finished=[True, True, False, True],
+    content_words=[1, 0, 2, 0],
 )
 POLICY = Answers(
     "policy",
@@ -47,6 +50,7 @@ POLICY = Answers(
     lengths=[7, 3, 2, 3],
     finished=[True, False, False, True],
     kl=[0.5, 1.5, 0.0, 2.0],
+    content_words=[2, 0, 3, 1],
 )
 REFERENCE = Answers("reference", [p.reference for p in PROMPTS], rewards=[0.5, 0.5, 9.9, 4.0], lengths=[8, 4, 0, 5])
 TITLE = Answers("title", [p.title for p in PROMPTS], rewards=[-1.0, 9.9, 0.0, 0.0], gold=[0.1, 9.9, np.nan, 0.2])
@@ -72,7 +76,8 @@ def test_without_references_rouge_and_gold_are_left_out() -> None:
 
 def test_keys_are_those_of_the_design() -> None:
     result = summary("file")
-    common = {"reward", "gold", "rouge1", "rouge2", "rougeL", "length", "eos_rate", "win_rate_vs_reference"}
+    common = {"reward", "gold", "rouge1", "rouge2", "rougeL", "content_words_in_post", "length", "eos_rate"}
+    common |= {"win_rate_vs_reference"}
     together = {"distinct_2", "repetition", "common_opening"}
     assert set(result) == {"sft", "policy", "title", "reference", "differences", "metadata"}
     assert set(result["sft"]) == set(result["title"]) == set(result["reference"]) == common | together
@@ -131,6 +136,8 @@ def test_means_and_counts_against_hand_computation() -> None:
     assert mean("sft", "eos_rate") == (0.75, 4)
     assert mean("policy", "length") == (3.75, 4)
     assert mean("policy", "kl") == (1.0, 4)
+    assert mean("policy", "content_words_in_post") == (1.5, 4)
+    assert result["differences"]["policy_minus_sft"]["content_words_in_post"]["mean"] == 0.75
     # c has no reference and the title of b is missing: neither counts, whatever number stands there.
     assert mean("sft", "win_rate_vs_reference") == ((0 + 1 + 0) / 3, 3)
     assert mean("policy", "win_rate_vs_reference") == ((1 + 1 + 0.5) / 3, 3)
@@ -212,7 +219,7 @@ def test_null_where_a_measure_means_nothing() -> None:
         assert result[name]["win_rate_vs_reference"] is None
     assert result["policy"]["win_rate_vs_sft"] is not None
     assert summary("file")["reference"]["win_rate_vs_reference"] is None
-    assert result["title"]["eos_rate"] is None
+    assert result["title"]["eos_rate"] is None and result["title"]["content_words_in_post"] is None
     assert result["reference"]["gold"] is None
     before_rl = summary("file", policy=None)
     assert set(before_rl) == {"sft", "title", "reference", "metadata"}
@@ -224,6 +231,14 @@ def test_answers_that_do_not_fit_are_refused() -> None:
         summarize(PROMPTS, short, None, REFERENCE, None, labeller="file", metadata={})
     with pytest.raises(ValueError, match="sft: reward has shape"):
         Answers("sft", [" one", " two"], rewards=[1.0]).measure("reward")
+
+
+def test_content_words_are_those_of_the_prompt() -> None:
+    answers = Answers("sft", ["the cat and the post", "post cat dog", None, "nothing"])
+    posts = [Prompt("1", "The cat posts."), Prompt("2", "cats"), Prompt("3", "cat"), Prompt("4", "cat")]
+    vocabulary = Vocabulary.of(["the end", *[f"word{i}" for i in range(10)]])  # 1 of 11 texts has "the": more than 3 %
+    counted = with_content_words(answers, posts, vocabulary).measure("content_words_in_post")
+    np.testing.assert_array_equal(counted, [2, 1, np.nan, 0])
 
 
 def test_no_reference_at_all() -> None:
@@ -242,9 +257,9 @@ def test_files(tmp_path: Path) -> None:
     write_samples(tmp_path / "samples.parquet", samples_table(PROMPTS, [REFERENCE, SFT, POLICY]))
     rows = pq.read_table(tmp_path / "samples.parquet").to_pylist()
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
-    measures = ("reward", "gold", "rouge1", "rouge2", "rougeL", "length", "eos_rate")
+    measures = ("reward", "gold", "rouge1", "rouge2", "rougeL", "content_words_in_post", "length", "eos_rate")
     columns = {f"{measure}_{source}" for measure in measures for source in ("sft", "policy")}
-    columns |= {"kl_policy", "reward_reference", "length_reference"}
+    columns |= {"kl_policy", "content_words_in_post_reference", "reward_reference", "length_reference"}
     assert set(rows[0]) == {"id", "post", "reference", "sft", "policy"} | columns
     third: dict[str, Any] = {"id": "c", "post": "post c", "reference": None, "sft": " something", "policy": " thing"}
     third |= {"reward_reference": None, "reward_sft": 2.0, "reward_policy": 1.0, "gold_sft": None, "gold_policy": None}

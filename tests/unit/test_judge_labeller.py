@@ -22,6 +22,7 @@ from rayrlhf.config_labellers import JudgeLabellerConfig
 from rayrlhf.data.comparisons import rank_answers, read_ranked
 from rayrlhf.data.records import Prompt
 from rayrlhf.errors import UserError
+from rayrlhf.rewards.content import Vocabulary
 from rayrlhf.rewards.gold import gold_labeller
 from rayrlhf.rewards.judge_labeller import JudgeLabeller
 from rayrlhf.rewards.labellers import ReferenceLabeller, Unranked, check_labeller, make_labeller
@@ -204,7 +205,7 @@ def test_collect_ranks_by_the_judge_and_writes_what_it_was_like(
 
 def test_a_judge_is_not_asked_for_the_gold_measure(tmp_path: Path) -> None:
     """Each response of `rl` would be a question to pay for."""
-    assert isinstance(gold_labeller(with_judge(tmp_path, "http://a/v1")), ReferenceLabeller)
+    assert isinstance(gold_labeller(with_judge(tmp_path, "http://a/v1"), Vocabulary()), ReferenceLabeller)
 
 
 def test_how_a_judge_is_asked_may_change_in_a_run_that_goes_on(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Labellers: the stand-in by ROUGE-L, and people's rankings from a file."""
+"""Labellers: the stand-in by ROUGE-L (that by content words has its own file), and people's rankings from a file."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def rouge_l(reference: str, answer: str) -> float:
 
 
 def test_reference_labeller_ranks_by_rouge_l() -> None:
-    labeller = make_labeller(section(kind="reference"))
+    labeller = make_labeller(section(kind="reference", measure="rouge_l"))
     answers = ["a dog ran", "mat the on cat", "the cat lay on the mat", "the cat sat on the mat"]
     verdict = labeller.rank(PROMPT, answers)
     assert verdict.scores == pytest.approx([rouge_l(PROMPT.reference or "", a) for a in answers])
@@ -89,7 +89,8 @@ def test_what_a_function_does_wrong_is_one_line(tmp_path: Path, code: str, path:
 
 
 def test_reference_labeller_stems_and_keeps_ties_in_order() -> None:
-    verdict = make_labeller(section()).rank(Prompt("a", "p", "cats running"), ["no", "cat runs", "cat run", "no"])
+    labeller = make_labeller(section(measure="rouge_l"))
+    verdict = labeller.rank(Prompt("a", "p", "cats running"), ["no", "cat runs", "cat run", "no"])
     assert verdict.scores == (0.0, 1.0, 1.0, 0.0) and verdict.order == (1, 2, 0, 3)
 
 
@@ -103,7 +104,7 @@ def test_unknown_kind_and_missing_path() -> None:
         section(kind="oracle")
     with pytest.raises(UserError, match="key 'collect.labeller.path' is missing"):
         section(kind="file")
-    with pytest.raises(UserError, match="unknown key 'collect.labeller.path'; known keys: kind"):
+    with pytest.raises(UserError, match="unknown key 'collect.labeller.path'; known keys: kind, measure"):
         section(path="rankings.jsonl")
 
 

@@ -12,6 +12,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rayrlhf.config_file import parse_config
+from rayrlhf.config_labellers import ReferenceLabellerConfig
 from rayrlhf.data.records import Prompt
 from rayrlhf.data.run_data import RunData
 from rayrlhf.errors import UserError
@@ -127,7 +128,7 @@ def test_prompts_with_a_response_have_a_reference(tokenizer: PreTrainedTokenizer
 
 
 def test_gold_leaves_out_what_has_no_reference() -> None:
-    labeller = ReferenceLabeller()
+    labeller = ReferenceLabeller(ReferenceLabellerConfig())
     assert labeller.measure(Prompt("a", "What?"), "a cold pot") is None
     assert labeller.measure(Prompt("a", "What?", "a cold pot"), "a cold pot") == 1.0
     with pytest.raises(UserError, match="'a' has no reference"):

@@ -9,6 +9,7 @@ import pytest
 from rayrlhf.config_file import parse_config
 from rayrlhf.errors import UserError
 from rayrlhf.reports.remarks import remarks
+from rayrlhf.rewards.content import Vocabulary
 from rayrlhf.rewards.gold import gold_labeller, gold_measures
 from rayrlhf.sections import DrawConfig
 
@@ -72,6 +73,6 @@ def test_an_environment_whose_rewards_nobody_asks_for_is_said() -> None:
 
 
 def test_a_trajectory_in_turns_has_no_gold_measure() -> None:
-    assert gold_labeller(parsed()) is not None
-    assert gold_labeller(parsed(environment=GAME)) is None
+    assert gold_labeller(parsed(), Vocabulary()) is not None
+    assert gold_labeller(parsed(environment=GAME), Vocabulary()) is None
     assert gold_measures(None, [], []) is None
