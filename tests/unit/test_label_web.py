@@ -14,6 +14,7 @@ from starlette.testclient import TestClient
 from rayrlhf.errors import UserError
 from rayrlhf.labelling.assignment import Assigner, shown_order
 from rayrlhf.labelling.database import LabelDatabase
+from rayrlhf.labelling.exports import check_name
 from rayrlhf.labelling.judgements import Item, Judgement
 from rayrlhf.labelling.web.admin import first_places
 from rayrlhf.labelling.web.app import Site, application
@@ -182,6 +183,17 @@ def test_links_stay_good_over_restarts_and_no_token_is_stored(site: Site, tmp_pa
         (tmp_path / "secret").write_text(content)
         with pytest.raises(UserError, match=words):
             Tokens.read(tmp_path / "secret")
+
+
+@pytest.mark.parametrize("name", ["Zoë", "Анна", "花子"])
+def test_a_name_may_have_the_letters_of_any_language(site: Site, name: str) -> None:
+    site.database.add_labeller(check_name(name, "test"))
+    assert site.link(name).isascii()
+    client = enter(site, name)
+    assert client.post("/api/judgement", json=sent()).status_code == 200 and name in client.get("/history").text
+    assert [judgement.labeller for judgement in site.database.judgements()] == [name]
+    typed = TestClient(application(site), base_url=URL)  # as a person or a mail program may write it
+    assert typed.get(f"/enter/{name}~{site.tokens.of(name).partition('~')[2]}").status_code == 200
 
 
 def test_the_cookie_is_for_this_site_only(site: Site) -> None:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import quote, unquote
 
 from starlette.datastructures import MutableHeaders
 from starlette.responses import JSONResponse
@@ -66,13 +67,15 @@ class Tokens:
         return cls(secret)
 
     def of(self, name: str) -> str:
-        """The token of a labeller's link and cookie."""
-        return f"{name}~{self._sign('labeller', name)}"
+        """The token of a labeller's link and cookie: ASCII, as a header holds no other letters."""
+        return f"{quote(name)}~{self._sign('labeller', name)}"
 
     def name(self, token: str) -> str | None:
         """Whose token it is; None if nobody's."""
-        name = token.rpartition("~")[0]
-        return name if name and hmac.compare_digest(token.encode(), self.of(name).encode()) else None
+        given, _, signature = token.rpartition("~")
+        name = unquote(given)  # a path comes without its quotes already
+        fits = hmac.compare_digest(signature.encode(), self._sign("labeller", name).encode())
+        return name if name and fits else None
 
     def csrf(self, name: str) -> str:
         """What a page of this labeller sends with every change. Another site cannot read it."""
