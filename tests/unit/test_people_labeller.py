@@ -172,6 +172,16 @@ def test_settings_that_do_not_fit_are_one_line() -> None:
         assert said in str(raised.value) and "\n" not in str(raised.value)
 
 
+def test_as_many_answers_as_the_page_can_show() -> None:
+    def collect(**settings: Any) -> None:
+        parse_config({"name": "run", "collect": {"labeller": {"kind": "people"}, **settings}}, "test")
+
+    collect(answers_per_prompt=9)
+    for settings in ({"answers_per_prompt": 10}, {"answers_per_prompt": 9, "include_reference": True}):
+        with pytest.raises(UserError, match="people rank 9 answers to a prompt at most, and there would be 10"):
+            collect(**settings)
+
+
 # ---- the stage
 
 
