@@ -196,6 +196,16 @@ def test_a_name_may_have_the_letters_of_any_language(site: Site, name: str) -> N
     assert typed.get(f"/enter/{name}~{site.tokens.of(name).partition('~')[2]}").status_code == 200
 
 
+def test_a_kill_while_the_secret_is_made_leaves_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(_: int) -> str:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+        context.setattr("rayrlhf.labelling.web.security.secrets.token_hex", killed)
+        Tokens.read(tmp_path / "secret")
+    assert Tokens.read(tmp_path / "secret").of("ann") == Tokens.read(tmp_path / "secret").of("ann")
+
+
 def test_the_cookie_is_for_this_site_only(site: Site) -> None:
     def attributes(url: str) -> str:
         there = replace(site, url=url)

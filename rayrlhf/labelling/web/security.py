@@ -20,6 +20,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rayrlhf.errors import UserError
+from rayrlhf.files import make_private, replacing
 
 LARGEST_BODY = 64 * 1024
 """Bytes of a request: nine ranks and a note are far below."""
@@ -55,8 +56,9 @@ class Tokens:
         """
         try:
             if not path.exists():
-                path.touch(mode=0o600)
-                path.write_text(secrets.token_hex(32) + "\n", encoding="ascii")
+                with replacing(path) as temporary:
+                    make_private(temporary)
+                    temporary.write_text(secrets.token_hex(32) + "\n", encoding="ascii")
             secret = bytes.fromhex(path.read_text(encoding="ascii").strip())
         except (OSError, ValueError) as error:
             raise UserError(
