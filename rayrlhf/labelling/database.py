@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import secrets
 import sqlite3
 import threading
 import time
@@ -95,6 +96,9 @@ class LabelDatabase:
                     for statement in _statements(_TABLES):
                         connection.execute(statement)
                     connection.execute(f"PRAGMA user_version={VERSION}")
+                if found in (0, VERSION):
+                    identity = json.dumps(secrets.token_hex(8))
+                    connection.execute("INSERT OR IGNORE INTO settings VALUES ('identity', ?)", (identity,))
         except (sqlite3.Error, OSError) as error:
             raise UserError(
                 f"{self.path}: cannot be used as the database of labels ({error}); it has to be a file that rayrlhf "
@@ -138,6 +142,11 @@ class LabelDatabase:
         """What `remember` kept."""
         rows = self.query("SELECT value FROM settings WHERE key = ?", key)
         return json.loads(rows[0]["value"]) if rows else default
+
+    @property
+    def identity(self) -> str:
+        """What tells these labels from others with the same ids, such as those of the answers that a run had before."""
+        return str(self.recall("identity"))
 
     # --- Items -------------------------------------------------------------------------------------------------------
 

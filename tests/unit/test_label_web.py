@@ -45,7 +45,7 @@ def enter(site: Site, name: str) -> TestClient:
     """A browser that has opened somebody's link, and sends what the page's script sends."""
     client = TestClient(application(site), base_url=URL)
     assert client.get(f"/enter/{site.tokens.of(name)}").status_code == 200
-    client.headers["X-CSRF-Token"] = site.tokens.csrf(name)
+    client.headers["X-CSRF-Token"] = site.tokens.csrf(name, site.database.identity)
     return client
 
 
@@ -220,12 +220,31 @@ def test_a_change_needs_the_token_of_our_own_page(site: Site) -> None:
     client = enter(site, "ann")
     page = client.get("/").text
     assert f'content="{client.headers["X-CSRF-Token"]}"' in page
-    for wrong in ("", "x", site.tokens.csrf("bob")):
+    for wrong in ("", "x", site.tokens.csrf("bob", site.database.identity)):
         client.headers["X-CSRF-Token"] = wrong
         assert client.post("/api/judgement", json=sent()).status_code == 403
         assert client.post("/api/undo", json={}).status_code == 403
     assert site.database.written() == 0
     assert client.get("/api/judgement").status_code == 405
+
+
+def test_a_page_of_other_answers_changes_nothing(site: Site, tmp_path: Path) -> None:
+    """A run's labels were moved away and its answers sampled anew, while somebody had the page open."""
+    client = enter(site, "ann")
+    store = re.search('data-store="(.*?)"', client.get("/").text)
+    database = LabelDatabase(tmp_path / "anew.sqlite")
+    database.add_items([replace(item, answers=item.answers[::-1]) for item in ITEMS])
+    database.add_labeller("ann")
+    anew = enter(replace(site, database=database, assigner=Assigner(database)), "ann")
+    anew.headers["X-CSRF-Token"], current = client.headers["X-CSRF-Token"], anew.headers["X-CSRF-Token"]
+    refused = anew.post("/api/judgement", json=sent())
+    assert refused.status_code == 403 and "load it again" in refused.json()["error"] and database.written() == 0
+    anew.headers["X-CSRF-Token"] = current
+    assert anew.post("/api/judgement", json=sent()).status_code == 200
+    # Nor does the browser show there what it has kept of the others.
+    other = re.search('data-store="(.*?)"', anew.get("/").text)
+    assert store and other and store[1] != other[1]
+    assert LabelDatabase(tmp_path / "anew.sqlite").identity == database.identity
 
 
 def test_another_name_of_the_host_is_refused(site: Site) -> None:

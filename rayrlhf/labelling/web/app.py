@@ -228,14 +228,17 @@ class Pages:
     def _changing(self, request: Request) -> str:
         """The labeller whose request it is, one that changes something and came from our own page."""
         name = self._name(request)
-        if not self.site.tokens.csrf_fits(name, request.headers.get("X-CSRF-Token", "")):
+        given = request.headers.get("X-CSRF-Token", "")
+        if not self.site.tokens.csrf_fits(name, self.database.identity, given):
             raise HTTPException(403, "the page is too old; load it again")
         return name
 
     # --- Rendering ---------------------------------------------------------------------------------------------------
 
     def _page(self, request: Request, template: str, name: str, **values: Any) -> Response:
-        values |= {"name": name, "role": self.database.labellers()[name], "csrf": self.site.tokens.csrf(name)}
+        labels = self.database.identity
+        csrf = self.site.tokens.csrf(name, labels)
+        values |= {"name": name, "role": self.database.labellers()[name], "labels": labels, "csrf": csrf}
         return self.templates.TemplateResponse(request, template, values)
 
     def refuse(self, request: Request, error: Exception) -> Response:

@@ -79,12 +79,17 @@ class Tokens:
         fits = hmac.compare_digest(signature.encode(), self._sign("labeller", name).encode())
         return name if name and fits else None
 
-    def csrf(self, name: str) -> str:
-        """What a page of this labeller sends with every change. Another site cannot read it."""
-        return self._sign("csrf", name)
+    def csrf(self, name: str, labels: str) -> str:
+        """What a page of this labeller sends with every change. Another site cannot read it.
 
-    def csrf_fits(self, name: str, given: str) -> bool:
-        return hmac.compare_digest(given.encode(), self.csrf(name).encode())
+        Args:
+            name: of the labeller.
+            labels: the identity of the database: a page that shows the answers of another one must change nothing.
+        """
+        return self._sign("csrf", name, labels)
+
+    def csrf_fits(self, name: str, labels: str, given: str) -> bool:
+        return hmac.compare_digest(given.encode(), self.csrf(name, labels).encode())
 
     def _sign(self, *parts: str) -> str:
         return hmac.new(self._secret, "\0".join(parts).encode(), hashlib.sha256).hexdigest()[:40]

@@ -8,7 +8,7 @@ const rates = app.dataset.ratings === "1";
 const csrf = document.querySelector("meta[name=csrf]").content;
 const LETTERS = "ABCDEFGHI";
 const RATINGS = [1, 2, 3, 4, 5, 6, 7];
-const PENDING = `pending ${store}`; // a judgement that the server has not confirmed yet
+const PENDING = `pending ${store} `; // judgements that the server has not confirmed yet, by their keys: each tab has its own
 let state = null; // of the item on the page; see `show`
 let undone = []; // earlier values of `state.mine` and `state.focus`, for U
 let sending = false;
@@ -63,7 +63,7 @@ async function load(query, push) {
 }
 
 async function send(body) {
-  localStorage.setItem(PENDING, JSON.stringify(body));
+  localStorage.setItem(PENDING + body.key, JSON.stringify(body));
   try {
     await insist("/api/judgement", body, "Not saved yet");
     localStorage.removeItem(draftName(body.item, body.repeat));
@@ -72,7 +72,7 @@ async function send(body) {
     banner(`Not saved: ${error.message}`);
     return false;
   } finally {
-    localStorage.removeItem(PENDING); // saved, or refused for good: the reason is on the page
+    localStorage.removeItem(PENDING + body.key); // saved, or refused for good: the reason is on the page
   }
 }
 
@@ -468,7 +468,9 @@ document.addEventListener("visibilitychange", () => {
 addEventListener("popstate", () => alone(() => load(location.search, false)));
 
 alone(async () => {
-  const pending = localStorage.getItem(PENDING);
-  if (pending) await send(JSON.parse(pending));
+  for (const place of Object.keys(localStorage).filter((each) => each.startsWith(PENDING))) {
+    const pending = localStorage.getItem(place); // another tab may have sent it meanwhile
+    if (pending) await send(JSON.parse(pending));
+  }
   await load(location.search, false);
 });
