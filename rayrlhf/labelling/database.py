@@ -171,6 +171,12 @@ class LabelDatabase:
                     (item.id, item.prompt, answers, item.priority, item.gold and json.dumps(item.gold)),
                 )
 
+    def prioritise(self, items: Sequence[Item]) -> None:
+        """Keep the priority of items; all else that the database has of them stays, also what has come in since."""
+        with self.writing() as connection:
+            for item in items:
+                connection.execute("UPDATE items SET priority = ? WHERE id = ?", (item.priority, item.id))
+
     def items(self) -> list[Item]:
         """All items, in the order in which they were added."""
         return [_item(row) for row in self.query("SELECT * FROM items ORDER BY position")]

@@ -108,7 +108,7 @@ class PeopleLabeller(Labeller):
         judgements = [judgement for judgement in database.judgements() if judgement.item in ids]
         items = [item for item in database.items() if item.id in ids]
         if self._wanted.settle:
-            database.add_items(self._wanted.reordered(judgements, items))
+            database.prioritise(self._wanted.reordered(judgements, items))
         return version, judgements, self._wanted.done(judgements, items)
 
 

@@ -7,6 +7,7 @@ import sqlite3
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,28 @@ def test_items_may_change_their_priority_but_not_their_answers(database: LabelDa
     assert database.items()[1:] == ITEMS[1:]
     with pytest.raises(UserError, match="'p1' has other answers than before"):
         database.add_items([Item("p1", "prompt 1", ("first", "third", "second"))])
+
+
+def test_gold_ranks_that_come_in_meanwhile_stay(database: LabelDatabase) -> None:
+    """A run that waits looks at the items, and before it has sorted them the page makes one of them a gold item."""
+    seen = database.items()
+    other = LabelDatabase(database.path)
+    other.add_items([replace(ITEMS[2], gold=(1, 2, 3))])
+    database.prioritise([replace(item, priority=0.5) for item in seen[1:3]])
+    assert [(item.priority, item.gold) for item in other.items()[:4]] == [
+        (0.0, None), (0.5, None), (0.5, (1, 2, 3)), (0.0, None),
+    ]  # fmt: skip
+
+
+def test_bytes_that_another_process_holds_are_said(database: LabelDatabase) -> None:
+    database.judge(said("p0"), "1")
+    other = LabelDatabase(database.path)
+    other.query("BEGIN")
+    other.query("SELECT * FROM judgements")
+    database.query("PRAGMA busy_timeout=1")
+    with pytest.raises(UserError, match="1 rows of 'ann' are deleted, but another process reads the file"):
+        database.forget("ann")
+    assert database.judgements() == [] and "ann" not in database.labellers()
 
 
 def test_progress_counts_people_not_rows(database: LabelDatabase) -> None:
