@@ -130,7 +130,20 @@ def test_a_copy_is_whole_while_others_write(database: LabelDatabase, tmp_path: P
     database.judge(said("p0"), "1")
     database.copy_to(tmp_path / "copy.sqlite")
     database.judge(said("p1"), "2")
+    assert (tmp_path / "copy.sqlite").stat().st_mode & 0o777 == 0o600  # as private as the database
     assert LabelDatabase(tmp_path / "copy.sqlite").judgements() == [said("p0")]
+
+
+def test_a_full_disk_keeps_nothing_of_a_judgement_and_what_follows_is_kept(database: LabelDatabase) -> None:
+    database.judge(said("p0"), "1")
+    database.query(f"PRAGMA max_page_count={database.query('PRAGMA page_count')[0][0]}")
+    long = Judgement("p1", "ann", (1, 2, 3), note="x" * 100_000)
+    with pytest.raises(UserError, match=r"cannot be written \(database or disk is full\); nothing of this was kept"):
+        database.judge(long, "2")
+    assert database.judgements() == [said("p0")]
+    database.query("PRAGMA max_page_count=100000")
+    database.judge(long, "2")
+    assert database.judgements() == [said("p0"), long]
 
 
 @pytest.mark.parametrize(
@@ -147,6 +160,19 @@ def test_a_file_of_another_version_is_refused(database: LabelDatabase) -> None:
         connection.execute("PRAGMA user_version=7")
     with pytest.raises(UserError, match=r"another version \(tables 7, here 1\)"):
         LabelDatabase(database.path)
+
+
+def test_a_file_that_is_moved_away_is_not_written_on(database: LabelDatabase, tmp_path: Path) -> None:
+    """As somebody does who begins anew, beside a page and a run that have the file open."""
+    database.judge(said("p0"), "1")
+    database.path.rename(tmp_path / "old.sqlite")
+    for _ in range(2):  # nothing is there, and then another file
+        with pytest.raises(UserError, match=r"labels\.sqlite: was moved away or replaced .* the same command again"):
+            database.judge(said("p1"), "2")
+        with pytest.raises(UserError, match="was moved away"):
+            database.query("PRAGMA data_version")  # what a run that waits looks at
+        LabelDatabase(database.path).add_items(ITEMS)
+    assert LabelDatabase(database.path).judgements() == []
 
 
 # ---- a process that is killed

@@ -141,6 +141,21 @@ def test_a_judgement_that_does_not_fit_is_refused_in_words(site: Site, changes: 
     assert site.database.written() == 0
 
 
+def test_a_full_disk_is_said_on_the_page_and_in_the_terminal(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    client = enter(site, "ann")
+    pages = site.database.query("PRAGMA page_count")[0][0]
+    site.database.query(f"PRAGMA max_page_count={pages}")
+    long = sent(note="x" * 5000, skipped="y" * 200, ranks=None)
+    answers = [client.post("/api/judgement", json={**long, "key": f"{number:016}"}) for number in range(5)]
+    # The file may have room for the first of them.
+    assert answers[-1].status_code == 503 and "cannot be stored now" in answers[-1].json()["error"]
+    assert "disk is full" in capsys.readouterr().out
+    kept = [answer.status_code for answer in answers].count(200)
+    site.database.query("PRAGMA max_page_count=100000")
+    assert client.post("/api/judgement", json={**long, "key": f"{4:016}"}).json() == {"saved": True}
+    assert site.database.written() == kept + 1
+
+
 # ---- who gets in
 
 
