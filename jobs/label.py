@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,8 +19,9 @@ from urllib.parse import urlsplit
 import uvicorn
 
 from jobs.console import console
+from rayrlhf.config_labellers import MOST_ANSWERS
 from rayrlhf.errors import UserError
-from rayrlhf.files import replacing
+from rayrlhf.files import make_private, replacing
 from rayrlhf.labelling import exports
 from rayrlhf.labelling.assignment import Assigner
 from rayrlhf.labelling.database import LabelDatabase
@@ -32,6 +34,7 @@ from rayrlhf.runs.folder import RunFolder, run_at
 ADMIN = "admin"
 """The name of the admin's link."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+WEB = ("http://", "https://")
 COPY_S = 30.0
 """How often the labels of a run in a store are copied there, while people judge."""
 
@@ -74,7 +77,9 @@ class Serving:
             raise UserError(f"label: --overlap {self.overlap} must be 1 or more")
         if not 0 <= self.repeats <= 0.5:
             raise UserError(f"label: --repeats {self.repeats} must be a share from 0 to 0.5")
-        if self.public_url and not (urlsplit(self.public_url).hostname and self.public_url.startswith("http")):
+        if not 0 <= self.port <= 65535:
+            raise UserError(f"label: --port {self.port} must be from 0 to 65535")
+        if self.public_url and not (urlsplit(self.public_url).hostname and self.public_url.startswith(WEB)):
             raise UserError(f"label: --public-url {self.public_url!r} must begin with http:// or https:// and a name")
         if self.host not in LOOPBACK and not self.public_url:
             raise UserError(
@@ -117,11 +122,12 @@ def open_labels(run: RunFolder) -> Iterator[LabelDatabase]:
     """The database of a run's labels, with the answers of `to_rank.jsonl`; for a run in a store it is copied there.
 
     Raises:
-        UserError: the run has neither.
+        UserError: the run has neither, or the store's copy has judgements that the database on this machine lacks.
     """
-    kept = run.read(labels_copy(run)) if run.store and not run.labels.exists() else None
-    if kept:  # another machine had the page until now
+    kept = run.read(labels_copy(run)) if run.store else None
+    if kept and not run.labels.exists():  # another machine had the page until now
         with replacing(run.labels) as temporary:
+            make_private(temporary)
             temporary.write_bytes(kept)
     waiting = run.read(run.to_rank) is not None
     if not waiting and not run.labels.exists():
@@ -130,6 +136,11 @@ def open_labels(run: RunFolder) -> Iterator[LabelDatabase]:
         )
     database = LabelDatabase(run.labels)
     try:
+        if kept and (lacking := len(keys_of(kept) - database.keys())):
+            raise UserError(
+                f"{run.address_of(labels_copy(run))} has {lacking} judgements that {run.labels} lacks: another machine "
+                f"had the page since. Move {run.labels} away to go on with those; it keeps what was said here alone"
+            )
         if waiting:
             known = {item.id: item.answers for item in database.items()}
             unranked = read_unranked(run.download(run.to_rank))
@@ -144,6 +155,14 @@ def open_labels(run: RunFolder) -> Iterator[LabelDatabase]:
 def labels_copy(run: RunFolder) -> Path:
     """The file of a run in a store that holds a copy of its labels."""
     return run.path / "labels.sqlite"
+
+
+def keys_of(content: bytes) -> set[str]:
+    """The keys of all judgements in a database."""
+    with tempfile.TemporaryDirectory() as directory:
+        (Path(directory) / "labels.sqlite").write_bytes(content)
+        with contextlib.closing(LabelDatabase(Path(directory) / "labels.sqlite")) as database:
+            return database.keys()
 
 
 def copy_out(run: RunFolder, database: LabelDatabase) -> None:
@@ -169,9 +188,12 @@ def print_export(database: LabelDatabase, directory: Path) -> None:
 def serve(run: RunFolder, database: LabelDatabase, serving: Serving) -> None:
     """Serve the page until Ctrl-C or SIGTERM."""
     names = prepare(run, database, serving)
+    if said := missing_people(database, serving, names):
+        console.print(f"label: {said}", soft_wrap=True)
     with listen(serving.host, serving.port) as listening:
         port = listening.getsockname()[1]
-        url = (serving.public_url or f"http://{serving.host}:{port}").rstrip("/")
+        host = f"[{serving.host}]" if ":" in serving.host else serving.host
+        url = (serving.public_url or f"http://{host}:{port}").rstrip("/")
         site = make_site(run, database, serving, url)
         console.print(
             f"label: {len(database.items())} items, {len(database.judgements())} judgements in {database.path}"
@@ -203,8 +225,15 @@ def prepare(run: RunFolder, database: LabelDatabase, serving: Serving) -> list[s
     """Note what the options say about labellers, gold items and the order. Returns the names, the admin last.
 
     Raises:
-        UserError: a name or a file does not fit, or the labels began with another seed.
+        UserError: a name or a file does not fit, an item has more answers than the page can show, or the labels began
+            with another seed.
     """
+    for item in database.items():
+        if len(item.answers) > MOST_ANSWERS:
+            raise UserError(
+                f"label: item {item.id!r} has {len(item.answers)} answers, and the page ranks {MOST_ANSWERS} at most; "
+                "lower collect.answers_per_prompt and sample anew, or rank them in a file (collect.labeller.kind=file)"
+            )
     names = [
         exports.check_name(name.strip(), "label: --labellers")
         for name in (serving.labellers or "").split(",")
@@ -229,12 +258,37 @@ def prepare(run: RunFolder, database: LabelDatabase, serving: Serving) -> list[s
     return [name for name, role in database.labellers().items() if role == "labeller"] + [ADMIN]
 
 
+def missing_people(database: LabelDatabase, serving: Serving, names: list[str]) -> str | None:
+    """What keeps a run that waits from having enough judgements, however long these people work; None if nothing does.
+
+    Args:
+        names: of all who have a link, the admin too.
+    """
+    wanted = database.recall("overlap")
+    if wanted is None:  # no run waits
+        return None
+    if (serving.overlap or wanted) < wanted:
+        return (
+            f"--overlap {serving.overlap}, but the run waits for {wanted} labellers of each item "
+            "(collect.labeller.labellers): it would wait for ever; leave --overlap out"
+        )
+    people = [name for name in names if name != ADMIN]
+    if len(people) < wanted:
+        return (
+            f"the run waits for {wanted} labellers of each item (collect.labeller.labellers), and there are "
+            f"{len(people)} ({', '.join(people)}): it waits until there are more; name them with --labellers"
+        )
+    return None
+
+
 def make_site(run: RunFolder, database: LabelDatabase, serving: Serving, url: str) -> Site:
     """What the page shows."""
     own = run.path / "instructions.md"
-    path = serving.instructions or (own if run.read(own) is not None else None)
+    path = serving.instructions or own
     try:
-        instructions = path.read_text(encoding="utf-8") if path else INSTRUCTIONS
+        # That of the run may be in a store only.
+        given = path.read_bytes() if serving.instructions else run.read(own)
+        instructions = INSTRUCTIONS if given is None else given.decode()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"label: the instructions {path} cannot be read ({error})") from None
     overlap = serving.overlap or database.recall("overlap", 1)
