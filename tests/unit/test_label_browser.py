@@ -256,22 +256,36 @@ def test_a_lost_connection_costs_no_judgement(desk: Any) -> None:
     page.context.set_offline(False)
     done(page, 1)
     expect(page.locator("#banner")).to_be_hidden()
-    # The page is closed while it waits: the next one sends what the first could not.
+    # Two pages are closed while they wait: the next one sends what they could not, in its order.
+    tabs = [page, page.context.new_page()]
+    tabs[1].goto(at.url)
+    expect(tabs[1].locator(".card").first).to_be_visible()
     page.context.set_offline(True)
-    for key in ("1", "2", "3", "Enter"):
-        page.keyboard.press(key)
-    expect(page.locator("#banner")).to_be_visible()
-    page.close()
+    for tab, ranks in zip(tabs, ("123", "321"), strict=True):
+        for key in (*ranks, "Enter"):
+            tab.keyboard.press(key)
+        expect(tab.locator("#banner")).to_be_visible()
+    for tab in tabs:
+        tab.close()
     page = page.context.new_page()
     page.context.set_offline(False)
     page.goto(at.url)
     done(page, 2)
+    assert at.database.written() == 3
+    shown_second = [items[1].answers[index] for index in at.database.judgements()[1].shown]
+    assert by_answer(at.database.judgements()[1], items) == dict(zip(shown_second, (3, 2, 1), strict=True))
     # A reload in the middle of an item loses nothing either.
     page.keyboard.press("2")
     page.reload()
     expect(page.locator(".card [aria-pressed=true]")).to_have_text("2")
-    assert [j.item for j in at.database.judgements()] == ["p0", "p1"] and at.database.written() == 2
+    assert [j.item for j in at.database.judgements()] == ["p0", "p1"]
     assert by_answer(at.database.judgements()[0], items) == dict(zip(shown, (3, 2, 1), strict=True))
+    # Nor does a browser that keeps nothing, as one whose store is full.
+    page.evaluate("Storage.prototype.setItem = () => { throw new Error('full'); }")
+    for key in ("1", "2", "3", "Enter"):
+        page.keyboard.press(key)
+    done(page, 3)
+    assert at.database.judgements()[2].item == "p2"
 
 
 def test_the_back_button_shows_the_earlier_item_to_change_it(desk: Any) -> None:

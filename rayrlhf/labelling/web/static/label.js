@@ -8,7 +8,7 @@ const rates = app.dataset.ratings === "1";
 const csrf = document.querySelector("meta[name=csrf]").content;
 const LETTERS = "ABCDEFGHI";
 const RATINGS = [1, 2, 3, 4, 5, 6, 7];
-const PENDING = `pending ${store} `; // judgements that the server has not confirmed yet, by their keys: each tab has its own
+const PENDING = `pending ${store} `; // what the server has not confirmed yet, by time and key: two tabs have one each
 let state = null; // of the item on the page; see `show`
 let undone = []; // earlier values of `state.mine` and `state.focus`, for U
 let sending = false;
@@ -24,6 +24,9 @@ const element = (tag, className, text, attributes = {}) => {
 };
 const say = (text) => { $("said").textContent = text; };
 const banner = (text) => { $("banner").textContent = text; $("banner").hidden = !text; };
+const remember = (place, value) => {
+  try { localStorage.setItem(place, value); } catch { /* it is full, or forbidden: all is on the page, and goes to the server */ }
+};
 const typing = (target) => target.matches("textarea, input:not([type=checkbox])");
 
 // --- The server ----------------------------------------------------------------------------------------------------
@@ -62,8 +65,8 @@ async function load(query, push) {
   show(await insist(`/api/item${query}`, undefined, "Cannot load"), push);
 }
 
-async function send(body) {
-  localStorage.setItem(PENDING + body.key, JSON.stringify(body));
+async function send(body, place = `${PENDING}${Date.now()} ${body.key}`) {
+  remember(place, JSON.stringify(body));
   try {
     await insist("/api/judgement", body, "Not saved yet");
     localStorage.removeItem(draftName(body.item, body.repeat));
@@ -72,7 +75,7 @@ async function send(body) {
     banner(`Not saved: ${error.message}`);
     return false;
   } finally {
-    localStorage.removeItem(PENDING + body.key); // saved, or refused for good: the reason is on the page
+    localStorage.removeItem(place); // saved, or refused for good: the reason is on the page
   }
 }
 
@@ -239,7 +242,7 @@ function placeName(index) {
 
 // Kept in this browser until it is submitted, so that a reload loses nothing.
 function keep() {
-  localStorage.setItem(draftName(state.item.id, state.item.repeat), JSON.stringify(state.mine));
+  remember(draftName(state.item.id, state.item.repeat), JSON.stringify(state.mine));
 }
 
 function change(edit) {
@@ -373,7 +376,7 @@ $("undo").addEventListener("click", undo);
 $("submit").addEventListener("click", submit);
 $("skip-other").addEventListener("click", () => skip($("reason").value));
 $("view").addEventListener("click", () => {
-  localStorage.setItem("view", localStorage.getItem("view") === "text" ? "dialogue" : "text");
+  remember("view", localStorage.getItem("view") === "text" ? "dialogue" : "text");
   showPrompt();
 });
 $("add-note").addEventListener("click", () => { $("note-row").hidden = false; $("note").focus(); });
@@ -468,9 +471,9 @@ document.addEventListener("visibilitychange", () => {
 addEventListener("popstate", () => alone(() => load(location.search, false)));
 
 alone(async () => {
-  for (const place of Object.keys(localStorage).filter((each) => each.startsWith(PENDING))) {
+  for (const place of Object.keys(localStorage).filter((each) => each.startsWith(PENDING)).sort()) {
     const pending = localStorage.getItem(place); // another tab may have sent it meanwhile
-    if (pending) await send(JSON.parse(pending));
+    if (pending) await send(JSON.parse(pending), place);
   }
   await load(location.search, false);
 });
