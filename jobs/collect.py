@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections import Counter
 from collections.abc import Sequence
 
@@ -22,6 +23,7 @@ from rayrlhf.files import replacing
 from rayrlhf.rewards.gold import gold_labeller, gold_measures
 from rayrlhf.rewards.labeller import Labeller
 from rayrlhf.rewards.labellers import Unranked, make_labeller, read_unranked, write_unranked
+from rayrlhf.rewards.margins import closest_first, margin
 from rayrlhf.trajectory import Trajectory, derive_seed
 
 
@@ -86,10 +88,32 @@ def unranked_answers(session: Session, records: list[Demonstration], *, again: b
             "collect: no prompt got two different answers of at least 5 words; "
             "train SFT longer or raise collect.temperature"
         )
+    if model := session.starts.given.get("collect.margin_from"):
+        answers = least_sure_first(session, model, answers)
     if again:
         write_unranked(run.to_rank, answers)
         run.upload(run.to_rank)
     return answers
+
+
+def least_sure_first(session: Session, model: str, answers: list[Unranked]) -> list[Unranked]:
+    """The answers of all prompts, those first on whose best two the reward model is least sure: so people are asked."""
+    session.rollouts.start_scorers([], session.starts.base, gold=False, reward_model=model)
+    given = [
+        Trajectory.given(each.id, index, each.prompt_ids, ids)
+        for each in answers
+        for index, ids in enumerate(each.answer_ids)
+    ]
+    scored = iter(session.rollouts.score(given, session.config.collect.temperature))
+    (reward,) = (each for each in session.config.rewards if each.trained)
+    scores = [[next(scored).rewards[reward.name] / reward.weight for _ in each.answers] for each in answers]
+    margins = sorted(map(margin, scores))
+    console.print(
+        f"collect: prompts are asked by the margin of the best two answers in {model}, the closest first: "
+        f"{margins[0]:.3g} to {margins[-1]:.3g}, median {statistics.median(margins):.3g}",
+        soft_wrap=True,
+    )
+    return [answers[place] for place in closest_first(scores)]
 
 
 def ranked_answers(session: Session, labeller: Labeller, answers: list[Unranked]) -> list[RankedAnswers]:

@@ -190,19 +190,7 @@ def text_answers(
     """A baseline that is text already (references, titles), scored by the same reward model."""
     encoded = session.data.prompts(prompts)
     responses = session.data.as_responses(prompts, [text or "" for text in texts])
-    given = [
-        Trajectory(
-            p.id,
-            0,
-            0,
-            np.array(p.ids),
-            np.array(ids),
-            np.zeros(len(ids), np.float32),
-            np.zeros(len(ids), np.int64),
-            "eos",
-        )
-        for p, ids in zip(encoded, responses, strict=True)
-    ]
+    given = [Trajectory.given(p.id, 0, p.ids, ids) for p, ids in zip(encoded, responses, strict=True)]
     scored = session.rollouts.score(given, session.config.evaluate.temperature)
     gold = gold_measures(labeller, prompts, texts)
     # A text that is given cannot be played.

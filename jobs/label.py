@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import socket
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +20,6 @@ import uvicorn
 from jobs.console import console
 from rayrlhf.config_labellers import MOST_ANSWERS
 from rayrlhf.errors import UserError
-from rayrlhf.files import make_private, replacing
 from rayrlhf.labelling import exports
 from rayrlhf.labelling.assignment import Assigner
 from rayrlhf.labelling.database import LabelDatabase
@@ -30,13 +28,12 @@ from rayrlhf.labelling.web.app import Site, application
 from rayrlhf.labelling.web.security import Tokens
 from rayrlhf.rewards.labellers import read_unranked
 from rayrlhf.runs.folder import RunFolder, run_at
+from rayrlhf.runs.labels import COPY_S, begin_with_labels, copy_labels_out
 
 ADMIN = "admin"
 """The name of the admin's link."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 WEB = ("http://", "https://")
-COPY_S = 30.0
-"""How often the labels of a run in a store are copied there, while people judge."""
 
 INSTRUCTIONS = """Rank the answers: 1 is the best one.
 
@@ -122,13 +119,9 @@ def open_labels(run: RunFolder) -> Iterator[LabelDatabase]:
     """The database of a run's labels, with the answers of `to_rank.jsonl`; for a run in a store it is copied there.
 
     Raises:
-        UserError: the run has neither, or the store's copy has judgements that the database on this machine lacks.
+        UserError: the run has neither, or this machine and another one have both added judgements.
     """
-    kept = run.read(labels_copy(run)) if run.store else None
-    if kept and not run.labels.exists():  # another machine had the page until now
-        with replacing(run.labels) as temporary:
-            make_private(temporary)
-            temporary.write_bytes(kept)
+    begin_with_labels(run)
     waiting = run.read(run.to_rank) is not None
     if not waiting and not run.labels.exists():
         raise UserError(
@@ -136,41 +129,15 @@ def open_labels(run: RunFolder) -> Iterator[LabelDatabase]:
         )
     database = LabelDatabase(run.labels)
     try:
-        if kept and (lacking := len(keys_of(kept) - database.keys())):
-            raise UserError(
-                f"{run.address_of(labels_copy(run))} has {lacking} judgements that {run.labels} lacks: another machine "
-                f"had the page since. Move {run.labels} away to go on with those; it keeps what was said here alone"
-            )
         if waiting:
             known = {item.id: item.answers for item in database.items()}
             unranked = read_unranked(run.download(run.to_rank))
             # What collect has put there stays as it is, but for answers that were sampled again: that is refused.
             database.add_items([Item(u.id, u.prompt, u.answers) for u in unranked if known.get(u.id) != u.answers])
         yield database
-        copy_out(run, database)
+        copy_labels_out(run, database)
     finally:
         database.close()
-
-
-def labels_copy(run: RunFolder) -> Path:
-    """The file of a run in a store that holds a copy of its labels."""
-    return run.path / "labels.sqlite"
-
-
-def keys_of(content: bytes) -> set[str]:
-    """The keys of all judgements in a database."""
-    with tempfile.TemporaryDirectory() as directory:
-        (Path(directory) / "labels.sqlite").write_bytes(content)
-        with contextlib.closing(LabelDatabase(Path(directory) / "labels.sqlite")) as database:
-            return database.keys()
-
-
-def copy_out(run: RunFolder, database: LabelDatabase) -> None:
-    """Write the labels of a run in a store there."""
-    if run.store:
-        with replacing(labels_copy(run)) as temporary:
-            database.copy_to(temporary)
-        run.upload(labels_copy(run))
 
 
 def print_export(database: LabelDatabase, directory: Path) -> None:
@@ -214,7 +181,7 @@ def serve(run: RunFolder, database: LabelDatabase, serving: Serving) -> None:
             )
         )
         try:
-            with every(COPY_S, lambda: copy_out(run, database), only=run.store is not None):
+            with every(COPY_S, lambda: copy_labels_out(run, database), only=run.store is not None):
                 server.run(sockets=[listening])
         except KeyboardInterrupt:
             pass

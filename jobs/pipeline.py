@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 from jobs.collect import collect
 from jobs.console import console
 from jobs.dpo import dpo
@@ -38,15 +40,16 @@ def pipeline(session: Session) -> None:
 
 
 def run_all(config: Config, local: bool) -> None:
-    """Run the stages of a config, once or in rounds."""
+    """Run the stages of a config, once or in rounds, with one Ray connection."""
+    with contextlib.ExitStack() as connection:
 
-    def run_once(own: Config) -> None:
-        run(own, [pipeline], local)
+        def run_once(own: Config) -> None:
+            run(own, [pipeline], local, connection)
 
-    if config.rounds is None:
-        run_once(config)
-    else:
-        run_rounds(config, run_once)
+        if config.rounds is None:
+            run_once(config)
+        else:
+            run_rounds(config, run_once)
 
 
 if __name__ == "__main__":

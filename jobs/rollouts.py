@@ -147,18 +147,21 @@ class RolloutClient:
             raise KeyboardInterrupt
         return [done[place] for place in range(len(requests))]
 
-    def start_scorers(self, prompts: list[Prompt], reference: str, *, gold: bool) -> None:
+    def start_scorers(
+        self, prompts: list[Prompt], reference: str, *, gold: bool, reward_model: str | None = None
+    ) -> None:
         """Scorers of responses to these prompts, with the rewards of the config.
 
         Args:
             prompts: with their references, for rewards that look at these.
             reference: the reference policy: a directory, URI or hub name.
             gold: they watch the texts as well, and have the gold measure if the run has one.
+            reward_model: in place of the run's own, and of the rewards that read texts, which may cost money.
         """
         watched = gold and self.config.environment is None  # trajectories in turns are no answers
         measure = GoldMeasure(gold_labeller(self.config), prompts, self.tokenizer) if watched else None
-        texts = TextRewards(self.texts, prompts, self.tokenizer) if self.texts else None
-        self.call("start_scorers", self.starts.reward_model, reference, measure, texts)
+        texts = TextRewards(self.texts, prompts, self.tokenizer) if self.texts and reward_model is None else None
+        self.call("start_scorers", reward_model or self.starts.reward_model, reference, measure, texts)
 
     def score(self, trajectories: list[Trajectory], temperature: float) -> list[Trajectory]:
         """The trajectories with rewards and reference log-probs, in order; only the stage `evaluate` asks for it."""

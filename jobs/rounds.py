@@ -12,7 +12,7 @@ from rayrlhf.reports.rounds import rounds_table, write_rounds_report
 from rayrlhf.runs.addresses import join, runs_address
 from rayrlhf.runs.contents import read_contents
 from rayrlhf.runs.folder import RunFolder, open_or_create, stored_contents
-from rayrlhf.runs.rounds import note_rounds, round_config, round_name, rounds_of
+from rayrlhf.runs.rounds import asks_as_drawn, note_rounds, round_config, round_name, rounds_of
 from rayrlhf.runs.stages import stages_of
 from rayrlhf.runs.starts import find_models
 
@@ -45,6 +45,8 @@ def run_rounds(config: Config, run_once: Callable[[Config], None]) -> None:
                 if results:  # a round takes hours: until it is done the report has those before it
                     run.upload(write_rounds_report(run, results, None))
                 console.rule(f"[bold]round {number} of {rounds.count}", align="left")
+                if asks_as_drawn(config, number):
+                    console.print("collect.labeller.choose=margin: no reward model yet, so this round asks as drawn")
                 run_once(own)
             results.append(read_round(folder, number))
             if rounds.stop and number < rounds.count:

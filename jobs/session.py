@@ -54,9 +54,19 @@ class Session:
     """One run while it is being worked on. Pools start when a stage first needs them, and serve the later stages."""
 
     def __init__(
-        self, config: Config, run: RunFolder, starts: Starts, local: bool, choices: Iterable[str] = ()
+        self,
+        config: Config,
+        run: RunFolder,
+        starts: Starts,
+        local: bool,
+        choices: Iterable[str] = (),
+        connection: contextlib.ExitStack | None = None,
     ) -> None:
-        """`choices` are lines about what was chosen where the config says nothing; the start prints them."""
+        """
+        Args:
+            choices: lines about what was chosen where the config says nothing; the start prints them.
+            connection: what the connection to Ray is closed with; None: it is closed with the session.
+        """
         self._choices = tuple(choices)
         self.model = local_copy(starts.base)
         """The model with whose tokenizer and architecture the run begins: a directory or a hub name."""
@@ -74,7 +84,8 @@ class Session:
         )
         """The learner's, which serve every training stage."""
         self.rollouts = RolloutClient(config, starts, self.tokenizer, local)
-        self._connection = contextlib.ExitStack()
+        self._own_connection = contextlib.ExitStack()
+        self._connection = connection or self._own_connection
         self._started = False
         self.plugin = read_plugin(config.rl)
         """The file of an algorithm of the user's own."""
@@ -121,6 +132,7 @@ class Session:
         """
         scoring: dict[str, Callable[[str, str], None]] = {
             "reward_model.from": functools.partial(check_reward_model, trained=self.config.trains_reward_model),
+            "collect.margin_from": functools.partial(check_reward_model, trained=False),
             "rl.value_from": functools.partial(check_reward_model, trained=True),
         }
         for key, model in self.starts.given.items():
@@ -155,7 +167,7 @@ class Session:
         try:
             self.workers.close()
         finally:  # also at a second Ctrl-C
-            self._connection.close()
+            self._own_connection.close()
             if ray.is_initialized():  # a connection that others go on using
                 self.rollouts.close()
 
@@ -225,8 +237,12 @@ class Session:
 
 
 @contextlib.contextmanager
-def opened(config: Config, local: bool = False) -> Iterator[Session]:
+def opened(config: Config, local: bool = False, connection: contextlib.ExitStack | None = None) -> Iterator[Session]:
     """The run's folder (locked) and a `Session` over it; it connects to Ray when a stage starts (never if `local`).
+
+    Args:
+        connection: closes the connection to Ray, so that several runs in turn may share one. None: it is closed with
+            the session.
 
     Raises:
         UserError: the run cannot go on with this config, or a model or run that it names is not there.
@@ -240,7 +256,7 @@ def opened(config: Config, local: bool = False) -> Iterator[Session]:
             f"rounds: `rayrlhf run` does them; for one stage of a round take the config of that round, such as "
             f"{join(run.address, round_name(1), run.config.name)}, or set rounds=null"
         )
-    with run.lock(), contextlib.ExitStack() as connection:
+    with run.lock(), contextlib.ExitStack() as own_connection:
         run.download_files()
         if has_rounds(run):
             raise UserError(f"{run.address} is a run in rounds; set rounds, or choose another name (name=OTHER)")
@@ -249,13 +265,14 @@ def opened(config: Config, local: bool = False) -> Iterator[Session]:
         model = local_copy(Starts(config, run, models).base)
         config, lengths = with_lengths(config, run, model, contents)
         if config.resources.asks_for_machines and not local and has_cluster():
-            connection.enter_context(connected(config))
+            (connection or own_connection).enter_context(connected(config))
         config, resources = with_resources(config, model)
         open_or_create(_recorded(config), runs_dir, contents=contents)
         if config.start is not None:
             console.print(take_over(run, _recorded(config), contents), soft_wrap=True, markup=False)
         starts = Starts(config, run, models)
-        session = Session(_beginning_with(starts, config), run, starts, local, filter(None, (lengths, resources)))
+        choices = filter(None, (lengths, resources))
+        session = Session(_beginning_with(starts, config), run, starts, local, choices, connection)
         try:
             yield session
         finally:

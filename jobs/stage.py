@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import sys
 import time
@@ -95,9 +96,11 @@ def _check_needs(name: str, session: Session) -> None:
             )
 
 
-def run(config: Config, stages: Sequence[StageFunction], local: bool) -> None:
-    """Run stages one after the other with one Ray connection."""
-    with opened(config, local) as session:
+def run(
+    config: Config, stages: Sequence[StageFunction], local: bool, connection: contextlib.ExitStack | None = None
+) -> None:
+    """Run stages one after the other with one Ray connection, which `connection` closes if it is given."""
+    with opened(config, local, connection) as session:
         for each in stages:
             each(session)
 

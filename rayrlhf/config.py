@@ -17,7 +17,7 @@ from rayrlhf.config_labellers import MOST_ANSWERS, LabellerConfig, ReferenceLabe
 from rayrlhf.config_resources import ResourcesConfig
 from rayrlhf.config_rewards import EnvironmentReward, ModelReward, Reward, Rewards
 from rayrlhf.config_rl import ROUGE_NAMES, PPOConfig, RLSection
-from rayrlhf.config_rounds import CollectsAfterOthers, RoundsConfig, fault_of_rounds
+from rayrlhf.config_rounds import CollectsAfterOthers, RoundsConfig, fault_of_margins, fault_of_rounds
 from rayrlhf.config_stages import StageName, fault_of_stages
 from rayrlhf.sections import DrawConfig, Fraction, OptimizerConfig, Positive, Section, StartSection
 
@@ -176,7 +176,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _stages_fit(self) -> Config:
-        if fault := fault_of_stages(self) or fault_of_rounds(self):
+        if fault := fault_of_stages(self) or fault_of_rounds(self) or fault_of_margins(self):
             raise ValueError(fault)
         return self
 

@@ -47,9 +47,10 @@ class PeopleLabellerConfig(Section):
     aggregate: Literal["majority", "bradley_terry"] = "majority"
     """How several rankings become one: each pair by the majority, or all by scores in which reliable labellers weigh
     more (docs/agreement.md)."""
-    choose: Literal["random", "disagreement"] = "random"
-    """Which prompts are asked first: as drawn, or those on which labellers disagree. Then a prompt on which the first
-    two agree needs no third; `labellers` is the most that any has."""
+    choose: Literal["random", "disagreement", "margin"] = "random"
+    """Which prompts are asked first: as drawn; those on which labellers disagree; or those between whose best two
+    answers an earlier reward model decides by the least (`collect.margin_from`). With disagreement, a prompt on which
+    the first two agree needs no third; `labellers` is the most that any has."""
 
     @model_validator(mode="after")
     def _third(self) -> PeopleLabellerConfig:

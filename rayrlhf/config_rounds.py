@@ -77,6 +77,9 @@ class CollectsAfterOthers(Section):
     """So many of the prompts, in the order in which they are drawn, were had by earlier rounds: draw those after them,
     and these again only where no others are left."""
     earlier: tuple[EarlierComparisons, ...] = ()
+    margin_from: str | None = None
+    """The reward model by which `collect.labeller.choose: margin` asks, as `from` of other sections. null: that of
+    `reward_model.from`; in rounds after the first, that of the round before."""
 
     @model_validator(mode="after")
     def _paths_are_named_once(self) -> CollectsAfterOthers:
@@ -84,6 +87,32 @@ class CollectsAfterOthers(Section):
         if twice := next((path for path in paths if paths.count(path) > 1), None):
             raise ValueError(f"earlier: {twice} is named twice: each comparison would count twice")
         return self
+
+
+def chooses_by_margin(config: Any) -> bool:
+    """Whether people are asked first where an earlier reward model is least sure; `config` as in `fault_of_rounds`."""
+    by_margin = getattr(config.collect.labeller, "choose", None) == "margin"
+    return by_margin and config.has("collect") and config.data.comparisons is None
+
+
+def has_margins(config: Any) -> bool:
+    """Whether there is such a reward model before the run, or the first of its rounds, has trained one."""
+    return config.collect.margin_from is not None or config.reward_model.start is not None
+
+
+def fault_of_margins(config: Any) -> str | None:
+    """What is wrong with the reward model by which people are asked; None if nothing is."""
+    if not chooses_by_margin(config):
+        unread = "collect.margin_from: nothing reads it; set collect.labeller.choose=margin, or leave it out"
+        return unread if config.collect.margin_from is not None else None
+    if not any(reward.trained and reward.weight for reward in config.rewards):
+        return "collect.labeller.choose: margin needs a reward of kind model without a path, with a weight"
+    if has_margins(config) or (config.rounds is not None and config.trains_reward_model):
+        return None
+    return (
+        "collect.labeller.choose: margin needs a reward model, which a run has in its second round; set rounds, "
+        "reward_model.from or collect.margin_from, or choose: random"
+    )
 
 
 def fault_of_rounds(config: Any) -> str | None:

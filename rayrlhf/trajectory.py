@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -138,6 +139,13 @@ class Trajectory:
     """What rewards count beside their scores, such as the tokens of judges; the metrics have the sum over a batch."""
     minimum: Minimum | None = None
     """The shortest turn with which it was sampled; None if a turn could end at once, or if nothing was sampled."""
+
+    @classmethod
+    def given(cls, prompt_id: str, index: int, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> Trajectory:
+        """A response that nobody samples now, to be scored: as if it had ended by itself."""
+        ids = np.array(prompt_ids, np.int64), np.array(response_ids, np.int64)
+        nothing = np.zeros(len(response_ids), np.float32), np.zeros(len(response_ids), np.int64)
+        return cls(prompt_id, index, 0, *ids, *nothing, "eos")
 
     @property
     def written_tokens(self) -> int:

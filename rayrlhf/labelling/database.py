@@ -14,7 +14,7 @@ import sqlite3
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -195,11 +195,10 @@ class LabelDatabase:
                     (item.id, item.prompt, answers, item.priority, item.gold and json.dumps(item.gold)),
                 )
 
-    def prioritise(self, items: Sequence[Item]) -> None:
-        """Keep the priority of items; all else that the database has of them stays, also what has come in since."""
+    def prioritize(self, priorities: Mapping[str, float]) -> None:
+        """Set the priorities of these items."""
         with self.writing() as connection:
-            for item in items:
-                connection.execute("UPDATE items SET priority = ? WHERE id = ?", (item.priority, item.id))
+            connection.executemany("UPDATE items SET priority = ?2 WHERE id = ?1", priorities.items())
 
     def items(self) -> list[Item]:
         """All items, in the order in which they were added."""
@@ -306,13 +305,27 @@ class LabelDatabase:
         )
         return _judgement(rows[0]) if rows else None
 
-    def written(self) -> int:
-        """How many rows of judgements there are: it grows with each judgement and each undo."""
-        return int(self.query("SELECT count(*) FROM judgements")[0][0])
+    def written(self, until: int | None = None) -> int:
+        """How many rows of judgements there are, up to the number `until`. Each judgement and each undo is one."""
+        return int(self.query("SELECT count(*) FROM judgements WHERE ?1 IS NULL OR seq <= ?1", until)[0][0])
+
+    def version(self) -> int:
+        """A number that changes when another connection writes, also if it deletes. To read it costs little."""
+        return int(self.query("PRAGMA data_version")[0][0])
+
+    def rows_after(self, seq: int) -> Iterator[tuple[int, bool, Judgement]]:
+        """The rows behind that number, in the order of writing: number, whether it is an undo, and the judgement."""
+        for row in self.query("SELECT * FROM judgements WHERE seq > ? ORDER BY seq", seq):
+            yield row["seq"], bool(row["undone"]), _judgement(row)
 
     def keys(self) -> set[str]:
-        """Of all rows of judgements, by which the same one is known in a copy."""
+        """What is unique for each row of judgements."""
         return {row["key"] for row in self.query("SELECT key FROM judgements")}
+
+    def become(self, other: LabelDatabase) -> None:
+        """Hold what another database holds, in place of all that is here; other processes may have the file open."""
+        with self._turn, other._turn:
+            other._connection.backup(self._connection)
 
     def copy_to(self, target: Path) -> None:
         """Write the database as one file that is whole at any time, while others go on writing."""

@@ -30,6 +30,7 @@ _PAIRS = pa.schema(
         ("answer_b", pa.string()),
         ("preference", pa.string()),
         ("labeller", pa.string()),
+        ("compared", pa.bool_()),
     ]
 )
 _JUDGEMENTS = pa.schema(
@@ -47,6 +48,7 @@ _JUDGEMENTS = pa.schema(
         ("seconds", pa.float64()),
         ("at", pa.float64()),
         ("repeat", pa.int64()),
+        ("compared", pa.list_(pa.string())),
     ]
 )
 
@@ -70,7 +72,10 @@ def rankings(items: Sequence[Item], judgements: Sequence[Judgement]) -> list[dic
 
 
 def pairs(items: Sequence[Item], judgements: Sequence[Judgement]) -> Iterator[dict[str, Any]]:
-    """Every pair of answers that somebody ranked, ties too; first judgements only."""
+    """Every pair of answers that somebody ranked, ties too; first judgements only.
+
+    `compared` is false where a labeller of the pairs mode was not asked about the two.
+    """
     by_id = {item.id: item for item in items}
     for judgement in judgements:
         if judgement.ranks is None or judgement.repeat:
@@ -85,6 +90,7 @@ def pairs(items: Sequence[Item], judgements: Sequence[Judgement]) -> Iterator[di
                 "answer_b": item.answers[b],
                 "preference": "tie" if difference == 0 else "a" if difference < 0 else "b",
                 "labeller": judgement.labeller,
+                "compared": judgement.saw_together(a, b),
             }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,6 +47,13 @@ class Judgement:
     """Unix time."""
     repeat: int = 0
     """0: the first time that this labeller saw the item; 1: a repeat, which measures self-consistency."""
+    compared: tuple[str, ...] = ()
+    """Of the pairs mode, each verdict in the order of asking: `2>0`, answer 2 is better than answer 0; or `1=3`. The
+    ranks follow from these. Empty where all answers were shown at once."""
+
+    def saw_together(self, one: int, other: int) -> bool:
+        """Whether the labeller compared these two answers, and their order does not only follow from other verdicts."""
+        return not self.compared or any({*map(int, re.split("[>=]", each))} == {one, other} for each in self.compared)
 
 
 def dense(ranks: Sequence[float]) -> tuple[int, ...]:

@@ -7,7 +7,6 @@ answer` is a rater, too: whoever agrees with it a lot looks at the length.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 from collections import Counter, defaultdict
@@ -23,11 +22,11 @@ import pyarrow.parquet as pq
 from rayrlhf.errors import UserError
 from rayrlhf.labelling.aggregate import reliabilities
 from rayrlhf.labelling.agreement import Agreement, agreement
-from rayrlhf.labelling.database import LabelDatabase
 from rayrlhf.labelling.judgements import Item, Judgement
 from rayrlhf.resampling import Interval, cluster_bootstrap
 from rayrlhf.runs.addresses import as_typed
 from rayrlhf.runs.folder import RunFolder, run_at, stored_config
+from rayrlhf.runs.labels import labels_to_read
 from rayrlhf.runs.stores import store_errors
 
 GOLD, REWARD_MODEL, REWARDS, LONGER = "gold", "reward model", "sum of rewards", "longer answer"
@@ -114,11 +113,9 @@ def raters_of(run: RunFolder) -> dict[str, Verdicts]:
 
 
 def labels_of(run: RunFolder) -> tuple[list[Item], list[Judgement]]:
-    """The items and judgements of a run's labels, which are on this machine; none where nobody has judged."""
-    if not run.labels.exists():
-        return [], []
-    with contextlib.closing(LabelDatabase(run.labels)) as database:
-        return database.items(), database.judgements()
+    """The items and judgements of a run's labels; none where nobody has judged."""
+    with labels_to_read(run) as database:
+        return (database.items(), database.judgements()) if database else ([], [])
 
 
 def people_of(run: RunFolder) -> tuple[Agreement, dict[str, float]] | None:

@@ -16,10 +16,11 @@ from rayrlhf.errors import UserError
 from rayrlhf.labelling.agreement import agreement
 from rayrlhf.labelling.database import LabelDatabase
 from rayrlhf.labelling.judgements import Item, Judgement
-from rayrlhf.labelling.wanted import Wanted
+from rayrlhf.labelling.wanted import Progress, Wanted
 from rayrlhf.rewards.labeller import LabelledRanking, Labeller
 from rayrlhf.runs.addresses import as_typed
 from rayrlhf.runs.folder import RunFolder
+from rayrlhf.runs.labels import Newest, offer_labels
 
 POLL_S = 1.0
 """How often a wait looks whether there is something new."""
@@ -45,13 +46,16 @@ class PeopleLabeller(Labeller):
 
     def prepare(self, waiting: Sequence[tuple[Prompt, Sequence[str]]], run: RunFolder) -> None:
         """Put the answers into the database of the run's labels, and return when people have ranked enough of them."""
-        with contextlib.closing(LabelDatabase(run.labels)) as database:
+        with contextlib.ExitStack() as stack:
+            database = stack.enter_context(contextlib.closing(LabelDatabase(run.labels)))
+            newest = stack.enter_context(contextlib.closing(Newest(run, database)))
             known = {item.id: (item.priority, item.gold) for item in database.items()}
-            ids = {prompt.id for prompt, _ in waiting}
-            database.add_items([Item(p.id, p.text, tuple(texts), *known.get(p.id, ())) for p, texts in waiting])
+            items = [Item(p.id, p.text, tuple(texts), *known.get(p.id, ())) for p, texts in waiting]
+            database.add_items(items)
             database.remember("overlap", self._config.labellers)
-            judgements = self._wait(database, ids, run)
-            items = [item for item in database.items() if item.id in ids]
+            offer_labels(run, database)
+            progress = self._wait(newest, items, run)
+            judgements, items = progress.judgements, progress.items
         from rayrlhf.labelling.aggregate import aggregate  # scipy takes time, and actors only hold labellers
 
         aggregated = aggregate(judgements, self._config.aggregate)
@@ -71,45 +75,45 @@ class PeopleLabeller(Labeller):
     def facts(self) -> Mapping[str, str | float]:
         return self._facts
 
-    def _wait(self, database: LabelDatabase, ids: set[str], run: RunFolder) -> list[Judgement]:
-        """The judgements of these items, once there are enough of them.
+    def _wait(self, newest: Newest, items: Sequence[Item], run: RunFolder) -> Progress:
+        """The judgements of the items, once there are enough.
 
         Raises:
             UserError: `wait_s` has passed.
         """
-        version, judgements, done = self._look(database, ids)
-        shown, said, begun = done, time.monotonic(), time.monotonic()
+        newest.changed()
+        progress = self._progress(newest, items)
+        shown, said, begun = progress.done, time.monotonic(), time.monotonic()
         page = f"`rayrlhf label {as_typed(run.address)}`"
-        if not self._wanted.enough(done, len(ids)):
+        if not self._wanted.enough(progress.done, len(items)):
+            where = "on a machine that reaches the store" if run.store else "on this machine"
             print(
-                f"collect: {done} of {len(ids)} prompts are ranked; {page} on this machine opens the page for people. "
-                f"The run goes on by itself when {self._config.until:.0%} of the prompts have the judgements of "
-                f"{self._config.labellers} labeller(s). It may be interrupted: the same command waits again",
+                f"collect: {progress.done} of {len(items)} prompts are ranked; {page} {where} opens the page for "
+                f"people. The run goes on by itself when {self._config.until:.0%} of the prompts have the judgements "
+                f"of {self._config.labellers} labeller(s). It may be interrupted: the same command waits again",
                 flush=True,
             )
-        while not self._wanted.enough(done, len(ids)):
+        while not self._wanted.enough(progress.done, len(items)):
             if self._config.wait_s is not None and time.monotonic() - begun >= self._config.wait_s:
                 raise UserError(
-                    f"collect: {done} of {len(ids)} prompts are ranked, and collect.labeller.wait_s = "
+                    f"collect: {progress.done} of {len(items)} prompts are ranked, and collect.labeller.wait_s = "
                     f"{self._config.wait_s:g} s have passed; let people go on with {page} and call the same command "
                     "again, or lower collect.labeller.until"
                 )
             time.sleep(POLL_S)
-            if _version(database) != version:
-                version, judgements, done = self._look(database, ids)
-            if done != shown and time.monotonic() - said >= SAID_S:
-                print(f"collect: {done} of {len(ids)} prompts are ranked", flush=True)
-                shown, said = done, time.monotonic()
-        return judgements
+            if newest.changed():
+                progress = self._progress(newest, items)
+            progress.look()
+            if progress.done != shown and time.monotonic() - said >= SAID_S:
+                print(f"collect: {progress.done} of {len(items)} prompts are ranked", flush=True)
+                shown, said = progress.done, time.monotonic()
+        return progress
 
-    def _look(self, database: LabelDatabase, ids: set[str]) -> tuple[int, list[Judgement], int]:
-        """The version of the database, the judgements of these items, and how many items need nobody any more."""
-        version = _version(database)  # first: what is written after it is looked at again
-        judgements = [judgement for judgement in database.judgements() if judgement.item in ids]
-        items = [item for item in database.items() if item.id in ids]
-        if self._wanted.settle:
-            database.prioritise(self._wanted.reordered(judgements, items))
-        return version, judgements, self._wanted.done(judgements, items)
+    def _progress(self, newest: Newest, items: Sequence[Item]) -> Progress:
+        assert newest.database is not None, "this machine has one"
+        progress = Progress(newest.database, self._wanted, items)
+        progress.look()
+        return progress
 
 
 def facts(judgements: Sequence[Judgement], items: Sequence[Item]) -> dict[str, str | float]:
@@ -131,8 +135,3 @@ def facts(judgements: Sequence[Judgement], items: Sequence[Item]) -> dict[str, s
         "alpha": found.alpha,
     }
     return counts | {name: round(found.mean, 4) for name, found in measured.items() if found is not None}
-
-
-def _version(database: LabelDatabase) -> int:
-    """A number that changes when another connection writes, also if it deletes; it costs next to nothing to read."""
-    return int(database.query("PRAGMA data_version")[0][0])

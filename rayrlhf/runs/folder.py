@@ -63,7 +63,9 @@ class RunFolder:
         self.labeller = self.path / "labeller.json"
         # A copy's files that its store lacks are deleted, but for hidden ones; this one grows here.
         self.labels = self.path / (".labels.sqlite" if self.store else "labels.sqlite")
-        """What people say of answers, on this machine; in a store, `labels.sqlite` is a copy of it."""
+        """What people say of answers, on this machine (`rayrlhf.runs.labels`)."""
+        self.labels_copy = self.path / "labels.sqlite"
+        """In a store, a copy of `labels`."""
         self.to_rank = self.path / "to_rank.jsonl"
         """Answers that wait for the rankings of people."""
         self.samples = self.path / "samples.parquet"

@@ -18,6 +18,7 @@ from typing import Any
 
 from rayrlhf.config import Config
 from rayrlhf.config_file import dump_config, parse_config
+from rayrlhf.config_rounds import chooses_by_margin, has_margins
 from rayrlhf.files import replacing
 from rayrlhf.runs.addresses import join
 from rayrlhf.runs.folder import RunFolder
@@ -42,9 +43,16 @@ def round_config(config: Config, number: int, run: str) -> Config:
     assert config.rounds is not None
     tree = dump_config(config) | {"name": round_name(number), "runs_dir": run, "rounds": None}
     _anchor(tree, config, number)
+    if asks_as_drawn(config, number):
+        tree["collect"]["labeller"]["choose"] = "random"
     if number > 1:
         _begin_after(tree, config, number, run)
     return parse_config(tree, f"{round_name(number)} of {run}")
+
+
+def asks_as_drawn(config: Config, number: int) -> bool:
+    """Whether a round lacks the reward model by whose margins people are to be asked: it is the first one."""
+    return number == 1 and chooses_by_margin(config) and not has_margins(config)
 
 
 def _policy_stages(config: Config) -> list[str]:
@@ -93,6 +101,8 @@ def _begin_after(tree: dict[str, Any], config: Config, number: int, run: str) ->
     if collect["labeller"]["kind"] == "file":  # people rank other answers in each round
         file = Path(collect["labeller"]["path"])
         collect["labeller"]["path"] = str(file.with_name(f"{file.stem}-{round_name(number)}{file.suffix}"))
+    if chooses_by_margin(config):
+        collect["margin_from"] = place(number - 1, "reward_model")
     if rounds.reward_model_from == "previous" and config.trains_reward_model:
         tree["reward_model"]["from"] = place(number - 1, "reward_model")
     if rounds.policy_from == "previous":

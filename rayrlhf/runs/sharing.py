@@ -19,6 +19,7 @@ from rayrlhf.runs.addresses import as_typed
 from rayrlhf.runs.changes import sentence
 from rayrlhf.runs.contents import Contents
 from rayrlhf.runs.folder import RunFolder, changes_since, run_at
+from rayrlhf.runs.labels import share_labels
 from rayrlhf.runs.stages import STAGES, stages_of
 
 
@@ -37,6 +38,8 @@ def share(base: RunFolder, run: RunFolder, stages: Collection[str]) -> None:
             for name in STAGES[stage].beside:
                 if (content := base.read(base.path / name)) is not None:
                     _put(run, name, content)
+            if stage == "collect":
+                share_labels(base, run)
             output = base.download(base.output(stage))
             with run.writing(stage) as temporary:
                 if temporary.is_dir():

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rayrlhf.config import Config
+from rayrlhf.config_rounds import chooses_by_margin
 from rayrlhf.errors import UserError, naming
 from rayrlhf.models.loading import resolve_model
 from rayrlhf.runs.addresses import as_typed, is_uri
@@ -39,6 +40,10 @@ def find_models(config: Config) -> dict[str, str]:
     value_from = getattr(config.rl, "value_from", None)
     if value_from not in (None, *_WORDS) and config.has("rl"):
         found["rl.value_from"] = find_model(value_from, "reward_model", "rl.value_from")
+    if chooses_by_margin(config):
+        asked_by = config.collect.margin_from or config.reward_model.start
+        assert asked_by is not None, "`rayrlhf.config_rounds` has seen to it"
+        found["collect.margin_from"] = find_model(asked_by, "reward_model", "collect.margin_from")
     last = "rl" if config.has("rl") else "dpo"
     policies = {
         f"{stage}.reference_from": getattr(config, stage).reference_from for stage in ("dpo", "rl") if config.has(stage)

@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from playwright.sync_api import Page, expect, sync_playwright
+from transformers import AutoModelForSequenceClassification
 
 from rayrlhf.data.comparisons import read_ranked
 from rayrlhf.labelling.judgements import dense
 from rayrlhf.reports.raters import agreement_of
-from rayrlhf.rewards.labellers import read_unranked
+from rayrlhf.rewards.labellers import Unranked, read_unranked
 from rayrlhf.runs.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -56,15 +58,30 @@ def rank_by_length(page: Page, count: int, skip: str) -> None:
     expect(page.locator("#standing")).to_contain_text(f"{count} done")
 
 
+def margins_by(reward_model: Path, waiting: list[Unranked]) -> list[float]:
+    """By how much the best answer to each prompt is before the second, by transformers alone."""
+    model = AutoModelForSequenceClassification.from_pretrained(reward_model).eval()
+    found = []
+    for each in waiting:
+        with torch.no_grad():
+            scores = [float(model(torch.tensor([[*each.prompt_ids, *ids]])).logits) for ids in each.answer_ids]
+        best, second, *_ = sorted(scores, reverse=True)
+        found.append(best - second)
+    return found
+
+
 @pytest.mark.long  # a run with its start, and a second start of the actors that had gone while people worked
 def test_people_rank_in_a_browser_and_the_run_goes_on_by_itself(finished: Any, tmp_path: Path, start: Any) -> None:
     path = tmp_path / "people"
     shutil.copytree(finished.path / "sft", path / "sft")
     changes = [f"runs_dir={tmp_path}", "name=people", "collect.prompts=12", "collect.labeller.kind=people"]
     changes += ["collect.labeller.labellers=2", "collect.labeller.aggregate=bradley_terry", "rl.steps=1"]
+    changes += ["collect.labeller.choose=margin", f"collect.margin_from={finished.path}"]
     run = start("rayrlhf", "run", *finished.arguments, *changes)
     run.wait_for_line(r"collect: 0 of \d+ prompts are ranked; `rayrlhf label ")
     waiting = read_unranked(path / "to_rank.jsonl")
+    margins = margins_by(finished.path / "reward_model", waiting)
+    assert margins == sorted(margins) and margins[0] < margins[-1], "the closest first"
     label = start("rayrlhf", "label", str(path), "--port", "0", "--labellers", "ann,bob", "--repeats", "0")
     label.wait_for_line("label: each link is for one person")
     assert not (path / "comparisons.parquet").exists()

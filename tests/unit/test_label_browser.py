@@ -352,7 +352,7 @@ def test_pairs_sort_all_answers(desk: Any) -> None:
     at = desk(items, mode="pairs")
     page = at.sit_down()
     worth = {"Answer 0.0": 0, "Answer 0.1": 0, "Answer 0.2": 2, "Answer 0.3": 1}
-    asked = 0
+    asked, said = 0, []
     while page.locator("#turns").inner_text() == "Prompt 0":
         a, b = answers(page)
         key = "a" if worth[a] > worth[b] else "b" if worth[a] < worth[b] else "x"
@@ -362,11 +362,14 @@ def test_pairs_sort_all_answers(desk: Any) -> None:
             assert answers(page) == [a, b]
             page.keyboard.press(key)
         asked += 1
+        one, other = (b, a) if key == "b" else (a, b)
+        said.append(f"{one[-1]}{'=' if key == 'x' else '>'}{other[-1]}")
         page.wait_for_function(CHANGED, arg=",".join((a, b)))
     done(page, 1)
     kept = at.database.judgements()[0]
     assert by_answer(kept, items) == {"Answer 0.0": 3, "Answer 0.1": 3, "Answer 0.2": 1, "Answer 0.3": 2}
     assert kept.flags == ("bad:0", "bad:1") and asked <= 5
+    assert kept.compared == tuple(said), "each verdict once, also that which was taken back and given again"
     page.get_by_role("button", name="Equal").click()
     expect(page.locator("#nothing")).to_be_visible()
     assert by_answer(at.database.judgements()[1], items) == {"Answer 1.0": 1, "Answer 1.1": 1}

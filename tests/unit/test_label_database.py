@@ -100,7 +100,7 @@ def test_gold_ranks_that_come_in_meanwhile_stay(database: LabelDatabase) -> None
     seen = database.items()
     other = LabelDatabase(database.path)
     other.add_items([replace(ITEMS[2], gold=(1, 2, 3))])
-    database.prioritise([replace(item, priority=0.5) for item in seen[1:3]])
+    database.prioritize({item.id: 0.5 for item in seen[1:3]})
     assert [(item.priority, item.gold) for item in other.items()[:4]] == [
         (0.0, None), (0.5, None), (0.5, (1, 2, 3)), (0.0, None),
     ]  # fmt: skip

@@ -62,6 +62,17 @@ def test_pairs_have_ties_and_every_labeller() -> None:
     ]  # fmt: skip
 
 
+def test_pairs_say_which_two_were_compared() -> None:
+    """b before c and c before a: that b is before a only follows from it."""
+    asked = Judgement("p0", "ann", (3, 1, 2), compared=("1>2", "2>0"))
+    at_once = Judgement("p0", "bob", (3, 1, 2))
+    found = [(p["answer_a"], p["answer_b"], p["preference"], p["compared"]) for p in pairs(ITEMS, [asked, at_once])]
+    assert found == [
+        ("a", "b", "b", False), ("a", "c", "b", True), ("b", "c", "a", True),
+        ("a", "b", "b", True), ("a", "c", "b", True), ("b", "c", "a", True),
+    ]  # fmt: skip
+
+
 def test_the_files_hold_all_of_it(database: LabelDatabase, tmp_path: Path) -> None:
     for name in ("ann", "bob"):
         database.add_labeller(name)
@@ -81,7 +92,7 @@ def test_the_files_hold_all_of_it(database: LabelDatabase, tmp_path: Path) -> No
     assert rows[0] == {
         "id": "p0", "prompt": "one?", "answers": ["a", "b", "c"], "labeller": "ann", "ranks": [3, 1, 1], "skipped": "",
         "flags": ["harmful:0"], "ratings": [None, 7, 6], "note": "é", "shown": [2, 0, 1], "seconds": 0.0, "at": 5.0,
-        "repeat": 0,
+        "repeat": 0, "compared": [],
     }  # fmt: skip
     loaded = load_dataset(
         "parquet", data_files=str(tmp_path / "out/pairs.parquet"), split="train", cache_dir=str(tmp_path / "cache")

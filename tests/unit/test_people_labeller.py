@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +24,7 @@ from rayrlhf.data.records import Prompt
 from rayrlhf.errors import UserError
 from rayrlhf.labelling.database import LabelDatabase
 from rayrlhf.labelling.judgements import Item, Judgement
-from rayrlhf.labelling.wanted import Wanted, disagreement
+from rayrlhf.labelling.wanted import Progress, Wanted, disagreement
 from rayrlhf.rewards import people_labeller
 from rayrlhf.rewards.labellers import Unranked, make_labeller
 from rayrlhf.rewards.people_labeller import PeopleLabeller
@@ -138,13 +139,56 @@ SAID = [
 
 
 def test_how_many_judgements_are_enough() -> None:
-    assert [Wanted(count, 1.0).done(SAID, ITEMS) for count in (1, 2, 3)] == [3, 3, 1]
+    first = {item.id: [each for each in SAID if each.item == item.id and not each.repeat] for item in ITEMS}
+
+    def complete(wanted: Wanted) -> str:
+        return "".join(id for id, own in first.items() if wanted.complete(own))
+
+    assert [complete(Wanted(count, 1.0)) for count in (1, 2, 3)] == ["abc", "abc", "c"]
     # a is settled, b is not; c has three, of whom two saw nothing to rank; nobody saw d.
     settling = Wanted(3, 0.5, settle=True)
-    assert settling.done(SAID, ITEMS) == 2 and settling.enough(2, 4) and not settling.enough(1, 4)
-    assert [(item.id, item.priority) for item in settling.reordered(SAID, ITEMS)] == [("a", -1), ("b", 1), ("c", -1)]
+    assert complete(settling) == "ac" and settling.enough(2, 4) and not settling.enough(1, 4)
+    assert {id: settling.priority(own) for id, own in first.items()} == {"a": -1, "b": 1, "c": -1, "d": 0}
     assert disagreement(SAID[:2]) == 0
     assert disagreement([SAID[0], Judgement("a", "cy", (2, 1, 3))]) == pytest.approx(1 / 3)
+
+
+def test_a_look_reads_what_is_new_and_agrees_with_all_that_there_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Judgements, changes of mind, undoing and forgetting in a random order, against a reading of everything."""
+    database = LabelDatabase(tmp_path / "labels.sqlite")
+    database.add_items([*ITEMS, Item("other", "?", ("x", "y", "z"))])
+    wanted = Wanted(3, 1.0, settle=True)
+    progress = Progress(LabelDatabase(database.path), wanted, ITEMS)
+    read: list[int] = []
+    after = LabelDatabase.rows_after
+    monkeypatch.setattr(LabelDatabase, "rows_after", lambda own, seq: read.append(seq) or after(own, seq))
+    draw = random.Random(0)
+    for number in range(150):
+        name = draw.choice(["ann", "bob", "cy"])
+        database.add_labeller(name)
+        if number % 40 == 39:
+            database.forget(name)
+        elif draw.random() < 0.2:
+            database.undo(name)
+        else:
+            ranks = tuple(draw.choices((1, 2, 3), k=3)) if draw.random() < 0.8 else None
+            repeat = int(draw.random() < 0.2)
+            item = draw.choice(["a", "b", "c", "d", "other"])
+            database.judge(Judgement(item, name, ranks, skipped="" if ranks else "?", repeat=repeat), str(number))
+        if draw.random() < 0.7:
+            continue  # several changes between two looks
+        progress.look()
+        expected = [judgement for judgement in database.judgements() if judgement.item != "other"]
+        assert progress.judgements == expected
+        first = {item.id: [j for j in expected if j.item == item.id and not j.repeat] for item in ITEMS}
+        assert progress.done == sum(wanted.complete(own) for own in first.values())
+        priorities = {item.id: item.priority for item in database.items() if item.id != "other"}
+        assert priorities == {id: wanted.priority(own) for id, own in first.items()}
+    assert read.count(0) == 4, "all is read at the first look, and after somebody was forgotten"
+    assert len(read) > 20
+    database.close()
 
 
 def test_a_dispute_is_asked_first_and_an_agreement_no_more(tmp_path: Path) -> None:

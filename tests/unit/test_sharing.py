@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -14,6 +15,8 @@ from jobs.session import opened
 from rayrlhf.config import Config
 from rayrlhf.config_file import parse_config
 from rayrlhf.errors import UserError
+from rayrlhf.labelling.database import LabelDatabase
+from rayrlhf.labelling.judgements import Item, Judgement
 from rayrlhf.reports.overview import read_overview
 from rayrlhf.runs import contents
 from rayrlhf.runs.changes import content_changes
@@ -24,6 +27,16 @@ from rayrlhf.runs.sharing import take_over
 from rayrlhf.runs.stages import STAGES, stages_from
 
 ORDER = ["sft", "collect", "reward_model", "rl", "evaluate"]
+
+
+def judge(run: RunFolder, *names: str) -> list[str]:
+    """Have these labellers judge, and return all who have."""
+    with contextlib.closing(LabelDatabase(run.labels)) as database:
+        database.add_items([Item("tea", "What is tea?", ("a", "b"))])
+        for name in names:
+            database.add_labeller(name)
+            database.judge(Judgement("tea", name, (1, 2)), name)
+        return [judgement.labeller for judgement in database.judgements()]
 
 
 @pytest.fixture
@@ -271,3 +284,18 @@ def test_the_content_of_a_key_goes_into_the_stages_that_its_value_goes_into() ->
     assert stages_from("data.demonstrations.path") == tuple(STAGES)
     assert stages_from("data.comparisons.path") == stages_from("data.comparisons") == tuple(STAGES)[1:]
     assert stages_from("reward_model.from") == ("reward_model", "dpo", "rl", "evaluate")
+
+
+@pytest.mark.parametrize(("changes", "taken"), [({}, ["ann"]), ({"collect": {"prompts": 3}}, [])])
+def test_judgements_come_with_the_comparisons_that_they_made(
+    posts: Path, changes: dict[str, Any], taken: list[str]
+) -> None:
+    first = opens(config(posts))
+    finish(first, "sft", "collect")
+    assert judge(first, "ann") == ["ann"]
+    second = opens(config(posts, "two", **changes, **{"from": str(first.path)}))
+    assert second.labels.exists() == bool(taken)
+    if taken:
+        assert second.labels.stat().st_mode & 0o077 == 0, "what people said is not for everybody"
+        assert judge(second) == taken and judge(second, "bob") == [*taken, "bob"]
+        assert judge(first) == ["ann"], "people may go on with either"

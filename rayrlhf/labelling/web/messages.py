@@ -50,6 +50,8 @@ class Sent(BaseModel):
     ratings: Annotated[list[Annotated[int, Field(ge=1, le=7)] | None], Field(max_length=MOST_ANSWERS)] | None = None
     note: Annotated[str, Field(max_length=5000)] = ""
     seconds: Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
+    compared: Annotated[list[tuple[Place, Literal[">", "<", "="], Place]], Field(max_length=36)] = []
+    """Of the pairs mode: which two answers were asked about, and which of them is better."""
 
     def judgement(self, item: Item, labeller: str, shown: Sequence[int]) -> Judgement:
         """The judgement with its answers in the order of `to_rank.jsonl`.
@@ -65,6 +67,8 @@ class Sent(BaseModel):
             raise ValueError("a judgement has ranks, or a reason why it was skipped")
         if any(flag not in FLAGS or (place != "prompt" and place >= count) for flag, place in self.flags):
             raise ValueError("a flag does not fit the item")
+        if any(one == other or max(one, other) >= count for one, _, other in self.compared):
+            raise ValueError("two answers that were compared do not fit the item")
         flags = {f"{flag}:{place if place == 'prompt' else shown[place]}" for flag, place in self.flags}
         return Judgement(
             item=item.id,
@@ -78,7 +82,12 @@ class Sent(BaseModel):
             seconds=self.seconds,
             at=time.time(),
             repeat=self.repeat,
+            compared=tuple(_verdict(shown[one], sign, shown[other]) for one, sign, other in self.compared),
         )
+
+
+def _verdict(one: int, sign: str, other: int) -> str:
+    return f"{other}>{one}" if sign == "<" else f"{one}{sign}{other}"
 
 
 def unshown(values: Sequence[Value], shown: Sequence[int]) -> list[Value]:

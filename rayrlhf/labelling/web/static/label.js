@@ -99,7 +99,7 @@ async function alone(work) {
 const draftName = (item, repeat) => `draft ${store} ${mode} ${item} ${repeat}`;
 
 function blank(count) {
-  return { ranks: Array(count).fill(0), ratings: Array(count).fill(null), flags: [], note: "", pairs: { groups: [[0]], low: 0, high: 1 } };
+  return { ranks: Array(count).fill(0), ratings: Array(count).fill(null), flags: [], note: "", pairs: { groups: [[0]], low: 0, high: 1, asked: [] } };
 }
 
 function show({ item, standing }, push) {
@@ -293,7 +293,7 @@ function finish(verdict) {
   const key = Array.from(crypto.getRandomValues(new Uint8Array(12)), (byte) => byte.toString(16).padStart(2, "0")).join("");
   const seconds = (state.seconds + (state.since === null ? 0 : performance.now() - state.since)) / 1000;
   const rated = mine.ratings.some((value) => value !== null);
-  const body = { key, item: item.id, repeat: item.repeat, ...verdict, flags: mine.flags, ratings: rated ? mine.ratings : null, note: $("note").value, seconds };
+  const body = { key, item: item.id, repeat: item.repeat, ...verdict, flags: mine.flags, ratings: rated ? mine.ratings : null, note: $("note").value, seconds, compared: mine.pairs.asked ?? [] };
   alone(async () => {
     if (!(await send(body))) return;
     say(verdict.ranks ? "Saved" : "Skipped");
@@ -332,6 +332,7 @@ function choose(choice) {
   change(({ pairs, flags, ranks }) => {
     const [old, fresh] = compared();
     const middle = Math.floor((pairs.low + pairs.high) / 2);
+    (pairs.asked ??= []).push([old, { a: ">", b: "<" }[choice] ?? "=", fresh]); // ??=: a draft of an earlier page has none
     if (choice === "bad") for (const index of [old, fresh]) if (!flags.some(([flag, at]) => flag === "bad" && at === index)) flags.push(["bad", index]);
     if (choice === "a") pairs.low = middle + 1;
     else if (choice === "b") pairs.high = middle;
