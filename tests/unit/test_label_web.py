@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -310,6 +313,22 @@ def test_a_large_request_is_refused(site: Site) -> None:
     assert client.post("/api/judgement", content=b"x" * LARGEST_BODY).status_code == 422
 
 
+def test_a_request_that_never_arrives_is_refused(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rayrlhf.labelling.web.security.SLOWEST_BODY_S", 0.01)
+    parts = [{"type": "http.request", "body": b"{", "more_body": True}]
+    told: list[Any] = []
+
+    async def receive() -> Any:
+        return parts.pop() if parts else await asyncio.Event().wait()
+
+    async def send(message: Any) -> None:
+        told.append(message)
+
+    request = {"type": "http", "method": "POST", "path": "/api/judgement", "headers": [], "query_string": b""}
+    asyncio.run(application(site)(request, receive, send))
+    assert told[0]["status"] == 408 and b"may take 0.01 s to arrive" in told[1]["body"]
+
+
 def test_a_bucket_of_requests() -> None:
     now = [0.0]
     limit = RateLimit(rate=2.0, burst=3.0, clock=lambda: now[0])
@@ -319,6 +338,21 @@ def test_a_bucket_of_requests() -> None:
     assert [limit.allows("ann") for _ in range(2)] == [True, False]
     now[0] = 100.0
     assert [limit.allows("ann") for _ in range(4)] == [True, True, True, False]
+
+
+def test_threads_share_the_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As requests do: each of them is counted once, also while full buckets go."""
+    monkeypatch.setattr("rayrlhf.labelling.web.security.BUCKETS", 20)
+    limit = RateLimit(rate=1.0, burst=30.0, clock=lambda: 0.0)
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(limit.allows, map(str, range(500))))
+            allowed = list(pool.map(limit.allows, ["ann"] * 500))
+    finally:
+        sys.setswitchinterval(before)
+    assert sum(allowed) == 30
 
 
 def test_guessing_links_is_slow(site: Site) -> None:
