@@ -185,8 +185,6 @@ function build() {
     return slot;
   }));
   $("slots").hidden = mode === "pairs";
-  $("choices").hidden = mode === "rank";
-  $("submit").hidden = mode === "pairs";
 }
 
 function digits(kind, index, values, title) {
@@ -228,7 +226,11 @@ function update() {
     slot.classList.toggle("tie", Number(slot.dataset.rank) > 0 && inside.length > 1);
   }
   $("prompt-flags").replaceChildren(...tags("prompt"));
-  $("submit").classList.toggle("ready", mine.ranks.every(Boolean));
+  const complete = mine.ranks.every(Boolean);
+  $("submit").classList.toggle("ready", complete);
+  // Two at a time, the last choice submits. Where that was refused, all answers are there, to be sent again.
+  $("submit").hidden = mode === "pairs" && !complete;
+  $("choices").hidden = mode === "rank" || complete;
 }
 
 const tags = (place) => state.mine.flags.filter(([, at]) => at === place).map(([flag]) => element("span", "tag warn", flagText(flag)));
@@ -328,7 +330,7 @@ function compared() {
 }
 
 function choose(choice) {
-  if (sending) return;
+  if (sending || state.mine.ranks.every(Boolean)) return;
   change(({ pairs, flags, ranks }) => {
     const [old, fresh] = compared();
     const middle = Math.floor((pairs.low + pairs.high) / 2);
@@ -411,6 +413,7 @@ document.addEventListener("keydown", (event) => {
   else if (mode === "pairs" && key in choices) { used(); choose(choices[key]); }
   else if (rates && event.shiftKey && digit >= 1 && digit <= 7) { used(); rate(state.focus, digit); }
   else if (key === "arrowdown" || key === "arrowup") { used(); mark(pair[Math.min(pair.length - 1, Math.max(0, at + (key === "arrowdown" ? 1 : -1)))], true); }
+  else if (key === "enter" && !onButton && !$("submit").hidden) { used(); submit(); }
   else if (mode === "pairs") return;
   else if (digit !== null && !event.shiftKey) { used(); rank(state.focus, digit); }
   else if (key === "backspace" || key === "delete") { used(); rank(state.focus, 0); }
@@ -419,7 +422,7 @@ document.addEventListener("keydown", (event) => {
     const index = state.focus;
     rank(index, Math.min(pair.length, Math.max(1, state.mine.ranks[index] + (key === "arrowright" ? 1 : -1))));
     mark(index, true);
-  } else if (key === "enter" && !onButton) { used(); submit(); }
+  }
 });
 
 function inDialog(event, dialog) {
