@@ -65,12 +65,19 @@ def unranked_answers(session: Session, records: list[Demonstration], *, again: b
             answers would make their rankings void.
 
     Raises:
-        UserError: no prompt has two different answers.
+        UserError: no prompt has two different answers, or the earlier ones are to other prompts than there are now.
     """
     run = session.run
     if again and run.to_rank.is_file():
         console.print(f"collect: the answers of {run.to_rank} are used again (delete it to have others sampled)")
-        return read_unranked(run.to_rank)
+        answers = read_unranked(run.to_rank)
+        prompts = prompts_of(session, answers)
+        if strange := [a.id for a in answers if a.id not in prompts or prompts[a.id].text != a.prompt]:
+            raise UserError(
+                f"{run.to_rank}: {len(strange)} of {len(answers)} prompts, first {strange[0]!r}, are not in the data "
+                f"any more; put the data back, or delete the file, and {run.labels.name} with it, to sample others"
+            )
+        return answers
     answers, dropped = sample_answers(session, records)
     counts = ", ".join(f"{n} {reason}" for reason, n in sorted(dropped.items())) or "none"
     console.print(
@@ -112,7 +119,7 @@ def least_sure_first(session: Session, model: str, answers: list[Unranked]) -> l
 def ranked_answers(session: Session, labeller: Labeller, answers: list[Unranked]) -> list[RankedAnswers]:
     """The answers in the labeller's order; prompts that it does not rank are left out and counted on the screen."""
     config = session.config
-    prompts: dict[str, Prompt] = {p.id: p for p in session.data.collect}
+    prompts = prompts_of(session, answers)
     labeller.prepare([(prompts[a.id], a.answers) for a in answers], session.run)
     verdicts = [(answer, labeller.rank(prompts[answer.id], answer.answers)) for answer in answers]
     if unknown := sum(verdict.unknown for _, verdict in verdicts):
@@ -134,6 +141,12 @@ def ranked_answers(session: Session, labeller: Labeller, answers: list[Unranked]
         for answer, verdict in verdicts
         if not verdict.unknown
     ]
+
+
+def prompts_of(session: Session, answers: Sequence[Unranked]) -> dict[str, Prompt]:
+    """The prompts of the data that are answered, by their ids."""
+    answered = {answer.id for answer in answers}
+    return {prompt.id: prompt for prompt in session.data.collect if prompt.id in answered}
 
 
 def chosen_prompts(config: Config, records: Sequence[Demonstration]) -> list[Demonstration]:

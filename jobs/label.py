@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import uvicorn
 
 from jobs.console import console
+from rayrlhf.config_labellers import MOST_ANSWERS
 from rayrlhf.errors import UserError
 from rayrlhf.labelling import exports
 from rayrlhf.labelling.assignment import Assigner
@@ -32,6 +33,7 @@ from rayrlhf.runs.labels import COPY_S, begin_with_labels, copy_labels_out
 ADMIN = "admin"
 """The name of the admin's link."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+WEB = ("http://", "https://")
 
 INSTRUCTIONS = """Rank the answers: 1 is the best one.
 
@@ -72,7 +74,9 @@ class Serving:
             raise UserError(f"label: --overlap {self.overlap} must be 1 or more")
         if not 0 <= self.repeats <= 0.5:
             raise UserError(f"label: --repeats {self.repeats} must be a share from 0 to 0.5")
-        if self.public_url and not (urlsplit(self.public_url).hostname and self.public_url.startswith("http")):
+        if not 0 <= self.port <= 65535:
+            raise UserError(f"label: --port {self.port} must be from 0 to 65535")
+        if self.public_url and not (urlsplit(self.public_url).hostname and self.public_url.startswith(WEB)):
             raise UserError(f"label: --public-url {self.public_url!r} must begin with http:// or https:// and a name")
         if self.host not in LOOPBACK and not self.public_url:
             raise UserError(
@@ -151,9 +155,12 @@ def print_export(database: LabelDatabase, directory: Path) -> None:
 def serve(run: RunFolder, database: LabelDatabase, serving: Serving) -> None:
     """Serve the page until Ctrl-C or SIGTERM."""
     names = prepare(run, database, serving)
+    if said := missing_people(database, serving, names):
+        console.print(f"label: {said}", soft_wrap=True)
     with listen(serving.host, serving.port) as listening:
         port = listening.getsockname()[1]
-        url = (serving.public_url or f"http://{serving.host}:{port}").rstrip("/")
+        host = f"[{serving.host}]" if ":" in serving.host else serving.host
+        url = (serving.public_url or f"http://{host}:{port}").rstrip("/")
         site = make_site(run, database, serving, url)
         console.print(
             f"label: {len(database.items())} items, {len(database.judgements())} judgements in {database.path}"
@@ -185,8 +192,15 @@ def prepare(run: RunFolder, database: LabelDatabase, serving: Serving) -> list[s
     """Note what the options say about labellers, gold items and the order. Returns the names, the admin last.
 
     Raises:
-        UserError: a name or a file does not fit, or the labels began with another seed.
+        UserError: a name or a file does not fit, an item has more answers than the page can show, or the labels began
+            with another seed.
     """
+    for item in database.items():
+        if len(item.answers) > MOST_ANSWERS:
+            raise UserError(
+                f"label: item {item.id!r} has {len(item.answers)} answers, and the page ranks {MOST_ANSWERS} at most; "
+                "lower collect.answers_per_prompt and sample anew, or rank them in a file (collect.labeller.kind=file)"
+            )
     names = [
         exports.check_name(name.strip(), "label: --labellers")
         for name in (serving.labellers or "").split(",")
@@ -211,12 +225,37 @@ def prepare(run: RunFolder, database: LabelDatabase, serving: Serving) -> list[s
     return [name for name, role in database.labellers().items() if role == "labeller"] + [ADMIN]
 
 
+def missing_people(database: LabelDatabase, serving: Serving, names: list[str]) -> str | None:
+    """What keeps a run that waits from having enough judgements, however long these people work; None if nothing does.
+
+    Args:
+        names: of all who have a link, the admin too.
+    """
+    wanted = database.recall("overlap")
+    if wanted is None:  # no run waits
+        return None
+    if (serving.overlap or wanted) < wanted:
+        return (
+            f"--overlap {serving.overlap}, but the run waits for {wanted} labellers of each item "
+            "(collect.labeller.labellers): it would wait for ever; leave --overlap out"
+        )
+    people = [name for name in names if name != ADMIN]
+    if len(people) < wanted:
+        return (
+            f"the run waits for {wanted} labellers of each item (collect.labeller.labellers), and there are "
+            f"{len(people)} ({', '.join(people)}): it waits until there are more; name them with --labellers"
+        )
+    return None
+
+
 def make_site(run: RunFolder, database: LabelDatabase, serving: Serving, url: str) -> Site:
     """What the page shows."""
     own = run.path / "instructions.md"
-    path = serving.instructions or (own if run.read(own) is not None else None)
+    path = serving.instructions or own
     try:
-        instructions = path.read_text(encoding="utf-8") if path else INSTRUCTIONS
+        # That of the run may be in a store only.
+        given = path.read_bytes() if serving.instructions else run.read(own)
+        instructions = INSTRUCTIONS if given is None else given.decode()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"label: the instructions {path} cannot be read ({error})") from None
     overlap = serving.overlap or database.recall("overlap", 1)

@@ -15,6 +15,7 @@ from rayrlhf.data.comparisons import Answers, RankedAnswers, of_run, read_ranked
 from rayrlhf.data.rows import Row
 from rayrlhf.reports.reward_accuracy import unbeaten
 from rayrlhf.reports.tables import reward_accuracy_table
+from rayrlhf.runs.addresses import folder_name
 from rayrlhf.runs.storage import local_copy
 
 MAX_REFERENCES = 1000
@@ -72,7 +73,7 @@ def _collected(session: Session) -> list[RankedAnswers]:
     found = of_run(own, session.config.name)
     for each in earlier:
         there = read_ranked(Path(local_copy(each.path)))
-        kept = of_run(there, Path(each.path).parent.name, each.weight)
+        kept = of_run(there, folder_name(each.path), each.weight)
         learnt = sum(not c.heldout for c in kept)
         unused = len(there) - len(kept)
         console.print(

@@ -134,14 +134,16 @@ class RolloutClient:
             print(f"{len(done)} of {len(requests)} samples are there from an earlier start", flush=True)
         missing = [place for place in range(len(requests)) if place not in done]
         stop = partial(coordinator.submit_beside, CONTROL, "stop_drawing")
-        with asking_first(str(seed_parts[0]), stop, "keeps the samples that are finished") as stopping:
-            for piece in self._slices(missing, self.config.resources.generators.count, "sampled"):
-                found = self.call("draw", [requests[place] for place in piece], sampling, version)
-                done |= {place: t for place, t in zip(piece, found, strict=True) if t is not None}
-                if stopping.is_set():
-                    break
-        if missing:
-            kept.write(done)
+        try:
+            with asking_first(str(seed_parts[0]), stop, "keeps the samples that are finished") as stopping:
+                for piece in self._slices(missing, self.config.resources.generators.count, "sampled"):
+                    found = self.call("draw", [requests[place] for place in piece], sampling, version)
+                    done |= {place: t for place, t in zip(piece, found, strict=True) if t is not None}
+                    if stopping.is_set():
+                        break
+        finally:  # also where a generator has failed for good
+            if missing and done:
+                kept.write(done)
         if stopping.is_set():
             raise KeyboardInterrupt
         return [done[place] for place in range(len(requests))]

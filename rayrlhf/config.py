@@ -13,7 +13,7 @@ from rayrlhf.config_alarms import AlarmsConfig
 from rayrlhf.config_data import DataConfig
 from rayrlhf.config_dpo import DPOConfig, DPOSection
 from rayrlhf.config_environment import EnvironmentConfig
-from rayrlhf.config_labellers import LabellerConfig, ReferenceLabellerConfig
+from rayrlhf.config_labellers import MOST_ANSWERS, LabellerConfig, ReferenceLabellerConfig
 from rayrlhf.config_resources import ResourcesConfig
 from rayrlhf.config_rewards import EnvironmentReward, ModelReward, Reward, Rewards
 from rayrlhf.config_rl import ROUGE_NAMES, PPOConfig, RLSection
@@ -79,6 +79,16 @@ class CollectConfig(DrawConfig, CollectsAfterOthers):
     labeller: LabellerConfig = ReferenceLabellerConfig()
     heldout_fraction: NotAll = 0.15
     """Share of the prompts that only measures the reward model's accuracy."""
+
+    @model_validator(mode="after")
+    def _people_can_rank_all_answers(self) -> CollectConfig:
+        count = self.answers_per_prompt + self.include_reference
+        if self.labeller.kind == "people" and count > MOST_ANSWERS:
+            raise ValueError(
+                f"answers_per_prompt: people rank {MOST_ANSWERS} answers to a prompt at most, and there would be "
+                f"{count}{' with the reference' if self.include_reference else ''}; lower it"
+            )
+        return self
 
 
 class RewardModelConfig(StartSection):

@@ -9,6 +9,9 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from rayrlhf.config_services import JudgeSection
 from rayrlhf.sections import Fraction, Positive, Section
 
+MOST_ANSWERS = 9
+"""Which people can rank of one prompt on the page: a rank is one digit."""
+
 
 class ReferenceLabellerConfig(Section):
     """Ranks by the words that an answer shares with the author's own, see `rayrlhf.rewards.labellers`."""

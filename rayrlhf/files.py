@@ -49,6 +49,12 @@ def replacing(target: Path, directory: bool = False) -> Iterator[Path]:
         _remove_stale(target)
 
 
+def make_private(path: Path) -> None:
+    """Make an empty file that only its owner may read, where there is none."""
+    if not path.exists():
+        path.touch(mode=0o600)
+
+
 def sync_tree(directory: Path) -> None:
     """Have the disk hold every file below `directory`, and their names, before this returns."""
     for path in [*directory.rglob("*"), directory]:

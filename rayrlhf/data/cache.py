@@ -26,10 +26,11 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from rayrlhf.data.spool import written_into
 from rayrlhf.data.stored import R, Records
 from rayrlhf.data.tokens import leading_ids
 from rayrlhf.data.turns import dialogues
-from rayrlhf.files import cache_directory, sync_tree
+from rayrlhf.files import CACHE, cache_directory, sync_tree
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -65,12 +66,13 @@ def read_entry(kind: type[R], key: str) -> tuple[Records[R], dict[str, Any]] | N
     try:
         facts = json.loads((entry / _FACTS).read_bytes())
         records = Records.open(kind, entry / RECORDS)
-        os.utime(entry)  # it is in use
     except FileNotFoundError:
         return None
     except (OSError, ValueError, pa.ArrowException):
         shutil.rmtree(entry, ignore_errors=True)
         return None
+    with suppress(OSError):  # a cache that others made, and this process may only read
+        os.utime(entry)  # it is in use
     return records, facts
 
 
@@ -83,7 +85,8 @@ def working_directory() -> Iterator[Path]:
     except OSError:  # a home that is read-only, or full
         made = Path(tempfile.mkdtemp(prefix="rayrlhf-"))
     try:
-        yield made
+        with written_into(made.parent, CACHE):
+            yield made
     finally:
         shutil.rmtree(made, ignore_errors=True)
 
@@ -92,8 +95,11 @@ def keep(directory: Path, key: str, facts: dict[str, Any]) -> bool:
     """Make an entry of a working directory that holds `RECORDS`; whether there is one now."""
     if directory.parent != _directory():
         return False
-    (directory / _FACTS).write_text(json.dumps(facts), encoding="utf-8")
-    sync_tree(directory)
+    try:
+        (directory / _FACTS).write_text(json.dumps(facts), encoding="utf-8")
+        sync_tree(directory)
+    except OSError:  # the disk is full; the records are there for this process
+        return False
     for other in _directory().iterdir():
         with suppress(FileNotFoundError):  # another process may delete it, too
             if time.time() - other.stat().st_mtime > _UNUSED_S:

@@ -178,8 +178,9 @@ def _json_array(stream: Any, name: str) -> Iterator[SourceRow]:
     text = "".join(line for _, line in _lines(stream, name))
     try:
         array = json.loads(text) if text.strip() else []
-    except json.JSONDecodeError as error:
-        raise UserError(f"{name}: not valid JSON ({error}); one object a line belongs into a .jsonl file") from None
+    except (ValueError, RecursionError) as error:
+        said = first_line(error)
+        raise UserError(f"{name}: not valid JSON ({said}); one object a line belongs into a .jsonl file") from None
     if not isinstance(array, list):
         raise UserError(f"{name}: expected an array of objects, found {type(array).__name__}")
     halves = _HALVES.search(text) is not None
@@ -274,6 +275,8 @@ def _parsed(line: str, where: str) -> dict[str, Any]:
         item = json.loads(line)
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or as many brackets
+        raise UserError(f"{where}: cannot be read as JSON ({first_line(error)})") from None
     return _object(item, where)
 
 

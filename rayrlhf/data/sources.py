@@ -232,6 +232,8 @@ class DataSet:
                 except SkipRow as reason:
                     facts.dropped[str(reason)] += 1
                     continue
+                if lost := len(given.texts) - len(raw.texts):  # one of several answers, and the row stays
+                    facts.dropped["answers_of_kept_rows"] = facts.dropped.get("answers_of_kept_rows", 0) + lost
                 facts.cleared += raw.prompt != given.prompt or any(remove(text) != text for text in given.texts)
                 kept.append((record, raw))
                 where.append(place)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import pickle
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
+
+from rayrlhf.errors import UserError
 
 _CHUNK = 1024
 """Objects that are written and read at a time: pickle is then three times as fast as with one."""
@@ -35,7 +40,9 @@ class Spool:
         self._last.append(item)
         if len(self._last) == _CHUNK:
             begin, packed = self._file.seek(0, 2), pickle.dumps(self._last, protocol=5)
-            self._file.write(packed)
+            with written_into(Path(tempfile.gettempdir()), "TMPDIR"):
+                self._file.write(packed)
+                self._file.flush()
             self._chunks.append((begin, len(packed)))
             self._last = []
         return place
@@ -49,3 +56,24 @@ class Spool:
             self._file.seek(begin)
             self._read = number, pickle.loads(self._file.read(size))
         return self._read[1][offset]
+
+
+@contextlib.contextmanager
+def written_into(directory: Path, variable: str) -> Iterator[None]:
+    """A block that writes into a directory that no config names.
+
+    Args:
+        directory: where it is.
+        variable: the environment variable that names another one.
+
+    Raises:
+        UserError: its disk is full.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"{directory}: no space is left on its disk; make room, or name a directory elsewhere: {variable}=DIR"
+        ) from error

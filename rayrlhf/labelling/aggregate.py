@@ -9,6 +9,7 @@ disagree it follows the one whom the others confirm elsewhere.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -34,7 +35,8 @@ class Aggregated:
     """What all labellers together say."""
 
     scores: Mapping[str, tuple[float, ...]]
-    """By item [K], higher is better, equal scores are a tie. An item that everybody skipped is not there."""
+    """By item [K], higher is better, equal scores are a tie, NaN is unknown. An item that everybody skipped is not
+    there."""
     reliability: Mapping[str, float]
     """By labeller: the estimated share of right verdicts, of the pairs that they order."""
 
@@ -74,13 +76,17 @@ def bradley_terry(rankings: NDArray[np.int64], reliability: Array) -> tuple[floa
     The probability that answer i is called better than j is the logistic function of the difference of their scores,
     and a tie is half a verdict for either. A labeller's log-likelihood is multiplied by the log odds of being right,
     which is the best weight of independent votes (Nitzan & Paroush 1982), in units of that of a labeller of whom
-    nothing is known. Below one half it is 0: a labeller who is wrong more often than not has no vote.
+    nothing is known. Below one half it is 0: a labeller who is wrong more often than not has no vote. Where nobody has
+    one, the scores are NaN: nothing is known, which is something else than a tie.
 
     Source: Bradley & Terry 1952.
     """
     first, second = np.triu_indices(rankings.shape[1], 1)
     wins = np.stack([(signs(ranking) + 1) / 2 for ranking in rankings])  # [labellers, pairs]
     weights = np.maximum(logit(reliability), 0)[:, None] / logit(RIGHT / (RIGHT + WRONG))
+
+    if not weights.any():
+        return (math.nan,) * rankings.shape[1]
 
     def loss(scores: Array) -> tuple[float, Array]:
         """With its gradient."""

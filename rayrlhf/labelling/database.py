@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import secrets
 import sqlite3
 import threading
 import time
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from rayrlhf.errors import UserError
+from rayrlhf.files import make_private
 from rayrlhf.labelling.judgements import Item, Judgement
 
 VERSION = 1
@@ -80,20 +82,22 @@ class LabelDatabase:
         self._turn = threading.RLock()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            if not self.path.exists():
-                # What people said is not for everybody; SQLite gives its side files the same mode.
-                self.path.touch(mode=0o600)
+            make_private(self.path)  # what people said is not for everybody; SQLite gives its side files the same mode
             # Transactions are written out below, so the module must not begin any (isolation_level).
             self._connection = sqlite3.connect(self.path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
             self._connection.row_factory = sqlite3.Row
             mode = self._connection.execute("PRAGMA journal_mode=WAL").fetchone()[0]
             self._connection.executescript("PRAGMA synchronous=FULL; PRAGMA foreign_keys=ON; PRAGMA secure_delete=ON;")
+            self._file = self.path.stat().st_ino
             with self.writing() as connection:
                 found = connection.execute("PRAGMA user_version").fetchone()[0]
                 if found == 0:
                     for statement in _statements(_TABLES):
                         connection.execute(statement)
                     connection.execute(f"PRAGMA user_version={VERSION}")
+                if found in (0, VERSION):
+                    identity = json.dumps(secrets.token_hex(8))
+                    connection.execute("INSERT OR IGNORE INTO settings VALUES ('identity', ?)", (identity,))
         except (sqlite3.Error, OSError) as error:
             raise UserError(
                 f"{self.path}: cannot be used as the database of labels ({error}); it has to be a file that rayrlhf "
@@ -106,20 +110,45 @@ class LabelDatabase:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[sqlite3.Connection]:
-        """A transaction that is on the disk when the block ends, and undone where the block raises."""
+        """A transaction that is on the disk when the block ends, and undone where the block raises.
+
+        Raises:
+            UserError: the disk is full, another process has kept the file for long, or it is not the file that was
+                opened; nothing was changed.
+        """
         with self._turn:
-            self._connection.execute("BEGIN IMMEDIATE")
+            self._check_place()
             try:
+                self._connection.execute("BEGIN IMMEDIATE")
                 yield self._connection
-            except BaseException:
-                self._connection.execute("ROLLBACK")
+                self._connection.execute("COMMIT")
+            except BaseException as error:
+                if self._connection.in_transaction:  # a full disk has ended it
+                    self._connection.execute("ROLLBACK")
+                if isinstance(error, sqlite3.OperationalError):
+                    raise UserError(f"{self.path}: cannot be written ({error}); nothing of this was kept") from error
                 raise
-            self._connection.execute("COMMIT")
 
     def query(self, sql: str, *values: Any) -> list[sqlite3.Row]:
-        """The rows of a question."""
+        """The rows of a question.
+
+        Raises:
+            UserError: it is not the file that was opened.
+        """
         with self._turn:
+            self._check_place()
             return self._connection.execute(sql, values).fetchall()
+
+    def _check_place(self) -> None:
+        """Whoever goes on with a file that was moved away writes, or waits, where nobody looks."""
+        try:
+            same = self.path.stat().st_ino == self._file
+        except FileNotFoundError:
+            same = False
+        if not same:
+            raise UserError(
+                f"{self.path}: was moved away or replaced while this command had it open; call the same command again"
+            )
 
     def close(self) -> None:
         """Close the file. Where no other process has it open, its side files go, too."""
@@ -137,6 +166,11 @@ class LabelDatabase:
         """What `remember` kept."""
         rows = self.query("SELECT value FROM settings WHERE key = ?", key)
         return json.loads(rows[0]["value"]) if rows else default
+
+    @property
+    def identity(self) -> str:
+        """What tells these labels from others with the same ids, such as those of the answers that a run had before."""
+        return str(self.recall("identity"))
 
     # --- Items -------------------------------------------------------------------------------------------------------
 
@@ -201,7 +235,8 @@ class LabelDatabase:
         """Delete somebody's judgements, lease and name, and overwrite them in the file. Returns how many rows went.
 
         Raises:
-            UserError: nobody of that name is known.
+            UserError: nobody of that name is known; or another process has kept reading the file, which then has the
+                bytes until that one ends.
         """
         if labeller not in self.labellers():
             known = ", ".join(self.labellers()) or "none"
@@ -213,7 +248,12 @@ class LabelDatabase:
             connection.execute("DELETE FROM forgetting")
         with self._turn:  # the log still holds the old pages
             self._connection.execute("VACUUM")
-            self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            busy = self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+        if busy:
+            raise UserError(
+                f"{self.path}: {gone} rows of {labeller!r} are deleted, but another process reads the file, so that "
+                "their bytes are still in it; end that process, and open and close the page once"
+            )
         return gone
 
     # --- Judgements --------------------------------------------------------------------------------------------------
@@ -289,6 +329,7 @@ class LabelDatabase:
 
     def copy_to(self, target: Path) -> None:
         """Write the database as one file that is whole at any time, while others go on writing."""
+        make_private(target)
         with contextlib.closing(sqlite3.connect(target)) as copy, self._turn:
             self._connection.backup(copy)
 

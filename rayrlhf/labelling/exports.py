@@ -151,7 +151,7 @@ def read_rankings(path: Path, items: Sequence[Item]) -> list[tuple[str, str, tup
     for number, row in json_lines(text, path):
         where = f"{path} line {number}"
         id, labeller = row.get("id"), row.get("labeller", "imported")
-        if id not in counts:
+        if not isinstance(id, str) or id not in counts:
             raise UserError(f"{where}: id {id!r} is not among the items to rank; remove the line")
         check_name(labeller, where)
         if (id, labeller) in seen:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from rayrlhf.labelling.aggregate import reliabilities
 from rayrlhf.labelling.agreement import Agreement, agreement
 from rayrlhf.labelling.judgements import Item, Judgement
 from rayrlhf.resampling import Interval, cluster_bootstrap
+from rayrlhf.runs.addresses import as_typed
 from rayrlhf.runs.folder import RunFolder, run_at, stored_config
 from rayrlhf.runs.labels import labels_to_read
 from rayrlhf.runs.stores import store_errors
@@ -61,12 +62,14 @@ def agreement_of(addresses: Sequence[str | Path]) -> list[Compared]:
     Raises:
         UserError: a folder is no run's, or no two raters have a pair in common.
     """
-    runs = [run_at(address) for address in addresses]
+    runs = list({run.address: run for run in map(run_at, addresses)}.values())
+    names = Counter(run.name for run in runs)
     raters: dict[str, Verdicts] = {}
     for run in runs:
         with store_errors(run.store):
             own = raters_of(run)
-        raters |= own if len(runs) == 1 else {f"{run.name}: {name}": verdicts for name, verdicts in own.items()}
+        called = run.name if names[run.name] == 1 else as_typed(run.address)  # as the rounds of two runs are
+        raters |= own if len(runs) == 1 else {f"{called}: {name}": verdicts for name, verdicts in own.items()}
     found = compare(raters | {LONGER: longer(raters.values())})
     if not any(LONGER not in (each.one, each.other) for each in found):
         said = ", ".join(raters) or "none"
@@ -94,9 +97,10 @@ def raters_of(run: RunFolder) -> dict[str, Verdicts]:
         if row.get("gold"):
             _add(raters[GOLD], row["id"], row["responses"], row["gold"])
     raters |= _labellers(*labels_of(run))
-    texts = {row["id"]: row["responses"] for row in ranked}
+    # The pairs of other runs, such as earlier rounds, are of other answers, even where the prompt is the same.
+    texts = {(row["id"], source): row["responses"] for row in ranked for source in (row["source"], run.name)}
     for pair in pairs:
-        if (answers := texts.get(pair["id"])) is not None:
+        if (answers := texts.get((pair["id"], pair.get("source", "")))) is not None:
             both = [answers[pair["better"]], answers[pair["worse"]]]
             _add(raters[REWARD_MODEL], pair["id"], both, [pair["reward_model"], 0.0])
     alone = len(config.rewards) == 1 and config.rewards[0].trained

@@ -29,6 +29,15 @@ def join(address: str | Path, *parts: str) -> str:
     return "/".join([base.rstrip("/"), *parts]) + mark + options
 
 
+def folder_name(address: str) -> str:
+    """The name of the folder that a file is in.
+
+    >>> folder_name("s3://bucket/one/comparisons.parquet?endpoint_override=http://host:9000")
+    'one'
+    """
+    return Path(address.partition("?")[0] if is_uri(address) else address).parent.name
+
+
 def as_typed(address: str) -> str:
     """A folder below the current directory as people write it; any other address as it is."""
     if is_uri(address) or not Path(address).is_relative_to(Path.cwd()):

@@ -12,6 +12,7 @@ from scipy.optimize import brentq
 from rayrlhf.labelling.aggregate import PRECISION, RIGHT, WRONG, aggregate, bradley_terry, majority, reliabilities
 from rayrlhf.labelling.agreement import alike
 from rayrlhf.labelling.judgements import Judgement
+from rayrlhf.rewards.labeller import LabelledRanking
 
 UNKNOWN = RIGHT / (RIGHT + WRONG)
 
@@ -93,6 +94,21 @@ def test_who_is_never_compared_stays_unknown() -> None:
     assert reliabilities([Judgement("a", "ann", (1, 2, 3)), Judgement("b", "bob", (1, 1))]) == pytest.approx(
         {"ann": UNKNOWN, "bob": UNKNOWN}
     )
+
+
+def test_who_is_mostly_wrong_makes_no_ties() -> None:
+    """dan says the contrary of two others, and then judges an item alone: nothing is known of it."""
+    said = [
+        Judgement(str(i), name, (2, 1) if name == "dan" else (1, 2))
+        for i in range(40)
+        for name in ("ann", "bob", "dan")
+    ]
+    said.append(Judgement("alone", "dan", (1, 2)))
+    assert aggregate(said, "bradley_terry").reliability["dan"] < 0.5
+    scores = aggregate(said, "bradley_terry").scores
+    assert all(math.isnan(score) for score in scores["alone"]) and scores["0"][0] > scores["0"][1]
+    assert LabelledRanking.by(scores["alone"]).unknown, "collect leaves it out and counts it"
+    assert aggregate(said, "majority").scores["alone"][0] > aggregate(said, "majority").scores["alone"][1]
 
 
 def test_weights_help_where_one_labeller_is_better_than_two() -> None:

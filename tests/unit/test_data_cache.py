@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import decimal
+import errno
 import json
 import os
 import pickle
@@ -30,6 +31,7 @@ from rayrlhf.data.spool import Spool
 from rayrlhf.data.stored import Records, write_records
 from rayrlhf.data.template import fit_prompts
 from rayrlhf.data.tokens import encode_prompt, encode_response
+from rayrlhf.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 USED = "; from the cache of tokenised data"
@@ -345,6 +347,41 @@ def test_a_cache_that_cannot_be_written_is_done_without(
     monkeypatch.setenv("RAYRLHF_CACHE", str(tmp_path / "file"))
     path = write(tmp_path / "a.jsonl", rows())
     assert [read(path, tokenizer).cached for _ in range(2)] == [False, False]
+
+
+def test_a_cache_that_may_only_be_read_is_used(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "a.jsonl", rows())
+    before = whole(read(path, tokenizer).records)
+
+    def refused(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "another user's")
+
+    monkeypatch.setattr("rayrlhf.data.cache.os.utime", refused)
+    found = read(path, tokenizer)
+    assert found.cached and whole(found.records) == before and len(list(directory.iterdir())) == 1
+
+
+def test_a_full_disk_is_one_line_that_says_where(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "a.jsonl", rows())
+    with monkeypatch.context() as context:
+        context.setattr("rayrlhf.data.cache.RECORDS", "/dev/full")
+        with pytest.raises(UserError, match=r"records: no space is left on its disk; .*RAYRLHF_CACHE=DIR"):
+            read(path, tokenizer)
+
+    def full(_: Path) -> None:
+        raise OSError(errno.ENOSPC, "no space")
+
+    with monkeypatch.context() as context:  # the records had room, what is beside them has not
+        context.setattr("rayrlhf.data.cache.sync_tree", full)
+        assert not read(path, tokenizer).cached and not list(directory.iterdir())
+    with Path("/dev/full").open("r+b") as device, monkeypatch.context() as context:
+        context.setattr("rayrlhf.data.spool.tempfile.SpooledTemporaryFile", lambda _: device)
+        with pytest.raises(UserError, match=r"no space is left on its disk; .*TMPDIR=DIR"):
+            read(write(tmp_path / "b.jsonl", rows(1100)), tokenizer)
 
 
 def test_a_file_that_changes_while_it_is_read_is_not_kept(

@@ -86,6 +86,19 @@ def test_damaged_files(tmp_path: Path, name: str, content: bytes, message: str) 
     assert "\n" not in str(error.value)
 
 
+def test_json_that_python_refuses_for_its_size(tmp_path: Path) -> None:
+    """Both are errors of other kinds than that of wrong syntax."""
+    digits, brackets = f'{{"a": {5000 * "1"}}}', 100_000 * "["
+    for name, content, message in (
+        ("a.jsonl", f'{{"a": 1}}\n{digits}', r"a.jsonl line 2: cannot be read as JSON \(Exceeds the limit"),
+        ("a.jsonl", brackets, r"a.jsonl line 1: cannot be read as JSON \(maximum recursion depth"),
+        ("a.json", f"[{digits}]", r"a.json: not valid JSON \(Exceeds the limit"),
+    ):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(UserError, match=message):
+            read_file(tmp_path / name)
+
+
 def test_patterns_of_files(tmp_path: Path) -> None:
     for k in (2, 1):
         (tmp_path / f"part-{k}.jsonl").write_text(json.dumps({"prompt": str(k)}))

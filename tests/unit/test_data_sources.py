@@ -173,6 +173,19 @@ def test_hh_rlhf_rows_that_cannot_be_used_are_counted(tokenizer: PreTrainedToken
     }
 
 
+def test_answers_that_are_dropped_from_a_row_that_stays_are_counted(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    long = [f"It is a drink made of {each} and water." for each in ("leaves", "beans", "milk")]
+    answers = [[*long, "No."], [long[0], long[1], long[0], "No."], long[:2], [long[0], "No."]]
+    path = write_jsonl(
+        tmp_path / "ranked.jsonl", [{"prompt": f"What is {i}?", "responses": own} for i, own in enumerate(answers)]
+    )
+    comparisons, dropped = read_published(source(None, path), "all", tokenizer, 100)
+    assert [c.responses for c in comparisons] == [tuple(long), tuple(long[:2]), tuple(long[:2])]
+    assert dropped == {"answers_of_kept_rows": 3, "nearly_empty": 1}
+
+
 def test_turns_of_one_speaker_become_one() -> None:
     messages = parse_dialogue("\n\nHuman: a\n\nHuman: b\n\nAssistant: c\n\nd\n\nHuman: e")
     assert [tuple(m) for m in messages] == [("user", "a\n\nb"), ("assistant", "c\n\nd"), ("user", "e")]

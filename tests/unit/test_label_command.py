@@ -6,19 +6,24 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
+import uvicorn
+from starlette.testclient import TestClient
 
-from jobs.label import Serving, every, label, listen, open_labels, prepare
+from jobs.label import LOOPBACK, Serving, every, label, listen, make_site, missing_people, open_labels, prepare
 from rayrlhf.errors import UserError
-from rayrlhf.labelling.judgements import Item
+from rayrlhf.labelling.judgements import Item, Judgement
 from rayrlhf.runs.folder import RunFolder
+from rayrlhf.runs.storage import Store
 
 ROOT = Path(__file__).parents[2]
 
@@ -96,6 +101,34 @@ def test_what_collect_wrote_into_the_database_stays(run: RunFolder) -> None:
         pass
 
 
+def test_labels_in_a_store_are_their_owner_s_on_every_machine(
+    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = f"file://{run.path}"
+
+    def on(node: str) -> RunFolder:
+        monkeypatch.setenv("RAYRLHF_CACHE", str(tmp_path / node))
+        Store.open.cache_clear()
+        return RunFolder(address)
+
+    def says(name: str) -> Judgement:
+        return Judgement("p0", name, (1, 2))
+
+    for node, name in (("here", "ann"), ("there", "bob")):
+        with open_labels(on(node)) as database:
+            database.add_labeller(name)
+            database.judge(says(name), name)
+        files = [path for path in (tmp_path / node).rglob("*") if path.name.endswith("labels.sqlite")]
+        assert {path.stat().st_mode & 0o777 for path in files} == {0o600} and len(files) == 2, files
+    here = on("here")
+    with open_labels(here) as database:
+        assert database.judgements() == [says("ann"), says("bob")]
+    # Instructions that are in the store only.
+    (run.path / "instructions.md").write_text("Be fair.")
+    with open_labels(here) as database:
+        assert make_site(here, database, Serving(), "http://localhost").instructions == "Be fair."
+
+
 def test_labellers_seed_and_overlap_are_remembered(run: RunFolder) -> None:
     with open_labels(run) as database:
         assert prepare(run, database, Serving(seed=3)) == ["labeller", "admin"]
@@ -111,9 +144,14 @@ def test_labellers_seed_and_overlap_are_remembered(run: RunFolder) -> None:
     [
         ({"mode": "stars"}, "--mode 'stars' must be rank or pairs"),
         ({"overlap": 0}, "--overlap 0 must be 1 or more"),
+        ({"port": 70000}, "--port 70000 must be from 0 to 65535"),
         ({"repeats": 0.9}, "--repeats 0.9 must be a share"),
         ({"host": "0.0.0.0"}, "--host 0.0.0.0 lets other machines in; say with --public-url"),
         ({"public_url": "labels.example.org"}, "--public-url 'labels.example.org' must begin with http"),
+        (
+            {"public_url": "httpx://labels.example.org"},
+            "--public-url 'httpx://labels.example.org' must begin with http",
+        ),
         ({"labellers": "ann,<b>"}, "labeller '<b>': a name has"),
         ({"labellers": "admin"}, "'admin' has a link of its own"),
         ({"instructions": Path("nowhere.md")}, "the instructions nowhere.md cannot be read"),
@@ -122,8 +160,48 @@ def test_labellers_seed_and_overlap_are_remembered(run: RunFolder) -> None:
 )
 def test_a_mistake_is_one_line_before_anything_is_served(run: RunFolder, options: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=re.escape(words)) as raised:
-        label(str(run.path), Serving(port=0, **options))
+        label(str(run.path), Serving(**{"port": 0, **options}))
     assert "\n" not in str(raised.value)
+
+
+def test_more_answers_than_the_page_can_show_are_refused(run: RunFolder) -> None:
+    with open_labels(run) as database:
+        database.add_items([Item("many", "?", tuple("abcdefghij"))])
+    with pytest.raises(UserError, match="item 'many' has 10 answers, and the page ranks 9 at most"):
+        label(str(run.path), Serving(port=0))
+
+
+def test_a_run_that_would_wait_for_ever_is_told(run: RunFolder) -> None:
+    with open_labels(run) as database:
+        two = ["ann", "bob", "admin"]
+        assert missing_people(database, Serving(overlap=1), two) is None  # no run waits
+        database.remember("overlap", 3)
+        assert missing_people(database, Serving(), ["ann", "bob", "cy", "admin"]) is None
+        assert missing_people(database, Serving(overlap=4), ["ann", "bob", "cy", "admin"]) is None
+        few, low = missing_people(database, Serving(), two), missing_people(database, Serving(overlap=2), two)
+    assert few is not None and "waits for 3 labellers of each item" in few and "there are 2 (ann, bob)" in few
+    assert low is not None and "--overlap 2, but the run waits for 3" in low
+
+
+@pytest.mark.parametrize("host", LOOPBACK)
+def test_a_link_of_every_loopback_address_opens(
+    run: RunFolder, host: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The links that the command prints, in what it serves."""
+    codes = []
+
+    def open_link(sockets: list[socket.socket]) -> None:
+        link = re.search(r"label: labeller: (http\S+)", capsys.readouterr().out)
+        assert link
+        client = TestClient(served[0], base_url=link[1].partition("/enter/")[0])
+        codes.extend([client.get(link[1]).status_code, client.get("/").status_code])
+
+    served = list[Any]()
+    monkeypatch.setattr(uvicorn, "Config", lambda application, **_: served.append(application))
+    monkeypatch.setattr(uvicorn, "Server", lambda _: SimpleNamespace(run=open_link))
+    monkeypatch.setattr("jobs.label.listen", lambda host, port: listen("127.0.0.1", 0))  # without IPv6, too
+    label(str(run.path), Serving(host=host, port=0))
+    assert codes == [200, 200]
 
 
 def test_a_folder_without_answers_and_a_port_that_is_taken(run: RunFolder, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import sqlite3
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,28 @@ def test_items_may_change_their_priority_but_not_their_answers(database: LabelDa
         database.add_items([Item("p1", "prompt 1", ("first", "third", "second"))])
 
 
+def test_gold_ranks_that_come_in_meanwhile_stay(database: LabelDatabase) -> None:
+    """A run that waits looks at the items, and before it has sorted them the page makes one of them a gold item."""
+    seen = database.items()
+    other = LabelDatabase(database.path)
+    other.add_items([replace(ITEMS[2], gold=(1, 2, 3))])
+    database.prioritize({item.id: 0.5 for item in seen[1:3]})
+    assert [(item.priority, item.gold) for item in other.items()[:4]] == [
+        (0.0, None), (0.5, None), (0.5, (1, 2, 3)), (0.0, None),
+    ]  # fmt: skip
+
+
+def test_bytes_that_another_process_holds_are_said(database: LabelDatabase) -> None:
+    database.judge(said("p0"), "1")
+    other = LabelDatabase(database.path)
+    other.query("BEGIN")
+    other.query("SELECT * FROM judgements")
+    database.query("PRAGMA busy_timeout=1")
+    with pytest.raises(UserError, match="1 rows of 'ann' are deleted, but another process reads the file"):
+        database.forget("ann")
+    assert database.judgements() == [] and "ann" not in database.labellers()
+
+
 def test_progress_counts_people_not_rows(database: LabelDatabase) -> None:
     for key, judgement in enumerate(
         [said("p0"), said("p0", repeat=1), said("p0", ranks=(2, 1, 1)), said("p0", "bob"), said("p1", ranks=None)]
@@ -107,7 +130,20 @@ def test_a_copy_is_whole_while_others_write(database: LabelDatabase, tmp_path: P
     database.judge(said("p0"), "1")
     database.copy_to(tmp_path / "copy.sqlite")
     database.judge(said("p1"), "2")
+    assert (tmp_path / "copy.sqlite").stat().st_mode & 0o777 == 0o600  # as private as the database
     assert LabelDatabase(tmp_path / "copy.sqlite").judgements() == [said("p0")]
+
+
+def test_a_full_disk_keeps_nothing_of_a_judgement_and_what_follows_is_kept(database: LabelDatabase) -> None:
+    database.judge(said("p0"), "1")
+    database.query(f"PRAGMA max_page_count={database.query('PRAGMA page_count')[0][0]}")
+    long = Judgement("p1", "ann", (1, 2, 3), note="x" * 100_000)
+    with pytest.raises(UserError, match=r"cannot be written \(database or disk is full\); nothing of this was kept"):
+        database.judge(long, "2")
+    assert database.judgements() == [said("p0")]
+    database.query("PRAGMA max_page_count=100000")
+    database.judge(long, "2")
+    assert database.judgements() == [said("p0"), long]
 
 
 @pytest.mark.parametrize(
@@ -124,6 +160,19 @@ def test_a_file_of_another_version_is_refused(database: LabelDatabase) -> None:
         connection.execute("PRAGMA user_version=7")
     with pytest.raises(UserError, match=r"another version \(tables 7, here 1\)"):
         LabelDatabase(database.path)
+
+
+def test_a_file_that_is_moved_away_is_not_written_on(database: LabelDatabase, tmp_path: Path) -> None:
+    """As somebody does who begins anew, beside a page and a run that have the file open."""
+    database.judge(said("p0"), "1")
+    database.path.rename(tmp_path / "old.sqlite")
+    for _ in range(2):  # nothing is there, and then another file
+        with pytest.raises(UserError, match=r"labels\.sqlite: was moved away or replaced .* the same command again"):
+            database.judge(said("p1"), "2")
+        with pytest.raises(UserError, match="was moved away"):
+            database.query("PRAGMA data_version")  # what a run that waits looks at
+        LabelDatabase(database.path).add_items(ITEMS)
+    assert LabelDatabase(database.path).judgements() == []
 
 
 # ---- a process that is killed

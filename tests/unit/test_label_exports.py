@@ -120,6 +120,7 @@ def test_rankings_come_in_once(database: LabelDatabase, tmp_path: Path) -> None:
     ("lines", "words"),
     [
         ('{"id": "p9", "ranking": [0, 1]}', "line 1: id 'p9' is not among the items to rank"),
+        ('{"id": ["p0"], "ranking": [0, 1]}', r"line 1: id \['p0'\] is not among the items to rank"),
         ('{"id": "p0"}', "line 1: ranking None must hold each of 0..2 once"),
         ('{"id": "p0", "ranking": [0, 1]}', r"line 1: ranking \[0, 1\] must hold each of 0..2 once"),
         (

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ from starlette.testclient import TestClient
 from rayrlhf.errors import UserError
 from rayrlhf.labelling.assignment import Assigner, shown_order
 from rayrlhf.labelling.database import LabelDatabase
+from rayrlhf.labelling.exports import check_name
 from rayrlhf.labelling.judgements import Item, Judgement
 from rayrlhf.labelling.web.admin import first_places
 from rayrlhf.labelling.web.app import Site, application
@@ -44,7 +48,7 @@ def enter(site: Site, name: str) -> TestClient:
     """A browser that has opened somebody's link, and sends what the page's script sends."""
     client = TestClient(application(site), base_url=URL)
     assert client.get(f"/enter/{site.tokens.of(name)}").status_code == 200
-    client.headers["X-CSRF-Token"] = site.tokens.csrf(name)
+    client.headers["X-CSRF-Token"] = site.tokens.csrf(name, site.database.identity)
     return client
 
 
@@ -143,6 +147,21 @@ def test_a_judgement_that_does_not_fit_is_refused_in_words(site: Site, changes: 
     assert site.database.written() == 0
 
 
+def test_a_full_disk_is_said_on_the_page_and_in_the_terminal(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    client = enter(site, "ann")
+    pages = site.database.query("PRAGMA page_count")[0][0]
+    site.database.query(f"PRAGMA max_page_count={pages}")
+    long = sent(note="x" * 5000, skipped="y" * 200, ranks=None)
+    answers = [client.post("/api/judgement", json={**long, "key": f"{number:016}"}) for number in range(5)]
+    # The file may have room for the first of them.
+    assert answers[-1].status_code == 503 and "cannot be stored now" in answers[-1].json()["error"]
+    assert "disk is full" in capsys.readouterr().out
+    kept = [answer.status_code for answer in answers].count(200)
+    site.database.query("PRAGMA max_page_count=100000")
+    assert client.post("/api/judgement", json={**long, "key": f"{4:016}"}).json() == {"saved": True}
+    assert site.database.written() == kept + 1
+
+
 # ---- who gets in
 
 
@@ -187,6 +206,27 @@ def test_links_stay_good_over_restarts_and_no_token_is_stored(site: Site, tmp_pa
             Tokens.read(tmp_path / "secret")
 
 
+@pytest.mark.parametrize("name", ["Zoë", "Анна", "花子"])
+def test_a_name_may_have_the_letters_of_any_language(site: Site, name: str) -> None:
+    site.database.add_labeller(check_name(name, "test"))
+    assert site.link(name).isascii()
+    client = enter(site, name)
+    assert client.post("/api/judgement", json=sent()).status_code == 200 and name in client.get("/history").text
+    assert [judgement.labeller for judgement in site.database.judgements()] == [name]
+    typed = TestClient(application(site), base_url=URL)  # as a person or a mail program may write it
+    assert typed.get(f"/enter/{name}~{site.tokens.of(name).partition('~')[2]}").status_code == 200
+
+
+def test_a_kill_while_the_secret_is_made_leaves_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(_: int) -> str:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+        context.setattr("rayrlhf.labelling.web.security.secrets.token_hex", killed)
+        Tokens.read(tmp_path / "secret")
+    assert Tokens.read(tmp_path / "secret").of("ann") == Tokens.read(tmp_path / "secret").of("ann")
+
+
 def test_the_cookie_is_for_this_site_only(site: Site) -> None:
     def attributes(url: str) -> str:
         there = replace(site, url=url)
@@ -201,12 +241,31 @@ def test_a_change_needs_the_token_of_our_own_page(site: Site) -> None:
     client = enter(site, "ann")
     page = client.get("/").text
     assert f'content="{client.headers["X-CSRF-Token"]}"' in page
-    for wrong in ("", "x", site.tokens.csrf("bob")):
+    for wrong in ("", "x", site.tokens.csrf("bob", site.database.identity)):
         client.headers["X-CSRF-Token"] = wrong
         assert client.post("/api/judgement", json=sent()).status_code == 403
         assert client.post("/api/undo", json={}).status_code == 403
     assert site.database.written() == 0
     assert client.get("/api/judgement").status_code == 405
+
+
+def test_a_page_of_other_answers_changes_nothing(site: Site, tmp_path: Path) -> None:
+    """A run's labels were moved away and its answers sampled anew, while somebody had the page open."""
+    client = enter(site, "ann")
+    store = re.search('data-store="(.*?)"', client.get("/").text)
+    database = LabelDatabase(tmp_path / "anew.sqlite")
+    database.add_items([replace(item, answers=item.answers[::-1]) for item in ITEMS])
+    database.add_labeller("ann")
+    anew = enter(replace(site, database=database, assigner=Assigner(database)), "ann")
+    anew.headers["X-CSRF-Token"], current = client.headers["X-CSRF-Token"], anew.headers["X-CSRF-Token"]
+    refused = anew.post("/api/judgement", json=sent())
+    assert refused.status_code == 403 and "load it again" in refused.json()["error"] and database.written() == 0
+    anew.headers["X-CSRF-Token"] = current
+    assert anew.post("/api/judgement", json=sent()).status_code == 200
+    # Nor does the browser show there what it has kept of the others.
+    other = re.search('data-store="(.*?)"', anew.get("/").text)
+    assert store and other and store[1] != other[1]
+    assert LabelDatabase(tmp_path / "anew.sqlite").identity == database.identity
 
 
 def test_another_name_of_the_host_is_refused(site: Site) -> None:
@@ -254,6 +313,22 @@ def test_a_large_request_is_refused(site: Site) -> None:
     assert client.post("/api/judgement", content=b"x" * LARGEST_BODY).status_code == 422
 
 
+def test_a_request_that_never_arrives_is_refused(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rayrlhf.labelling.web.security.SLOWEST_BODY_S", 0.01)
+    parts = [{"type": "http.request", "body": b"{", "more_body": True}]
+    told: list[Any] = []
+
+    async def receive() -> Any:
+        return parts.pop() if parts else await asyncio.Event().wait()
+
+    async def send(message: Any) -> None:
+        told.append(message)
+
+    request = {"type": "http", "method": "POST", "path": "/api/judgement", "headers": [], "query_string": b""}
+    asyncio.run(application(site)(request, receive, send))
+    assert told[0]["status"] == 408 and b"may take 0.01 s to arrive" in told[1]["body"]
+
+
 def test_a_bucket_of_requests() -> None:
     now = [0.0]
     limit = RateLimit(rate=2.0, burst=3.0, clock=lambda: now[0])
@@ -263,6 +338,21 @@ def test_a_bucket_of_requests() -> None:
     assert [limit.allows("ann") for _ in range(2)] == [True, False]
     now[0] = 100.0
     assert [limit.allows("ann") for _ in range(4)] == [True, True, True, False]
+
+
+def test_threads_share_the_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As requests do: each of them is counted once, also while full buckets go."""
+    monkeypatch.setattr("rayrlhf.labelling.web.security.BUCKETS", 20)
+    limit = RateLimit(rate=1.0, burst=30.0, clock=lambda: 0.0)
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(limit.allows, map(str, range(500))))
+            allowed = list(pool.map(limit.allows, ["ann"] * 500))
+    finally:
+        sys.setswitchinterval(before)
+    assert sum(allowed) == 30
 
 
 def test_guessing_links_is_slow(site: Site) -> None:

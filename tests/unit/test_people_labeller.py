@@ -216,6 +216,16 @@ def test_settings_that_do_not_fit_are_one_line() -> None:
         assert said in str(raised.value) and "\n" not in str(raised.value)
 
 
+def test_as_many_answers_as_the_page_can_show() -> None:
+    def collect(**settings: Any) -> None:
+        parse_config({"name": "run", "collect": {"labeller": {"kind": "people"}, **settings}}, "test")
+
+    collect(answers_per_prompt=9)
+    for settings in ({"answers_per_prompt": 10}, {"answers_per_prompt": 9, "include_reference": True}):
+        with pytest.raises(UserError, match="people rank 9 answers to a prompt at most, and there would be 10"):
+            collect(**settings)
+
+
 # ---- the stage
 
 
@@ -259,7 +269,16 @@ def test_collect_waits_is_interrupted_and_learns_from_ties(
     run = RunFolder(tmp_path / "runs" / "run")
     assert not run.comparisons.exists() and run.to_rank.exists()
 
-    asked = [json.loads(line)["id"] for line in run.to_rank.read_text().splitlines()]
+    waiting = run.to_rank.read_text()
+    asked = [json.loads(line)["id"] for line in waiting.splitlines()]
+    for key in ("id", "prompt"):  # the data has changed since
+        rows = [json.loads(line) for line in waiting.splitlines()]
+        rows[1][key] = "another"
+        run.to_rank.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        assert stage() == 2
+        error = capsys.readouterr().err
+        assert f"1 of 3 prompts, first '{rows[1]['id']}', are not in the data any more" in error, error
+    run.to_rank.write_text(waiting)
     judge(
         run.labels,
         Judgement(asked[0], "ann", (2, 1, 2), flags=("personal data",)),

@@ -130,6 +130,32 @@ def test_a_judge_in_another_run_with_the_same_answers(tmp_path: Path) -> None:
     assert both.alike is not None and both.alike.mean == pytest.approx(2 / 3) and both.pairs == 3
 
 
+def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    """As the first rounds of two runs are, and a run that is named twice is one."""
+    one = a_run(tmp_path / "people", "round-1", "people", {"p": (3.0, 2.0, 1.0)})
+    two = a_run(tmp_path / "judge", "round-1", "judge", {"p": (2.0, 3.0, 1.0)})
+    found = agreement_of([one.address, two.address, one.address])
+    assert [(each.one, each.other, each.pairs) for each in found if each.other != "longer answer"] == [
+        (f"{one.address}: people", f"{two.address}: judge", 3)
+    ]
+
+
+def test_the_held_out_pairs_of_another_round_are_of_other_answers(tmp_path: Path) -> None:
+    run = a_run(tmp_path, "round-2", "people", {"p": (3.0, 2.0, 1.0)})
+    pairs = [
+        {"id": "p", "better": 0, "worse": 1, "source": "round-2", "reward_model": 0.5},
+        # The same prompt, once more in this round: the answers of the first round are not in this folder.
+        {"id": "p", "better": 0, "worse": 1, "source": "round-1", "reward_model": -0.5},
+        {"id": "p", "better": 1, "worse": 2, "source": "round-1", "reward_model": -0.5},
+    ]
+    pq.write_table(pa.Table.from_pylist(pairs), run.heldout_pairs)
+    assert raters_of(run)["reward model"] == {("p", "a", "bb"): 1.0}
+    for pair in pairs:  # without rounds, records have no source
+        pair["source"] = ""
+    pq.write_table(pa.Table.from_pylist(pairs[:1]), run.heldout_pairs)
+    assert raters_of(run)["reward model"] == {("p", "a", "bb"): 1.0}
+
+
 def test_intervals_draw_prompts() -> None:
     """Prompts of three pairs each stand or fall together: the interval is that of as many single pairs."""
     one = {(str(i), "a", "b" * (j + 1)): 1.0 for i in range(40) for j in range(3)}

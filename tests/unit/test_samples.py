@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors.pools.remote import Call
+from actors.pools.remote import ActorFailure, Call
 from jobs.rollouts import RolloutClient
 from rayrlhf.config_file import parse_config
 from rayrlhf.data.prompts import EncodedPrompt
@@ -151,7 +151,7 @@ def client(run: RunFolder, model: Path, generators: Generators) -> RolloutClient
 
 
 def test_the_same_command_draws_what_is_missing(
-    run: RunFolder, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: RunFolder, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def samples(folder: RunFolder, generators: Generators, version: int) -> list[Trajectory]:
         own = client(folder, model, generators)
@@ -169,5 +169,18 @@ def test_the_same_command_draws_what_is_missing(
     assert "4 of 12 samples are there from an earlier start" in capsys.readouterr().out
     assert second.asked == undisturbed.asked[4:]
     assert [plain(t) for t in found] == [plain(t) for t in wanted]
+
+    class Failing(Generators):
+        def call(self, *args: Any, **options: Any) -> Any:
+            if self.asked:
+                raise ActorFailure("no generator is left")
+            return super().call(*args, **options)
+
+    with monkeypatch.context() as context, pytest.raises(ActorFailure):
+        context.setattr("jobs.rollouts.SLICE", 4)
+        samples(RunFolder(str(tmp_path / "failed")), Failing(None), 1)
+    again = Generators(None)
+    assert [plain(t) for t in samples(RunFolder(str(tmp_path / "failed")), again, 2)] == [plain(t) for t in wanted]
+    assert again.asked == undisturbed.asked[4:]
     third = Generators(None)  # the stage failed later, such as when its labeller does not answer
     assert [plain(t) for t in samples(run, third, 1)] == [plain(t) for t in wanted] and not third.asked

@@ -26,7 +26,7 @@ from rayrlhf.config_file import parse_config
 from rayrlhf.data.loading import load_source
 from rayrlhf.errors import UserError
 from rayrlhf.runs import conditional, lease
-from rayrlhf.runs.addresses import join, local_path, runs_address
+from rayrlhf.runs.addresses import folder_name, join, local_path, runs_address
 from rayrlhf.runs.conditional import ChangedError, ConditionalObject, Version
 from rayrlhf.runs.folder import RunFolder, open_or_create
 from rayrlhf.runs.lease import leased
@@ -94,6 +94,7 @@ def test_addresses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # What is inside a folder is inside its copy, and another endpoint's bucket of the same name is another bucket.
     assert local_path(join(uri, "sft")) == local_path(uri) / "sft"
     assert local_path(uri.replace("host:1", "host:2")) != local_path(uri)
+    assert [folder_name(join(each, "a.parquet")) for each in (uri, "/runs/one", "s3://b/one?x=/y")] == ["one"] * 3
     assert runs_address("s3://bucket/runs", inside_job=True) == "s3://bucket/runs"
     assert runs_address("file:///a/runs", inside_job=True) == "/a/runs"
     with pytest.raises(UserError, match="relative"):

@@ -22,6 +22,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.templating import Jinja2Templates
 
+from rayrlhf.errors import UserError
 from rayrlhf.labelling import exports
 from rayrlhf.labelling.assignment import Assigner, Assignment, shown_order
 from rayrlhf.labelling.database import LabelDatabase
@@ -76,11 +77,12 @@ def application(site: Site) -> Starlette:
     ]
     # Only the names by which the page is meant to be found: another site's name that leads here is a way round the
     # browser's rules (DNS rebinding).
-    hosts = ["localhost", "127.0.0.1", urlsplit(site.url).hostname or "localhost"]
+    own = urlsplit(site.url).hostname or "localhost"
+    hosts = ["localhost", "127.0.0.1", f"[{own}]" if ":" in own else own]  # IPv6 is in brackets in a header
     return Starlette(
         routes=routes,
         middleware=[Middleware(Guard), Middleware(TrustedHostMiddleware, allowed_hosts=hosts)],
-        exception_handlers={HTTPException: pages.refuse},
+        exception_handlers={HTTPException: pages.refuse, UserError: pages.fail},
     )
 
 
@@ -228,14 +230,17 @@ class Pages:
     def _changing(self, request: Request) -> str:
         """The labeller whose request it is, one that changes something and came from our own page."""
         name = self._name(request)
-        if not self.site.tokens.csrf_fits(name, request.headers.get("X-CSRF-Token", "")):
+        given = request.headers.get("X-CSRF-Token", "")
+        if not self.site.tokens.csrf_fits(name, self.database.identity, given):
             raise HTTPException(403, "the page is too old; load it again")
         return name
 
     # --- Rendering ---------------------------------------------------------------------------------------------------
 
     def _page(self, request: Request, template: str, name: str, **values: Any) -> Response:
-        values |= {"name": name, "role": self.database.labellers()[name], "csrf": self.site.tokens.csrf(name)}
+        labels = self.database.identity
+        csrf = self.site.tokens.csrf(name, labels)
+        values |= {"name": name, "role": self.database.labellers()[name], "labels": labels, "csrf": csrf}
         return self.templates.TemplateResponse(request, template, values)
 
     def refuse(self, request: Request, error: Exception) -> Response:
@@ -246,3 +251,8 @@ class Pages:
         return self.templates.TemplateResponse(
             request, "refused.html", {"detail": error.detail}, error.status_code, error.headers
         )
+
+    def fail(self, request: Request, error: Exception) -> Response:
+        """What a request gets that the database cannot serve now: the script tries again, and the terminal says why."""
+        print(f"label: {error}", flush=True)
+        return self.refuse(request, HTTPException(503, "what you say cannot be stored now; tell who runs this page"))

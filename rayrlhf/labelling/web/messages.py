@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from rayrlhf.config_labellers import MOST_ANSWERS
 from rayrlhf.labelling.assignment import Assigner, Assignment, shown_order
 from rayrlhf.labelling.dialogue import turns
 from rayrlhf.labelling.judgements import Item, Judgement, dense
@@ -30,8 +31,9 @@ REASONS = ("I cannot tell", "Too long", "I lack the knowledge", "The prompt is b
 """Why an item was skipped."""
 
 Value = TypeVar("Value")
-Place = Annotated[int, Field(ge=0, le=8)]
-"""Of an answer, as it was shown."""
+Rank = Annotated[int, Field(ge=1, le=MOST_ANSWERS)]
+Place = Annotated[int, Field(ge=0, lt=MOST_ANSWERS)]
+"""Where an answer is shown, from 0."""
 
 
 class Sent(BaseModel):
@@ -42,10 +44,10 @@ class Sent(BaseModel):
     key: Annotated[str, Field(min_length=16, max_length=64)]
     item: Annotated[str, Field(max_length=1000)]
     repeat: Literal[0, 1]
-    ranks: Annotated[list[Annotated[int, Field(ge=1, le=9)]], Field(min_length=2, max_length=9)] | None
+    ranks: Annotated[list[Rank], Field(min_length=2, max_length=MOST_ANSWERS)] | None
     skipped: Annotated[str, Field(max_length=200)] = ""
     flags: Annotated[list[tuple[str, Place | Literal["prompt"]]], Field(max_length=50)] = []
-    ratings: Annotated[list[Annotated[int, Field(ge=1, le=7)] | None], Field(max_length=9)] | None = None
+    ratings: Annotated[list[Annotated[int, Field(ge=1, le=7)] | None], Field(max_length=MOST_ANSWERS)] | None = None
     note: Annotated[str, Field(max_length=5000)] = ""
     seconds: Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
     compared: Annotated[list[tuple[Place, Literal[">", "<", "="], Place]], Field(max_length=36)] = []

@@ -6,22 +6,30 @@ links stay good over restarts and no token is stored. A new secret makes all lin
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import secrets
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import quote, unquote
 
 from starlette.datastructures import MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rayrlhf.errors import UserError
+from rayrlhf.files import make_private, replacing
 
 LARGEST_BODY = 64 * 1024
 """Bytes of a request: nine ranks and a note are far below."""
+BUCKETS = 10_000
+"""Kept at least: of so many keys, such as addresses of strangers, it is known how much they have asked."""
+SLOWEST_BODY_S = 30.0
+"""How long a request may take to arrive: anybody who reaches the page could hold connections open."""
 
 HEADERS = {
     # Nothing is fetched from anywhere else, nothing inline runs, and no other page may frame this one.
@@ -54,8 +62,9 @@ class Tokens:
         """
         try:
             if not path.exists():
-                path.touch(mode=0o600)
-                path.write_text(secrets.token_hex(32) + "\n", encoding="ascii")
+                with replacing(path) as temporary:
+                    make_private(temporary)
+                    temporary.write_text(secrets.token_hex(32) + "\n", encoding="ascii")
             secret = bytes.fromhex(path.read_text(encoding="ascii").strip())
         except (OSError, ValueError) as error:
             raise UserError(
@@ -66,20 +75,27 @@ class Tokens:
         return cls(secret)
 
     def of(self, name: str) -> str:
-        """The token of a labeller's link and cookie."""
-        return f"{name}~{self._sign('labeller', name)}"
+        """The token of a labeller's link and cookie: ASCII, as a header holds no other letters."""
+        return f"{quote(name)}~{self._sign('labeller', name)}"
 
     def name(self, token: str) -> str | None:
         """Whose token it is; None if nobody's."""
-        name = token.rpartition("~")[0]
-        return name if name and hmac.compare_digest(token.encode(), self.of(name).encode()) else None
+        given, _, signature = token.rpartition("~")
+        name = unquote(given)  # a path comes without its quotes already
+        fits = hmac.compare_digest(signature.encode(), self._sign("labeller", name).encode())
+        return name if name and fits else None
 
-    def csrf(self, name: str) -> str:
-        """What a page of this labeller sends with every change. Another site cannot read it."""
-        return self._sign("csrf", name)
+    def csrf(self, name: str, labels: str) -> str:
+        """What a page of this labeller sends with every change. Another site cannot read it.
 
-    def csrf_fits(self, name: str, given: str) -> bool:
-        return hmac.compare_digest(given.encode(), self.csrf(name).encode())
+        Args:
+            name: of the labeller.
+            labels: the identity of the database: a page that shows the answers of another one must change nothing.
+        """
+        return self._sign("csrf", name, labels)
+
+    def csrf_fits(self, name: str, labels: str, given: str) -> bool:
+        return hmac.compare_digest(given.encode(), self.csrf(name, labels).encode())
 
     def _sign(self, *parts: str) -> str:
         return hmac.new(self._secret, "\0".join(parts).encode(), hashlib.sha256).hexdigest()[:40]
@@ -93,22 +109,24 @@ class RateLimit:
     burst: float
     clock: Callable[[], float] = field(default=time.monotonic)
     _left: dict[str, tuple[float, float]] = field(default_factory=dict)
+    _turn: threading.Lock = field(default_factory=threading.Lock)
 
     def allows(self, key: str) -> bool:
-        """Take one request out of the bucket, if it holds one."""
-        now = self.clock()
-        if len(self._left) > 10_000:  # only full buckets go: they say what an unknown key says
-            self._left = {k: v for k, v in self._left.items() if self._filled(*v, now) < self.burst}
-        left = self._filled(*self._left.get(key, (self.burst, now)), now)
-        self._left[key] = (left - 1 if left >= 1 else left, now)
-        return left >= 1
+        """Take one request out of the bucket, if it holds one. Threads may share it."""
+        with self._turn:
+            now = self.clock()
+            if len(self._left) > BUCKETS:  # only full buckets go: they say what an unknown key says
+                self._left = {k: v for k, v in self._left.items() if self._filled(*v, now) < self.burst}
+            left = self._filled(*self._left.get(key, (self.burst, now)), now)
+            self._left[key] = (left - 1 if left >= 1 else left, now)
+            return left >= 1
 
     def _filled(self, left: float, since: float, now: float) -> float:
         return min(self.burst, left + (now - since) * self.rate)
 
 
 class Guard:
-    """Around the application: headers on every response, and no request larger than `LARGEST_BODY`."""
+    """Around the application: headers on every response, and no request that is too large or too slow."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -129,13 +147,17 @@ class Guard:
 
         # The whole body is read here, so that a length that the request only claims does not count.
         body, more = b"", scope["method"] not in ("GET", "HEAD")
-        while more:
-            message = await receive()
-            body += message.get("body", b"")
-            more = message.get("more_body", False) and len(body) <= LARGEST_BODY
+        try:
+            async with asyncio.timeout(SLOWEST_BODY_S):
+                while more:
+                    message = await receive()
+                    body += message.get("body", b"")
+                    more = message.get("more_body", False) and len(body) <= LARGEST_BODY
+        except TimeoutError:
+            await _refusal(408, f"a request may take {SLOWEST_BODY_S:g} s to arrive")(scope, receive, send_guarded)
+            return
         if len(body) > LARGEST_BODY:
-            too_large = JSONResponse({"error": f"a request may have {LARGEST_BODY} bytes"}, 413)
-            await too_large(scope, receive, send_guarded)
+            await _refusal(413, f"a request may have {LARGEST_BODY} bytes")(scope, receive, send_guarded)
             return
         given = False
 
@@ -147,3 +169,8 @@ class Guard:
             return {"type": "http.request", "body": body, "more_body": False}
 
         await self.app(scope, receive_body, send_guarded)
+
+
+def _refusal(status: int, words: str) -> JSONResponse:
+    # What has not been read would be taken for the next request.
+    return JSONResponse({"error": words}, status, {"Connection": "close"})

@@ -8,7 +8,7 @@ const rates = app.dataset.ratings === "1";
 const csrf = document.querySelector("meta[name=csrf]").content;
 const LETTERS = "ABCDEFGHI";
 const RATINGS = [1, 2, 3, 4, 5, 6, 7];
-const PENDING = `pending ${store}`; // a judgement that the server has not confirmed yet
+const PENDING = `pending ${store} `; // what the server has not confirmed yet, by time and key: two tabs have one each
 let state = null; // of the item on the page; see `show`
 let undone = []; // earlier values of `state.mine` and `state.focus`, for U
 let sending = false;
@@ -24,6 +24,9 @@ const element = (tag, className, text, attributes = {}) => {
 };
 const say = (text) => { $("said").textContent = text; };
 const banner = (text) => { $("banner").textContent = text; $("banner").hidden = !text; };
+const remember = (place, value) => {
+  try { localStorage.setItem(place, value); } catch { /* it is full, or forbidden: all is on the page, and goes to the server */ }
+};
 const typing = (target) => target.matches("textarea, input:not([type=checkbox])");
 
 // --- The server ----------------------------------------------------------------------------------------------------
@@ -62,8 +65,8 @@ async function load(query, push) {
   show(await insist(`/api/item${query}`, undefined, "Cannot load"), push);
 }
 
-async function send(body) {
-  localStorage.setItem(PENDING, JSON.stringify(body));
+async function send(body, place = `${PENDING}${Date.now()} ${body.key}`) {
+  remember(place, JSON.stringify(body));
   try {
     await insist("/api/judgement", body, "Not saved yet");
     localStorage.removeItem(draftName(body.item, body.repeat));
@@ -72,7 +75,7 @@ async function send(body) {
     banner(`Not saved: ${error.message}`);
     return false;
   } finally {
-    localStorage.removeItem(PENDING); // saved, or refused for good: the reason is on the page
+    localStorage.removeItem(place); // saved, or refused for good: the reason is on the page
   }
 }
 
@@ -182,8 +185,6 @@ function build() {
     return slot;
   }));
   $("slots").hidden = mode === "pairs";
-  $("choices").hidden = mode === "rank";
-  $("submit").hidden = mode === "pairs";
 }
 
 function digits(kind, index, values, title) {
@@ -225,7 +226,11 @@ function update() {
     slot.classList.toggle("tie", Number(slot.dataset.rank) > 0 && inside.length > 1);
   }
   $("prompt-flags").replaceChildren(...tags("prompt"));
-  $("submit").classList.toggle("ready", mine.ranks.every(Boolean));
+  const complete = mine.ranks.every(Boolean);
+  $("submit").classList.toggle("ready", complete);
+  // Two at a time, the last choice submits. Where that was refused, all answers are there, to be sent again.
+  $("submit").hidden = mode === "pairs" && !complete;
+  $("choices").hidden = mode === "rank" || complete;
 }
 
 const tags = (place) => state.mine.flags.filter(([, at]) => at === place).map(([flag]) => element("span", "tag warn", flagText(flag)));
@@ -239,7 +244,7 @@ function placeName(index) {
 
 // Kept in this browser until it is submitted, so that a reload loses nothing.
 function keep() {
-  localStorage.setItem(draftName(state.item.id, state.item.repeat), JSON.stringify(state.mine));
+  remember(draftName(state.item.id, state.item.repeat), JSON.stringify(state.mine));
 }
 
 function change(edit) {
@@ -325,7 +330,7 @@ function compared() {
 }
 
 function choose(choice) {
-  if (sending) return;
+  if (sending || state.mine.ranks.every(Boolean)) return;
   change(({ pairs, flags, ranks }) => {
     const [old, fresh] = compared();
     const middle = Math.floor((pairs.low + pairs.high) / 2);
@@ -374,7 +379,7 @@ $("undo").addEventListener("click", undo);
 $("submit").addEventListener("click", submit);
 $("skip-other").addEventListener("click", () => skip($("reason").value));
 $("view").addEventListener("click", () => {
-  localStorage.setItem("view", localStorage.getItem("view") === "text" ? "dialogue" : "text");
+  remember("view", localStorage.getItem("view") === "text" ? "dialogue" : "text");
   showPrompt();
 });
 $("add-note").addEventListener("click", () => { $("note-row").hidden = false; $("note").focus(); });
@@ -408,6 +413,7 @@ document.addEventListener("keydown", (event) => {
   else if (mode === "pairs" && key in choices) { used(); choose(choices[key]); }
   else if (rates && event.shiftKey && digit >= 1 && digit <= 7) { used(); rate(state.focus, digit); }
   else if (key === "arrowdown" || key === "arrowup") { used(); mark(pair[Math.min(pair.length - 1, Math.max(0, at + (key === "arrowdown" ? 1 : -1)))], true); }
+  else if (key === "enter" && !onButton && !$("submit").hidden) { used(); submit(); }
   else if (mode === "pairs") return;
   else if (digit !== null && !event.shiftKey) { used(); rank(state.focus, digit); }
   else if (key === "backspace" || key === "delete") { used(); rank(state.focus, 0); }
@@ -416,7 +422,7 @@ document.addEventListener("keydown", (event) => {
     const index = state.focus;
     rank(index, Math.min(pair.length, Math.max(1, state.mine.ranks[index] + (key === "arrowright" ? 1 : -1))));
     mark(index, true);
-  } else if (key === "enter" && !onButton) { used(); submit(); }
+  }
 });
 
 function inDialog(event, dialog) {
@@ -469,7 +475,9 @@ document.addEventListener("visibilitychange", () => {
 addEventListener("popstate", () => alone(() => load(location.search, false)));
 
 alone(async () => {
-  const pending = localStorage.getItem(PENDING);
-  if (pending) await send(JSON.parse(pending));
+  for (const place of Object.keys(localStorage).filter((each) => each.startsWith(PENDING)).sort()) {
+    const pending = localStorage.getItem(place); // another tab may have sent it meanwhile
+    if (pending) await send(JSON.parse(pending), place);
+  }
   await load(location.search, false);
 });
