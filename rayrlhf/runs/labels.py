@@ -43,16 +43,20 @@ def offer_labels(run: RunFolder, database: LabelDatabase) -> None:
 def share_labels(base: RunFolder, run: RunFolder) -> None:
     """Give a run that takes over what people ranked their judgements, too, unless it has some.
 
-    They are copied and not linked, as people may go on with either.
+    They are copied and not linked, as people may go on with either. Where they cannot be read, a line says so.
     """
     if run.labels.exists():
         return
-    with labels_to_read(base) as labels:
-        if labels is None:
-            return
-        with replacing(run.labels) as temporary:
-            labels.copy_to(temporary)
-            temporary.chmod(0o600)
+    try:
+        with labels_to_read(base) as labels:
+            if labels is None:
+                return
+            with replacing(run.labels) as temporary:
+                labels.copy_to(temporary)
+                temporary.chmod(0o600)
+    except UserError as error:  # the comparisons are enough to go on
+        print(f"what people said is not taken over: {error}", flush=True)
+        return
     with contextlib.closing(LabelDatabase(run.labels)) as own:
         copy_labels_out(run, own)
 

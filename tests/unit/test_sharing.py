@@ -299,3 +299,14 @@ def test_judgements_come_with_the_comparisons_that_they_made(
         assert second.labels.stat().st_mode & 0o077 == 0, "what people said is not for everybody"
         assert judge(second) == taken and judge(second, "bob") == [*taken, "bob"]
         assert judge(first) == ["ann"], "people may go on with either"
+
+
+def test_judgements_that_cannot_be_read_are_left_out_with_a_line(
+    posts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = opens(config(posts))
+    finish(first, "sft", "collect")
+    first.labels.write_text("no database")
+    second = opens(config(posts, "two", **{"from": str(first.path)}))
+    assert second.done("collect") and not second.labels.exists()
+    assert f"what people said is not taken over: {first.labels}: cannot be used" in capsys.readouterr().out
