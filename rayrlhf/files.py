@@ -7,6 +7,7 @@ import hashlib
 import os
 import shutil
 import stat
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,18 @@ from typing import Any
 CACHE = "RAYRLHF_CACHE"
 """Environment variable: where a node keeps copies and tokenised data.
 
-Default: rayrlhf in XDG_CACHE_HOME or ~/.cache."""
+Default: rayrlhf in XDG_CACHE_HOME or ~/.cache; without a home, a directory for temporary files."""
 _DIGEST_BYTES = 16
 
 
 def cache_directory() -> Path:
     """Where this node keeps what can be made again."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rayrlhf"
-    return Path(os.environ.get(CACHE) or default).absolute()
+    if given := os.environ.get(CACHE):
+        return Path(given).absolute()
+    try:
+        return (Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rayrlhf").absolute()
+    except RuntimeError:  # a user without a home, as there is in some containers
+        return Path(tempfile.gettempdir()) / f"rayrlhf-{os.getuid()}"
 
 
 @contextlib.contextmanager

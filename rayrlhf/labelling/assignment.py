@@ -30,7 +30,8 @@ class Assigner:
     """Lends items to labellers.
 
     While an item is lent, it counts as judged by that labeller, so two people are not given the last place of one.
-    A lease that has run out is given to the next; a judgement that comes in later still counts.
+    A lease that has run out is given to the next; a judgement that comes in later still counts. So has
+    one that ends later than any lent now: it was lent before the clock was set back.
     """
 
     database: LabelDatabase
@@ -84,7 +85,8 @@ class Assigner:
             SELECT id, priority,
                 (SELECT count(*) FROM current WHERE item = id AND repeat = 0) + (
                     SELECT count(*) FROM leases
-                    WHERE item = id AND repeat = 0 AND until > ?2 AND labeller != ?1 AND NOT EXISTS (
+                    WHERE item = id AND repeat = 0 AND until > ?2 AND until <= ?2 + ?4 AND labeller != ?1
+                    AND NOT EXISTS (
                         SELECT 1 FROM current
                         WHERE current.item = id AND current.labeller = leases.labeller AND current.repeat = 0
                     )
@@ -97,6 +99,7 @@ class Assigner:
             labeller,
             now,
             self.overlap,
+            self.lease_s,
         )
         return [row["id"] for row in rows]
 

@@ -10,6 +10,7 @@ import os
 import pickle
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import astuple
 from pathlib import Path
@@ -32,6 +33,7 @@ from rayrlhf.data.stored import Records, write_records
 from rayrlhf.data.template import fit_prompts
 from rayrlhf.data.tokens import encode_prompt, encode_response
 from rayrlhf.errors import UserError
+from rayrlhf.files import cache_directory
 
 ROOT = Path(__file__).parents[2]
 USED = "; from the cache of tokenised data"
@@ -361,6 +363,17 @@ def test_a_cache_that_may_only_be_read_is_used(
     monkeypatch.setattr("rayrlhf.data.cache.os.utime", refused)
     found = read(path, tokenizer)
     assert found.cached and whole(found.records) == before and len(list(directory.iterdir())) == 1
+
+
+def test_a_user_without_a_home_has_a_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container whose user is a number."""
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    assert cache_directory() == tmp_path / "cache"
+    monkeypatch.delenv("RAYRLHF_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_directory() == tmp_path / "rayrlhf"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_directory() == Path(tempfile.gettempdir()) / f"rayrlhf-{os.getuid()}"
 
 
 def test_a_full_disk_is_one_line_that_says_where(
