@@ -104,7 +104,9 @@ def cases(records: Sequence[Demonstration], answers: Mapping[str, Mapping[str, s
             "first sentence": first_sentence(record.text),
             **{model: texts[record.id] for model, texts in answers.items()},
         }
-        found.append(Case(record.text, good, reference, worse))
+        # The title stands in the prompt: a measure that looks there would know it.
+        post = record.text.replace(record.title or "", "", 1) if swap else record.text
+        found.append(Case(post, good, reference, worse))
     return found
 
 
