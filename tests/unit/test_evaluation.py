@@ -259,7 +259,7 @@ def test_files(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
     measures = ("reward", "gold", "rouge1", "rouge2", "rougeL", "content_words_in_post", "length", "eos_rate")
     columns = {f"{measure}_{source}" for measure in measures for source in ("sft", "policy")}
-    columns |= {"kl_policy", "content_words_in_post_reference", "reward_reference", "length_reference"}
+    columns |= {"kl_policy", "reward_reference", "length_reference"}
     assert set(rows[0]) == {"id", "post", "reference", "sft", "policy"} | columns
     third: dict[str, Any] = {"id": "c", "post": "post c", "reference": None, "sft": " something", "policy": " thing"}
     third |= {"reward_reference": None, "reward_sft": 2.0, "reward_policy": 1.0, "gold_sft": None, "gold_policy": None}

@@ -130,7 +130,7 @@ def test_prompts_with_a_response_have_a_reference(tokenizer: PreTrainedTokenizer
 def test_gold_leaves_out_what_has_no_reference() -> None:
     labeller = ReferenceLabeller(ReferenceLabellerConfig())
     assert labeller.measure(Prompt("a", "What?"), "a cold pot") is None
-    assert labeller.measure(Prompt("a", "What?", "a cold pot"), "a cold pot") == 1.0
+    assert labeller.measure(Prompt("a", "Where is a cold pot?", "a cold pot"), "a cold pot") == 1.0
     with pytest.raises(UserError, match="'a' has no reference"):
         labeller.rank(Prompt("a", "What?"), ["a", "b"])
 
