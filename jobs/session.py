@@ -23,6 +23,7 @@ from jobs.console import console
 from jobs.follow import following
 from jobs.rollouts import RolloutClient
 from jobs.stopping import asking_first
+from jobs.tracking import Tracking
 from rayrlhf.algorithms.registry import make_algorithm, read_plugin
 from rayrlhf.config import Config
 from rayrlhf.config_file import dump_config
@@ -45,6 +46,7 @@ from rayrlhf.runs.sharing import take_over
 from rayrlhf.runs.stages import stages_from, stages_to
 from rayrlhf.runs.starts import Starts, find_models
 from rayrlhf.runs.storage import local_copy
+from rayrlhf.tracking.registry import check_trackers
 
 KEPT_CHECKPOINTS = 2
 """Of SFT and the reward model: where one is damaged, the one before it is taken."""
@@ -75,6 +77,7 @@ class Session:
         """The learner's, which serve every training stage."""
         self.rollouts = RolloutClient(config, starts, self.tokenizer, local)
         self._connection = contextlib.ExitStack()
+        self._tracking = Tracking(config, run)
         self._started = False
         self.plugin = read_plugin(config.rl)
         """The file of an algorithm of the user's own."""
@@ -103,6 +106,7 @@ class Session:
             self.placement = preflight(self.config)
         for line in (*self._choices, *self._ends):
             console.print(line, soft_wrap=True, markup=False)
+        self._tracking.start()
         self.remarks = remarks(self.config)
         train = self.data.train
         if train.sft and not self.config.has("sft"):
@@ -158,6 +162,8 @@ class Session:
             self._connection.close()
             if ray.is_initialized():  # a connection that others go on using
                 self.rollouts.close()
+            if self._started:
+                self._tracking.close()
 
     def checkpoint_name(self, stage: str) -> str:
         """Where a stage's checkpoints go: marked by everything that decides its result, so that a run whose settings
@@ -240,6 +246,7 @@ def opened(config: Config, local: bool = False) -> Iterator[Session]:
             f"rounds: `rayrlhf run` does them; for one stage of a round take the config of that round, such as "
             f"{join(run.address, round_name(1), run.config.name)}, or set rounds=null"
         )
+    check_trackers(config.tracking)
     with run.lock(), contextlib.ExitStack() as connection:
         run.download_files()
         if has_rounds(run):

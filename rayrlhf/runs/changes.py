@@ -9,7 +9,7 @@ from typing import Any
 from rayrlhf.runs.contents import Contents, hashes
 from rayrlhf.runs.stages import stages_from
 
-_FREE_KEYS = {"name", "runs_dir", "from", "alarms", "resources"}
+_FREE_KEYS = {"name", "runs_dir", "from", "tracking", "alarms", "resources"}
 """Top-level keys that do not change results."""
 _SHOWN = 3
 """A sentence names so many changes, and counts the others."""

@@ -1,0 +1,234 @@
+"""The card of an exported model (README.md): what it is, what it was trained on, how good it is, how to load it.
+
+Paths of the machine that trained it stay out: of a directory or a file only its name is told.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+import rayrlhf
+from rayrlhf.config import Config
+from rayrlhf.config_data import Sources
+from rayrlhf.reports.compare import table
+from rayrlhf.reports.measures import DIFFERENCES, EVALUATED, SCORERS, SOURCES, interval_text
+from rayrlhf.runs.folder import RunFolder, stored_config
+from rayrlhf.runs.metrics import read_metrics
+from rayrlhf.runs.models import REWARD_MODEL
+from rayrlhf.runs.stages import STAGES, stages_of
+
+_STAGE_OF = {"sft": "sft", "dpo": "dpo", "policy": "rl", REWARD_MODEL: REWARD_MODEL}
+"""The stage that makes the model of each name."""
+_TOLD = ("gold", "reward", "rougeL", "length", "kl", "win_rate_vs_sft", "lc_win_rate_vs_sft", "repetition")
+"""Of an evaluation, what the card's front matter lists for search."""
+_VS_SFT = "policy_minus_sft"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What is exported."""
+
+    name: str
+    """Of the model: sft, dpo, policy or reward_model."""
+    title: str
+    """Of the card: the directory's name, or the repository's."""
+    license: str | None
+    adapters_of: str | None = None
+    """The model onto which adapters belong; None for a whole model."""
+
+
+def model_card(run: RunFolder, exported: Exported) -> str:
+    """The text of README.md, front matter included."""
+    config = stored_config(run)
+    evaluation = json.loads(run.read(run.evaluation) or b"{}")
+    accuracy = json.loads(run.read(run.reward_accuracy) or b"{}")
+    parts = [
+        f"# {exported.title}",
+        _what(config, exported),
+        "## How to load it",
+        _loading(config, exported),
+        "## Training",
+        _training(run, config, exported),
+        "## Evaluation",
+        _reward_accuracy(accuracy) if exported.name == REWARD_MODEL else _evaluation(evaluation, exported.name),
+        "## Limits",
+        _limits(exported),
+    ]
+    return f"---\n{_front_matter(config, exported, evaluation).to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"
+
+
+def public_name(place: str) -> str:
+    """A name on the hub or of the package as it is; of a path or a URI only its last part.
+
+    >>> public_name("/home/me/posts.jsonl"), public_name("org/model"), public_name("embedded:tldr")
+    ('posts.jsonl', 'org/model', 'embedded:tldr')
+    """
+    return place if _on_hub(place) or place.startswith("embedded:") else PurePath(place.partition("?")[0]).name
+
+
+def _on_hub(place: str) -> bool:
+    """Whether it is a name of two parts, as the hub has them, and no path that is here."""
+    named = re.fullmatch(r"[\w.-]+/[\w.-]+", place) is not None and not PurePath(place).suffix
+    return named and not Path(place).exists()
+
+
+def _front_matter(config: Config, exported: Exported, evaluation: Mapping[str, Any]) -> ModelCardData:
+    hub = [source.path for source in _sources(config) if _on_hub(source.path)]
+    base = exported.adapters_of or config.model.path
+    measured = evaluation.get(exported.name) or {}
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type="held-out",
+            dataset_name=_held_out(evaluation),
+            metric_type=name,
+            metric_name=EVALUATED[name],
+            metric_value=round(measured[name]["mean"], 4),
+        )
+        for name in _TOLD
+        if measured.get(name)
+    ]
+    return ModelCardData(
+        license=exported.license,
+        base_model=base if _on_hub(base) else None,
+        datasets=list(dict.fromkeys(hub)) or None,
+        library_name="peft" if exported.adapters_of else "transformers",
+        pipeline_tag="text-classification" if exported.name == REWARD_MODEL else "text-generation",
+        tags=["rayrlhf", "rlhf", *_methods(config, exported.name)],
+        model_name=exported.title if results else None,
+        eval_results=results or None,
+    )
+
+
+def _methods(config: Config, name: str) -> list[str]:
+    """The methods that made a model, as tags."""
+    return {
+        "sft": ["sft"],
+        "dpo": ["sft", config.dpo.loss],
+        "policy": ["sft", config.rl.algorithm],
+        REWARD_MODEL: ["reward-model"],
+    }[name]
+
+
+def _sources(config: Config) -> Sources:
+    data = config.data
+    return (*data.demonstrations, *(data.comparisons or ()), *(data.prompts or ()))
+
+
+def _what(config: Config, exported: Exported) -> str:
+    stage = STAGES[_STAGE_OF[exported.name]]
+    what = "The LoRA adapters" if exported.adapters_of else "The model"
+    if exported.name == REWARD_MODEL:
+        what = "The reward model"
+    return (
+        f"{what} of the stage `{stage.name}` ({stage.title.lower()}) of the run `{config.name}`, "
+        f"made with rayrlhf {rayrlhf.__version__} from `{public_name(config.model.path)}`."
+        + ("" if exported.license else "\nNo licence was given when it was exported.")
+    )
+
+
+def _loading(config: Config, exported: Exported) -> str:
+    title, longest = exported.title, config.data.max_response_tokens
+    if exported.adapters_of:
+        base = public_name(exported.adapters_of)
+        where = "" if _on_hub(exported.adapters_of) else f"`{base}` is the model on which the stage began.\n\n"
+        return f"""{where}```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{title}")
+tokenizer = AutoTokenizer.from_pretrained("{title}")
+```"""
+    if exported.name == REWARD_MODEL:
+        return f"""```python
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+model = AutoModelForSequenceClassification.from_pretrained("{title}")
+tokenizer = AutoTokenizer.from_pretrained("{title}")
+ids = tokenizer("a prompt and its answer", return_tensors="pt")["input_ids"]
+with torch.no_grad():
+    score = model(ids).logits[0, 0].item() + getattr(model.config, "reward_bias", 0.0)
+```
+
+`reward_bias` moves the mean score of references to 0; a plain loader leaves it out."""
+    return f"""```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{title}")
+tokenizer = AutoTokenizer.from_pretrained("{title}")
+ids = tokenizer("a prompt", return_tensors="pt")["input_ids"]
+answer = model.generate(ids, do_sample=True, temperature={config.rl.temperature:g}, max_new_tokens={longest})
+print(tokenizer.decode(answer[0, ids.shape[1]:], skip_special_tokens=True))
+```"""
+
+
+def _training(run: RunFolder, config: Config, exported: Exported) -> str:
+    data = [f"- Data: {', '.join(f'`{public_name(source.path)}`' for source in _sources(config))}."]
+    data.append(
+        f"- Prompts of at most {config.data.max_prompt_tokens} tokens, "
+        f"responses of at most {config.data.max_response_tokens}."
+    )
+    steps: dict[str, int] = {}
+    for line in read_metrics(run.address):
+        steps[line["stage"]] = max(steps.get(line["stage"], 0), line["step"])
+    own = _STAGE_OF[exported.name]
+    earlier = list(STAGES)[: list(STAGES).index(own) + 1]
+    rows = [["stage", "steps", "learning rate"]]
+    for stage in stages_of(config):
+        if stage.trains and stage.name in earlier:
+            section: Any = getattr(config, stage.name)
+            rows.append([stage.title, str(steps.get(stage.name, "–")), f"{section.optimizer.lr:g}"])
+    lora = f"- LoRA of rank {config.model.lora.rank}.\n" if config.model.lora else ""
+    return "\n".join(data) + f"\n- Seed {config.seed}.\n{lora}\n{table(rows)}"
+
+
+def _held_out(evaluation: Mapping[str, Any]) -> str:
+    asked, _, split = evaluation.get("metadata", {}).get("data", "held-out records").partition(", ")
+    return ", ".join(filter(None, (public_name(asked), split)))
+
+
+def _evaluation(evaluation: Mapping[str, Any], name: str) -> str:
+    if not evaluation:
+        return "The run was not evaluated."
+    shown = [source for source in SOURCES if source in evaluation]
+    rows = [["measure", *(SOURCES[source].in_full for source in shown)]]
+    for measure, words in EVALUATED.items():
+        cells = [interval_text(evaluation[source].get(measure)) for source in shown]
+        if set(cells) != {"–"}:
+            rows.append([words, *cells])
+    prompts = evaluation["metadata"]["prompts"]
+    parts = [f"{prompts} prompts ({_held_out(evaluation)}); means with 95 % intervals over prompts.", table(rows)]
+    differences = evaluation.get("differences", {}).get(_VS_SFT) or {}
+    paired = [[EVALUATED[m], interval_text(differences[m])] for m in EVALUATED if differences.get(m)]
+    if paired and name == "policy":
+        parts.append(table([["measure", DIFFERENCES[_VS_SFT]], *paired]))
+    return "\n\n".join(parts)
+
+
+def _reward_accuracy(accuracy: Mapping[str, Any]) -> str:
+    if not accuracy:
+        return "Its accuracy on held-out pairs was not measured."
+    rows = [["orders pairs by", "accuracy"]]
+    rows += [[SCORERS[name], interval_text(value)] for name, value in accuracy["accuracy"].items() if name in SCORERS]
+    return f"{accuracy['pairs']} held-out pairs of {accuracy['prompts']} prompts, with 95 % intervals.\n\n{table(rows)}"
+
+
+def _limits(exported: Exported) -> str:
+    if exported.name == REWARD_MODEL:
+        return (
+            "A score orders answers to one prompt, as the rankings did that it learnt from; it measures no truth.\n"
+            "A policy that is trained against it for long finds answers that it likes and people do not."
+        )
+    return (
+        "It has what its base and its data have, and their faults.\n"
+        "It was measured as above and in no other way: it was not tested for safety, for truth, or on other tasks.\n"
+        "A reward is a stand-in for what people want, and training against one may have overdone it."
+    )
