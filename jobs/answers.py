@@ -21,6 +21,8 @@ from rayrlhf.runs.models import reward_model_of
 from rayrlhf.runs.storage import local_copy
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from rayrlhf.data.records import Message
 
 
@@ -75,11 +77,14 @@ class Answering:
         """Rows of samples.parquet: prompts that no model was trained on, with a person's answer."""
         self.typist = Typist(
             self.tokenizer,
-            template or template_of(self.tokenizer, [row["post"] for row in self.examples]),
+            template or template_of_run(run, self.tokenizer),
             context - self.draw.max_tokens,
             config.data.system_prompt if system is None else system,
         )
-        self.models = {name: AnsweringModel(name, local_copy(path), self.tokenizer) for name, path in models.items()}
+        revision = config.model.revision  # of a base on the hub; directories have none
+        self.models = {
+            name: AnsweringModel(name, local_copy(path), self.tokenizer, revision) for name, path in models.items()
+        }
         self._reward = None
         if reward is not None:
             self._reward = Forward(
@@ -105,6 +110,13 @@ class Answering:
             return {}
         rows = [Row.completion(answer.prompt_ids, answer.ids) for answer in written.values()]
         return dict(zip(written, self._reward.row_scores(rows), strict=True))
+
+
+def template_of_run(run: RunFolder, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The template of the run's own prompts, see `rayrlhf.data.typed.template_of`."""
+    system = stored_config(run).data.system_prompt
+    posts = [row["post"].removeprefix(f"{system}\n\n") for row in examples_of(run)]
+    return template_of(tokenizer, posts)
 
 
 def examples_of(run: RunFolder) -> list[dict[str, Any]]:

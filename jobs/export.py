@@ -15,7 +15,7 @@ from rayrlhf.errors import UserError, one_line
 from rayrlhf.files import replacing
 from rayrlhf.models.files import stored_names
 from rayrlhf.models.saving import ADAPTERS
-from rayrlhf.reports.card import Exported, model_card, public_name
+from rayrlhf.reports.card import Exported, Place, model_card, place_of
 from rayrlhf.runs.models import BASE, model_of, open_run
 from rayrlhf.runs.storage import local_copy
 
@@ -45,12 +45,14 @@ def export(
     if model == BASE:
         raise UserError(f"export: {BASE} is the model that the run began with, and is there already")
     source = Path(local_copy(model_of(run, model)))
+    if not source.is_dir():
+        raise UserError(f"export: {model} is {source} of the hub, which this run has not trained")
     stored_names(source, str(source))  # that it is whole
     base = _adapters_base(source, model) if adapters else None
     title = push or directory.resolve().name
     card = model_card(run, Exported(model, title, license, base))
     with replacing(directory, directory=True) as partial:
-        copied = copy_adapters(source, partial, public_name(base)) if base else copy_model(source, partial)
+        copied = copy_adapters(source, partial, base.name) if base else copy_model(source, partial)
         (partial / "README.md").write_text(card, encoding="utf-8")
     size = sum(file.stat().st_size for file in directory.iterdir()) / 2**20
     console.print(f"export: {model} of {run.name} in {directory}: {copied} files and README.md, {size:.1f} MiB")
@@ -131,7 +133,7 @@ def _check_target(directory: Path) -> None:
         raise UserError(f"export: {directory} is there already and not empty; give a new directory")
 
 
-def _adapters_base(source: Path, model: str) -> str:
+def _adapters_base(source: Path, model: str) -> Place:
     """The model onto which the adapters belong.
 
     Raises:
@@ -140,4 +142,5 @@ def _adapters_base(source: Path, model: str) -> str:
     settings = source / ADAPTERS / ADAPTER_CONFIG
     if not settings.is_file():
         raise UserError(f"export: {model} has no adapters, since model.lora is not set; leave out --adapters")
-    return str(json.loads(settings.read_text(encoding="utf-8"))["base_model_name_or_path"])
+    base = str(json.loads(settings.read_text(encoding="utf-8"))["base_model_name_or_path"])
+    return place_of(base, Path(base).is_absolute())

@@ -14,18 +14,19 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import httpx
 import torch
 import uvicorn
 
 from actors.rollouts.engine import environment_variables
-from jobs.answers import examples_of
+from jobs.answers import template_of_run
 from jobs.console import console
 from jobs.label import LOOPBACK, listen
 from jobs.router import router
 from rayrlhf.config_resources import GeneratorConfig
-from rayrlhf.data.typed import chat_template_of, template_of
+from rayrlhf.data.typed import chat_template_of
 from rayrlhf.errors import UserError
 from rayrlhf.models.loading import context_length, load_tokenizer
 from rayrlhf.runs.folder import RunFolder, stored_config
@@ -65,9 +66,8 @@ def serve(
         started(run, models, Path(directory), max_model_len) as servers,
     ):
         app = router({server.name: server.socket for server in servers}, token)
-        server = uvicorn.Server(
-            uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=5)
-        )
+        quiet: dict[str, Any] = {"log_level": "warning", "access_log": False, "server_header": False}
+        server = uvicorn.Server(uvicorn.Config(app, ws="none", timeout_graceful_shutdown=5, **quiet))
         threading.Thread(target=_watch, args=(servers, server), daemon=True).start()
         _tell(host, listening.getsockname()[1], list(models), token, origin)
         with contextlib.suppress(KeyboardInterrupt):
@@ -193,9 +193,10 @@ def vllm_command(
         "max-model-len": str(max_model_len or min(wanted, context_length(path))),
         "max-num-seqs": str(config.resources.generators.max_num_seqs),
     }
+    if revision is not None and not Path(path).is_dir():
+        options["revision"] = revision
     tokenizer = load_tokenizer(path, revision)
-    kind = template_of(tokenizer, [row["post"] for row in examples_of(run)])
-    if (template := chat_template_of(tokenizer, kind)) is not None:
+    if (template := chat_template_of(tokenizer, template_of_run(run, tokenizer))) is not None:
         (directory / "chat.jinja").write_text(template, encoding="utf-8")
         options["chat-template"] = str(directory / "chat.jinja")
     if torch.cuda.is_available():

@@ -106,7 +106,7 @@ class Session:
             self.placement = preflight(self.config)
         for line in (*self._choices, *self._ends):
             console.print(line, soft_wrap=True, markup=False)
-        self._tracking.start()
+        self._connection.enter_context(self._tracking)
         self.remarks = remarks(self.config)
         train = self.data.train
         if train.sft and not self.config.has("sft"):
@@ -155,15 +155,13 @@ class Session:
             self.rollouts.close()
 
     def close(self) -> None:
-        """End the actors, and the Ray connection if it is this session's own."""
+        """End the actors and the trackers, and the Ray connection if it is this session's own."""
         try:
             self.workers.close()
         finally:  # also at a second Ctrl-C
             self._connection.close()
             if ray.is_initialized():  # a connection that others go on using
                 self.rollouts.close()
-            if self._started:
-                self._tracking.close()
 
     def checkpoint_name(self, stage: str) -> str:
         """Where a stage's checkpoints go: marked by everything that decides its result, so that a run whose settings

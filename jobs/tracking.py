@@ -18,7 +18,7 @@ import logging
 import threading
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Self
 
 import pyarrow.parquet as pq
 
@@ -53,7 +53,7 @@ class _State:
 
 
 class Tracking:
-    """The trackers of one run during one session."""
+    """The trackers of one run during one session, as a context: it begins with `start` and ends with `close`."""
 
     def __init__(self, config: Config, run: RunFolder) -> None:
         self._run = run
@@ -81,6 +81,13 @@ class Tracking:
             if self._thread.is_alive():
                 warn(console, f"tracking: {', '.join(self._open)} took more than {_END_S:.0f} s; the rest is handed "
                      "over by the next command on this run")  # fmt: skip
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def _follow(self) -> None:
         for name in self._states:

@@ -120,12 +120,10 @@ class Answer:
 class AnsweringModel:
     """A language model with its tokenizer."""
 
-    def __init__(
-        self, name: str, path: str, tokenizer: PreTrainedTokenizerBase, device: torch.device | str = "cpu"
-    ) -> None:
+    def __init__(self, name: str, path: str, tokenizer: PreTrainedTokenizerBase, revision: str | None = None) -> None:
         """Load the model in a directory, or of a name on the hub; see `load_policy` for errors."""
         self.name, self.tokenizer = name, tokenizer
-        self.model: Any = load_policy(path, device=device).requires_grad_(False)
+        self.model: Any = load_policy(path, revision).requires_grad_(False)
 
     def answer(self, prompt_ids: Sequence[int], draw: Draw) -> Answer:
         """Begin a response; prompt and response have to fit the model's context."""

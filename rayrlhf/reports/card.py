@@ -10,16 +10,15 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, NamedTuple
 
 from huggingface_hub import EvalResult, ModelCardData
 
 import rayrlhf
 from rayrlhf.config import Config
-from rayrlhf.config_data import Sources
 from rayrlhf.reports.compare import table
 from rayrlhf.reports.measures import DIFFERENCES, EVALUATED, SCORERS, SOURCES, interval_text
-from rayrlhf.runs.folder import RunFolder, stored_config
+from rayrlhf.runs.folder import RunFolder, stored_config, stored_contents
 from rayrlhf.runs.metrics import read_metrics
 from rayrlhf.runs.models import REWARD_MODEL
 from rayrlhf.runs.stages import STAGES, stages_of
@@ -31,6 +30,13 @@ _TOLD = ("gold", "reward", "rougeL", "length", "kl", "win_rate_vs_sft", "lc_win_
 _VS_SFT = "policy_minus_sft"
 
 
+class Place(NamedTuple):
+    """A model or a source of data, as a card may name it."""
+
+    name: str
+    on_hub: bool
+
+
 @dataclass(frozen=True)
 class Exported:
     """What is exported."""
@@ -40,7 +46,7 @@ class Exported:
     title: str
     """Of the card: the directory's name, or the repository's."""
     license: str | None
-    adapters_of: str | None = None
+    adapters_of: Place | None = None
     """The model onto which adapters belong; None for a whole model."""
 
 
@@ -49,40 +55,58 @@ def model_card(run: RunFolder, exported: Exported) -> str:
     config = stored_config(run)
     evaluation = json.loads(run.read(run.evaluation) or b"{}")
     accuracy = json.loads(run.read(run.reward_accuracy) or b"{}")
+    measured = _evaluation(evaluation, _source(config, exported))
+    if exported.name == REWARD_MODEL:
+        measured = _reward_accuracy(accuracy)
     parts = [
         f"# {exported.title}",
-        _what(config, exported),
+        _what(run, config, exported),
         "## How to load it",
         _loading(config, exported),
         "## Training",
         _training(run, config, exported),
         "## Evaluation",
-        _reward_accuracy(accuracy) if exported.name == REWARD_MODEL else _evaluation(evaluation, exported.name),
+        measured,
         "## Limits",
         _limits(exported),
     ]
-    return f"---\n{_front_matter(config, exported, evaluation).to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"
+    return f"---\n{_front_matter(run, config, exported, evaluation).to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"
 
 
-def public_name(place: str) -> str:
-    """A name on the hub or of the package as it is; of a path or a URI only its last part.
+def place_of(given: str, here: bool = False) -> Place:
+    """How to name what a config names: on the hub or of the package as it is; of a path or a URI only the last part.
 
-    >>> public_name("/home/me/posts.jsonl"), public_name("org/model"), public_name("embedded:tldr")
+    Args:
+        given: the config's value.
+        here: whether it is known to be a path.
+
+    >>> place_of("/home/me/posts.jsonl").name, place_of("org/model").name, place_of("embedded:tldr").name
     ('posts.jsonl', 'org/model', 'embedded:tldr')
     """
-    return place if _on_hub(place) or place.startswith("embedded:") else PurePath(place.partition("?")[0]).name
+    two_parts = re.fullmatch(r"[\w.-]+/[\w.-]+", given) is not None and not PurePath(given).suffix
+    on_hub = two_parts and not here and not Path(given).exists()
+    whole = on_hub or given.startswith("embedded:")
+    return Place(given if whole else PurePath(given.partition("?")[0]).name, on_hub)
 
 
-def _on_hub(place: str) -> bool:
-    """Whether it is a name of two parts, as the hub has them, and no path that is here."""
-    named = re.fullmatch(r"[\w.-]+/[\w.-]+", place) is not None and not PurePath(place).suffix
-    return named and not Path(place).exists()
+def _base(run: RunFolder, config: Config) -> Place:
+    return place_of(config.model.path, "model.path" in stored_contents(run))
 
 
-def _front_matter(config: Config, exported: Exported, evaluation: Mapping[str, Any]) -> ModelCardData:
-    hub = [source.path for source in _sources(config) if _on_hub(source.path)]
-    base = exported.adapters_of or config.model.path
-    measured = evaluation.get(exported.name) or {}
+def _sources(run: RunFolder, config: Config) -> list[Place]:
+    """Where the run's data come from, each once."""
+    known, found = stored_contents(run), []
+    for kind in ("demonstrations", "comparisons", "prompts"):
+        sources = getattr(config.data, kind) or ()
+        for number, source in enumerate(sources):
+            key = f"data.{kind}.path" if len(sources) == 1 else f"data.{kind}[{number}].path"
+            found.append(place_of(source.path, key in known))
+    return list(dict.fromkeys(found))
+
+
+def _front_matter(run: RunFolder, config: Config, exported: Exported, evaluation: Mapping[str, Any]) -> ModelCardData:
+    base = exported.adapters_of or _base(run, config)
+    measured = evaluation.get(_source(config, exported)) or {}
     results = [
         EvalResult(
             task_type="text-generation",
@@ -97,8 +121,8 @@ def _front_matter(config: Config, exported: Exported, evaluation: Mapping[str, A
     ]
     return ModelCardData(
         license=exported.license,
-        base_model=base if _on_hub(base) else None,
-        datasets=list(dict.fromkeys(hub)) or None,
+        base_model=base.name if base.on_hub else None,
+        datasets=[source.name for source in _sources(run, config) if source.on_hub] or None,
         library_name="peft" if exported.adapters_of else "transformers",
         pipeline_tag="text-classification" if exported.name == REWARD_MODEL else "text-generation",
         tags=["rayrlhf", "rlhf", *_methods(config, exported.name)],
@@ -112,24 +136,24 @@ def _methods(config: Config, name: str) -> list[str]:
     return {
         "sft": ["sft"],
         "dpo": ["sft", config.dpo.loss],
-        "policy": ["sft", config.rl.algorithm],
+        "policy": ["sft", *([config.dpo.loss] if config.has("dpo") else []), config.rl.algorithm],
         REWARD_MODEL: ["reward-model"],
     }[name]
 
 
-def _sources(config: Config) -> Sources:
-    data = config.data
-    return (*data.demonstrations, *(data.comparisons or ()), *(data.prompts or ()))
+def _source(config: Config, exported: Exported) -> str:
+    """What evaluation.json calls the model: the last one that a run trains is its policy."""
+    return "policy" if exported.name == "dpo" and not config.has("rl") else exported.name
 
 
-def _what(config: Config, exported: Exported) -> str:
+def _what(run: RunFolder, config: Config, exported: Exported) -> str:
     stage = STAGES[_STAGE_OF[exported.name]]
     what = "The LoRA adapters" if exported.adapters_of else "The model"
     if exported.name == REWARD_MODEL:
         what = "The reward model"
     return (
         f"{what} of the stage `{stage.name}` ({stage.title.lower()}) of the run `{config.name}`, "
-        f"made with rayrlhf {rayrlhf.__version__} from `{public_name(config.model.path)}`."
+        f"made with rayrlhf {rayrlhf.__version__} from `{_base(run, config).name}`."
         + ("" if exported.license else "\nNo licence was given when it was exported.")
     )
 
@@ -137,8 +161,8 @@ def _what(config: Config, exported: Exported) -> str:
 def _loading(config: Config, exported: Exported) -> str:
     title, longest = exported.title, config.data.max_response_tokens
     if exported.adapters_of:
-        base = public_name(exported.adapters_of)
-        where = "" if _on_hub(exported.adapters_of) else f"`{base}` is the model on which the stage began.\n\n"
+        base = exported.adapters_of.name
+        where = "" if exported.adapters_of.on_hub else f"`{base}` is the model on which the stage began.\n\n"
         return f"""{where}```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -171,7 +195,7 @@ print(tokenizer.decode(answer[0, ids.shape[1]:], skip_special_tokens=True))
 
 
 def _training(run: RunFolder, config: Config, exported: Exported) -> str:
-    data = [f"- Data: {', '.join(f'`{public_name(source.path)}`' for source in _sources(config))}."]
+    data = [f"- Data: {', '.join(f'`{source.name}`' for source in _sources(run, config))}."]
     data.append(
         f"- Prompts of at most {config.data.max_prompt_tokens} tokens, "
         f"responses of at most {config.data.max_response_tokens}."
@@ -192,23 +216,23 @@ def _training(run: RunFolder, config: Config, exported: Exported) -> str:
 
 def _held_out(evaluation: Mapping[str, Any]) -> str:
     asked, _, split = evaluation.get("metadata", {}).get("data", "held-out records").partition(", ")
-    return ", ".join(filter(None, (public_name(asked), split)))
+    return ", ".join(filter(None, (place_of(asked).name, split)))
 
 
-def _evaluation(evaluation: Mapping[str, Any], name: str) -> str:
+def _evaluation(evaluation: Mapping[str, Any], source: str) -> str:
     if not evaluation:
         return "The run was not evaluated."
-    shown = [source for source in SOURCES if source in evaluation]
-    rows = [["measure", *(SOURCES[source].in_full for source in shown)]]
+    shown = [each for each in SOURCES if each in evaluation]
+    rows = [["measure", *(SOURCES[each].in_full for each in shown)]]
     for measure, words in EVALUATED.items():
-        cells = [interval_text(evaluation[source].get(measure)) for source in shown]
+        cells = [interval_text(evaluation[each].get(measure)) for each in shown]
         if set(cells) != {"–"}:
             rows.append([words, *cells])
     prompts = evaluation["metadata"]["prompts"]
     parts = [f"{prompts} prompts ({_held_out(evaluation)}); means with 95 % intervals over prompts.", table(rows)]
     differences = evaluation.get("differences", {}).get(_VS_SFT) or {}
     paired = [[EVALUATED[m], interval_text(differences[m])] for m in EVALUATED if differences.get(m)]
-    if paired and name == "policy":
+    if paired and source == "policy":
         parts.append(table([["measure", DIFFERENCES[_VS_SFT]], *paired]))
     return "\n\n".join(parts)
 

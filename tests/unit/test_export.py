@@ -18,7 +18,7 @@ from jobs.cli import app
 from jobs.export import export
 from rayrlhf.errors import UserError
 from rayrlhf.models.loading import load_policy, load_reward_model
-from rayrlhf.reports.card import public_name
+from rayrlhf.reports.card import place_of
 from rayrlhf.runs.folder import RunFolder
 from tests.finished import finished_run
 from tests.hub import hub
@@ -157,7 +157,8 @@ def test_paths_of_this_machine_stay_out_of_cards(tmp_path: Path, monkeypatch: py
         ("/home/me/posts.jsonl", "posts.jsonl"), ("s3://bucket/a/b?region=eu", "b"), ("org/model", "org/model"),
         ("runs/one", "one"), ("embedded:tldr", "embedded:tldr"), ("data/posts.csv", "posts.csv"),
     ):  # fmt: skip
-        assert public_name(place) == name
+        assert place_of(place) == (name, place == "org/model")
+    assert place_of("org/model", here=True) == ("model", False)
 
 
 def test_a_push_is_one_commit_of_all_files(run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
