@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hmac
 import json
+import os
+import secrets
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -20,6 +22,11 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from rayrlhf.errors import UserError
+
+TOKEN = "RAYRLHF_TOKEN"
+"""Environment variable with the token that requests have to bring."""
+_SHORTEST_TOKEN = 16
 LONGEST_BODY = 32 * 2**20
 """Bytes of a request; a longer one is refused before it is read."""
 _HOP = {"content-length", "transfer-encoding", "connection", "date", "server"}
@@ -102,3 +109,23 @@ def router(sockets: Mapping[str, Path], token: str, timeout_s: float = 600.0) ->
     routes = [Route("/health", health), Route("/v1/models", models)]
     routes += [Route(f"/v1/{path}", forward, methods=["POST"]) for path in ("completions", "chat/completions")]
     return Starlette(routes=routes, lifespan=lifespan, middleware=[Middleware(Bearer, token=token)])
+
+
+def read_token(file: Path | None) -> tuple[str, str]:
+    """The token, and where it comes from: the file, the variable `RAYRLHF_TOKEN`, or chance.
+
+    Raises:
+        UserError: the file cannot be read, or the token is short or has white space in it.
+    """
+    if file is not None:
+        try:
+            token, origin = file.read_text(encoding="utf-8").strip(), str(file)
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"serve: --token-file {file} cannot be read ({error})") from None
+    elif given := os.environ.get(TOKEN):
+        token, origin = given.strip(), TOKEN
+    else:
+        return secrets.token_urlsafe(24), ""
+    if len(token) < _SHORTEST_TOKEN or not token.isascii() or not token.isprintable() or " " in token:
+        raise UserError(f"serve: the token of {origin} must be {_SHORTEST_TOKEN} or more ASCII letters without space")
+    return token, origin

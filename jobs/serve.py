@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import secrets
 import signal
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from actors.rollouts.engine import environment_variables
 from jobs.answers import template_of_run
 from jobs.console import console
 from jobs.label import LOOPBACK, listen
-from jobs.router import router
+from jobs.router import read_token, router
 from rayrlhf.config_resources import GeneratorConfig
 from rayrlhf.data.typed import chat_template_of
 from rayrlhf.errors import UserError
@@ -33,13 +32,10 @@ from rayrlhf.runs.folder import RunFolder, stored_config
 from rayrlhf.runs.models import chosen, open_run
 from rayrlhf.runs.storage import local_copy
 
-TOKEN = "RAYRLHF_TOKEN"
-"""Environment variable with the token that requests have to bring."""
 USUAL_LENGTH = 1024
 """Tokens of prompt and answer, unless the run's are longer."""
 _POLL_S, _END_S = 0.2, 15.0
 _KV_CACHE_GIB = "1"
-_SHORTEST_TOKEN = 16
 _PR_SET_PDEATHSIG = 1
 
 
@@ -76,26 +72,6 @@ def serve(
             if each.process.poll() is not None:
                 raise ChildProcessError(f"the server of {each.name} ended by itself: {each.last_words()}")
     console.print("serve: closed")
-
-
-def read_token(file: Path | None) -> tuple[str, str]:
-    """The token, and where it comes from: the file, the variable `RAYRLHF_TOKEN`, or chance.
-
-    Raises:
-        UserError: the file cannot be read, or the token is short or has white space in it.
-    """
-    if file is not None:
-        try:
-            token, origin = file.read_text(encoding="utf-8").strip(), str(file)
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"serve: --token-file {file} cannot be read ({error})") from None
-    elif given := os.environ.get(TOKEN):
-        token, origin = given.strip(), TOKEN
-    else:
-        return secrets.token_urlsafe(24), ""
-    if len(token) < _SHORTEST_TOKEN or not token.isascii() or not token.isprintable() or " " in token:
-        raise UserError(f"serve: the token of {origin} must be {_SHORTEST_TOKEN} or more ASCII letters without space")
-    return token, origin
 
 
 class ModelServer:

@@ -19,8 +19,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from jobs.router import LONGEST_BODY, router
-from jobs.serve import read_token
+from jobs.router import LONGEST_BODY, read_token, router
 from rayrlhf.errors import UserError
 
 TOKEN = "a-token-of-the-test"

@@ -9,13 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pexpect
 import pytest
 import torch
 from rich.console import Console
+from typer.testing import CliRunner
 
+import jobs.chat
 import rayrlhf
 from jobs.answers import Answering
 from jobs.chat import Dialogue, columns, lines
+from jobs.cli import app
 from rayrlhf.data.rows import Row
 from rayrlhf.data.tokens import decode_response, encode_prompt
 from rayrlhf.errors import UserError
@@ -163,16 +167,51 @@ def test_answers_stand_side_by_side_in_a_terminal() -> None:
     assert "policy  reward 0.123" in text
 
 
+def test_ctrl_c_stops_the_answer_and_not_the_dialogue(dialogue: Dialogue, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes with the first piece of text (test_answering has it come in the middle of what models write)."""
+    plain = jobs.chat.read_together
+
+    def interrupted(answers: Any, show: Any) -> None:
+        def first(name: str, piece: str) -> None:
+            show(name, "so far")
+            raise KeyboardInterrupt
+
+        plain(answers, first)
+
+    monkeypatch.setattr(jobs.chat, "read_together", interrupted)
+    assert dialogue.take("/example 1")
+    shown = said(dialogue)
+    assert ": so far\n" in shown and "stopped\n" in shown
+    monkeypatch.undo()
+    assert dialogue.take("/example 1") and said(dialogue).count("stopped") == 1
+
+
 def test_the_command_reads_a_pipe(run: RunFolder) -> None:
-    typed = "/temp 0\nHe ate it.\n/quit\nnever\n"
-    done = subprocess.run(
-        [sys.executable, "-m", "jobs.cli", "chat", str(run.path), "--models", "policy", "--max-tokens", "4"],
-        input=typed, capture_output=True, text=True, cwd=Path(__file__).parents[2],
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    arguments = ["chat", str(run.path), "--models", "policy", "--max-tokens", "4", "--temperature", "0"]
+    done = CliRunner().invoke(app, arguments, input="He ate it.\n/quit\nnever\n")
+    assert done.exit_code == 0, done.output
     first, *answers = done.stdout.splitlines()
     assert first.startswith("one: policy. What is typed is a post to be summed up")
     assert len(answers) == 1 and answers[0].startswith("policy: ")
+
+
+def test_the_command_in_a_terminal(run: RunFolder) -> None:
+    """Answers side by side; Ctrl-C at the prompt says how to end, and Ctrl-D ends."""
+    arguments = ["-m", "jobs.cli", "chat", str(run.path), "--max-tokens", "4"]
+    root = str(Path(__file__).parents[2])
+    child = pexpect.spawn(sys.executable, arguments, cwd=root, encoding="utf-8", timeout=600, dimensions=(40, 100))
+    child.expect_exact("/help lists commands.")
+    child.expect_exact("> ")
+    child.sendline("He ate it.")
+    child.expect(r"sft[^\n]*policy")
+    child.expect_exact("> ")
+    child.sendintr()
+    child.expect_exact("/quit or Ctrl-D ends")
+    child.expect_exact("> ")
+    child.sendeof()
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 0
 
 
 # ---- the same from Python
