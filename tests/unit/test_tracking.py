@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -224,40 +221,27 @@ def test_tensorboard_has_the_scalars_that_hold(run: RunFolder) -> None:
     assert text.tensor_proto.string_val[0] == b"**prompt**: why\n\n**answer**: so"
 
 
-# ---- MLflow and W&B themselves, each in a process of its own: they start threads and services
-
-TRACKED = """
-import sys
-from pathlib import Path
-from jobs.tracking import Tracking
-from rayrlhf.config_file import parse_config
-from rayrlhf.runs.folder import RunFolder
-run = RunFolder(Path(sys.argv[1]))
-config = parse_config({"name": "one", "runs_dir": str(run.path.parent), "tracking": [sys.argv[2]]}, "test")
-tracked = Tracking(config, run)
-tracked.start()
-tracked.close()
-"""
+# ---- MLflow and W&B themselves
 
 
-def in_a_process(run: RunFolder, tracker: str, **environment: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", TRACKED, str(run.path), tracker],
-        env=os.environ | environment | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, cwd=run.path,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "warning" not in done.stdout, done.stdout
-
-
-def test_mlflow_has_config_metrics_table_and_report(run: RunFolder, tmp_path: Path) -> None:
-    """In MLflow's own file store; two sessions are one of its runs."""
-    store = tmp_path / "mlruns"
-    environment = {"MLFLOW_TRACKING_URI": store.as_uri(), "MLFLOW_ALLOW_FILE_STORE": "true"}
+def two_sessions(run: RunFolder, tracker: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of which the second brings a step and the evaluation."""
     steps(run, "sft", 1, 2)
-    in_a_process(run, "mlflow", **environment)
+    session(run, tracker)
     steps(run, "sft", 3)
     evaluated(run)
-    in_a_process(run, "mlflow", **environment)
+    session(run, tracker)
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_mlflow_has_config_metrics_table_and_report(
+    run: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In MLflow's own file store; two sessions are one of its runs."""
+    store = tmp_path / "mlruns"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store.as_uri())
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    two_sessions(run, "mlflow", capsys)
     (own,) = [path.parent for path in store.glob("*/*/meta.yaml") if (path.parent / "metrics").is_dir()]
     values = [line.split()[1:] for line in (own / "metrics/sft/loss").read_text().splitlines()]
     assert values == [["1.0", "1"], ["2.0", "2"], ["3.0", "3"]]
@@ -270,14 +254,13 @@ def test_mlflow_has_config_metrics_table_and_report(run: RunFolder, tmp_path: Pa
     assert "status: 3" in (own / "meta.yaml").read_text()  # finished
 
 
-def test_wandb_offline_has_config_metrics_table_and_report(run: RunFolder, tmp_path: Path) -> None:
-    """Read back by W&B's own reader of the files that `wandb sync` uploads; two sessions have one name."""
-    environment = {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}
-    steps(run, "sft", 1, 2)
-    in_a_process(run, "wandb", **environment)
-    steps(run, "sft", 3)
-    evaluated(run)
-    in_a_process(run, "wandb", **environment)
+def test_wandb_offline_has_config_metrics_table_and_report(
+    run: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read back from the files that `wandb sync` uploads; two sessions have one name."""
+    for name, value in {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}.items():
+        monkeypatch.setenv(name, value)
+    two_sessions(run, "wandb", capsys)
     files = sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"))
     assert len(files) == 2 and len({file.name for file in files}) == 1
     history, config, summary, artifacts = read_wandb(files)
@@ -289,30 +272,44 @@ def test_wandb_offline_has_config_metrics_table_and_report(run: RunFolder, tmp_p
 
 
 def read_wandb(files: list[Path]) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any], list[str]]:
-    """History rows, config, summary and names of artifacts in the transaction logs of W&B."""
+    """History rows, config, summary and names of artifacts in the files that `wandb sync` reads."""
     from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
 
     def items(messages: Any) -> dict[str, Any]:
         return {"/".join(each.nested_key) or each.key: json.loads(each.value_json) for each in messages}
 
-    history, config, summary, artifacts = [], {}, {}, []
-    for file in files:
-        log = DataStore()
-        log.open_for_scan(str(file))
-        while (data := log.scan_data()) is not None:
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(data)
-            kind = record.WhichOneof("record_type")
-            if kind == "history":
-                history.append(items(record.history.item))
-            elif kind == "summary":
-                summary |= items(record.summary.update)
-            elif kind == "config":
-                config |= items(record.config.update)
-            elif kind == "run":
-                config |= items(record.run.config.update)
-            elif kind == "artifact" or kind == "request":
-                artifact = record.artifact if kind == "artifact" else record.request.log_artifact.artifact
-                artifacts += [artifact.name] if artifact.name else []
+    history: list[dict[str, Any]] = []
+    config: dict[str, Any] = {}
+    summary: dict[str, Any] = {}
+    artifacts: list[str] = []
+    for content in (content for file in files for content in wandb_records(file.read_bytes())):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(content)
+        kind = record.WhichOneof("record_type")
+        if kind == "history":
+            history.append(items(record.history.item))
+        elif kind == "summary":
+            summary |= items(record.summary.update)
+        elif kind == "run":
+            config |= items(record.run.config.update)
+        elif kind == "artifact":
+            artifacts.append(record.artifact.name)
     return history, config, summary, artifacts
+
+
+def wandb_records(data: bytes) -> Iterator[bytes]:
+    """The records of a file that W&B writes as LevelDB writes its log, behind a header of 7 bytes.
+
+    https://github.com/google/leveldb/blob/main/doc/log_format.md
+    """
+    block, header, at, whole = 32768, 7, 7, b""
+    while at + header <= len(data):
+        if block - at % block < header:  # a record's header is in one block
+            at += block - at % block
+            continue
+        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        at += header + length
+        whole += data[at - length : at]
+        if kind in (1, 4):  # whole, or its last part
+            yield whole
+            whole = b""
