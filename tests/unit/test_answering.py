@@ -16,7 +16,7 @@ from rayrlhf.data.template import tldr_prompt
 from rayrlhf.data.tokens import encode_prompt
 from rayrlhf.data.typed import CHAT, POST, TEXT, Typist, chat_template_of, template_of
 from rayrlhf.errors import UserError
-from rayrlhf.models.answering import AnsweringModel, Draw, GumbelNoise, read_together
+from rayrlhf.models.answering import Answer, AnsweringModel, Draw, GumbelNoise, read_together
 from rayrlhf.models.loading import load_tokenizer, resolve_model
 
 MODEL = resolve_model("embedded:opt-tiny")
@@ -93,16 +93,36 @@ def test_ends_and_least_length_are_the_runs_own(model: AnsweringModel, tokenizer
     assert len(longer.ids) >= 6 and third not in longer.ids[:5]
 
 
-def test_an_answer_stops_when_it_is_told(model: AnsweringModel, tokenizer: Any) -> None:
-    """Ctrl-C comes in the caller's thread, which shows; then all have stopped, and what they wrote is there."""
-    answers = {name: model.answer(encode_prompt(tokenizer, "A house"), Draw(1.0, 0, 800, 800, (EOS,))) for name in "ab"}
+def test_answers_stop_when_they_are_told(
+    model: AnsweringModel, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C comes in the caller's thread, which shows; then all have stopped, and what they wrote is there.
+
+    None writes more than 30 tokens before all are told, so none can have ended by itself.
+    """
+    told, both, noise, stop = [0], threading.Event(), GumbelNoise.__call__, Answer.stop
+    prompt = encode_prompt(tokenizer, "A house")
+
+    def waiting(self: GumbelNoise, input_ids: Any, scores: Any) -> Any:
+        if input_ids.shape[1] > len(prompt) + 30:
+            assert both.wait(60)
+        return noise(self, input_ids, scores)
+
+    def counted(self: Answer) -> None:
+        stop(self)
+        told[0] += 1
+        if told[0] == 2:
+            both.set()
 
     def interrupted(name: str, piece: str) -> None:
         raise KeyboardInterrupt
 
+    monkeypatch.setattr(GumbelNoise, "__call__", waiting)
+    monkeypatch.setattr(Answer, "stop", counted)
+    answers = {name: model.answer(prompt, Draw(1.0, 0, 800, 800, (EOS,))) for name in "ab"}
     with pytest.raises(KeyboardInterrupt):
         read_together(answers, interrupted)
-    assert all(0 < len(answer.ids) < 800 for answer in answers.values())
+    assert all(0 < len(answer.ids) < 40 for answer in answers.values())
     assert not [thread for thread in threading.enumerate() if thread.name.endswith("answers")]
 
 

@@ -165,7 +165,7 @@ def test_a_push_is_one_commit_of_all_files(run: RunFolder, tmp_path: Path, monke
     """By huggingface_hub as it is, against a hub on loopback."""
     with hub() as there:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", there.url)
-        monkeypatch.setattr("huggingface_hub.hf_api.ENDPOINT", there.url, raising=False)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
         monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
@@ -177,7 +177,7 @@ def test_a_push_is_one_commit_of_all_files(run: RunFolder, tmp_path: Path, monke
         assert not (tmp_path / "a").exists()
         monkeypatch.setenv("HF_TOKEN", "hf_of_the_test")
         export(str(run.path), tmp_path / "b", push="me/mine", private=True)
-        assert there.repositories["me/mine"]["private"] is True
+        assert there.repositories["me/mine"]["visibility"] == "private"
         assert there.files["me/mine"] == {file.name: file.read_bytes() for file in (tmp_path / "b").iterdir()}
         assert there.tokens == {"Bearer hf_of_the_test"}
         assert card(tmp_path / "b")[1].startswith("\n# me/mine")
