@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -27,24 +27,24 @@ IDS = [2, 100, 200, 300, 400]
 LOADED = """
 import json, sys
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-kind, directory, base = sys.argv[1:4]
-ids = torch.tensor([json.loads(sys.argv[4])])
-AutoTokenizer.from_pretrained(directory)
-if kind == "adapters":
-    from peft import PeftModel
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), directory)
-elif kind == "reward":
-    model = AutoModelForSequenceClassification.from_pretrained(directory)
-else:
-    model = AutoModelForCausalLM.from_pretrained(directory)
-with torch.no_grad():
-    logits = model(ids).logits[0].float()
-if kind == "reward":
-    print(json.dumps(logits[0].item() + model.config.reward_bias))
-else:
-    print(json.dumps(logits.log_softmax(-1)[:-1].gather(1, ids[0, 1:, None])[:, 0].tolist()))
+ids = torch.tensor([json.loads(sys.argv[1])])
+for kind, directory, base in json.loads(sys.argv[2]):
+    AutoTokenizer.from_pretrained(directory)
+    if kind == "adapters":
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), directory)
+    else:
+        auto = AutoModelForSequenceClassification if kind == "reward_model" else AutoModelForCausalLM
+        model = auto.from_pretrained(directory)
+    with torch.no_grad():
+        logits = model(ids).logits[0].float()
+    if kind == "reward_model":
+        print(json.dumps(logits[0].item() + model.config.reward_bias))
+    else:
+        print(json.dumps(logits.log_softmax(-1)[:-1].gather(1, ids[0, 1:, None])[:, 0].tolist()))
 """
+"""As the cards say how to load an export; it knows nothing of this package."""
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +57,30 @@ def lora(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     return finished_run(tmp_path_factory.mktemp("lora"), lora=True)
 
 
-def loaded(kind: str, directory: Path, base: Path | str = "") -> Any:
-    """What transformers computes, in a process that knows nothing of this package."""
-    command = [sys.executable, "-I", "-c", LOADED, kind, str(directory), str(base), json.dumps(IDS)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=directory)
+class Exports(NamedTuple):
+    """Four exports, and what transformers computes with each, in another process."""
+
+    directories: dict[str, Path]
+    computed: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def exports(run: RunFolder, lora: RunFolder, tmp_path_factory: pytest.TempPathFactory) -> Exports:
+    target = tmp_path_factory.mktemp("exports")
+    export(str(run.path), target / "policy", license="apache-2.0")
+    export(str(run.path), target / "reward_model", "reward_model")
+    export(str(lora.path), target / "merged")
+    export(str(lora.path), target / "adapters", adapters=True)
+    names = ("policy", "reward_model", "merged", "adapters")
+    given = [[name, str(target / name), str(lora.sft)] for name in names]
+    command = [sys.executable, "-I", "-c", LOADED, json.dumps(IDS), json.dumps(given)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=target)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    assert sorted(each.name for each in target.iterdir()) == sorted(names)  # nothing temporary
+    return Exports(
+        {name: target / name for name in names},
+        dict(zip(names, map(json.loads, done.stdout.splitlines()), strict=True)),
+    )
 
 
 def logprobs(model: Path) -> np.ndarray:
@@ -78,17 +96,14 @@ def card(directory: Path) -> tuple[dict[str, Any], str]:
     return yaml.safe_load(front), text
 
 
-def test_a_policy_computes_the_same_in_another_process(run: RunFolder, tmp_path: Path) -> None:
-    target = tmp_path / "mine"
-    export(str(run.path), target, license="apache-2.0")
-    assert loaded("policy", target) == pytest.approx(logprobs(run.policy), abs=1e-6)
-    assert {file.name for file in target.iterdir()} == {*(f.name for f in run.policy.iterdir()), "README.md"}
-    assert [file.name for file in tmp_path.iterdir()] == ["mine"]  # nothing temporary
+def test_a_policy_computes_the_same_in_another_process(run: RunFolder, exports: Exports) -> None:
+    assert exports.computed["policy"] == pytest.approx(logprobs(run.policy), abs=1e-6)
+    written = {file.name for file in exports.directories["policy"].iterdir()}
+    assert written == {*(file.name for file in run.policy.iterdir()), "README.md"}
 
 
-def test_the_card_says_what_the_run_measured(run: RunFolder, tmp_path: Path) -> None:
-    target = tmp_path / "mine"
-    export(str(run.path), target, license="apache-2.0")
+def test_the_card_says_what_the_run_measured(run: RunFolder, exports: Exports) -> None:
+    target = exports.directories["policy"]
     front, text = card(target)
     assert front["license"] == "apache-2.0" and front["library_name"] == "transformers"
     assert front["pipeline_tag"] == "text-generation" and {"rlhf", "ppo"} <= set(front["tags"])
@@ -99,32 +114,30 @@ def test_the_card_says_what_the_run_measured(run: RunFolder, tmp_path: Path) -> 
     assert "| labeller's measure (gold) | 0.250 [0.125, 0.500] | 0.375 [0.125, 0.500] |" in text
     assert "2 prompts (embedded:tldr, test split)" in text
     assert "| RL | 2 |" in text and "| Supervised fine-tuning | 3 |" in text
-    assert 'AutoModelForCausalLM.from_pretrained("mine")' in text and "max_new_tokens=8" in text
+    assert 'AutoModelForCausalLM.from_pretrained("policy")' in text and "max_new_tokens=8" in text
     assert str(run.path) not in text and "embedded:opt-tiny" in text
 
 
-def test_a_reward_model_scores_the_same(run: RunFolder, tmp_path: Path) -> None:
-    export(str(run.path), tmp_path / "judge", "reward_model")
+def test_a_reward_model_scores_the_same(run: RunFolder, exports: Exports) -> None:
     model = load_reward_model(str(run.reward_model))
     with torch.no_grad():
         expected = model(torch.tensor([IDS])).logits[0, 0].item() + 0.5
-    assert loaded("reward", tmp_path / "judge") == pytest.approx(expected, abs=1e-5)
-    front, text = card(tmp_path / "judge")
+    assert exports.computed["reward_model"] == pytest.approx(expected, abs=1e-5)
+    front, text = card(exports.directories["reward_model"])
     assert front["pipeline_tag"] == "text-classification"
     assert "| reward model | 0.250 [0.125, 0.500] |" in text and "3 held-out pairs of 2 prompts" in text
     assert "No licence was given" in text and "license" not in front
 
 
-def test_adapters_are_merged_unless_they_are_asked_for(lora: RunFolder, tmp_path: Path) -> None:
-    export(str(lora.path), tmp_path / "merged")
-    export(str(lora.path), tmp_path / "adapters", adapters=True)
+def test_adapters_are_merged_unless_they_are_asked_for(lora: RunFolder, exports: Exports) -> None:
     expected = logprobs(lora.policy)
-    assert loaded("policy", tmp_path / "merged") == pytest.approx(expected, abs=1e-6)
-    assert loaded("adapters", tmp_path / "adapters", lora.sft) == pytest.approx(expected, abs=1e-5)
-    assert not (tmp_path / "merged" / "adapters").exists()
-    assert not (tmp_path / "adapters" / "model.safetensors").exists()
-    assert json.loads((tmp_path / "adapters/adapter_config.json").read_text())["base_model_name_or_path"] == "sft"
-    front, text = card(tmp_path / "adapters")
+    assert exports.computed["merged"] == pytest.approx(expected, abs=1e-6)
+    assert exports.computed["adapters"] == pytest.approx(expected, abs=1e-5)
+    directory = exports.directories["adapters"]
+    assert not (exports.directories["merged"] / "adapters").exists()
+    assert not (directory / "model.safetensors").exists()
+    assert json.loads((directory / "adapter_config.json").read_text())["base_model_name_or_path"] == "sft"
+    front, text = card(directory)
     assert front["library_name"] == "peft" and "`sft` is the model on which the stage began" in text
     assert "LoRA of rank 2" in text
 

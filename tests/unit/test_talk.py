@@ -195,6 +195,8 @@ def test_the_command_reads_a_pipe(run: RunFolder) -> None:
     assert len(answers) == 1 and answers[0].startswith("policy: ")
 
 
+# It starts a process, which imports torch again; the tests above have its parts.
+@pytest.mark.long
 def test_the_command_in_a_terminal(run: RunFolder) -> None:
     """Answers side by side; Ctrl-C at the prompt says how to end, and Ctrl-D ends."""
     arguments = ["-m", "jobs.cli", "chat", str(run.path), "--max-tokens", "4"]

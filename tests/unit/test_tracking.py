@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import jobs.tracking
@@ -261,6 +262,7 @@ def test_wandb_offline_has_config_metrics_table_and_report(
     for name, value in {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}.items():
         monkeypatch.setenv(name, value)
     two_sessions(run, "wandb", capsys)
+    wandb.teardown()  # its service, which writes the files, has ended
     files = sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"))
     assert len(files) == 2 and len({file.name for file in files}) == 1
     history, config, summary, artifacts = read_wandb(files)
