@@ -62,7 +62,7 @@ class Tracking:
         self._tracked = Tracked(name, run.address, run.path, dump_config(config))
         self._record = run.path / RECORD
         kept = json.loads(run.read(self._record) or b"{}")
-        self._states = {name: _State(**kept.get(name, {})) for name in config.tracking}
+        self._states: dict[str, _State] = {name: _State(**kept.get(name, {})) for name in config.tracking}
         self._kept = kept
         self._open: dict[str, Tracker] = {}
         self._ended = threading.Event()

@@ -57,7 +57,7 @@ def finished_run(directory: Path, lora: bool = False, **settings: Any) -> RunFol
     }
     run.evaluation.write_text(json.dumps(evaluation))
     run.reward_accuracy.write_text(json.dumps({"pairs": 3, "prompts": 2, "accuracy": {"reward_model": mean}}))
-    rows = {"id": ["a", "b"], "post": [POST, tldr_prompt("cats", "", "She sleeps.").text]}
+    rows: dict[str, list[str | None]] = {"id": ["a", "b"], "post": [POST, tldr_prompt("cats", "", "She sleeps.").text]}
     rows |= {"reference": ["A dog ate homework.", None], "sft": ["s", "t"], "policy": ["p", "q"]}
     pq.write_table(pa.table(rows), run.samples)
     pq.write_table(pa.table({"id": ["a"], "prompt": [POST], "responses": [["x", "y"]]}), run.comparisons)

@@ -74,7 +74,7 @@ class Answer:
         self._error: BaseException | None = None
         self._stop = threading.Event()
         self._model, self._draw = model, draw
-        self._streamer = TextIteratorStreamer(model.tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
+        self._streamer = TextIteratorStreamer(model.tokenizer, skip_prompt=True, skip_special_tokens=True)
         self._thread = threading.Thread(target=self._write, name=f"{model.name} answers", daemon=True)
         self._thread.start()
 

@@ -23,6 +23,7 @@ from jobs.cli import app
 from rayrlhf.data.rows import Row
 from rayrlhf.data.tokens import decode_response, encode_prompt
 from rayrlhf.errors import UserError
+from rayrlhf.models.answering import read_together
 from rayrlhf.models.forward import Forward
 from rayrlhf.models.loading import load_policy, load_reward_model, load_tokenizer, resolve_model
 from rayrlhf.runs.folder import RunFolder
@@ -143,7 +144,7 @@ def test_options_are_checked_before_models_are_loaded(run: RunFolder) -> None:
         ({"max_tokens": 5000}, "1024"),
     ):
         with pytest.raises(UserError, match=words):
-            Answering(run, chosen(run, None), **options)  # type: ignore[arg-type]
+            Answering(run, chosen(run, None), **options)
 
 
 def test_a_run_without_reward_model_has_no_scores(tmp_path: Path) -> None:
@@ -169,7 +170,7 @@ def test_answers_stand_side_by_side_in_a_terminal() -> None:
 
 def test_ctrl_c_stops_the_answer_and_not_the_dialogue(dialogue: Dialogue, monkeypatch: pytest.MonkeyPatch) -> None:
     """It comes with the first piece of text (test_answering has it come in the middle of what models write)."""
-    plain = jobs.chat.read_together
+    plain = read_together
 
     def interrupted(answers: Any, show: Any) -> None:
         def first(name: str, piece: str) -> None:
