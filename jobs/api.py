@@ -176,9 +176,9 @@ class Run:
         Raises:
             UserError: there is no such model, or the directory is in use.
         """
-        from jobs.export import export
+        from jobs.export import write_model
 
-        export(self.folder.address, Path(directory), model, license=license)
+        write_model(self.folder, Path(directory), model, False, license, Path(directory).resolve().name)
         return Path(directory)
 
     def _read(self, path: Path) -> bytes:

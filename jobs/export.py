@@ -16,6 +16,7 @@ from rayrlhf.files import replacing
 from rayrlhf.models.files import stored_names
 from rayrlhf.models.saving import ADAPTERS
 from rayrlhf.reports.card import Exported, Place, model_card, place_of
+from rayrlhf.runs.folder import RunFolder
 from rayrlhf.runs.models import BASE, model_of, open_run
 from rayrlhf.runs.storage import local_copy
 
@@ -31,17 +32,38 @@ def export(
     push: str | None = None,
     private: bool = False,
 ) -> None:
-    """Write the directory, and upload it if `push` names a repository.
+    """Write the directory, say what is in it, and upload it if `push` names a repository.
 
     Raises:
         UserError: there is no such run or model, the directory is in use, or the hub refuses.
     """
     if private and not push:
         raise UserError("export: --private is about the repository that --push makes; give both")
-    _check_target(directory)
+    check_target(directory)
     if push:
         check_repository(push)
     run = open_run(address)
+    files = write_model(run, directory, model, adapters, license, push or directory.resolve().name)
+    size = sum(file.stat().st_size for file in files) / 2**20
+    console.print(f"export: {model} of {run.name} in {directory}: {len(files)} files, {size:.1f} MiB", markup=False)
+    if license is None:
+        console.print("export: the card names no licence; give one with --license, such as --license apache-2.0")
+    if push:
+        console.print(f"export: uploaded: {upload(directory, push, private)}", soft_wrap=True)
+
+
+def write_model(
+    run: RunFolder, directory: Path, model: str, adapters: bool, license: str | None, title: str
+) -> list[Path]:
+    """Write a model with its card; returns the files.
+
+    Args:
+        title: of the card, by which its examples load the model.
+
+    Raises:
+        UserError: there is no such model, or the directory is in use.
+    """
+    check_target(directory)
     if model == BASE:
         raise UserError(f"export: {BASE} is the model that the run began with, and is there already")
     source = Path(local_copy(model_of(run, model)))
@@ -49,29 +71,25 @@ def export(
         raise UserError(f"export: {model} is {source} of the hub, which this run has not trained")
     stored_names(source, str(source))  # that it is whole
     base = _adapters_base(source, model) if adapters else None
-    title = push or directory.resolve().name
     card = model_card(run, Exported(model, title, license, base))
     with replacing(directory, directory=True) as partial:
-        copied = copy_adapters(source, partial, base.name) if base else copy_model(source, partial)
+        if base:
+            copy_adapters(source, partial, base.name)
+        else:
+            copy_model(source, partial)
         (partial / "README.md").write_text(card, encoding="utf-8")
-    size = sum(file.stat().st_size for file in directory.iterdir()) / 2**20
-    console.print(f"export: {model} of {run.name} in {directory}: {copied} files and README.md, {size:.1f} MiB")
-    if license is None:
-        console.print("export: the card names no licence; give one with --license, such as --license apache-2.0")
-    if push:
-        console.print(f"export: uploaded: {upload(directory, push, private)}", soft_wrap=True)
+    return sorted(directory.iterdir())
 
 
-def copy_model(source: Path, target: Path) -> int:
-    """Copy the files of a model, without its adapters; returns how many."""
-    files = [file for file in sorted(source.iterdir()) if file.is_file()]
-    for file in files:
-        shutil.copyfile(file, target / file.name)
-    return len(files)
+def copy_model(source: Path, target: Path) -> None:
+    """Copy the files of a model, without its adapters."""
+    for file in source.iterdir():
+        if file.is_file():
+            shutil.copyfile(file, target / file.name)
 
 
-def copy_adapters(source: Path, target: Path, base: str) -> int:
-    """Copy the adapters of a model and its tokenizer; returns the number of files.
+def copy_adapters(source: Path, target: Path, base: str) -> None:
+    """Copy the adapters of a model and its tokenizer.
 
     Args:
         source: the model's directory.
@@ -86,7 +104,6 @@ def copy_adapters(source: Path, target: Path, base: str) -> int:
     (target / ADAPTER_CONFIG).write_text(
         json.dumps(settings | {"base_model_name_or_path": base}, indent=2) + "\n", encoding="utf-8"
     )
-    return len(files)
 
 
 def _of_weights(file: Path) -> bool:
@@ -128,7 +145,11 @@ def upload(directory: Path, repository: str, private: bool) -> str:
     return str(done.commit_url)
 
 
-def _check_target(directory: Path) -> None:
+def check_target(directory: Path) -> None:
+    """
+    Raises:
+        UserError: the directory is in use.
+    """
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"export: {directory} is there already and not empty; give a new directory")
 
