@@ -23,6 +23,7 @@ from jobs.console import console
 from jobs.follow import following
 from jobs.rollouts import RolloutClient
 from jobs.stopping import asking_first
+from jobs.tracking import Tracking
 from rayrlhf.algorithms.registry import make_algorithm, read_plugin
 from rayrlhf.config import Config
 from rayrlhf.config_file import dump_config
@@ -50,6 +51,7 @@ from rayrlhf.runs.sharing import take_over
 from rayrlhf.runs.stages import stages_from, stages_to
 from rayrlhf.runs.starts import Starts, find_models
 from rayrlhf.runs.storage import local_copy
+from rayrlhf.tracking.registry import check_trackers
 
 _SAMPLING: tuple[StageName, ...] = ("sft", "collect", "rl", "evaluate")
 """The stages that have generators."""
@@ -96,6 +98,7 @@ class Session:
         self.rollouts = RolloutClient(config, starts, self.tokenizer, local)
         self._own_connection = contextlib.ExitStack()
         self._connection = connection or self._own_connection
+        self._tracking = Tracking(config, run)
         self._started = False
         self.plugin = read_plugin(config.rl)
         """The file of an algorithm of the user's own."""
@@ -124,6 +127,7 @@ class Session:
             self.placement = preflight(self.config)
         for line in (*self._choices, *self._ends):
             console.print(line, soft_wrap=True, markup=False)
+        self._connection.enter_context(self._tracking)
         self.remarks = remarks(self.config)
         train = self.data.train
         if train.sft and not self.config.has("sft"):
@@ -183,7 +187,7 @@ class Session:
             self.rollouts.close()
 
     def close(self) -> None:
-        """End the actors, and the Ray connection if it is this session's own."""
+        """End the actors and the trackers, and the Ray connection if it is this session's own."""
         try:
             self.workers.close()
         finally:  # also at a second Ctrl-C
@@ -279,6 +283,7 @@ def opened(config: Config, local: bool = False, connection: contextlib.ExitStack
             f"rounds: `rayrlhf run` does them; for one stage of a round take the config of that round, such as "
             f"{join(run.address, round_name(1), run.config.name)}, or set rounds=null"
         )
+    check_trackers(config.tracking)
     with run.lock(), contextlib.ExitStack() as own_connection:
         run.download_files()
         if has_rounds(run):

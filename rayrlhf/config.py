@@ -21,6 +21,9 @@ from rayrlhf.config_rounds import CollectsAfterOthers, RoundsConfig, fault_of_ma
 from rayrlhf.config_stages import StageName, fault_of_stages
 from rayrlhf.sections import DrawConfig, NotAll, OptimizerConfig, Positive, Section, StartSection
 
+TrackerName = Literal["tensorboard", "wandb", "mlflow"]
+"""The keys of `rayrlhf.tracking.registry.TRACKERS`."""
+
 
 class LoRAConfig(Section):
     """Low-rank adapters (Hu et al. 2021), trained in place of all weights. They need a higher learning rate."""
@@ -156,6 +159,8 @@ class Config(Section):
     rounds: RoundsConfig | None = None
     """Repeat `collect`, `reward_model` and `rl` (or `dpo`) with fresh answers of the newest policy (docs/rounds.md).
     null: the run does them once."""
+    tracking: tuple[TrackerName, ...] = ("tensorboard",)
+    """Where the metrics go beside metrics.jsonl: `tensorboard`, `wandb`, `mlflow` (docs/tracking.md)."""
     alarms: AlarmsConfig = AlarmsConfig()
     resources: ResourcesConfig = ResourcesConfig()
 

@@ -6,6 +6,7 @@ made from the source as text: nothing of this project is imported.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
@@ -34,6 +35,19 @@ def reference_pages() -> dict[str, list[str]]:
     return pages
 
 
+def page_of_notebook(path: Path) -> str:
+    """An executed notebook as Markdown: its texts, its code, and behind each cell what it gave."""
+    parts = []
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        for output in cell.get("outputs", ()):
+            data = output.get("data", {})
+            text = "".join(data.get("text/plain", output.get("text", ())))
+            parts.append("".join(data["text/html"]) if "text/html" in data else f"```text\n{text.rstrip()}\n```")
+    return "\n\n".join(parts) + "\n"
+
+
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Append the reference to the navigation."""
     pages = sorted(reference_pages(), key=lambda page: (PACKAGES.index(Path(page).stem.split(".")[0]), Path(page).stem))
@@ -46,6 +60,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that do not lie in docs/."""
     for source, place in ROOT_PAGES.items():
         files.append(File.generated(config, place, abs_src_path=str(ROOT / source)))
+    for path in sorted((ROOT / "docs").glob("*.ipynb")):
+        files.append(File.generated(config, f"{path.stem}.md", content=page_of_notebook(path)))
     for page, modules in reference_pages().items():
         wing = Path(page).stem
         about = f"::: {wing}\n    options: {{show_root_heading: false, show_root_toc_entry: false, members: false}}"
@@ -72,7 +88,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         elif str(path) in ROOT_PAGES:
             there = ROOT_PAGES[str(path)]
         elif path.parts[0] == "docs":
-            there = str(path.relative_to("docs"))
+            there = str(path.relative_to("docs")).replace(".ipynb", ".md")
         else:
             return f"{text}"  # a file that has no page, such as NOTICE or the folder monitoring/
         return f"[{text}]({os.path.relpath(there, Path(place).parent)}{anchor})"

@@ -9,7 +9,7 @@ from typing import Any
 from rayrlhf.runs.contents import Contents, hashes
 from rayrlhf.runs.stages import stages_from
 
-_FREE_KEYS = {"name", "runs_dir", "from", "alarms", "resources"}
+_FREE_KEYS = {"name", "runs_dir", "from", "tracking", "alarms", "resources"}
 """Top-level keys that do not change results."""
 MICRO_BATCH = "micro_batch_tokens"
 """The key of a stage's section that does not: a run may go on with another value, as where memory was too small."""

@@ -1,4 +1,4 @@
-"""The metrics of a run: one JSON object a line in metrics.jsonl, and the same numbers for TensorBoard.
+"""The metrics of a run: one JSON object a line in metrics.jsonl. Trackers get the same lines (`rayrlhf.tracking`).
 
 A line has the stage, the number of its finished steps, Unix time in seconds, and values under slash-separated names:
 
@@ -30,8 +30,6 @@ from rayrlhf.runs.addresses import join, local_path
 from rayrlhf.runs.stores import open_store
 
 if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
-
     from rayrlhf.runs.storage import Mirror
 
 log = logging.getLogger(__name__)
@@ -51,7 +49,7 @@ def unwatched(line: Mapping[str, Any]) -> Sequence[str]:
 
 
 class MetricsWriter:
-    """Appends to `metrics.jsonl` of a run folder, and writes TensorBoard's events under its `tensorboard/STAGE`.
+    """Appends to `metrics.jsonl` of a run folder.
 
     Only one process writes a stage at a time. A line is one append, so that a kill can tear only the last line. In a
     store, lines appear a few seconds later, and at `close`.
@@ -71,12 +69,11 @@ class MetricsWriter:
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         if torn:  # An earlier writer was killed in its last line: it must not swallow ours.
             os.write(self._file, b"\n")
-        self._boards: dict[str, SummaryWriter] = {}
         self._mirror: Mirror | None = None
         if store:
             from rayrlhf.runs.storage import Mirror
 
-            self._mirror = Mirror(run_dir, [FILE, "tensorboard/*/*"])
+            self._mirror = Mirror(run_dir, [FILE])
 
     def write(self, stage: str, step: int, values: Mapping[str, SupportsFloat], watch: Watcher = unwatched) -> None:
         """Record `values` (names to scalars: numbers, 0-d arrays or tensors) of a step, and what `watch` says of it."""
@@ -89,30 +86,20 @@ class MetricsWriter:
             log.warning("%s step %d: not finite, written as null: %s", stage, step, bad)
         if warnings := watch(line):
             line[WARNINGS] = list(warnings)
-            self._board(stage, step).add_text(WARNINGS, "\n\n".join(warnings), step)
         os.write(self._file, json.dumps(line, allow_nan=False).encode() + b"\n")
-        board = self._board(stage, step)
-        for name, value in numbers.items():
-            if name not in bad:
-                board.add_scalar(name, value, step)
 
     def write_text(self, stage: str, step: int, name: str, text: str | Mapping[str, str]) -> None:
         """Record something to read: `"sample"` (prompt, reference, answer) or `"note"` (one line)."""
         line = {"stage": stage, "step": int(step), "time": round(time.time(), 3), name: text}
         os.write(self._file, json.dumps(line).encode() + b"\n")
-        shown = text if isinstance(text, str) else "\n\n".join(f"**{key}**: {value}" for key, value in text.items())
-        self._board(stage, step).add_text(name, shown, step)
 
     def warn(self, stage: str, step: int, warnings: Sequence[str]) -> None:
         """Record warnings, of one line each."""
         line = {"stage": stage, "step": int(step), "time": round(time.time(), 3), WARNINGS: list(warnings)}
         os.write(self._file, json.dumps(line).encode() + b"\n")
-        self._board(stage, step).add_text(WARNINGS, "\n\n".join(warnings), step)
 
     def close(self) -> None:
-        """Flush and close all files."""
-        for board in self._boards.values():
-            board.close()
+        """Close the file; in a store, upload it first."""
         os.close(self._file)
         if self._mirror:
             self._mirror.close()
@@ -124,16 +111,6 @@ class MetricsWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def _board(self, stage: str, step: int) -> SummaryWriter:
-        if stage not in self._boards:
-            from torch.utils.tensorboard import SummaryWriter  # Takes seconds to import.
-
-            # purge_step hides what an earlier attempt wrote from this step on, as read_metrics does.
-            self._boards[stage] = SummaryWriter(
-                str(self._run_dir / "tensorboard" / stage), purge_step=step, flush_secs=10
-            )
-        return self._boards[stage]
 
 
 def read_lines(run_dir: str | Path, offset: int = 0) -> bytes:

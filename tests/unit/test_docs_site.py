@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -9,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from scripts.tour import CELLS
 
 pytestmark = pytest.mark.timeout(900)  # 10 s of CPU time, on machines that may be busy
 ROOT = Path(__file__).parents[2]
@@ -47,6 +50,16 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_document_is_a_page(site: Path) -> None:
     documents = {path.stem for path in (ROOT / "docs").glob("*.md")} | {"index", "CONTRIBUTING", "CHANGELOG"}
     assert documents <= {path.stem for path in site.glob("*.html")}
+
+
+def test_the_tour_is_a_page_with_what_its_cells_gave(site: Path) -> None:
+    """And its code is that of the script that writes it; tests/e2e/test_tour.py executes it."""
+    cells = json.loads((ROOT / "docs" / "tour.ipynb").read_text(encoding="utf-8"))["cells"]
+    assert ["".join(cell["source"]) for cell in cells] == [source for _, source in CELLS]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert all(cell["outputs"] and cell["execution_count"] for cell in code)
+    page = (site / "tour.html").read_text(encoding="utf-8")
+    assert page.count("<table") >= 4 and "model.safetensors" in page
 
 
 def test_every_module_is_in_the_reference(site: Path) -> None:

@@ -33,6 +33,8 @@ from rayrlhf.runs.lease import leased
 from rayrlhf.runs.metrics import MetricsWriter, read_lines, read_metrics
 from rayrlhf.runs.stages import STAGES
 from rayrlhf.runs.storage import Mirror, Store, local_copy, sync_mirrors
+from rayrlhf.tracking.base import Tracked
+from rayrlhf.tracking.registry import make_tracker
 from tests.s3 import KEYS, S3, serving
 
 
@@ -275,6 +277,19 @@ def test_metrics_reach_the_store_and_the_next_writer(s3: S3, tmp_path: Path, mon
     assert [line["sft/loss"] for line in read_metrics(address, "sft")] == [2.0, 0.5]
     objects = s3.objects("metrics/one/")
     assert objects["metrics.jsonl"].count(b"\n") == 3
+
+
+def test_tensorboards_events_reach_the_store(s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of two sessions on two machines; the newer hides what it repeats."""
+    address = s3.uri("board/one")
+    for machine, loss in (("first", 1.0), ("second", 0.5)):
+        use_cache(tmp_path / machine, monkeypatch)
+        tracker, run = make_tracker("tensorboard"), RunFolder(address)
+        tracker.open(Tracked("one", run.address, run.path, {}), None)
+        for step in (0, 1) if machine == "first" else (1,):
+            tracker.write({"stage": "sft", "step": step, "time": 1.0, "sft/loss": loss})
+        tracker.close()
+    objects = s3.objects("board/one/")
     events = {name: content for name, content in objects.items() if name.startswith("tensorboard/sft/")}
     assert len(events) == 2
     for name, content in events.items():
@@ -282,7 +297,7 @@ def test_metrics_reach_the_store_and_the_next_writer(s3: S3, tmp_path: Path, mon
         (tmp_path / "board" / Path(name).name).write_bytes(content)
     board = EventAccumulator(str(tmp_path / "board"))
     board.Reload()
-    assert [(event.step, event.value) for event in board.Scalars("sft/loss")][-1] == (1, 0.5)
+    assert [(event.step, event.value) for event in board.Scalars("sft/loss")] == [(0, 1.0), (1, 0.5)]
 
 
 def test_a_mirror_uploads_what_an_earlier_process_left_behind(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
