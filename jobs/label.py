@@ -250,8 +250,8 @@ def make_site(run: RunFolder, database: LabelDatabase, serving: Serving, url: st
     )
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens there; port 0 takes any that is free.
+def listen(host: str, port: int, command: str = "label") -> socket.socket:
+    """A socket that listens there for a command; port 0 takes any that is free.
 
     Raises:
         UserError: the port is taken, or the host is not this machine.
@@ -260,7 +260,9 @@ def listen(host: str, port: int) -> socket.socket:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family)
     except OSError as error:
-        raise UserError(f"label: cannot listen at {host} port {port} ({error.strerror}); give another --port") from None
+        raise UserError(
+            f"{command}: cannot listen at {host} port {port} ({error.strerror}); give another --port"
+        ) from None
 
 
 @contextlib.contextmanager

@@ -1,0 +1,59 @@
+"use strict";
+/* The page: its controls, light and dark, and, while a run goes on, the news from its server. */
+
+(() => {
+  const at = (id) => document.getElementById(id);
+  const read = (page) => JSON.parse(page.getElementById("data").textContent);
+  const POLL_MS = 2000;
+
+  const mount = (data) => {
+    Curves.mount(data.charts);
+    Samples.mount(data.samples, data.seed);
+  };
+
+  const label = () => { at("window").textContent = Curves.settings.half ? `${2 * Curves.settings.half + 1} steps` : "none"; };
+  if (at("smoothing")) {
+    Curves.settings.half = Number(at("smoothing").value);
+    label();
+    at("smoothing").addEventListener("input", (event) => { Curves.settings.half = Number(event.target.value); label(); Curves.redraw(); });
+    at("raw").addEventListener("change", (event) => { Curves.settings.raw = event.target.checked; Curves.redraw(); });
+    at("reset").addEventListener("click", () => Curves.reset());
+  }
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => Curves.redraw());
+  mount(read(document));
+
+  const links = new Map([...document.querySelectorAll(".bar nav a")].map((link) => [link.hash.slice(1), link]));
+  const seen = new IntersectionObserver((entries) => {
+    for (const { target, isIntersecting } of entries) if (isIntersecting) for (const [id, link] of links) id === target.id ? link.setAttribute("aria-current", "true") : link.removeAttribute("aria-current");
+  }, { rootMargin: "-20% 0px -70% 0px" });
+  for (const id of links.keys()) if (at(id)) seen.observe(at(id));
+
+  if (!("live" in document.body.dataset)) return;
+  // Only parts whose text has changed are put in anew, so that place, zoom and what is open stay.
+  const parts = (page) => new Map([...page.querySelectorAll("[data-part]")].map((part) => [part.id || part.dataset.part, part]));
+  let state = null, before = new Map([...parts(document)].map(([id, part]) => [id, null]));
+  const refresh = async () => {
+    const page = new DOMParser().parseFromString(await (await fetch("/")).text(), "text/html");
+    const [now, here] = [parts(page), parts(document)];
+    if ([...now.keys()].join() !== [...here.keys()].join()) return location.reload();
+    for (const [id, part] of now) {
+      if (before.get(id) === part.innerHTML) continue;
+      if (id !== "samples") {
+        const open = [...here.get(id).querySelectorAll("details[id][open]")].map((each) => each.id);
+        here.get(id).replaceChildren(...[...part.childNodes].map((node) => document.importNode(node, true)));
+        for (const each of open) if (at(each)) at(each).open = true;
+      }
+      before.set(id, part.innerHTML);
+    }
+    mount(read(page));
+  };
+  const poll = async () => {
+    try {
+      const found = await (await fetch("/state")).text();
+      if (found !== state) { if (state !== null) await refresh(); state = found; }
+      at("live").textContent = "live";
+    } catch { at("live").textContent = "server away"; }
+    setTimeout(poll, POLL_MS);
+  };
+  poll();
+})();
