@@ -23,7 +23,7 @@ class Peak:
     first_step: int
     """The first step that has all the measures."""
     step: int
-    """The last step of the best window."""
+    """In the middle of the best window."""
     last_step: int
     gold: tuple[float, float, float]
     """Mean gold of the first, the best and the last window."""
@@ -74,7 +74,7 @@ def peak_of_gold(lines: Sequence[Mapping[str, Any]], samples_per_prompt: int = 1
 
     return Peak(
         first_step=known[0]["step"],
-        step=known[best + size - 1]["step"],
+        step=known[best + size // 2]["step"],
         last_step=known[-1]["step"],
         gold=(float(golds[0]), float(golds[best]), float(golds[last])),
         score=(float(scores[best]), float(scores[last])),

@@ -203,7 +203,7 @@ def test_curves_are_read_zoomed_and_smoothed(opened: Open) -> None:
     figure.get_by_text("Numbers").click()
     expect(figure.locator("details tbody tr")).to_have_count(60)
     assert figure.locator("details tbody tr").nth(39).inner_text().split() == ["40", "0.4000"]
-    expect(page.locator(".findings .bad").first).to_contain_text("Over-optimised from step 45 on")
+    expect(page.locator(".findings .bad").first).to_contain_text("Over-optimised from step 40 on")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

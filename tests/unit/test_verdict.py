@@ -86,13 +86,13 @@ def test_distance_and_step_of_the_policy() -> None:
     assert "The policy is that of step 15, the best on dev prompts." in said
 
 
-def test_over_optimised_from_the_end_of_golds_best_window() -> None:
+def test_over_optimised_from_the_middle_of_golds_best_window() -> None:
     """24 steps, windows of four. Gold peaks in steps 9 to 12; its standard error there is 0.1 / sqrt(64 * 4)."""
     gold = [0.1] * 4 + [0.2] * 4 + [0.3] * 4 + [0.2] * 8 + [0.15] * 4
     lines = steps(gold, [0.1 * step for step in range(24)])
     peak = peak_of_gold(lines)
     assert peak is not None
-    assert (peak.first_step, peak.step, peak.last_step) == (1, 12, 24)
+    assert (peak.first_step, peak.step, peak.last_step) == (1, 11, 24)
     assert peak.gold == pytest.approx((0.1, 0.3, 0.15)) and peak.score == pytest.approx((0.95, 2.15))
     assert peak.kl == pytest.approx((0.5 * 10.5, 0.5 * 22.5))
     error = math.sqrt(2) * 0.1 / math.sqrt(64 * 4)
@@ -101,7 +101,7 @@ def test_over_optimised_from_the_end_of_golds_best_window() -> None:
     (finding,) = judge(None, lines).findings
     assert finding.tone == "bad"
     assert finding.text == (
-        f"Over-optimised from step 12 on: by step 24 gold fell from 0.300 to 0.150 ({0.15 / error:.1f} standard "
+        f"Over-optimised from step 11 on: by step 24 gold fell from 0.300 to 0.150 ({0.15 / error:.1f} standard "
         "errors) while the score rose from 0.950 to 2.150, at a KL of 5.2 nats and 11.2 nats. The limit is 3 standard "
         "errors."
     )
