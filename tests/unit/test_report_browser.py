@@ -70,6 +70,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
         row = {"step": step, "id": "d0", "prompt": "TITLE: dev", "reference": "ref", "answer": f"after {step}"}
         row |= {"score": 0.5, "gold": step / 100, "tokens": 3, "ended": True}
         (run.dev_samples / f"step_{step:06d}.jsonl").write_text(json.dumps(row) + "\n")
+    look = {"step": 60, "id": "t0", "prompt": "p", "score": 0.5, "ended": False, "tokens": [" a", "</script>"]}
+    look |= {"logprobs": [-1.0, -2.0], "ref_logprobs": [-1.5, -1.0], "advantages": [0.5, -1.0], "values": [0.1, None]}
+    run.tokens.write_text(json.dumps(look) + "\n")
     write_report(run)
     return run
 
@@ -113,7 +116,7 @@ def opened(browser: Browser, run: RunFolder) -> Iterator[Open]:
 
 
 def heads(page: Page) -> list[str]:
-    return page.locator(".sample h3").all_inner_texts()
+    return page.locator("#rows h3").all_inner_texts()
 
 
 def test_samples_are_searched_sorted_and_paged(opened: Open) -> None:
@@ -204,6 +207,23 @@ def test_curves_are_read_zoomed_and_smoothed(opened: Open) -> None:
     expect(figure.locator("details tbody tr")).to_have_count(60)
     assert figure.locator("details tbody tr").nth(39).inner_text().split() == ["40", "0.4000"]
     expect(page.locator(".findings .bad").first).to_contain_text("Over-optimised from step 40 on")
+
+
+def test_tokens_say_what_was_learnt_from_them(opened: Open) -> None:
+    page = opened()
+    tokens = page.locator(".strip span")
+    expect(tokens).to_have_text([" a", "</script>"])
+    tokens.nth(1).hover()
+    said = "“</script>”: advantage −1, log-prob minus reference −1, log-prob −2, reference log-prob −1, value –"
+    expect(page.locator("#token")).to_have_text(said)
+    tokens.first.focus()
+    page.keyboard.press("ArrowRight")
+    expect(tokens.nth(1)).to_be_focused()
+    # The advantage of the second token is twice the first one's and of the other sign: 70 and 35 % of two colours.
+    shades = page.evaluate("[...document.querySelectorAll('.strip span')].map(each => each.style.background)")
+    assert "--s0) 35%" in shades[0] and "--s1) 70%" in shades[1]
+    page.get_by_label("Colour by").select_option(label="value")
+    assert "70%" in page.evaluate("document.querySelector('.strip span').style.background")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

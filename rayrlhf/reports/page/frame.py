@@ -29,7 +29,7 @@ _THEME = Path(web.__file__).parent / "static" / "theme.css"
 _STYLES = (_THEME, _STATIC / "uplot.min.css", _STATIC / "report.css")
 _LICENCE = _STATIC / "uplot.LICENSE.txt"
 """Of the library, which has to be in every copy of it."""
-_SCRIPTS = tuple(_STATIC / name for name in ("uplot.min.js", "charts.js", "samples.js", "report.js"))
+_SCRIPTS = tuple(_STATIC / name for name in ("uplot.min.js", "charts.js", "samples.js", "tokens.js", "report.js"))
 
 
 def document(template: str, data: Mapping[str, Any] | None = None, live: bool = False, **context: Any) -> str:

@@ -71,6 +71,7 @@ def report(run: RunFolder, metrics: Lines, live: bool = False) -> str:
         )
         if each is not None
     ]
+    looks = _lines(run, run.tokens)
     over_kl = over_kl_chart(lines["rl"])
     tables, agreement_error = _agreement(run) if config else ([], None)
     context: dict[str, Any] = {
@@ -87,6 +88,7 @@ def report(run: RunFolder, metrics: Lines, live: bool = False) -> str:
         "over_kl": charts.add([over_kl] if over_kl else []),
         "curves": _curves(charts, lines),
         "collections": collections,
+        "looks": looks,
         "accuracy": accuracy_table(accuracy) if accuracy else None,
         "pair_charts": charts.add(pair_charts),
         "pair_words": said,
@@ -102,6 +104,7 @@ def report(run: RunFolder, metrics: Lines, live: bool = False) -> str:
     data = {
         "charts": [chart.data() for chart in charts.all],
         "samples": [collection.data() for collection in collections],
+        "tokens": looks,
         "seed": config.seed if config else 0,
     }
     return document("report.html", data, live, **context)
@@ -133,6 +136,10 @@ def _agreement(run: RunFolder) -> tuple[list[Grid], str | None]:
 def _json(run: RunFolder, path: Path) -> dict[str, Any] | None:
     content = run.read(path)
     return None if content is None else dict(json.loads(content))
+
+
+def _lines(run: RunFolder, path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run.read(path) or b"").splitlines()]
 
 
 def _rows(run: RunFolder, path: Path) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@
   const mount = (data) => {
     Curves.mount(data.charts);
     Samples.mount(data.samples, data.seed);
+    Tokens.mount(data.tokens);
   };
 
   const label = () => { at("window").textContent = Curves.settings.half ? `${2 * Curves.settings.half + 1} steps` : "none"; };
@@ -38,7 +39,7 @@
     if ([...now.keys()].join() !== [...here.keys()].join()) return location.reload();
     for (const [id, part] of now) {
       if (before.get(id) === part.innerHTML) continue;
-      if (id !== "samples") {
+      if (id !== "samples" && id !== "tokens") { // those two are made from the data
         const open = [...here.get(id).querySelectorAll("details[id][open]")].map((each) => each.id);
         here.get(id).replaceChildren(...[...part.childNodes].map((node) => document.importNode(node, true)));
         for (const each of open) if (at(each)) at(each).open = true;
