@@ -102,7 +102,7 @@ def state(run: RunFolder) -> str:
         files = [run.evaluation, run.samples, run.reward_accuracy]
         seen.update(repr([run.store.exists(file) for file in files]).encode())
     else:
-        watched = [*run.path.glob("*.json"), *run.path.glob("*.parquet"), *run.path.glob("*.yaml")]
+        watched = [file for end in ("json", "jsonl", "parquet", "yaml") for file in run.path.glob(f"*.{end}")]
         stats = {file.name: (os.stat(file).st_mtime_ns, os.stat(file).st_size) for file in sorted(watched)}
         looks = sorted(file.name for file in run.dev_samples.glob("*.jsonl"))
         seen.update(repr((stats, looks)).encode())

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from jobs.cli import app
 from rayrlhf.errors import UserError
 from rayrlhf.reports.compare import markdown, mean_over_runs, pooled_difference, read_runs, write
-from rayrlhf.reports.curves import CURVES, compare_figure, curve, moving_average, over_kl_figure
+from rayrlhf.reports.curves import CURVES, compare_figure, curve, moving_average, path_over_kl
 from rayrlhf.reports.intervals import length_controlled_difference
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -286,8 +286,8 @@ def test_what_older_runs_lack_is_left_out() -> None:
     assert len(titles) == 6
     bands = [axes.collections[0].get_paths() for axes in figure.axes if axes.collections]
     assert len(bands) == 5 and not any(np.size(path.vertices) for paths in bands for path in paths)
-    assert over_kl_figure(lines) is None
-    assert over_kl_figure([]) is None
+    assert path_over_kl(lines) is None
+    assert path_over_kl([]) is None
 
 
 def test_files(folders: list[Path], tmp_path: Path) -> None:

@@ -9,7 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from jobs.cli import app
+from jobs.label import listen
+from jobs.report import state
 from rayrlhf.config_file import parse_config
 from rayrlhf.data.records import Prompt
 from rayrlhf.reports.evaluation import Answers, samples_table, summarize, write_evaluation, write_samples
@@ -238,6 +242,10 @@ def test_charts_of_heldout_pairs() -> None:
     assert [chart.title for chart in charts] == ["Calibration", "Accuracy by margin", "Accuracy by length", "Margins"]
     assert sum(value or 0 for value in charts[-1].series[0].values) == 200
     assert "share ordered rightly 0.650" in said[0]  # six of ten margins are positive, one is 0
+    assert "neither over- nor under-confident" in said[1]
+    for size, words in ((9.0, "is over-confident"), (0.01, "is under-confident")):  # of margins; the shares stay
+        wrong = [row | {"reward_model": size * (1 if n % 3 else -1)} for n, row in enumerate(rows)]
+        assert words in reward_model_charts(wrong)[1][1]
     few, words = reward_model_charts(rows[:11])
     assert [chart.title for chart in few] == ["Margins"] and "too few for calibration" in words[1]
     assert reward_model_charts([]) == ([], [])
@@ -269,7 +277,38 @@ def test_stages_on_a_line_of_time() -> None:
     assert hashes(found) == [("data.x.path", "p", "5f0c")]
 
 
-# ---- unfinished runs
+# ---- the command, and unfinished runs
+
+
+def test_command_writes_the_page_or_says_in_one_line_why_not(tmp_path: Path) -> None:
+    run = open_or_create(parse_config({"name": "started"}, "test"), tmp_path)
+    done = CliRunner().invoke(app, ["report", str(run.path)])
+    assert done.exit_code == 0 and "No verdict yet" in run.report.read_text(encoding="utf-8")
+    nothing = CliRunner().invoke(app, ["report", str(tmp_path / "two")])
+    assert nothing.exit_code == 2 and "no run folder" in nothing.output
+    (run.path / "rounds.json").write_text('{"begun": 1, "stopped": null}')
+    rounds = CliRunner().invoke(app, ["report", str(run.path), "--watch"])
+    assert rounds.exit_code == 2 and "name one of them, such as" in " ".join(rounds.output.split())
+    (run.path / "rounds.json").unlink()
+    with listen("127.0.0.1", 0) as taken:
+        port = str(taken.getsockname()[1])
+        refused = CliRunner().invoke(app, ["report", str(run.path), "--watch", "--port", port])
+    assert refused.exit_code == 2 and "report: cannot listen at 127.0.0.1" in " ".join(refused.output.split())
+
+
+def test_the_state_changes_with_what_the_page_shows(tmp_path: Path) -> None:
+    run = open_or_create(parse_config({"name": "started"}, "test"), tmp_path)
+    seen = [state(run)]
+    with MetricsWriter(run.path) as writer:
+        writer.write("sft", 1, {"sft/loss": 3.0})
+    seen.append(state(run))
+    run.evaluation.write_text("{}")
+    seen.append(state(run))
+    run.dev_samples.mkdir()
+    (run.dev_samples / "step_000000.jsonl").write_text("")
+    seen.append(state(run))
+    write_report(run)
+    assert len(set(seen)) == 4 and state(run) == seen[-1], "the page itself is no news"
 
 
 def test_partial_runs(tmp_path: Path) -> None:

@@ -233,13 +233,14 @@ def test_a_phone_in_light_and_dark(opened: Open, scheme: Any) -> None:
     paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert paper == {"light": "rgb(245, 246, 249)", "dark": "rgb(20, 22, 27)"}[scheme]
     # Charts have the colours of the scheme, too: the blue of their first curve is lighter on dark.
-    blue = page.evaluate(f"{PLOT.format(title='KL to the reference policy')}.plot.series[2].stroke()")
-    assert blue == {"light": "rgb(0, 114, 178)", "dark": "rgb(86, 180, 233)"}[scheme]
+    blue = f"{PLOT.format(title='KL to the reference policy')}.plot.series[2].stroke()"
+    assert page.evaluate(blue) == {"light": "rgb(0, 114, 178)", "dark": "rgb(86, 180, 233)"}[scheme]
     page.get_by_role("button", name="Next").tap()
     assert heads(page)[0] == "title 10"
     page.emulate_media(media="print")
     expect(page.locator(".bar")).to_be_hidden()
     expect(page.locator(".headline")).to_be_visible()
+    assert page.evaluate(blue) == "rgb(0, 114, 178)", "paper is white"
 
 
 def test_every_control_has_a_name_for_a_screen_reader(opened: Open) -> None:

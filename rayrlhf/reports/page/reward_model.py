@@ -95,16 +95,23 @@ def reward_model_charts(pairs: Sequence[Mapping[str, Any]]) -> tuple[list[Chart]
     bars = Series("pairs", [float(count) for count in counts])
     middles = [float(value) for value in (edges[:-1] + edges[1:]) / 2]
     charts.append(Chart("Margins", "pairs", "margin, better − worse", middles, [bars], "bars", smooth=False))
-    return charts, _sentences(margins, right, longer, confidence)
+    return charts, _sentences(margins, right, longer, confidence, prompts)
 
 
-def _sentences(margins: Array, right: Array, longer: Array, confidence: Array) -> list[str]:
+def _sentences(margins: Array, right: Array, longer: Array, confidence: Array, prompts: NDArray[np.int64]) -> list[str]:
     said = [f"Mean confidence {confidence.mean():.3f}, share ordered rightly {right.mean():.3f}."]
     error = calibration_error(margins, right)
     if error is None:
         said.append(f"{len(margins)} pairs are too few for calibration: a bin takes {FEWEST}.")
     else:
-        side = "over-confident" if confidence.mean() > right.mean() else "under-confident"
+        surplus = cluster_bootstrap(confidence - right, prompts)
+        side = (
+            "over-confident"
+            if surplus.low > 0
+            else "under-confident"
+            if surplus.high < 0
+            else "neither over- nor under-confident"
+        )
         said.append(f"Calibration error {error:.3f}; on the whole it is {side}.")
     if len(margins) > 2 and np.ptp(longer) > 0 and np.ptp(margins) > 0:
         rho = float(stats.spearmanr(margins, longer).statistic)

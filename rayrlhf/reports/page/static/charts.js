@@ -130,7 +130,7 @@ const Curves = (() => {
     const step = ticks.length > 1 ? Math.abs(ticks[1] - ticks[0]) : Math.abs(tick) || 1;
     const most = Math.max(...ticks.map(Math.abs));
     if (most >= 1e4) return compact.format(tick).replace("-", "−");
-    if (most !== 0 && most < 1e-3) return tick === 0 ? "0" : tick.toExponential(0).replace("-", "−");
+    if (most !== 0 && most < 1e-3) return tick === 0 ? "0" : Number(tick.toPrecision(2)).toExponential().replaceAll("-", "−");
     let digits = 0;
     while (digits < 6 && Math.abs(step * 10 ** digits - Math.round(step * 10 ** digits)) > 1e-6 * step * 10 ** digits) digits++;
     return tick.toFixed(digits).replace("-", "−");
@@ -138,6 +138,7 @@ const Curves = (() => {
 
   const bounds = (least, most, zero) => {
     if (least === null || least === undefined) return [0, 1];
+    if (least === 0 && most === 0) return [0, 1];
     if (zero) return [0, most * 1.05 || 1];
     const room = (most - least) * 0.08 || Math.abs(most) * 0.1 || 1;
     return [least - room, most + room];

@@ -20,7 +20,8 @@
     at("raw").addEventListener("change", (event) => { Curves.settings.raw = event.target.checked; Curves.redraw(); });
     at("reset").addEventListener("click", () => Curves.reset());
   }
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => Curves.redraw());
+  // On paper the colours are the light ones, and the columns narrower.
+  for (const media of ["(prefers-color-scheme: dark)", "print"]) matchMedia(media).addEventListener("change", () => Curves.redraw());
   mount(read(document));
 
   const links = new Map([...document.querySelectorAll(".bar nav a")].map((link) => [link.hash.slice(1), link]));
