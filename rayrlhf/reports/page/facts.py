@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-import yaml
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from rayrlhf.config import Config
 from rayrlhf.reports.progress import duration
 from rayrlhf.runs.stages import STAGES
+from rayrlhf.yaml_text import in_one_line
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,9 @@ def settings(config: BaseModel, beside: Any = None, prefix: str = "") -> Iterato
         if isinstance(value, BaseModel):
             yield from settings(value, default, f"{key}.")
         elif value != default:
-            yield Setting(key, _text(value), "" if default is PydanticUndefined else _text(default))
+            yield Setting(
+                key, in_one_line(_plain(value)), "" if default is PydanticUndefined else in_one_line(_plain(default))
+            )
 
 
 def own_settings(config: Config) -> list[Setting]:
@@ -89,12 +91,6 @@ def hashes(contents: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, st
         for key, found in contents.items()
         for name, entry in found.get("files", {}).items()
     ]
-
-
-def _text(value: Any) -> str:
-    plain = _plain(value)
-    text = yaml.safe_dump(plain, default_flow_style=True, allow_unicode=True, width=float("inf"))
-    return text.removesuffix("\n").removesuffix("\n...")
 
 
 def _plain(value: Any) -> Any:
