@@ -87,7 +87,7 @@ class _Pages:
         with self._lock:
             now = state(self.run)
             if now != self._made[0]:
-                self._made = now, report(self.run, read_metrics(self.run.address), live=True)
+                self._made = now, report(self.run, read_metrics(self.run.address), live=now)
             return HTMLResponse(self._made[1], headers=HEADERS)
 
     def state(self, request: Request) -> Response:

@@ -265,19 +265,21 @@ def test_watched_page_follows_the_run_and_stays_where_the_reader_is(
         thread.start()
         try:
             page = opened(f"http://127.0.0.1:{listening.getsockname()[1]}/")
-            with page.expect_response("**/state"):
-                pass
             page.get_by_role("button", name="Next").click()
             page.get_by_text("config.yaml").click()
             kl = PLOT.format(title="KL to the reference policy")
             page.evaluate(f"{kl}.plot.setScale('x', {{min: 10, max: 20}})")
             page.evaluate("scrollTo(0, 2000)")
+            look = {"step": 65, "id": "d0", "prompt": "TITLE: dev", "reference": "ref", "answer": "after 65"}
+            look |= {"score": 0.5, "gold": 0.65, "tokens": 3, "ended": True}
+            (copy.dev_samples / "step_000065.jsonl").write_text(json.dumps(look) + "\n")
             write_steps(copy, STEPS + 1, STEPS + 5)
             expect(page.locator("#rl small")).to_have_text("65 steps")
             assert page.evaluate(f"{kl}.chart.x.length") == 65
             assert page.evaluate(f"[{kl}.plot.scales.x.min, {kl}.plot.scales.x.max]") == [10, 20]
             assert page.evaluate("scrollY") == 2000 and heads(page)[0] == "title 10"
             assert page.locator("#yaml").get_attribute("open") is not None
+            expect(page.get_by_role("button", name="While rl ran: 1 dev prompts, 4 looks")).to_be_visible()
             # Another site's name that leads here gets nothing.
             answer = page.request.get(page.url, headers={"Host": "elsewhere.invalid"}, fail_on_status_code=False)
             assert answer.status == 400

@@ -32,13 +32,13 @@ _LICENCE = _STATIC / "uplot.LICENSE.txt"
 _SCRIPTS = tuple(_STATIC / name for name in ("uplot.min.js", "charts.js", "samples.js", "tokens.js", "report.js"))
 
 
-def document(template: str, data: Mapping[str, Any] | None = None, live: bool = False, **context: Any) -> str:
+def document(template: str, data: Mapping[str, Any] | None = None, live: str = "", **context: Any) -> str:
     """A whole page.
 
     Args:
         template: a file of `templates/` that extends `frame.html`.
         data: what the script reads; None for a page without a script.
-        live: whether the page asks its own server for news.
+        live: the state that a page shows which asks its own server for news; empty for a file.
         **context: of the template; texts are escaped where they are put in.
     """
     style = "\n".join(_text(path) for path in _STYLES)

@@ -48,13 +48,13 @@ def write_report(run: RunFolder) -> Path:
     return run.report
 
 
-def report(run: RunFolder, metrics: Lines, live: bool = False) -> str:
+def report(run: RunFolder, metrics: Lines, live: str = "") -> str:
     """The page.
 
     Args:
         run: the run, whose other files are read at its address.
         metrics: its lines of metrics.jsonl.
-        live: whether the page asks its own server for news.
+        live: as for `document`.
     """
     config = stored_config(run) if run.read(run.config) is not None else None
     evaluation, accuracy = _json(run, run.evaluation), _json(run, run.reward_accuracy)

@@ -118,7 +118,7 @@ def while_rl_ran(run: RunFolder, best_step: int | None) -> Collection | None:
         }
         ended = {f"step {row['step']}": row.get("ended", True) for row in own}
         rows.append(_row(str(own[0]["id"]), own[0]["prompt"], texts, numbers, ended, (old, new), measure))
-    words = f"While rl ran: {len(rows)} dev prompts, {len(steps)} steps"
+    words = f"While rl ran: {len(rows)} dev prompts, {len(steps)} looks"
     return Collection("dev", words, sources, measure, old, new, rows)
 
 

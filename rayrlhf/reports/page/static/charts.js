@@ -230,6 +230,7 @@ const Curves = (() => {
         if (!own || own.figure !== figure || JSON.stringify(own.chart) !== JSON.stringify(charts[place])) draw(figure, charts[place]);
         if (range) drawn.get(place).plot.setScale("x", range);
       }
+      for (const [place, own] of drawn) if (!own.figure.isConnected) { own.plot.destroy(); drawn.delete(place); }
     },
     reset() { for (const { plot, chart } of drawn.values()) whole(plot, chart); },
     plots: drawn,

@@ -5,6 +5,9 @@
   const at = (id) => document.getElementById(id);
   const read = (page) => JSON.parse(page.getElementById("data").textContent);
   const POLL_MS = 2000;
+  const parts = (page) => new Map([...page.querySelectorAll("[data-part]")].map((part) => [part.dataset.part || part.id, part]));
+  // As the server has sent them. Only parts that differ are put in anew, so that place, zoom and what is open stay.
+  const before = new Map([...parts(document)].map(([id, part]) => [id, part.innerHTML]));
 
   const mount = (data) => {
     Curves.mount(data.charts);
@@ -31,16 +34,14 @@
   for (const id of links.keys()) if (at(id)) seen.observe(at(id));
 
   if (!("live" in document.body.dataset)) return;
-  // Only parts whose text has changed are put in anew, so that place, zoom and what is open stay.
-  const parts = (page) => new Map([...page.querySelectorAll("[data-part]")].map((part) => [part.id || part.dataset.part, part]));
-  let state = null, before = new Map([...parts(document)].map(([id, part]) => [id, null]));
+  let state = document.body.dataset.live;
   const refresh = async () => {
     const page = new DOMParser().parseFromString(await (await fetch("/")).text(), "text/html");
     const [now, here] = [parts(page), parts(document)];
     if ([...now.keys()].join() !== [...here.keys()].join()) return location.reload();
     for (const [id, part] of now) {
       if (before.get(id) === part.innerHTML) continue;
-      if (id !== "samples" && id !== "tokens") { // those two are made from the data
+      if (part.id !== "samples" && part.id !== "tokens") { // those two are made from the data
         const open = [...here.get(id).querySelectorAll("details[id][open]")].map((each) => each.id);
         here.get(id).replaceChildren(...[...part.childNodes].map((node) => document.importNode(node, true)));
         for (const each of open) if (at(each)) at(each).open = true;
@@ -48,13 +49,14 @@
       before.set(id, part.innerHTML);
     }
     mount(read(page));
+    state = page.body.dataset.live;
   };
+  const say = (words) => { if (at("live").textContent !== words) at("live").textContent = words; };
   const poll = async () => {
     try {
-      const found = await (await fetch("/state")).text();
-      if (found !== state) { if (state !== null) await refresh(); state = found; }
-      at("live").textContent = "live";
-    } catch { at("live").textContent = "server away"; }
+      if (await (await fetch("/state")).text() !== state) await refresh();
+      say("live");
+    } catch { say("server away"); }
     setTimeout(poll, POLL_MS);
   };
   poll();

@@ -84,7 +84,10 @@ const Samples = (() => {
     at("counted").textContent = rows.length === collection.rows.length ? `${rows.length} prompts` : `${rows.length} of ${collection.rows.length} prompts`;
     at("sort").value = state.sort;
     for (const button of document.querySelectorAll("[data-sort]")) button.setAttribute("aria-pressed", button.dataset.sort === state.sort);
-    for (const button of document.querySelectorAll("[data-collection]")) button.setAttribute("aria-pressed", Number(button.dataset.collection) === state.chosen);
+    for (const button of document.querySelectorAll("[data-collection]")) {
+      button.textContent = state.collections[button.dataset.collection].words;
+      button.setAttribute("aria-pressed", Number(button.dataset.collection) === state.chosen);
+    }
     const legend = at("legend");
     legend.replaceChildren();
     if (collection.old !== collection.new) {
