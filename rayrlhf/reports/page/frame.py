@@ -43,9 +43,10 @@ def document(template: str, data: Mapping[str, Any] | None = None, live: str = "
     """
     style = "\n".join(_text(path) for path in _STYLES)
     script = "\n".join([f"/*! {_text(_LICENCE)}*/", *map(_text, _SCRIPTS)]) if data is not None else ""
+    asked = "'self'" if live else "'none'"
     policy = (
         f"default-src 'none'; script-src {_source(script)}; style-src {_source(style)}; img-src data:; "
-        f"connect-src {chr(39)}{'self' if live else 'none'}{chr(39)}; base-uri 'none'; form-action 'none'"
+        f"connect-src {asked}; base-uri 'none'; form-action 'none'"
     )
     return (
         _environment()
