@@ -246,6 +246,8 @@ def test_charts_of_heldout_pairs() -> None:
     for size, words in ((9.0, "is over-confident"), (0.01, "is under-confident")):  # of margins; the shares stay
         wrong = [row | {"reward_model": size * (1 if n % 3 else -1)} for n, row in enumerate(rows)]
         assert words in reward_model_charts(wrong)[1][1]
+    short = [row | {"longer": -row["reward_model"]} for row in rows]
+    assert reward_model_charts(short)[1][2].endswith("difference in length: −1.00.")
     few, words = reward_model_charts(rows[:11])
     assert [chart.title for chart in few] == ["Margins"] and "too few for calibration" in words[1]
     assert reward_model_charts([]) == ([], [])

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 from scipy.special import expit
 
 from rayrlhf.reports.page.charts import Chart, Series
@@ -114,7 +113,9 @@ def _sentences(margins: Array, right: Array, longer: Array, confidence: Array, p
         )
         said.append(f"Calibration error {error:.3f}; on the whole it is {side}.")
     if len(margins) > 2 and np.ptp(longer) > 0 and np.ptp(margins) > 0:
-        rho = float(stats.spearmanr(margins, longer).statistic)
+        from scipy.stats import spearmanr  # takes a second to import, and most pages have no pairs
+
+        rho = float(spearmanr(margins, longer).statistic)
         said.append(f"Rank correlation of its margin with the difference in length: {rho:+.2f}.".replace("-", "−"))
     return said
 
