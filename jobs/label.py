@@ -272,7 +272,7 @@ def make_site(run: RunFolder, database: LabelDatabase, serving: Serving, url: st
 
 
 def listen(host: str, port: int, command: str = "label") -> socket.socket:
-    """A socket that listens there; port 0 takes any that is free.
+    """A socket that listens there for a command; port 0 takes any that is free.
 
     Raises:
         UserError: the port is taken, or the host is not this machine.

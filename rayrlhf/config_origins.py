@@ -23,7 +23,7 @@ from rayrlhf.config_file import dump_config, load_config, parse_override
 from rayrlhf.config_resources import ResourcesConfig
 from rayrlhf.machine import this_machine
 from rayrlhf.sections import Section
-from rayrlhf.yaml_text import write_yaml_text
+from rayrlhf.yaml_text import in_one_line
 
 Key = tuple[str, ...]
 """The parts of a dotted key. Labels have dots inside a part."""
@@ -100,13 +100,7 @@ def _lines(tree: Mapping[str, Any], origin: Mapping[Key, str], key: Key = ()) ->
     for name, value in tree.items():
         own, indent = (*key, name), "  " * len(key)
         if isinstance(value, dict) and value:
-            lines += [f"{indent}{_inline(name)}:", *_lines(value, origin, own)]
+            lines += [f"{indent}{in_one_line(name)}:", *_lines(value, origin, own)]
         else:
-            lines.append(f"{indent}{_inline(name)}: {_inline(value)}  # {origin.get(own, 'default')}")
+            lines.append(f"{indent}{in_one_line(name)}: {in_one_line(value)}  # {origin.get(own, 'default')}")
     return lines
-
-
-def _inline(value: Any) -> str:
-    """A value as YAML in one line."""
-    text = write_yaml_text(value, default_flow_style=True, width=float("inf"))
-    return text.removesuffix("\n").removesuffix("\n...")

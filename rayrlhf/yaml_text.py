@@ -53,6 +53,12 @@ def write_yaml_text(value: Any, **options: Any) -> str:
     return str(yaml.dump(value, Dumper=_Dumper, allow_unicode=True, **options))
 
 
+def in_one_line(value: Any) -> str:
+    """As `write_yaml_text`, in one line."""
+    text = write_yaml_text(value, default_flow_style=True, width=float("inf"))
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader with the scalars of YAML 1.2's core schema."""
 

@@ -23,6 +23,7 @@ from actors.rollouts.groups import Cursor
 from actors.rollouts.publisher import Publisher
 from actors.training.dev_answers import DevAnswers, DevPrompt
 from actors.training.loop import Loop, LoopArguments
+from actors.training.token_looks import looks_due, write_looks
 from rayrlhf.algorithms.registry import make_trainer
 from rayrlhf.config import Config
 from rayrlhf.errors import UserError
@@ -123,6 +124,8 @@ def rl_loop(args: RLArguments) -> None:
                 "idle/learner": (arrived - waiting) / seconds,
                 "throughput/tokens_per_s": sum(t.length for t in batch.trajectories) / seconds,
             })  # fmt: skip
+            if loop.ranks.first and looks_due(config.rl, loop.step):
+                write_looks(loop.run, loop.step, trainer.looked_at, tokenizer, config.rl.missing_eos_reward)
             reason = loop.reason_to_stop
             stopping = loop.stopping() or reason is not None
             if loop.step < config.rl.steps and (stopping or loop.step % config.rl.checkpoint_every == 0):

@@ -33,6 +33,27 @@ def compare(
     run_guarded(action)
 
 
+@app.command("report")
+def report_command(
+    run_folder: Folder,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Serve the page on this machine and follow the run, until Ctrl-C.")
+    ] = False,
+    port: Annotated[int, typer.Option(help="Of --watch; 0 takes any that is free.")] = 8200,
+) -> None:
+    """Write a run's report.html anew, finished or not; with --watch, serve it live. Needs no Ray."""
+
+    def action() -> None:
+        from jobs import report
+
+        if watch:
+            report.watch(run_folder, port)
+        else:
+            report.write(run_folder)
+
+    run_guarded(action)
+
+
 @app.command("agreement")
 def agreement_command(
     runs: Annotated[

@@ -44,6 +44,9 @@ from rayrlhf.models.ranks import Ranks
 from rayrlhf.rewards.functions import learned_scores
 from rayrlhf.trajectory import Trajectory, derive_seed
 
+LOOKED_AT = 4
+"""So many trajectories of the newest batch are kept to look at."""
+
 
 class MiniBatch(NamedTuple):
     """How much one update learns from, on all ranks."""
@@ -85,6 +88,8 @@ class Trainer:
         self.max_response_tokens, self.normalized = max_response_tokens, normalized or {}
         self.policy_optimizer = Optimizer(policy.model, config.optimizer, updates_of(config))
         self.kl = KLController(config.kl)
+        self.looked_at: list[tuple[Trajectory, Fixed]] = []
+        """The first of this rank's trajectories of the newest batch, with what was learnt from each token."""
 
     def step(self, trajectories: Sequence[Trajectory], step: int) -> dict[str, float]:
         """Learn from one batch, which is the same on every rank.
@@ -107,6 +112,7 @@ class Trainer:
         learned = self.learned_scores(trajectories)[own]
         experience, metrics = self.make_experience([trajectories[i] for i in own], groups, learned)
         by_index = dict(zip(own, experience, strict=True))
+        self.looked_at = [(trajectories[i], by_index[i].fixed) for i in own[:LOOKED_AT]]
         train_policy = self.critic is None or step >= self.critic.config.critic_warmup_steps
         sums: list[dict[str, Tensor]] = []
         norms: list[tuple[float, ...]] = []

@@ -17,6 +17,8 @@ _MARKS = r"[\p{M}\u200c\u200d]*"
 _CHARACTER = regex.compile(f"(?=[\\p{{L}}\\p{{N}}]){_UNSPACED}{_MARKS}")
 _WORD = regex.compile(f"{_CHARACTER.pattern}|(?:(?!{_UNSPACED})[\\p{{L}}\\p{{N}}]{_MARKS})+")
 
+_PIECE = regex.compile(f"\\s*(?:{_UNSPACED}{_MARKS}|(?:(?!{_UNSPACED})\\S)+)|\\s+$")
+
 
 def words(text: str) -> list[str]:
     """The words of a text in lower case: runs of letters and digits, accents included.
@@ -30,3 +32,12 @@ def words(text: str) -> list[str]:
 def count_words(text: str) -> int:
     """How long a text is: the number of pieces between spaces, in scripts without spaces the number of characters."""
     return sum(max(1, len(_CHARACTER.findall(piece))) for piece in text.split())
+
+
+def pieces(text: str) -> list[str]:
+    """A text cut at its blanks, and in scripts without spaces at each character; joined, the pieces are the text.
+
+    >>> pieces("It works, 本当 ")
+    ['It', ' works,', ' 本', '当', ' ']
+    """
+    return [str(piece) for piece in _PIECE.findall(text)]

@@ -35,6 +35,7 @@ from rayrlhf.reports.measures import (
     WITHIN_ONE,
     interval_text,
 )
+from rayrlhf.reports.page.comparison import compared_page
 from rayrlhf.reports.warnings import warnings_of
 from rayrlhf.resampling import Array, Interval
 from rayrlhf.runs.addresses import join
@@ -272,18 +273,21 @@ def pooled_difference(runs: Sequence[Run], measure: str, *, at_equal_length: boo
     return pooled(values, lengths)
 
 
-def write(runs: Sequence[Run], output: Path) -> tuple[Path, Path]:
-    """Write `compare.md` and `curves.png` into the folder `output`, and return their paths."""
+def write(runs: Sequence[Run], output: Path) -> tuple[Path, Path, Path]:
+    """Write `compare.md`, `curves.png` and `compare.html` into the folder `output`, and return their paths."""
     rouge = {
         source: {m: value for m in MEASURES if m.startswith("rouge") and (value := mean_over_runs(runs, source, m))}
         for source in SOURCES
     }
-    text, image = output / "compare.md", output / "curves.png"
+    text, image, page = (output / name for name in ("compare.md", "curves.png", "compare.html"))
+    lines, tables = {run.label: run.stage("rl") for run in runs}, markdown(runs)
     with replacing(image) as temporary:
-        compare_figure([run.stage("rl") for run in runs], rouge).savefig(temporary, format="png", dpi=150)
+        compare_figure(list(lines.values()), rouge).savefig(temporary, format="png", dpi=150)
     with replacing(text) as temporary:
-        temporary.write_text(f"{markdown(runs)}\n![curves](curves.png)\n", encoding="utf-8")
-    return text, image
+        temporary.write_text(f"{tables}\n![curves](curves.png)\n", encoding="utf-8")
+    with replacing(page) as temporary:
+        temporary.write_text(compared_page(tables, lines), encoding="utf-8")
+    return text, image, page
 
 
 def _paired(runs: Sequence[Run], measure: str) -> Array | None:

@@ -133,18 +133,6 @@ def path_over_kl(lines: Lines) -> KLPath | None:
     return KLPath(np.sqrt(np.maximum(kl, 0)), gains)  # an estimate of a KL near 0 can be below it
 
 
-def over_kl_figure(lines: Lines) -> Figure | None:
-    """Proxy and gold of one run against KL; None where the metrics lack one of them."""
-    from matplotlib.figure import Figure
-
-    path = path_over_kl(lines)
-    if path is None:
-        return None
-    figure = Figure(figsize=(8.4, 3.2), layout="constrained")
-    _draw_over_kl(figure.subplots(), [path])
-    return figure
-
-
 def _draw_over_kl(axes: Axes, paths: Sequence[KLPath]) -> None:
     last, right = (f(path.root_kl[-1] for path in paths) for f in (min, max))
     x = np.linspace(max(path.root_kl[0] for path in paths), last, 200)  # the KLs that every run has been through

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +14,7 @@ from rayrlhf.files import replacing
 from rayrlhf.reports.curves import GOLD, OTHER, PROXY, style
 from rayrlhf.reports.evaluation import PREVIOUS
 from rayrlhf.reports.measures import interval_text
-from rayrlhf.reports.page import document, inline
+from rayrlhf.reports.page.frame import document, inline
 from rayrlhf.reports.round_measures import IntervalDict, RoundResult
 from rayrlhf.runs.folder import RunFolder
 from rayrlhf.runs.rounds import round_name
@@ -111,19 +110,20 @@ def rounds_figure(results: Sequence[RoundResult]) -> Figure | None:
 
 def write_rounds_report(run: RunFolder, results: Sequence[RoundResult], stopped: str | None) -> Path:
     """Write report.html of a run in rounds, finished or not, and return its path."""
-    parts = [f"<h1>{escape(run.name)}</h1>", f'<p class="sub">{len(results)} rounds</p>']
-    if stopped:
-        parts.append(f"<p>No further round: {escape(stopped)}.</p>")
-    parts += ["<h2>Rounds</h2>", _html(CAPTION, rows(results))]
-    if (figure := rounds_figure(results)) is not None:
-        parts.append(f'<img alt="gold, reward, accuracy, win rates and KL by round" src="{inline(figure)}">')
-    if accuracy := accuracy_rows(results):
-        parts += ["<h2>Reward models</h2>", _html(ACCURACY_CAPTION, accuracy)]
-    names = [round_name(result.number) for result in results]
-    links = "".join(f'<li><a href="{name}/report.html">{name}</a></li>' for name in names)
-    parts.append(f"<h2>Each round</h2><ul>{links}</ul>")
+    figure = rounds_figure(results)
+    html = document(
+        "rounds.html",
+        title=run.name,
+        rounds=[round_name(result.number) for result in results],
+        stopped=stopped,
+        caption=CAPTION,
+        rows=rows(results),
+        figure=None if figure is None else inline(figure),
+        accuracy_caption=ACCURACY_CAPTION,
+        accuracy=accuracy_rows(results),
+    )
     with replacing(run.report) as temporary:
-        temporary.write_text(document(run.name, parts), encoding="utf-8")
+        temporary.write_text(html, encoding="utf-8")
     return run.report
 
 
@@ -163,12 +163,3 @@ def _table(title: str, cells: Sequence[Sequence[str]]) -> Table:
     for row in body:
         table.add_row(*(cell.replace(" [", "\n[").replace(", confident", ",\nconfident") for cell in row))
     return table
-
-
-def _html(caption: str, cells: Sequence[Sequence[str]]) -> str:
-    head, *body = cells
-    headings = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    lines = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in body)
-    return (
-        f"<table><caption>{escape(caption)}</caption><thead><tr>{headings}</tr></thead><tbody>{lines}</tbody></table>"
-    )

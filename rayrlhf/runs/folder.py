@@ -70,6 +70,8 @@ class RunFolder:
         self.samples = self.path / "samples.parquet"
         self.dev_samples = self.path / "samples"
         """Answers to a few dev prompts while `rl` ran: `step_000020.jsonl` and so on."""
+        self.tokens = self.path / "tokens.jsonl"
+        """A few trajectories that `rl` learnt from last, token by token."""
         self.evaluation = self.path / "evaluation.json"
         self.checkpoints = self.path / "checkpoints"
 

@@ -41,7 +41,7 @@ def test_preferences_without_rollouts(finished: Any, start: Any, tmp_path: Path)
     assert evaluation["policy"]["kl"] is not None and evaluation["differences"]["policy_minus_sft"]["gold"] is not None
     assert "policy" in pq.read_table(run / "samples.parquet").column_names
     report = (run / "report.html").read_text()
-    assert "Direct preference optimisation: curves" in report
+    assert "Implicit reward of both sides" in report
 
 
 # On Ray, and with RL: a start of all actors for what other tests show in parts.

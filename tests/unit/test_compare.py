@@ -23,8 +23,9 @@ from typer.testing import CliRunner
 from jobs.cli import app
 from rayrlhf.errors import UserError
 from rayrlhf.reports.compare import markdown, mean_over_runs, pooled_difference, read_runs, write
-from rayrlhf.reports.curves import CURVES, compare_figure, curve, moving_average, over_kl_figure
+from rayrlhf.reports.curves import CURVES, compare_figure, curve, moving_average, path_over_kl
 from rayrlhf.reports.intervals import length_controlled_difference
+from rayrlhf.reports.page.comparison import compared_charts, compared_page
 
 ROOT = Path(__file__).resolve().parents[2]
 N = 12
@@ -286,16 +287,35 @@ def test_what_older_runs_lack_is_left_out() -> None:
     assert len(titles) == 6
     bands = [axes.collections[0].get_paths() for axes in figure.axes if axes.collections]
     assert len(bands) == 5 and not any(np.size(path.vertices) for paths in bands for path in paths)
-    assert over_kl_figure(lines) is None
-    assert over_kl_figure([]) is None
+    assert path_over_kl(lines) is None
+    assert path_over_kl([]) is None
+
+
+def test_charts_of_several_runs_have_each_run_and_the_mean() -> None:
+    """Of two runs whose steps overlap in part, with markup in a name."""
+    lines = {"<a>": [step_line(step, 0) for step in (1, 2, 3)], "b": [step_line(step, 1) for step in (2, 3, 4)]}
+    kl, over = (compared_charts(lines)[place] for place in (2, -1))
+    assert kl.title == "KL to the reference policy" and kl.x == [1, 2, 3, 4]
+    first, second, mean = kl.series
+    assert (first.words, second.words, mean.words) == ("<a>", "b", "mean of 2 runs")
+    assert first.values[3] is None and second.values[0] is None and mean.values[0] is None and mean.values[3] is None
+    assert mean.values[1:3] == [(a + b) / 2 for a, b in zip(first.values[1:3], second.values[1:3], strict=True)]
+    assert over.title == "Proxy and gold against KL" and len(over.series) == 4
+    assert sum(value is not None for value in over.series[0].values) == 3
+    html = compared_page("# <a>\n", lines)
+    assert "<h1>&lt;a&gt;</h1>" in html and "<a>" not in html
+    (alone,) = compared_charts({"b": lines["b"]})[2].series
+    assert alone.words == "b"
 
 
 def test_files(folders: list[Path], tmp_path: Path) -> None:
-    text, image = write(read_runs(folders), tmp_path / "out" / "deep")
+    text, image, page = write(read_runs(folders), tmp_path / "out" / "deep")
     assert text.read_text().endswith("\n![curves](curves.png)\n")
     pixels = matplotlib.image.imread(image)
     assert pixels.shape[0] > 600 and pixels.shape[1] > 1000
-    assert sorted(path.name for path in text.parent.iterdir()) == ["compare.md", "curves.png"]
+    assert sorted(path.name for path in text.parent.iterdir()) == ["compare.html", "compare.md", "curves.png"]
+    html = page.read_text()
+    assert "<h2>Policy minus SFT</h2>" in html and "default-src 'none'" in html
 
 
 def broken(folder: Path, kind: str) -> None:

@@ -197,7 +197,7 @@ def test_answers_to_look_at(tmp_path: Path) -> None:
     assert shown.splitlines()[:2] == ["post 0", "  → a cat sat (score 0.500, gold 0.500)"]
     assert read_metrics(run.path, "rl") == [], "the steps' own lines stay as they were"
     page = write_report(run).read_text(encoding="utf-8")
-    assert page.count("a cat sat") == 6 and "step 3, the policy" in page and "gold 0.250" in page
+    assert page.count("a cat sat") == 6 and "step 3, the policy" in page and '"gold":0.25' in page
 
 
 def test_long_answers_are_shown_short() -> None:

@@ -51,7 +51,7 @@ def test_wheel_holds_the_three_rooms_and_nothing_else(wheel_files: set[str]) -> 
 def test_wheel_holds_every_asset(wheel_files: set[str]) -> None:
     assets = {
         path.relative_to(ROOT).as_posix()
-        for folder in ("assets", "labelling/web")
+        for folder in ("assets", "labelling/web", "reports/page")
         for path in (ROOT / "rayrlhf" / folder).rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }

@@ -150,7 +150,7 @@ def test_file_table_and_report_say_the_same(tmp_path: Path) -> None:
     assert "0.625 [0.500, 0.750]" in rows["reward model"] and "0.250 [0.000, 0.500]" in rows["shorter answer"]
     html = write_report(run).read_text(encoding="utf-8")
     for words in SCORERS.values():
-        assert f"<th>{words}</th>" in html
+        assert f'<th scope="row">{words}</th>' in html
     assert '<td title="n = 2">0.625<br><span class="ci">0.500 to 0.750</span></td>' in html
 
     with pytest.raises(ValueError, match="not JSON compliant"):

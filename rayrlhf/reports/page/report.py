@@ -1,0 +1,147 @@
+"""report.html of a run, finished or not: verdict, curves, samples, reward model, timings and config."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rayrlhf.errors import UserError
+from rayrlhf.files import replacing
+from rayrlhf.reports.agreement import Grid, labellers_grid, raters_grid
+from rayrlhf.reports.page import facts, samples
+from rayrlhf.reports.page.charts import Charts, over_kl_chart, stage_charts, time_charts
+from rayrlhf.reports.page.frame import document
+from rayrlhf.reports.page.reward_model import reward_model_charts
+from rayrlhf.reports.page.tables import accuracy_table, evaluation_table
+from rayrlhf.reports.raters import LONGER, compare, longer, people_of, raters_of
+from rayrlhf.reports.verdict import judge
+from rayrlhf.reports.warnings import warnings_of
+from rayrlhf.runs.folder import RunFolder, stored_config, stored_contents
+from rayrlhf.runs.metrics import read_metrics
+from rayrlhf.runs.stages import STAGES
+from rayrlhf.runs.versions import versions
+
+Lines = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Curves:
+    """The charts of one stage, by their places in the page's data."""
+
+    id: str
+    title: str
+    steps: int
+    charts: list[int]
+
+
+def write_report(run: RunFolder) -> Path:
+    """Write `report.html` of a run, finished or not, and return its path."""
+    html = report(run, read_metrics(run.path))
+    with replacing(run.report) as temporary:
+        temporary.write_text(html, encoding="utf-8")
+    return run.report
+
+
+def report(run: RunFolder, metrics: Lines, live: str = "") -> str:
+    """The page.
+
+    Args:
+        run: the run, whose other files are read at its address.
+        metrics: its lines of metrics.jsonl.
+        live: as for `document`.
+    """
+    config = stored_config(run) if run.read(run.config) is not None else None
+    evaluation, accuracy = _json(run, run.evaluation), _json(run, run.reward_accuracy)
+    lines = {stage: [line for line in metrics if line["stage"] == stage] for stage in (*STAGES, "rl_eval")}
+    charts = Charts()
+    pairs = _rows(run, run.heldout_pairs)
+    pair_charts, said = reward_model_charts(pairs if accuracy else [])
+    best = [int(line["rl_eval/best_step"]) for line in lines["rl_eval"] if "rl_eval/best_step" in line]
+    collections = [
+        each
+        for each in (
+            samples.evaluated(_rows(run, run.samples)),
+            samples.while_rl_ran(run, best[-1] if best else None),
+        )
+        if each is not None
+    ]
+    looks = _lines(run, run.tokens)
+    over_kl = over_kl_chart(lines["rl"])
+    tables, agreement_error = _agreement(run) if config else ([], None)
+    context: dict[str, Any] = {
+        "title": run.name,
+        "done": [stage.title for stage in STAGES.values() if run.done(stage.name)],
+        "algorithm": config.rl.algorithm if config and config.has("rl") else None,
+        "config": config,
+        "when": facts.when(metrics),
+        "verdict": judge(
+            evaluation, lines["rl"], lines["rl_eval"], accuracy, config.rl.samples_per_prompt if config else 1
+        ),
+        "warnings": warnings_of(metrics, config) if metrics else [],
+        "evaluation": evaluation_table(evaluation) if evaluation else None,
+        "over_kl": charts.add([over_kl] if over_kl else []),
+        "curves": _curves(charts, lines),
+        "collections": collections,
+        "looks": looks,
+        "accuracy": accuracy_table(accuracy) if accuracy else None,
+        "pair_charts": charts.add(pair_charts),
+        "pair_words": said,
+        "agreement": tables,
+        "agreement_error": agreement_error,
+        "bars": facts.bars(metrics),
+        "time_charts": charts.add(time_charts(lines["rl"])),
+        "settings": facts.own_settings(config) if config else [],
+        "yaml": (run.read(run.config) or b"").decode("utf-8"),
+        "versions": versions(),
+        "hashes": facts.hashes(stored_contents(run)),
+    }
+    data = {
+        "charts": [chart.data() for chart in charts.all],
+        "samples": [collection.data() for collection in collections],
+        "tokens": looks,
+        "seed": config.seed if config else 0,
+    }
+    return document("report.html", data, live, **context)
+
+
+def _curves(charts: Charts, lines: Mapping[str, Lines]) -> list[Curves]:
+    """The curves of each stage that trains, the last one first; those on dev prompts are beside those of `rl`."""
+    found = []
+    for stage in reversed([stage for stage in STAGES.values() if stage.trains]):
+        places = charts.add(stage_charts(stage.name, lines[stage.name]))
+        if places:
+            found.append(Curves(stage.name, stage.title, len(lines[stage.name]), places))
+        if stage.name == "rl" and (places := charts.add(stage_charts("rl_eval", lines["rl_eval"]))):
+            found.append(Curves("rl_eval", "Dev prompts while RL ran", len(lines["rl_eval"]), places))
+    return found
+
+
+def _agreement(run: RunFolder) -> tuple[list[Grid], str | None]:
+    """The raters of the run beside each other, and its labellers; nothing where no two raters saw the same pair."""
+    try:
+        raters = raters_of(run)
+    except UserError as error:  # a damaged file is to be named, and is no reason for a run to end without its report
+        return [], str(error)
+    compared = compare(raters | {LONGER: longer(raters.values())})
+    people = people_of(run)
+    return ([raters_grid(compared)] if compared else []) + ([labellers_grid(*people)] if people else []), None
+
+
+def _json(run: RunFolder, path: Path) -> dict[str, Any] | None:
+    content = run.read(path)
+    return None if content is None else dict(json.loads(content))
+
+
+def _lines(run: RunFolder, path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run.read(path) or b"").splitlines()]
+
+
+def _rows(run: RunFolder, path: Path) -> list[dict[str, Any]]:
+    content = run.read(path)
+    return [] if content is None else list(pq.read_table(pa.BufferReader(content)).to_pylist())
