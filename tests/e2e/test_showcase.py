@@ -86,6 +86,8 @@ def test_the_lexicon_ranks_and_rl_sees_the_reward_model_alone(model: Path, tmp_p
     changes = [f"model.path={model}", f"sft.from={model}", f"data.demonstrations.path={tmp_path / 'openings'}"]
     changes += ["collect.prompts=12", "collect.answers_per_prompt=3", "rl.steps=2", "rl.prompts_per_step=4"]
     changes += ["evaluate.max_prompts=8", "rl.sample_prompts=2", f"runs_dir={tmp_path}"]
+    # On a busy machine two threads wait for each other at every layer.
+    changes += [f"resources.{role}.threads=1" for role in ("generators", "scorers", "learner")]
     outcome = start("python", "-m", "jobs.pipeline", "--local", "--config", CONFIG, *changes).wait()
     assert outcome.code == 0, outcome.err
     positive = runpy.run_path(str(ROOT / "configs/positive.py"))["positive"]

@@ -126,3 +126,11 @@ def test_a_missing_package_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(MODEL["gguf_file"].__globals__, "NEEDED", ("json", "no_such_module"))
     with pytest.raises(SystemExit, match="^error: no_such_module not installed; `make showcase` installs"):
         MODEL["gguf_file"]()
+
+
+def test_a_directory_that_holds_something_else_stays_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    command = [sys.executable, ROOT / "scripts/showcase_model.py", tmp_path]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1 and result.stderr.startswith(f"error: {tmp_path} is there and holds no model; ")
+    assert (tmp_path / "mine.txt").read_text() == "mine"
