@@ -1,10 +1,11 @@
 # `make` alone lists the targets. Python 3.11 to 3.13 with its venv module is all that has to be there.
 #   PYTHON=...  the interpreter that .venv is made with (default: the first that fits)
-#   ARGS=...    handed on to `rayrlhf run` by quickstart, to the benchmarks by bench and to pytest by the test targets
+#   ARGS=...    handed on to `rayrlhf run` by quickstart and showcase, to the benchmarks by bench and to pytest by the test targets
 
 BIN := .venv/bin
 STAMP := .venv/.installed
 DEV_STAMP := .venv/.installed-dev
+SHOWCASE_STAMP := .venv/.installed-showcase
 
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 PYTHON ?= $(firstword $(foreach p,python3.11 python3 python3.12 python3.13,$(shell $(p) -c "$(SUPPORTED)" 2>/dev/null && echo $(p))))
@@ -19,7 +20,7 @@ export UV_NO_SOURCES := 1
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart bench docs test test-long test-tools browser lint test-unit test-oracles test-ray test-e2e clean
+.PHONY: help setup quickstart showcase bench docs test test-long test-tools browser lint test-unit test-oracles test-ray test-e2e clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,11 +40,22 @@ $(STAMP): pyproject.toml constraints.txt
 
 # What tests, lint, documents and benchmarks need besides.
 $(DEV_STAMP): $(STAMP)
-	$(BIN)/uv pip install --python $(BIN)/python --compile-bytecode -c constraints.txt --group dev --group docs --group oracles
+	$(BIN)/uv pip install --python $(BIN)/python --compile-bytecode -c constraints.txt --group dev --group docs --group oracles --group showcase
+	@touch $@
+
+# The model and the lexicon of `make showcase`, 93 MB.
+$(SHOWCASE_STAMP): $(STAMP)
+	$(BIN)/uv pip install --python $(BIN)/python --compile-bytecode -c constraints.txt --group showcase
 	@touch $@
 
 quickstart: $(STAMP) ## run the whole pipeline on the embedded data and model
 	$(BIN)/rayrlhf run configs/quickstart.yaml $(ARGS)
+
+showcase: $(SHOWCASE_STAMP) ## teach a model of 135 million parameters to be positive; under an hour on two cores
+	$(BIN)/python scripts/showcase_model.py build/smollm2
+	$(BIN)/python scripts/make_openings.py build/openings
+	$(BIN)/rayrlhf run configs/showcase.yaml $(ARGS)
+	$(BIN)/python scripts/showcase_answers.py configs/showcase.yaml $(ARGS)
 
 bench: $(DEV_STAMP) ## all benchmarks; rewrites the tables of docs/benchmarks.md
 	$(BIN)/python -m benchmarks $(ARGS)

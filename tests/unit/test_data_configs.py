@@ -21,7 +21,12 @@ from rayrlhf.rewards.labellers import LABELLERS
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 SPLITS: tuple[Split, ...] = ("train", "valid")
-CONTEXT = {"embedded:opt-tiny": 256, "facebook/opt-125m": 2048, "facebook/opt-1.3b": 2048}
+CONTEXT = {
+    "embedded:opt-tiny": 256,
+    "facebook/opt-125m": 2048,
+    "facebook/opt-1.3b": 2048,
+    "build/smollm2": 8192,
+}
 """Tokens; opt-tiny's positions beyond 256 are untrained."""
 
 
@@ -31,6 +36,7 @@ def test_all_examples_are_there() -> None:
         "tldr_opt_125m.yaml",
         "hh_rlhf_opt_1b.yaml",
         "hh_harmless_tiny.yaml",
+        "showcase.yaml",
     }
     assert AutoConfig.from_pretrained(ROOT / "rayrlhf/assets/opt-tiny").max_position_embeddings >= 256
 
