@@ -262,10 +262,15 @@ def answers_text(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def in_lines(*parts: str | tuple[str, str]) -> Text:
+    """A text, or texts with their styles, that a panel shows whole: in lines, also where the console breaks none."""
+    return Text.assemble(*parts, no_wrap=False, overflow="fold")
+
+
 def sample_panel(prompt: str, reference: str | None, answer: str, title: str = "sample") -> Panel:
     """One prompt with a person's answer and the model's. Texts are shown as they are: rich reads no markup in them."""
-    parts = [Text(prompt.strip())]
+    parts = [in_lines(prompt.strip())]
     for name, text in (("reference", reference), ("answer", answer)):
         if text is not None:
-            parts.append(Text.assemble((f"\n{name}: ", "bold"), text.strip() or "(empty)"))
+            parts.append(in_lines((f"\n{name}: ", "bold"), text.strip() or "(empty)"))
     return Panel(Group(*parts), title=Text(title), title_align="left")

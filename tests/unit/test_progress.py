@@ -133,6 +133,16 @@ def test_sample_panel_shows_text_as_it_is() -> None:
     assert "reference" not in render(sample_panel("POST", None, "x"))
 
 
+def test_a_panel_shows_a_long_text_whole() -> None:
+    """Also on a console that breaks no lines, as that of the commands."""
+    out = io.StringIO()
+    words = [f"word{i}" for i in range(60)]
+    Console(file=out, width=60, soft_wrap=True).print(sample_panel(" ".join(words), "ü" * 100, "ÿ" * 200))
+    shown = out.getvalue()
+    assert [word for word in shown.split() if word.startswith("word")] == words
+    assert (shown.count("ü"), shown.count("ÿ")) == (100, 200)
+
+
 def test_evaluation_table_shows_pairs_with_their_tests() -> None:
     def interval(mean: float) -> dict[str, float]:
         return {"mean": mean, "low": mean - 0.5, "high": mean + 0.25, "n": 9}
