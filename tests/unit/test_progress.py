@@ -55,6 +55,13 @@ def test_given_comparisons_replace_the_collect_stage() -> None:
     assert loads["reward_model"].samples_a_step == 20  # 16 prompts of 1.2 answers are 19.2
 
 
+def test_what_is_collected_is_no_more_than_there_are_prompts() -> None:
+    loads = {load.stage: load for load in stage_loads(config(), 10, 10, None, 5, n_collect=60)}
+    assert (loads["collect"].records, loads["collect"].samples_a_step) == (60, 240)
+    assert loads["reward_model"].records == 51  # 85 % of them
+    assert stage_loads(config(), 10, 10, None, 5, n_collect=999) == stage_loads(config(), 10, 10, None, 5)
+
+
 def test_a_pass_holds_at_least_one_row() -> None:
     loads = stage_loads(config(sft={"micro_batch_tokens": 5}), 64, 10, None, 5)
     assert loads[0].micro_batches == 32
