@@ -178,6 +178,7 @@ class Session:
             self.parameters,
             {text.reward.name: text.bytes for text in self.rollouts.texts if text.bytes},
             answers,
+            len(self.data.collect),
         )
 
     def rest(self) -> None:

@@ -16,6 +16,7 @@ from rayrlhf.config import Config
 from rayrlhf.data.comparisons import Answers
 from rayrlhf.data.records import Prompt
 from rayrlhf.data.run_data import RunData
+from rayrlhf.reports.progress import in_lines
 
 _NO_LIMIT = 10**9
 
@@ -119,7 +120,7 @@ def example_panels(tokenizer: PreTrainedTokenizerBase, found: Sequence[Usage]) -
     panels = []
     for kind in dict.fromkeys(usage.kind for usage in found):
         usage = next(each for each in found if each.kind == kind)
-        text = Text(str(tokenizer.decode(list(usage.prompts[0]))))
+        text = in_lines(str(tokenizer.decode(list(usage.prompts[0]))))
         if usage.responses:
             text.append(str(tokenizer.decode(list(usage.responses[0]))), "bold green")
         text.highlight_words(tokenizer.all_special_tokens, "reverse")

@@ -41,6 +41,7 @@ def stage_loads(
     n_comparisons: int | None,
     n_test: int,
     answers: float = 2,
+    n_collect: int | None = None,
 ) -> list[StageLoad]:
     """The load of each stage of a run.
 
@@ -51,6 +52,7 @@ def stage_loads(
         n_comparisons: prompts with ranked or labelled answers; None if the `collect` stage makes them.
         n_test: prompts in the split that is evaluated.
         answers: their mean number to a prompt; of no meaning if the `collect` stage makes them.
+        n_collect: prompts that `collect` may ask; None if they are no fewer than the config says.
     """
     longest = config.data.max_prompt_tokens + config.data.max_response_tokens
     workers = config.resources.learner.workers
@@ -69,9 +71,10 @@ def stage_loads(
 
     if n_comparisons is None:
         answers = collect.answers_per_prompt + collect.include_reference
-        drawn = collect.prompts * collect.answers_per_prompt
-        loads.append(StageLoad("collect", collect.prompts, collect.prompts, drawn, None, None, drawn * longest))
-        n_comparisons = round(collect.prompts * (1 - collect.heldout_fraction))
+        asked = collect.prompts if n_collect is None else min(collect.prompts, n_collect)
+        drawn = asked * collect.answers_per_prompt
+        loads.append(StageLoad("collect", asked, asked, drawn, None, None, drawn * longest))
+        n_comparisons = round(asked * (1 - collect.heldout_fraction))
     for stage, own in (("reward_model", rm), ("dpo", dpo)):
         records = min(n_comparisons, own.max_comparisons or n_comparisons)
         prompts = min(own.prompts_per_batch, records)
@@ -100,6 +103,7 @@ def batch_table(
     parameters: tuple[int, int] | None = None,
     given: Mapping[str, int] | None = None,
     answers: float = 2,
+    n_collect: int | None = None,
 ) -> Table:
     """A table of the work of each stage; arguments as for `stage_loads`.
 
@@ -150,7 +154,7 @@ def batch_table(
         "tokens\na step",
     ):
         table.add_column(heading, justify="right")
-    for load in stage_loads(config, n_sft, n_prompts, n_comparisons, n_test, answers):
+    for load in stage_loads(config, n_sft, n_prompts, n_comparisons, n_test, answers, n_collect):
         numbers = (load.records, load.prompts_a_step, load.samples_a_step, load.optimiser_steps, load.micro_batches)
         table.add_row(load.stage, *("–" if n is None else f"{n:,}" for n in (*numbers, load.tokens_a_step)))
     return table
@@ -262,10 +266,15 @@ def answers_text(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def in_lines(*parts: str | tuple[str, str]) -> Text:
+    """A text, or texts with their styles, that a panel shows whole: in lines, also where the console breaks none."""
+    return Text.assemble(*parts, no_wrap=False, overflow="fold")
+
+
 def sample_panel(prompt: str, reference: str | None, answer: str, title: str = "sample") -> Panel:
     """One prompt with a person's answer and the model's. Texts are shown as they are: rich reads no markup in them."""
-    parts = [Text(prompt.strip())]
+    parts = [in_lines(prompt.strip())]
     for name, text in (("reference", reference), ("answer", answer)):
         if text is not None:
-            parts.append(Text.assemble((f"\n{name}: ", "bold"), text.strip() or "(empty)"))
+            parts.append(in_lines((f"\n{name}: ", "bold"), text.strip() or "(empty)"))
     return Panel(Group(*parts), title=Text(title), title_align="left")

@@ -55,6 +55,13 @@ def test_given_comparisons_replace_the_collect_stage() -> None:
     assert loads["reward_model"].samples_a_step == 20  # 16 prompts of 1.2 answers are 19.2
 
 
+def test_what_is_collected_is_no_more_than_there_are_prompts() -> None:
+    loads = {load.stage: load for load in stage_loads(config(), 10, 10, None, 5, n_collect=60)}
+    assert (loads["collect"].records, loads["collect"].samples_a_step) == (60, 240)
+    assert loads["reward_model"].records == 51  # 85 % of them
+    assert stage_loads(config(), 10, 10, None, 5, n_collect=999) == stage_loads(config(), 10, 10, None, 5)
+
+
 def test_a_pass_holds_at_least_one_row() -> None:
     loads = stage_loads(config(sft={"micro_batch_tokens": 5}), 64, 10, None, 5)
     assert loads[0].micro_batches == 32
@@ -131,6 +138,16 @@ def test_sample_panel_shows_text_as_it_is() -> None:
     for part in ("[bold]I am 5[/bold] [/oops]", "reference: ref", "answer: (empty)", "step [3]"):
         assert part in text
     assert "reference" not in render(sample_panel("POST", None, "x"))
+
+
+def test_a_panel_shows_a_long_text_whole() -> None:
+    """Also on a console that breaks no lines, as that of the commands."""
+    out = io.StringIO()
+    words = [f"word{i}" for i in range(60)]
+    Console(file=out, width=60, soft_wrap=True).print(sample_panel(" ".join(words), "ü" * 100, "ÿ" * 200))
+    shown = out.getvalue()
+    assert [word for word in shown.split() if word.startswith("word")] == words
+    assert (shown.count("ü"), shown.count("ÿ")) == (100, 200)
 
 
 def test_evaluation_table_shows_pairs_with_their_tests() -> None:
