@@ -64,8 +64,10 @@ browser:
 	  test "$$(id -u)" = 0 && command -v apt-get >/dev/null && apt-get -qq update && apt-get -qq install -y chromium >/dev/null; } || \
 	  { echo "make: the tests of the ranking page need Chromium; install it (Debian and Ubuntu: apt install chromium)" >&2; exit 1; }
 
-# In two processes, a file in one of them, in the order of tests/order.py.
+# In two processes, a file in one of them, in the order of tests/order.py. The bytecode is for the hundreds of processes
+# that the tests start: where PYTHONDONTWRITEBYTECODE is set, each would compile our code again.
 test: lint browser ## lint, then all tests but the long ones
+	$(BIN)/python -m compileall -q rayrlhf actors jobs tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-long: $(DEV_STAMP) test-tools ## the tests that `make test` leaves out

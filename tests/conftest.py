@@ -1,6 +1,11 @@
 """Environment of all tests, set before Ray, vLLM or transformers are imported; child processes inherit it."""
 
 import os
+import tempfile
+
+if "PYTEST_XDIST_WORKER" not in os.environ:  # a cache of their own, which both processes inherit from the first
+    _cache = tempfile.TemporaryDirectory(prefix="rayrlhf-")  # deleted when it ends
+    os.environ["RAYRLHF_CACHE"] = _cache.name
 
 os.environ.update(
     HF_HUB_OFFLINE="1",  # nothing is fetched: a test that needs the hub fails at once

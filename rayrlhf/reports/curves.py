@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy import stats
+from scipy.special import ndtri
 
 from rayrlhf.reports.intervals import t_interval
 from rayrlhf.reports.measures import MEASURES, PANELS, SOURCES, Panel
@@ -242,7 +242,7 @@ def _smoothed(known: Lines, panel: Panel) -> Curve:
     steps, values = (np.array([line[name] for line in known], dtype=np.float64) for name in names)
     errors = np.array([_squared_error(line, panel) for line in known])
     weights = moving_average(len(steps))
-    quantile = stats.norm.ppf((1 + CONFIDENCE) / 2)
+    quantile = ndtri((1 + CONFIDENCE) / 2)
     return Curve(steps, weights @ values, quantile * np.sqrt(weights**2 @ errors))
 
 

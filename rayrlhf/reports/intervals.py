@@ -13,8 +13,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import stats
-from scipy.special import expit
+from scipy.special import expit, ndtri, stdtrit
 
 from rayrlhf.resampling import CONFIDENCE, Array, Interval
 
@@ -66,8 +65,10 @@ def sign_flip_p(differences: ArrayLike, seed: int = 0) -> float:
     measured = measured[~np.isnan(measured)]
     if len(measured) == 1:
         return 1.0  # both signs are as far from 0; scipy wants two observations
+    from scipy.stats import permutation_test  # takes a second to import, and most processes never test anything
+
     return float(
-        stats.permutation_test(
+        permutation_test(
             (measured,),
             lambda x, axis: np.abs(x.mean(axis=axis)),
             permutation_type="samples",
@@ -94,7 +95,7 @@ def jackknife(value: float, left_out: ArrayLike, confidence: float = CONFIDENCE)
     """
     others = np.asarray(left_out, dtype=np.float64)
     error = np.sqrt((len(others) - 1) * others.var())
-    half = float(stats.norm.ppf((1 + confidence) / 2) * error)
+    half = float(ndtri((1 + confidence) / 2) * error)
     return Interval(float(value), max(0.0, value - half), min(1.0, value + half), len(others))
 
 
@@ -193,7 +194,7 @@ def over_runs(means: Sequence[float], confidence: float = CONFIDENCE) -> Interva
 def t_interval(values: Array, confidence: float = CONFIDENCE) -> tuple[Array, Array]:
     """Mean and half-width of Student's t interval over the first axis of `values` [runs >= 2, ...]."""
     runs = len(values)
-    quantile = stats.t.ppf((1 + confidence) / 2, runs - 1)
+    quantile = stdtrit(runs - 1, (1 + confidence) / 2)
     return values.mean(axis=0), quantile * values.std(axis=0, ddof=1) / np.sqrt(runs)
 
 

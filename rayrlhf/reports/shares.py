@@ -9,8 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import stats
-from scipy.special import expit, logit
+from scipy.special import expit, logit, ndtri
 
 from rayrlhf.reports.intervals import t_interval, wins
 from rayrlhf.resampling import CONFIDENCE, Array, Interval
@@ -34,7 +33,7 @@ def share(values: ArrayLike, confidence: float = CONFIDENCE) -> Interval | None:
         return None
     if measured.min() < 0 or measured.max() > 1:
         raise ValueError("a share is a mean of values between 0 and 1")
-    mean, z2 = float(measured.mean()), stats.norm.ppf((1 + confidence) / 2) ** 2
+    mean, z2 = float(measured.mean()), ndtri((1 + confidence) / 2) ** 2
     centre = (mean + z2 / (2 * n)) / (1 + z2 / n)
     half = np.sqrt(z2 * (mean * (1 - mean) / n + z2 / (4 * n * n))) / (1 + z2 / n)
     # Rounding may place a limit beyond a mean of exactly 0 or 1.
