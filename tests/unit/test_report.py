@@ -23,7 +23,7 @@ from rayrlhf.reports.page.charts import over_kl_chart, stage_charts, time_charts
 from rayrlhf.reports.page.facts import bars, hashes, own_settings
 from rayrlhf.reports.page.frame import as_json
 from rayrlhf.reports.page.reward_model import binned, calibration_error, reward_model_charts
-from rayrlhf.reports.page.samples import differences, evaluated
+from rayrlhf.reports.page.samples import differences, evaluated, while_rl_ran
 from rayrlhf.runs.folder import RunFolder, open_or_create
 from rayrlhf.runs.metrics import MetricsWriter
 
@@ -218,6 +218,19 @@ def test_rows_have_their_gain_and_their_change() -> None:
     assert first.answers["policy"].parts == ["one", " three"] and not first.answers["policy"].ended
     assert first.answers["sft"].numbers == {"gold": 0.25} and first.answers["sft"].ended
     assert evaluated([]) is None
+
+
+def test_looks_that_differ_in_their_prompts(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.dev_samples.mkdir()
+    for step, ids in ((0, "ab"), (10, "abc")):
+        rows = [{"step": step, "id": i, "prompt": i, "answer": f"{i} {step}", "score": 1.0, "gold": None} for i in ids]
+        (run.dev_samples / f"step_{step:06d}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = while_rl_ran(run, None)
+    assert found is not None and (found.old, found.new, found.measure) == ("step 0", "step 10", "score")
+    assert [(row.id, list(row.answers), row.gain) for row in found.rows] == [
+        ("a", ["step 0", "step 10"], 0.0), ("b", ["step 0", "step 10"], 0.0), ("c", ["step 10"], None)
+    ]  # fmt: skip
 
 
 # ---- the reward model

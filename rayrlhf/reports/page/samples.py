@@ -107,8 +107,11 @@ def while_rl_ran(run: RunFolder, best_step: int | None) -> Collection | None:
     sources |= {f"step {step}": f"step {step}" + (", the policy" if step == published else "") for step in steps}
     old, new = f"step {steps[0]}", f"step {steps[-1] if published not in steps else published}"
     measure = "gold" if all(row["gold"] is not None for look in looks for row in look) else "score"
+    by_prompt: dict[str, list[dict[str, Any]]] = {}
+    for row in (row for look in looks for row in look):  # looks may differ in their number of prompts
+        by_prompt.setdefault(str(row["id"]), []).append(row)
     rows = []
-    for own in zip(*looks, strict=False):
+    for prompt, own in by_prompt.items():
         texts = {f"step {row['step']}": row["answer"] for row in own}
         if own[0].get("reference"):
             texts["reference"] = own[0]["reference"]
@@ -117,7 +120,7 @@ def while_rl_ran(run: RunFolder, best_step: int | None) -> Collection | None:
             for row in own
         }
         ended = {f"step {row['step']}": row.get("ended", True) for row in own}
-        rows.append(_row(str(own[0]["id"]), own[0]["prompt"], texts, numbers, ended, (old, new), measure))
+        rows.append(_row(prompt, own[0]["prompt"], texts, numbers, ended, (old, new), measure))
     words = f"While rl ran: {len(rows)} dev prompts, {len(steps)} looks"
     return Collection("dev", words, sources, measure, old, new, rows)
 
