@@ -14,9 +14,7 @@ from jobs.stage import main, stage
 from rayrlhf.config import Config
 from rayrlhf.config_data import paths_of
 from rayrlhf.data.records import Prompt
-from rayrlhf.data.sources import DataSet
 from rayrlhf.data.tokens import decode_trajectory
-from rayrlhf.errors import UserError
 from rayrlhf.reports.evaluation import PREVIOUS, Answers, samples_table, summarize, write_evaluation, write_samples
 from rayrlhf.reports.page import write_report
 from rayrlhf.reports.progress import sample_panel
@@ -107,20 +105,8 @@ def labelled_by(config: Config) -> str:
 
 def evaluation_prompts(session: Session) -> list[Prompt]:
     """The prompts of `evaluate.split`, or those of `evaluate.prompts`."""
-    config = session.config
-    if config.evaluate.prompts is None:
-        session.data.read()  # checks that they overlap with nothing that was trained on
-        records = session.data.evaluated
-    else:
-        source = config.data.demonstrations[0].model_copy(update={"path": config.evaluate.prompts})
-        found = DataSet([source], session.data.rendering, "prompt").prompts("all")
-        records = session.data.once(found.records)
-    if not records:
-        raise UserError(
-            f"evaluate: the {config.evaluate.split} split is empty; change data.dev_fraction or name a file in "
-            "evaluate.prompts"
-        )
-    return list(records[: config.evaluate.max_prompts])
+    session.data.read()  # checks that they overlap with nothing that was trained on
+    return list(session.data.evaluated[: session.config.evaluate.max_prompts])
 
 
 def model_answers(

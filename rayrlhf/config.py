@@ -19,7 +19,7 @@ from rayrlhf.config_rewards import EnvironmentReward, ModelReward, Reward, Rewar
 from rayrlhf.config_rl import ROUGE_NAMES, PPOConfig, RLSection
 from rayrlhf.config_rounds import CollectsAfterOthers, RoundsConfig, fault_of_rounds
 from rayrlhf.config_stages import StageName, fault_of_stages
-from rayrlhf.sections import DrawConfig, Fraction, OptimizerConfig, Positive, Section, StartSection
+from rayrlhf.sections import DrawConfig, NotAll, OptimizerConfig, Positive, Section, StartSection
 
 TrackerName = Literal["tensorboard", "wandb", "mlflow"]
 """The keys of `rayrlhf.tracking.registry.TRACKERS`."""
@@ -77,7 +77,7 @@ class CollectConfig(DrawConfig, CollectsAfterOthers):
     include_reference: bool = False
     """Add the author's own completion to each prompt's answers before they are ranked."""
     labeller: LabellerConfig = ReferenceLabellerConfig()
-    heldout_fraction: Fraction = 0.15
+    heldout_fraction: NotAll = 0.15
     """Share of the prompts that only measures the reward model's accuracy."""
 
 
@@ -122,7 +122,7 @@ class Config(Section):
     start: str | None = Field(default=None, alias="from")
     """`from`: the folder of another run, whose finished stages are taken over where their settings and data are equal
     (docs/starting_points.md)."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     stages: Annotated[tuple[StageName, ...], Field(min_length=1)] | None = None
     """What `rayrlhf run` does, such as [sft, collect, dpo, evaluate]. null: sft, collect, reward_model, rl, evaluate,
     without `collect` where there are `data.comparisons`. With `dpo` and `rl`, `rl` starts from the model of `dpo`.

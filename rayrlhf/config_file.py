@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, get_args
 
-import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from rayrlhf.config import Config
 from rayrlhf.errors import UserError
 from rayrlhf.sections import Section
+from rayrlhf.yaml_text import read_yaml_text
 
 AnySection = TypeVar("AnySection", bound=Section)
 
@@ -47,6 +48,8 @@ ELSEWHERE = {
 section has no key of the name."""
 _SHOWN = 100
 """Characters of a wrong value that an error shows."""
+_LINE = 300
+"""Characters of all that is wrong with a file; more are not read."""
 CHOOSING = ("algorithm", "loss", "kind")
 """Keys that say which of several sections is meant, as `rl.algorithm` does."""
 
@@ -77,11 +80,11 @@ def read_yaml(path: str | Path, what: str) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such {what}")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = read_yaml_text(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError:
         raise UserError(f"{path}: not UTF-8 text") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid YAML ({error})") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected a mapping of config keys, found {type(tree).__name__}")
     return tree
@@ -97,7 +100,7 @@ def parse_section(section: type[AnySection], tree: Any, where: str) -> AnySectio
     try:
         return section.model_validate(_numbers(tree, section), strict=True)
     except ValidationError as error:
-        raise UserError(f"{where}: " + "; ".join(_explain(e, section) for e in error.errors()[:3])) from None
+        raise UserError(f"{where}: {_some([_explain(each, section) for each in error.errors()])}") from None
 
 
 def dump_config(config: Config) -> dict[str, Any]:
@@ -119,9 +122,9 @@ def parse_override(override: str, root: type[BaseModel] = Config) -> tuple[str, 
     if kinds and not text.lstrip().startswith(("'", '"')):
         return key, None if type(None) in kinds and text.strip() in ("null", "~", "") else text.strip()
     try:
-        return key, yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"override {override!r}: the value is not valid YAML") from None
+        return key, read_yaml_text(text)
+    except ValueError as error:
+        raise UserError(f"override {override!r}: the value is not valid YAML ({error})") from None
 
 
 def _text_kinds(key: str, root: type[BaseModel]) -> set[Any]:
@@ -151,7 +154,7 @@ def set_key(tree: dict[str, Any], key: str, value: Any, where: str) -> None:
 
 
 def _numbers(tree: Any, section: type[BaseModel] | None) -> Any:
-    """Accept what YAML 1.1 misreads: `3e-6` is text and `1` an int where a float is wanted; lists become tuples."""
+    """A whole number where a float is wanted becomes one, and lists become tuples."""
     if not isinstance(tree, dict) or section is None:
         return tree
     out: dict[str, Any] = {}
@@ -168,15 +171,8 @@ def _typed(value: Any, annotation: Any) -> Any:
         return _numbers(value, _nested_section(annotation, next((value[k] for k in CHOOSING if k in value), None)))
     if isinstance(value, list) and "tuple" in wanted:
         return tuple(_typed(each, annotation) for each in value)
-    return _as_float(value) if "float" in wanted and "str" not in wanted else value
-
-
-def _as_float(value: Any) -> Any:
-    """A number where there is one; what is not stays, for the validation to name it."""
-    try:
-        return float(value) if isinstance(value, int | str) and not isinstance(value, bool) else value
-    except ValueError:
-        return value
+    number = isinstance(value, int) and not isinstance(value, bool)
+    return float(value) if number and "float" in wanted and "str" not in wanted else value
 
 
 def _nested_section(annotation: Any, tag: Any = None) -> type[BaseModel] | None:
@@ -216,8 +212,9 @@ def _explain(error: Any, root: type[BaseModel]) -> str:
             return f"there is no key {key!r}: {ELSEWHERE[error['loc'][-1]]}"
         known = list(_keys_of(section)) if section else []
         close = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
-        return f"unknown key {key!r}; {hint}"
+        others = textwrap.shorten(", ".join(known), _LINE // 2, placeholder=" …")
+        hint = f"did you mean {close[0]!r}?" if close else f"known keys: {others}"
+        return f"unknown key {_short(repr(key))}; {hint}"
     if error["type"] == "missing":
         return f"key {key!r} is missing"
     if error["type"] == "union_tag_invalid":
@@ -225,9 +222,18 @@ def _explain(error: Any, root: type[BaseModel]) -> str:
         choosing = error["ctx"]["discriminator"].strip("'_()")  # pydantic's name for it, such as _algorithm()
         return f"key '{key}.{choosing}': {error['ctx']['tag']!r} is none of {expected}"
     message = error["msg"].removeprefix("Value error, ").replace("valid tuple", "list")
-    got = repr(error["input"])
-    shown = got if len(got) <= _SHOWN else f"{got[:_SHOWN]}…"
-    return f"key {key!r}: {message[0].lower()}{message[1:]} (got {shown})" if key else message
+    return f"key {key!r}: {message[0].lower()}{message[1:]} (got {_short(repr(error['input']))})" if key else message
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+
+
+def _some(mistakes: Sequence[str]) -> str:
+    """The first mistakes, as many as fit into a line, and how many there are besides."""
+    shown = next((n for n in (3, 2) if len("; ".join(mistakes[:n])) <= _LINE), 1)
+    more = len(mistakes[shown:])
+    return "; ".join(mistakes[:shown]) + (f"; and {more} more" if more else "")
 
 
 def _key_of(places: Sequence[Any], root: type[BaseModel]) -> tuple[str, type[BaseModel] | None]:

@@ -22,6 +22,7 @@ from rayrlhf.config import Config
 from rayrlhf.config_file import dump_config, load_config, parse_override
 from rayrlhf.config_resources import ResourcesConfig
 from rayrlhf.machine import this_machine
+from rayrlhf.yaml_text import write_yaml_text
 
 Key = tuple[str, ...]
 """The parts of a dotted key. Labels have dots inside a part."""
@@ -98,5 +99,5 @@ def _lines(tree: Mapping[str, Any], origin: Mapping[Key, str], key: Key = ()) ->
 
 def _inline(value: Any) -> str:
     """A value as YAML in one line."""
-    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=float("inf"))
+    text = write_yaml_text(value, default_flow_style=True, width=float("inf"))
     return text.removesuffix("\n").removesuffix("\n...")

@@ -7,6 +7,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+NotAll = Annotated[float, Field(ge=0.0, lt=1.0)]
+"""A share that leaves something."""
 Positive = Annotated[int, Field(ge=1)]
 
 
@@ -72,7 +74,7 @@ class OptimizerConfig(Section):
     """AdamW, its learning-rate schedule and gradient clipping."""
 
     lr: Annotated[float, Field(gt=0)] = 3e-6
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[NotAll, NotAll] = (0.9, 0.95)
     """Decay of Adam's first and second moment."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.0

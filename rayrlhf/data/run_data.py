@@ -63,6 +63,8 @@ class RunData:
             _ = self.comparisons
         if self.config.has("rl") and (self.config.data.prompts or "demonstrations" in kinds):
             self._check_prompts()
+        if self.config.has("evaluate") and "demonstrations" in kinds:
+            _ = self.evaluated  # of the last stage: a mistake is to show before the first one
         if "demonstrations" in kinds and self.unused:
             self.say(
                 f"{len(self.unused)} train demonstrations are used by no stage; data.sft_fraction=1 gives them to sft"
@@ -104,9 +106,24 @@ class RunData:
 
     @cached_property
     def evaluated(self) -> Records[Any]:
-        """The held-out prompts of `evaluate.split`, each once: of `data.prompts`, or else of the demonstrations."""
-        dev, test = self._heldout
-        return self.once(dev if self.config.evaluate.split == "dev" else test)
+        """The prompts of `evaluate.prompts`, or the held-out ones of `evaluate.split`, each once: those of
+        `data.prompts`, or else of the demonstrations.
+
+        Raises:
+            UserError: there are none, or the file cannot be read.
+        """
+        evaluate = self.config.evaluate
+        if evaluate.prompts is None:
+            found: Records[Any] = self._heldout[0 if evaluate.split == "dev" else 1]
+        else:
+            source = self.config.data.demonstrations[0].model_copy(update={"path": evaluate.prompts})
+            found = DataSet([source], self.rendering, "prompt").prompts("all").records
+        if not found:
+            raise UserError(
+                f"evaluate: the {evaluate.split} split is empty; change data.dev_fraction or name a file in "
+                "evaluate.prompts"
+            )
+        return self.once(found)
 
     def once(self, records: Records[P]) -> Records[P]:
         """The records without those whose prompt an earlier one has.

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import yaml
 
 from rayrlhf.config_file import parse_config
 from rayrlhf.errors import UserError
@@ -44,6 +43,7 @@ from rayrlhf.runs.metrics import read_metrics
 from rayrlhf.runs.rounds import newest_round
 from rayrlhf.runs.stages import STAGES
 from rayrlhf.runs.storage import as_user_error
+from rayrlhf.yaml_text import read_yaml_text
 
 _SAME = {"name", "runs_dir", "seed", "resources", "alarms"}
 """Top-level keys of the config in which the runs of a comparison may differ; other differences are reported."""
@@ -110,11 +110,11 @@ def _read(folder: RunFolder, label: str, whole: RunFolder) -> Run:
         missing = folder.evaluation if measured is None else folder.samples
         raise UserError(f"{folder.address} is unfinished: it has no {missing.name}; finish it with `rayrlhf run`")
     try:
-        config, evaluation = yaml.safe_load(written), json.loads(measured)
+        config, evaluation = read_yaml_text(written.decode()), json.loads(measured)
         evaluation["policy"], evaluation["differences"]["policy_minus_sft"]
         samples = pq.read_table(pa.BufferReader(answers))
         samples["id"]
-    except (ValueError, KeyError, TypeError, yaml.YAMLError, pa.ArrowException) as error:
+    except (ValueError, KeyError, TypeError, pa.ArrowException) as error:
         raise UserError(
             f"{folder.address} cannot be read ({type(error).__name__}); delete evaluation.json and evaluate it again"
         ) from None

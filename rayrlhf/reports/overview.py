@@ -9,14 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from rayrlhf.config import Config
-from rayrlhf.config_file import load_config, parse_config
+from rayrlhf.config_file import load_config
 from rayrlhf.errors import UserError
 from rayrlhf.reports.progress import has_step_line
 from rayrlhf.reports.warnings import warnings_of
-from rayrlhf.runs.folder import RunFolder, run_at
+from rayrlhf.runs.folder import RunFolder, run_at, stored_config
 from rayrlhf.runs.metrics import read_metrics
 from rayrlhf.runs.rounds import newest_round
 from rayrlhf.runs.stages import STAGES, stages_of
@@ -111,10 +109,9 @@ def _read(run: RunFolder, name: str, max_warnings: int) -> Overview:
 def _config(run: RunFolder) -> Config:
     if not run.store and run.config.exists():
         return load_config(run.config)
-    content = run.read(run.config)
-    if content is None:
+    if run.read(run.config) is None:
         raise UserError(f"{run.address}: no run folder (it has no config.yaml); `rayrlhf runs DIR` lists those in DIR")
-    return parse_config(yaml.safe_load(content), run.address_of(run.config))
+    return stored_config(run)
 
 
 def _stage(

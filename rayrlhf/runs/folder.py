@@ -20,8 +20,6 @@ import socket
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
-import yaml
-
 from rayrlhf.config import Config
 from rayrlhf.config_file import dump_config, parse_config
 from rayrlhf.errors import UserError
@@ -31,6 +29,7 @@ from rayrlhf.runs.changes import Change, config_changes, content_changes, senten
 from rayrlhf.runs.contents import Contents, parse_contents
 from rayrlhf.runs.stages import STAGES, stages_of
 from rayrlhf.runs.stores import holder_of, lease, open_store, store_errors
+from rayrlhf.yaml_text import read_yaml_text, write_yaml_text
 
 log = logging.getLogger(__name__)
 
@@ -256,7 +255,7 @@ def open_or_create(
                 log.info("%s: %s", run.name, change.words)
             if said := sentence(change for change in changes if change.content):
                 print(f"{said}: stages that are not finished begin anew with it", flush=True)
-        _write(run, run.config, yaml.safe_dump(dump_config(config), sort_keys=False, allow_unicode=True))
+        _write(run, run.config, write_yaml_text(dump_config(config), sort_keys=False))
         if contents:
             # What is not there now stays known: it may come back as another file.
             _write(run, run.contents, json.dumps(stored_contents(run) | contents, indent=1) + "\n")
@@ -282,8 +281,8 @@ def stored_config(run: RunFolder) -> Config:
     """
     path = run.address_of(run.config)
     try:
-        tree = yaml.safe_load(run.read(run.config) or b"")
-    except yaml.YAMLError:
+        tree = read_yaml_text((run.read(run.config) or b"").decode())
+    except ValueError:
         tree = None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: the stored config is not readable; delete it, or choose another name (name=...)")

@@ -81,6 +81,23 @@ def test_sft_may_take_all_if_rl_asks_its_prompts_again(tokenizer: PreTrainedToke
     assert texts(data.rl) == texts(data.train.sft) and not data.train.rl
 
 
+@pytest.mark.parametrize(
+    ("data", "evaluate", "fault"),
+    [
+        ({"dev_fraction": 1.0}, {}, "evaluate: the test split is empty; change data.dev_fraction or name a file in"),
+        ({"dev_fraction": 0.0}, {"split": "dev"}, "evaluate: the dev split is empty; change data.dev_fraction or name"),
+        ({}, {"prompts": "nowhere.jsonl"}, "nowhere.jsonl: no such file"),
+    ],
+)
+def test_mistakes_of_the_last_stage_show_before_the_first(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, data: dict[str, Any], evaluate: dict[str, Any], fault: str
+) -> None:
+    source = {"demonstrations": demonstrations(tmp_path)} | data
+    with pytest.raises(UserError, match=fault):
+        run_data(tokenizer, [], source, evaluate=evaluate).read()
+    run_data(tokenizer, [], source, evaluate=evaluate, stages=["sft"]).read()  # which leaves it out
+
+
 def test_prompts_of_their_own(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     lines: list[str] = []
     given = {"demonstrations": demonstrations(tmp_path), "prompts": prompts(tmp_path), "comparisons": pairs(tmp_path)}
