@@ -13,6 +13,7 @@ from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
+from traitlets.config import Config
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "docs" / "tour.ipynb"
@@ -95,7 +96,9 @@ def execute(run: Path) -> nbformat.NotebookNode:
     with tempfile.TemporaryDirectory() as directory:
         (Path(directory) / "runs").mkdir()
         (Path(directory) / "runs" / "quickstart").symlink_to(run.resolve())
-        done = NotebookClient(notebook(), timeout=600, resources={"metadata": {"path": directory}}).execute()
+        where = {"metadata": {"path": directory}}
+        sockets = Config({"KernelManager": {"transport": "ipc"}})  # in the file system, where nobody else reaches them
+        done = NotebookClient(notebook(), timeout=600, resources=where, config=sockets).execute()
     for cell in done.cells:
         cell.get("metadata", {}).pop("execution", None)  # when it was
         if "outputs" in cell:  # warnings of libraries name paths of this machine; an error ends `execute`

@@ -25,6 +25,11 @@ from rayrlhf.runs.stages import STAGES, stages_of
 
 _STAGE_OF = {"sft": "sft", "dpo": "dpo", "policy": "rl", REWARD_MODEL: REWARD_MODEL}
 """The stage that makes the model of each name."""
+_DESCENT = {
+    "sft": ("sft",), "dpo": ("dpo", "sft"), "policy": ("rl", "dpo", "sft"), REWARD_MODEL: (REWARD_MODEL, "sft"),
+}  # fmt: skip
+"""The stages that may have begun with another model, the last one first."""
+_OF_FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".gz", ".zst")
 _TOLD = ("gold", "reward", "rougeL", "length", "kl", "win_rate_vs_sft", "lc_win_rate_vs_sft", "repetition")
 """Of an evaluation, what the card's front matter lists for search."""
 _VS_SFT = "policy_minus_sft"
@@ -83,14 +88,19 @@ def place_of(given: str, here: bool = False) -> Place:
     >>> place_of("/home/me/posts.jsonl").name, place_of("org/model").name, place_of("embedded:tldr").name
     ('posts.jsonl', 'org/model', 'embedded:tldr')
     """
-    two_parts = re.fullmatch(r"[\w.-]+/[\w.-]+", given) is not None and not PurePath(given).suffix
-    on_hub = two_parts and not here and not Path(given).exists()
+    named = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", given) is not None and PurePath(given).suffix not in _OF_FILES
+    on_hub = named and not here and not Path(given).exists()
     whole = on_hub or given.startswith("embedded:")
     return Place(given if whole else PurePath(given.partition("?")[0]).name, on_hub)
 
 
-def _base(run: RunFolder, config: Config) -> Place:
-    return place_of(config.model.path, "model.path" in stored_contents(run))
+def _base(run: RunFolder, config: Config, name: str) -> Place:
+    """The model from which the one of this name descends: that of a `from` on its way, or the run's base."""
+    known = stored_contents(run)
+    for stage in _DESCENT[name]:
+        if (given := getattr(config, stage).start) is not None:
+            return place_of(given, f"{stage}.from" in known)
+    return place_of(config.model.path, "model.path" in known)
 
 
 def _sources(run: RunFolder, config: Config) -> list[Place]:
@@ -105,7 +115,7 @@ def _sources(run: RunFolder, config: Config) -> list[Place]:
 
 
 def _front_matter(run: RunFolder, config: Config, exported: Exported, evaluation: Mapping[str, Any]) -> ModelCardData:
-    base = exported.adapters_of or _base(run, config)
+    base = exported.adapters_of or _base(run, config, exported.name)
     measured = evaluation.get(_source(config, exported)) or {}
     results = [
         EvalResult(
@@ -153,7 +163,7 @@ def _what(run: RunFolder, config: Config, exported: Exported) -> str:
         what = "The reward model"
     return (
         f"{what} of the stage `{stage.name}` ({stage.title.lower()}) of the run `{config.name}`, "
-        f"made with rayrlhf {rayrlhf.__version__} from `{_base(run, config).name}`."
+        f"made with rayrlhf {rayrlhf.__version__} from `{_base(run, config, exported.name).name}`."
         + ("" if exported.license else "\nNo licence was given when it was exported.")
     )
 

@@ -168,9 +168,10 @@ def test_paths_of_this_machine_stay_out_of_cards(tmp_path: Path, monkeypatch: py
     (tmp_path / "runs" / "one").mkdir(parents=True)
     for place, name in (
         ("/home/me/posts.jsonl", "posts.jsonl"), ("s3://bucket/a/b?region=eu", "b"), ("org/model", "org/model"),
-        ("runs/one", "one"), ("embedded:tldr", "embedded:tldr"), ("data/posts.csv", "posts.csv"),
+        ("org/model-1.7B", "org/model-1.7B"), ("gpt2", "gpt2"), ("runs/one", "one"),
+        ("embedded:tldr", "embedded:tldr"), ("data/posts.csv", "posts.csv"),
     ):  # fmt: skip
-        assert place_of(place) == (name, place == "org/model")
+        assert place_of(place) == (name, place in ("org/model", "org/model-1.7B", "gpt2"))
     assert place_of("org/model", here=True) == ("model", False)
 
 
