@@ -51,7 +51,7 @@ $(SHOWCASE_STAMP): $(STAMP)
 quickstart: $(STAMP) ## run the whole pipeline on the embedded data and model
 	$(BIN)/rayrlhf run configs/quickstart.yaml $(ARGS)
 
-showcase: $(SHOWCASE_STAMP) ## teach a model of 135 million parameters to be positive; under an hour on two cores
+showcase: $(SHOWCASE_STAMP) ## teach a model of 135 million parameters, which writes English, to be positive
 	$(BIN)/python scripts/showcase_model.py build/smollm2
 	$(BIN)/python scripts/make_openings.py build/openings
 	$(BIN)/rayrlhf run configs/showcase.yaml $(ARGS)
