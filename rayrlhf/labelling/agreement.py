@@ -260,7 +260,7 @@ def _golds(rankings: Iterable[Judgement], items: Mapping[str, Item]) -> Pairs:
     ]
 
 
-def _over_items(pairs: Pairs, mean: Callable[[Array, Array], Interval]) -> Interval | None:
+def _over_items(pairs: Pairs, mean: Callable[[ArrayLike, ArrayLike], Interval]) -> Interval | None:
     """The mean over all pairs with its interval over items; None without any pair."""
     values = np.concatenate([values for _, values in pairs]) if pairs else np.empty(0)
     if not len(values):
