@@ -4,21 +4,23 @@ A ranking of K answers has a verdict on each of its K (K - 1) / 2 pairs: one ans
 agree on a pair if both have the same answer better; a pair that either of them ties counts for neither side, as it is
 no preference that could be shared or denied. So chance is one half, whatever the number of ties.
 
-All intervals draw whole items with replacement: what is hard in a prompt is hard in all of its pairs.
+All intervals are over whole items: what is hard in a prompt is hard in all of its pairs. Those of shares are score
+intervals, the others draw items with replacement.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from rayrlhf.labelling.judgements import Item, Judgement
-from rayrlhf.resampling import CONFIDENCE, Array, Interval, cluster_bootstrap
+from rayrlhf.resampling import CONFIDENCE, Array, Interval, cluster_bootstrap, clustered_share
 
 PUBLISHED = (0.726, 0.015)
 """Agreement of InstructGPT's labellers with each other, and its standard error (Ouyang et al. 2022, section 3.4)."""
@@ -79,7 +81,7 @@ def agreement(judgements: Sequence[Judgement], items: Sequence[Item], samples: i
     Args:
         judgements: as `LabelDatabase.judgements` has them.
         items: that were to be ranked.
-        samples: resamples of the bootstrap.
+        samples: resamples of the bootstrap, of tau-b and alpha.
         seed: of the bootstrap; equal judgements and seed give equal intervals.
     """
     known = {item.id: item for item in items}
@@ -106,14 +108,17 @@ def agreement(judgements: Sequence[Judgement], items: Sequence[Item], samples: i
             skipped=len(mine) - len(rankings),
             flagged=len([judgement for judgement in mine if judgement.flags]),
             ties=float(np.mean(np.concatenate(verdicts) == 0)) if verdicts else None,
-            with_others=_share(others, samples, seed),
+            with_others=_over_items(others, clustered_share),
             pairs=sum(len(values) for _, values in others),
-            with_self=_share(_repeats(rankings), samples, seed),
-            with_gold=_share(_golds(rankings, known), samples, seed),
-            earlier_preferred=_share([(j.item, earlier_preferred(j)) for j in rankings if j.shown], samples, seed),
+            with_self=_over_items(_repeats(rankings), clustered_share),
+            with_gold=_over_items(_golds(rankings, known), clustered_share),
+            earlier_preferred=_over_items(
+                [(j.item, earlier_preferred(j)) for j in rankings if j.shown], clustered_share
+            ),
             seconds=float(np.median(seconds)) if seconds else None,
         )
 
+    drawn = partial(cluster_bootstrap, samples=samples, seed=seed)
     taus = [
         (item, np.array([tau_b(_ranks(a), _ranks(b))]))
         for item, by in firsts.items()
@@ -125,7 +130,7 @@ def agreement(judgements: Sequence[Judgement], items: Sequence[Item], samples: i
         labellers={name: figures({name}) for name in names},
         items=len(firsts),
         shared=sum(len(by) > 1 for by in firsts.values()),
-        tau_b=_share([(item, value) for item, value in taus if not np.isnan(value).any()], samples, seed),
+        tau_b=_over_items([(item, value) for item, value in taus if not np.isnan(value).any()], drawn),
         alpha=alpha(rows, samples, seed),
         skipped=Counter(judgement.skipped for judgement in judged if judgement.ranks is None),
         flags=Counter(kind for judgement in judged for kind in {flag.partition(":")[0] for flag in judgement.flags}),
@@ -255,10 +260,9 @@ def _golds(rankings: Iterable[Judgement], items: Mapping[str, Item]) -> Pairs:
     ]
 
 
-def _share(pairs: Pairs, samples: int, seed: int) -> Interval | None:
-    """The mean over all pairs; None without any."""
+def _over_items(pairs: Pairs, mean: Callable[[ArrayLike, ArrayLike], Interval]) -> Interval | None:
+    """The mean over all pairs with its interval over items; None without any pair."""
     values = np.concatenate([values for _, values in pairs]) if pairs else np.empty(0)
     if not len(values):
         return None
-    clusters = np.repeat([item for item, _ in pairs], [len(own) for _, own in pairs])
-    return cluster_bootstrap(values, clusters, samples, seed)
+    return mean(values, np.repeat([item for item, _ in pairs], [len(own) for _, own in pairs]))

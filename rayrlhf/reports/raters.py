@@ -23,7 +23,7 @@ from rayrlhf.errors import UserError
 from rayrlhf.labelling.aggregate import reliabilities
 from rayrlhf.labelling.agreement import Agreement, agreement
 from rayrlhf.labelling.judgements import Item, Judgement
-from rayrlhf.resampling import Interval, cluster_bootstrap
+from rayrlhf.resampling import Interval, clustered_share
 from rayrlhf.runs.addresses import as_typed
 from rayrlhf.runs.folder import RunFolder, run_at, stored_config
 from rayrlhf.runs.labels import labels_to_read
@@ -131,7 +131,7 @@ def longer(raters: Iterable[Verdicts]) -> Verdicts:
     return {pair: float(np.sign(len(pair[1]) - len(pair[2]))) for pair in pairs}
 
 
-def compare(raters: Mapping[str, Verdicts], samples: int = 2000, seed: int = 0) -> list[Compared]:
+def compare(raters: Mapping[str, Verdicts]) -> list[Compared]:
     """Every two raters that have a pair in common, with intervals over prompts."""
     found = []
     for (one, ours), (other, theirs) in itertools.combinations(raters.items(), 2):
@@ -141,7 +141,7 @@ def compare(raters: Mapping[str, Verdicts], samples: int = 2000, seed: int = 0) 
         same = np.array([ours[pair] * theirs[pair] for pair in common])
         prompts = np.array([pair[0] for pair in common])[same != 0]
         ordered = (same[same != 0] + 1) / 2
-        alike = cluster_bootstrap(ordered, prompts, samples, seed) if len(ordered) else None
+        alike = clustered_share(ordered, prompts) if len(ordered) else None
         found.append(Compared(one, other, alike, len(ordered), len(common) - len(ordered)))
     return found
 

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 from scipy.special import expit, logit, ndtri
 
 from rayrlhf.reports.intervals import t_interval, wins
-from rayrlhf.resampling import CONFIDENCE, Array, Interval
+from rayrlhf.resampling import CONFIDENCE, Array, Interval, wilson
 
 
 def share(values: ArrayLike, confidence: float = CONFIDENCE) -> Interval | None:
@@ -33,11 +33,8 @@ def share(values: ArrayLike, confidence: float = CONFIDENCE) -> Interval | None:
         return None
     if measured.min() < 0 or measured.max() > 1:
         raise ValueError("a share is a mean of values between 0 and 1")
-    mean, z2 = float(measured.mean()), ndtri((1 + confidence) / 2) ** 2
-    centre = (mean + z2 / (2 * n)) / (1 + z2 / n)
-    half = np.sqrt(z2 * (mean * (1 - mean) / n + z2 / (4 * n * n))) / (1 + z2 / n)
-    # Rounding may place a limit beyond a mean of exactly 0 or 1.
-    return Interval(mean, float(max(0.0, min(mean, centre - half))), float(min(1.0, max(mean, centre + half))), n)
+    mean = float(measured.mean())
+    return Interval(mean, *wilson(mean, n, ndtri((1 + confidence) / 2) ** 2), n)
 
 
 def win_rate(a: ArrayLike, b: ArrayLike, confidence: float = CONFIDENCE) -> Interval | None:

@@ -26,7 +26,7 @@ from rayrlhf.reports.reward_accuracy import (
     write_accuracy,
 )
 from rayrlhf.reports.tables import reward_accuracy_table
-from rayrlhf.resampling import cluster_bootstrap
+from rayrlhf.resampling import cluster_bootstrap, clustered_share
 from rayrlhf.runs.folder import open_or_create
 
 
@@ -106,6 +106,44 @@ def test_cluster_bootstrap_covers_the_true_mean_where_pairs_go_together() -> Non
         got = cluster_bootstrap(values, clusters, 400, seed=trial)
         hits += got.low <= 0.6 <= got.high  # the mean of Beta(1.2, 0.8)
     assert 0.90 <= hits / 300 <= 0.98
+
+
+def test_a_share_of_clusters_is_wilsons_interval_of_as_many_independent_values() -> None:
+    for right, count in ((20, 20), (0, 3), (1, 1)):  # all alike, or one alone: as many as there are clusters
+        wilson = stats.binomtest(right, count).proportion_ci(0.95, "wilson")
+        for each in (1, 6):
+            values, clusters = np.repeat([1.0] * right + [0.0] * (count - right), each), np.repeat(range(count), each)
+            got = clustered_share(values, clusters)
+            assert (got.low, got.high, got.n) == pytest.approx((wilson.low, wilson.high, count))
+    values = np.array([1.0] * 13 + [0.0] * 7)
+    got, again = clustered_share(values, range(20)), clustered_share(np.repeat(values, 3), np.repeat(range(20), 3))
+    assert (got.low, got.high) == pytest.approx((again.low, again.high)), "a cluster of equal values is one of them"
+    # The limits solve the score equation with t's quantile, of values whose variance has Bessel's correction.
+    for limit in (got.low, got.high):
+        assert (got.mean - limit) ** 2 == pytest.approx(stats.t.ppf(0.975, 19) ** 2 * limit * (1 - limit) / 19)
+    for cluster in ([1.0, 0.0], [1.0, 1.0, 0.0]):  # thirds are not exact
+        same = clustered_share(cluster * 30, np.repeat(range(30), len(cluster)))
+        wilson = stats.binomtest(30 * int(sum(cluster)) // len(cluster), 30).proportion_ci(0.95, "wilson")
+        assert (same.low, same.high) == pytest.approx((wilson.low, wilson.high))
+    nearly = clustered_share([1.0, 0.0] * 29 + [1.0, 1.0], np.repeat(range(30), 2))
+    effective = 60 * (stats.norm.ppf(0.975) / stats.t.ppf(0.975, 29)) ** 2
+    assert (nearly.mean - nearly.low) ** 2 == pytest.approx(
+        stats.norm.ppf(0.975) ** 2 * nearly.low * (1 - nearly.low) / effective
+    ), "as many as there are values at most"
+    for values, clusters in (([], []), ([1.1], ["p"]), ([np.nan], ["p"]), ([1.0], ["p", "q"])):
+        with pytest.raises(ValueError, match="values from 0 to 1"):
+            clustered_share(values, clusters)
+
+
+def test_a_share_of_ten_clusters_covers_the_true_one() -> None:
+    """Where the bootstrap does not: it has too little room, and none if all are alike."""
+    hits = np.zeros(2)
+    for trial in range(300):
+        values, clusters = clustered(seed=trial, clusters=10)
+        both = clustered_share(values, clusters), cluster_bootstrap(values, clusters, 200, seed=trial)
+        hits += [got.low <= 0.6 <= got.high for got in both]
+    ours, bootstraps = hits / 300
+    assert ours >= 0.92 > bootstraps
 
 
 def test_one_value_a_cluster_is_the_ordinary_bootstrap(monkeypatch: pytest.MonkeyPatch) -> None:
