@@ -43,7 +43,7 @@ def main(address: str, directory: Path) -> None:
             expect(page.locator(".sample").first).to_be_visible()
             return page
 
-        page = look(1280, 900)
+        page = look(1280, 700)
         page.screenshot(path=directory / "verdict.png")
         page.get_by_role("button", name="Most changed").click()
         page.locator("#samples").scroll_into_view_if_needed()

@@ -19,6 +19,8 @@ Tone = Literal["good", "bad", "unclear", "plain"]
 Numbers = Mapping[str, float]
 """`mean`, `low`, `high` and `n`, and for a paired difference `p`, as evaluation.json has them."""
 
+ALPHA = 0.05
+"""A difference that has a p-value counts only if it is below: the test and the interval have to agree."""
 FEW_PROMPTS = 30
 """Below that a bootstrap interval is itself too uncertain: no verdict is given."""
 
@@ -43,13 +45,16 @@ class Figure:
     neutral: float | None = None
     """The value of no difference, such as 0 for a gain and 0.5 for a win rate; None where there is none."""
     percent: bool = False
+    p: float | None = None
+    """Of a paired difference."""
 
     @property
     def tone(self) -> Tone:
         """Whether the interval is wholly above or below `neutral`."""
         if self.neutral is None:
             return "plain"
-        return "good" if self.low > self.neutral else "bad" if self.high < self.neutral else "unclear"
+        value = {"low": self.low - self.neutral, "high": self.high - self.neutral}
+        return _TONES[_side(value if self.p is None else value | {"p": self.p})]
 
     @property
     def text(self) -> str:
@@ -125,20 +130,17 @@ def _lead(found: Mapping[str, Any], changes: Mapping[str, Any]) -> Finding:
             f"Policy minus SFT is {_signed(gold)}.",
         )
     said = f"{_signed(gold)} over {gold['n']} prompts ({p_text(gold['p'])})"
-    if gold["low"] > 0:
-        return Finding("good", f"The policy is better than SFT by gold: {said}.")
-    if gold["high"] < 0:
-        return Finding("bad", f"The policy is worse than SFT by gold: {said}.")
-    return Finding("unclear", f"The policy cannot be told from SFT by gold: {said}.")
+    words = {1: "is better than SFT", -1: "is worse than SFT", 0: "cannot be told from SFT"}[_side(gold)]
+    return Finding(_TONES[_side(gold)], f"The policy {words} by gold: {said}.")
 
 
 def _length(found: Mapping[str, Any], changes: Mapping[str, Any]) -> list[Finding]:
     """Whether a gain is one of length alone."""
     gold = changes.get("gold")
     equal = found.get("differences", {}).get("policy_minus_sft_at_equal_length", {}).get("gold")
-    if gold is None or equal is None or gold["low"] <= 0:
+    if gold is None or equal is None or _side(gold) <= 0:
         return []
-    if equal["low"] > 0:
+    if _side(equal) > 0:
         return [Finding("good", f"The gain is not one of length: at equal length it is {_signed(equal)}.")]
     return [Finding("unclear", f"The gain may be one of length: at equal length gold differs by {_signed(equal)}.")]
 
@@ -148,8 +150,8 @@ def _proxy(changes: Mapping[str, Any]) -> list[Finding]:
     gold, reward = changes.get("gold"), changes.get("reward")
     if reward is None:
         return []
-    if reward["low"] > 0:
-        follows = gold is not None and gold["low"] > 0
+    if _side(reward) > 0:
+        follows = gold is not None and _side(gold) > 0
         if gold is None or follows:
             return [Finding("good" if follows else "plain", f"The reward that RL raises rose by {_signed(reward)}.")]
         return [
@@ -247,7 +249,21 @@ def _figures(found: Mapping[str, Any], changes: Mapping[str, Any]) -> list[Figur
         ("reward, policy − SFT", changes.get("reward"), {"neutral": 0.0}),
         ("KL to SFT", policy.get("kl"), {"unit": "nats per response"}),
     ]
-    return [Figure(words, v["mean"], v["low"], v["high"], **more) for words, v, more in wanted if v is not None]
+    return [
+        Figure(words, v["mean"], v["low"], v["high"], p=v.get("p"), **more)
+        for words, v, more in wanted
+        if v is not None
+    ]
+
+
+_TONES: dict[int, Tone] = {1: "good", -1: "bad", 0: "unclear"}
+
+
+def _side(value: Numbers) -> int:
+    """1 if a difference is clearly above 0, -1 if it is clearly below, 0 if it is not told from 0."""
+    if value.get("p", 0.0) >= ALPHA:
+        return 0
+    return 1 if value["low"] > 0 else -1 if value["high"] < 0 else 0
 
 
 def _signed(value: Numbers) -> str:
