@@ -188,7 +188,7 @@ def test_a_link_of_every_loopback_address_opens(
     run: RunFolder, host: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The links that the command prints, in what it serves."""
-    codes = []
+    codes: list[int] = []
 
     def open_link(sockets: list[socket.socket]) -> None:
         link = re.search(r"label: labeller: (http\S+)", capsys.readouterr().out)

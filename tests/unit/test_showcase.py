@@ -17,6 +17,7 @@ import pytest
 
 from rayrlhf.config_file import load_config
 from rayrlhf.data.records import Prompt
+from rayrlhf.rewards.content import Vocabulary
 from rayrlhf.rewards.gold import gold_labeller
 from rayrlhf.rewards.labellers import make_labeller
 
@@ -69,7 +70,7 @@ def test_the_labeller_is_the_lexicon_as_it_was_published(monkeypatch: pytest.Mon
     """
     monkeypatch.chdir(ROOT)  # a relative path starts where the command does
     config = load_config(ROOT / "configs/showcase.yaml")
-    ranked, gold = make_labeller(config.collect.labeller), gold_labeller(config)
+    ranked, gold = make_labeller(config.collect.labeller), gold_labeller(config, Vocabulary())
     prompt = Prompt(id="a", text="I think that my terrible, awful dog")  # whose words do not count
     answers = ["is sad", "is not happy", "is here", "is happy", "is good, happy"]
     sums = [-2.1, -0.74 * 2.7, 0.0, 2.7, 4.6]
@@ -116,7 +117,7 @@ def test_the_table_of_the_document_has_a_line_for_each_prompt() -> None:
 
 
 def test_a_run_that_is_not_there_is_named(tmp_path: Path) -> None:
-    command = [sys.executable, ROOT / "scripts/showcase_answers.py", ROOT / "configs/showcase.yaml"]
+    command = [sys.executable, str(ROOT / "scripts/showcase_answers.py"), str(ROOT / "configs/showcase.yaml")]
     result = subprocess.run([*command, f"runs_dir={tmp_path}"], capture_output=True, text=True)
     (line,) = result.stderr.splitlines()
     assert result.returncode == 1 and line.startswith(f"error: {tmp_path}/showcase/samples.parquet: no such file; ")
@@ -130,7 +131,7 @@ def test_a_missing_package_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPa
 
 def test_a_directory_that_holds_something_else_stays_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
-    command = [sys.executable, ROOT / "scripts/showcase_model.py", tmp_path]
+    command = [sys.executable, str(ROOT / "scripts/showcase_model.py"), str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 1 and result.stderr.startswith(f"error: {tmp_path} is there and holds no model; ")
     assert (tmp_path / "mine.txt").read_text() == "mine"
