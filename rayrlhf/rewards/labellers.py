@@ -1,7 +1,7 @@
 """Labellers rank the answers that the stage `collect` has sampled.
 
 `reference` ranks by the words that an answer shares with the author's own: an honest stand-in for people, not their
-judgement. docs/results.md says how its measures were compared.
+judgement. `scripts/compare_labellers.py` compares such measures.
 `people` waits for people who rank on a page, and `file` reads their rankings from a JSONL file. `python` ranks by a
 function in a file of the user's own. `judge` asks a language model.
 
