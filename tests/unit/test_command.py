@@ -131,7 +131,7 @@ def test_the_shell_completes_commands_and_options(tmp_path: Path) -> None:
             env=os.environ | environment | {"PYTHONPATH": str(ROOT)}, cwd=tmp_path, capture_output=True, text=True,
         ).stdout  # fmt: skip
 
-    assert completed("rayrlhf re").split() == ["reward-model"]
+    assert completed("rayrlhf re").split() == ["reward-model", "report"]
     assert "--local" in completed("rayrlhf rl --")
 
 
