@@ -165,13 +165,22 @@ def _available(meminfo: Path) -> float:
 
 
 def _left_of_limit(cgroup: Path) -> float:
-    """The bytes that are left of a container's limit (cgroup v2 or v1); infinite without a limit."""
-    for limit, usage in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    """The bytes that are left of a container's limit (cgroup v2 or v1); infinite without a limit.
+
+    Files that were read and may be forgotten count as usage, and are left: the kernel gives them back when asked.
+    """
+    for limit, usage, counts, cache in (
+        ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
     ):
         try:
-            return max(0.0, float(int((cgroup / limit).read_text()) - int((cgroup / usage).read_text())))
+            left = int((cgroup / limit).read_text()) - int((cgroup / usage).read_text())
         except (OSError, ValueError):  # no such file, or "max"
             continue
+        try:
+            stored = dict(line.split() for line in (cgroup / counts).read_text().splitlines())
+            left += int(stored.get(cache, 0))
+        except (OSError, ValueError):
+            pass
+        return max(0.0, float(left))
     return math.inf

@@ -134,7 +134,11 @@ def test_memory_is_what_is_left_of_the_container_s_limit(tmp_path: Path) -> None
         (tmp_path / "memory").mkdir(exist_ok=True)
         (tmp_path / "memory" / f"memory.{name}_in_bytes").write_text(f"{bytes}\n")
     assert machine._left_of_limit(tmp_path) == 600
-    (tmp_path / "memory.current").write_text("70")
+    (tmp_path / "memory" / "memory.stat").write_text("cache 250\ninactive_file 9\ntotal_inactive_file 200\n")
+    assert machine._left_of_limit(tmp_path) == 800, "the kernel forgets files that were read"
+    (tmp_path / "memory" / "memory.stat").unlink()
+    (tmp_path / "memory.current").write_text("90")
+    (tmp_path / "memory.stat").write_text("anon 70\ninactive_file 20\n")
     for text, left in (("100", 30), ("max", 600)):
         (tmp_path / "memory.max").write_text(text)
         assert machine._left_of_limit(tmp_path) == left
