@@ -20,7 +20,7 @@ from actors.pools.remote import ActorFailure
 from actors.training.tasks import TRAIN_ENVIRONMENT
 from rayrlhf.config import Config
 from rayrlhf.errors import UserError, one_line
-from rayrlhf.machine import Machine, free_gpu_memory
+from rayrlhf.machine import Machine, memory_of_gpus
 from rayrlhf.runs.placement import Node, Plan, Role, demand, make_plan, roles_of, smaller
 
 Answer = TypeVar("Answer")
@@ -193,12 +193,12 @@ def cluster_machines() -> list[Machine]:
     """What the nodes have that are alive and have a CPU, whoever holds it now."""
     nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
     with_gpus = [node["NodeID"] for node in nodes if node["Resources"].get("GPU", 0)]
-    free = dict(zip(with_gpus, ask_nodes(free_gpu_memory, with_gpus), strict=True))
+    memory = dict(zip(with_gpus, ask_nodes(memory_of_gpus, with_gpus), strict=True))
     machines = []
     for node in nodes:
         has, own = node["Resources"], node["NodeID"]
         machine = Machine(int(has["CPU"]), int(has.get("GPU", 0)), has.get("memory", math.inf))
-        machines.append(machine._replace(gpu_memory=free[own]) if own in free else machine)
+        machines.append(machine._replace(gpu_memory=memory[own]) if own in memory else machine)
     return machines
 
 

@@ -19,7 +19,7 @@ _MIB = 2**20
 _SMALL_GPU = 16.0 * 2**30
 """Bytes that a GPU counts as having which does not say."""
 _OF_GPU = 0.9
-"""Share of a GPU's free memory for what is counted: the rest is for CUDA, and for gaps between tensors."""
+"""Share of a GPU's memory for what is counted: the rest is for CUDA, and for gaps between tensors."""
 _OF_MACHINE = {"learner": 1 / 2, "scorers": 1 / 4, "generators": 1 / 4}
 """Share of a machine's free memory that the actors of a role may take together, where they have no GPU."""
 
@@ -32,13 +32,13 @@ class Machine(NamedTuple):
     memory: float
     """Bytes that are free, without those of the GPUs."""
     gpu_memory: float = _SMALL_GPU
-    """Bytes that are free on the GPU that has least of them."""
+    """Bytes of the GPU that has least of them, whoever holds them now."""
 
 
 def this_machine() -> Machine:
     """What this process may use."""
     gpus = usable_gpus()
-    return Machine(usable_cores(), gpus, free_memory(), free_gpu_memory() if gpus else _SMALL_GPU)
+    return Machine(usable_cores(), gpus, free_memory(), memory_of_gpus() if gpus else _SMALL_GPU)
 
 
 def usable_cores() -> int:
@@ -60,11 +60,11 @@ def free_memory() -> float:
     return min(_available(Path("/proc/meminfo")), _left_of_limit(_CGROUP))
 
 
-def free_gpu_memory() -> float:
-    """The bytes that are free on the GPU of this machine that has least of them; a small GPU's if none says."""
+def memory_of_gpus() -> float:
+    """The bytes of the GPU of this machine that has least of them; a small GPU's if none says."""
     try:
         said = subprocess.run(
-            ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"],
+            ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"],
             capture_output=True, text=True, timeout=30, check=True,
         ).stdout  # fmt: skip
         return min(float(line) for line in said.splitlines()) * _MIB

@@ -147,6 +147,16 @@ def test_memory_is_what_is_left_of_the_container_s_limit(tmp_path: Path) -> None
     assert machine._available(tmp_path / "nowhere") == math.inf
 
 
+def test_the_smallest_gpu_s_memory_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert machine.memory_of_gpus() == 16 * GIB, "no driver says"
+    for said, bytes in (("81559 40960", 40 * GIB), ("[N/A]", 16 * GIB)):
+        command = tmp_path / "nvidia-smi"
+        command.write_text("#!/bin/sh\n" + "".join(f"echo '{line}'\n" for line in said.split()))
+        command.chmod(0o755)
+        assert machine.memory_of_gpus() == bytes
+
+
 @pytest.mark.parametrize(("visible", "count"), [("0,1", 2), ("", 0), ("-1", 0), ("GPU-5f0c", 1)])
 def test_gpus_are_those_that_cuda_may_see(monkeypatch: pytest.MonkeyPatch, visible: str, count: int) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
