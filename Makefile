@@ -1,6 +1,7 @@
 # `make` alone lists the targets. Python 3.11 to 3.13 with its venv module is all that has to be there.
 #   PYTHON=...  the interpreter that .venv is made with (default: the first that fits)
-#   ARGS=...    handed on to `rayrlhf run` by quickstart and showcase, to the benchmarks by bench and to pytest by the test targets
+#   ARGS=...    handed on to `rayrlhf run` by quickstart and showcase, to the benchmarks by bench and to pytest by the
+#               test targets
 
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -51,7 +52,7 @@ $(SHOWCASE_STAMP): $(STAMP)
 quickstart: $(STAMP) ## run the whole pipeline on the embedded data and model
 	$(BIN)/rayrlhf run configs/quickstart.yaml $(ARGS)
 
-showcase: $(SHOWCASE_STAMP) ## teach a model of 135 million parameters to be positive; under an hour on two cores
+showcase: $(SHOWCASE_STAMP) ## teach a model of 135 million parameters, which writes English, to be positive
 	$(BIN)/python scripts/showcase_model.py build/smollm2
 	$(BIN)/python scripts/make_openings.py build/openings
 	$(BIN)/rayrlhf run configs/showcase.yaml $(ARGS)
