@@ -1,6 +1,7 @@
 # `make` alone lists the targets. Python 3.11 to 3.13 with its venv module is all that has to be there.
 #   PYTHON=...  the interpreter that .venv is made with (default: the first that fits)
-#   ARGS=...    handed on to `rayrlhf run` by quickstart and showcase, to the benchmarks by bench and to pytest by the test targets
+#   ARGS=...    handed on to `rayrlhf run` by quickstart and showcase, to the benchmarks by bench and to pytest by the
+#               test targets
 
 BIN := .venv/bin
 STAMP := .venv/.installed

@@ -90,8 +90,7 @@ def clustered_share(values: ArrayLike, clusters: ArrayLike, confidence: float = 
 def wilson(mean: float, n: float, z2: float) -> tuple[float, float]:
     """The limits of Wilson's score interval of a share of `n` independent values; `z2` is the normal quantile squared.
 
-    >>> [round(limit, 3) for limit in wilson(1.0, 20, 1.96**2)]
-    [0.839, 1.0]
+    Of 20 values that are all 1 it has the limits 0.839 and 1.
     """
     centre = (mean + z2 / (2 * n)) / (1 + z2 / n)
     half = np.sqrt(z2 * (mean * (1 - mean) / n + z2 / (4 * n * n))) / (1 + z2 / n)

@@ -273,7 +273,7 @@ def test_the_punished_length_is_a_part_of_the_longest() -> None:
 
 
 def test_the_section_of_an_algorithm() -> None:
-    config = parse_config({"name": "run", "rl": {"algorithm": "grpo", "optimizer": {"lr": "1e-6"}}}, "run.yaml")
+    config = parse_config({"name": "run", "rl": {"algorithm": "grpo", "optimizer": {"lr": 1e-6}}}, "run.yaml")
     assert isinstance(config.rl, GRPOConfig) and config.rl.optimizer.lr == 1e-6 and not config.rl.critic
     assert config.rl.samples_per_prompt == 8 and config.rl.kl == KLConfig(estimator="k3", coefficient=0.04)
     partly = parse_config({"name": "run", "rl": {"algorithm": "grpo", "kl": {"coefficient": 0.1}}}, "run.yaml")

@@ -276,7 +276,7 @@ def test_own_comparisons(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> 
         Comparison("a", "What is tea?", (best, middle, worst), "us"),
         Comparison("b", "\n\nHuman: Tea?\n\nAssistant:", (best, worst)),
     ]
-    assert dropped == {}  # rows; the two useless answers went out of a row that still has three
+    assert dropped == {"answers_of_kept_rows": 2}  # out of a row that still has three
 
 
 def test_labelled_answers(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:

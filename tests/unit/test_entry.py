@@ -103,10 +103,12 @@ def test_a_stage_may_run_again_for_something_else(config: Config) -> None:
         session.run.evaluation.write_text("{}")
 
     run(config, [evaluate, evaluate], local=True)
-    other = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"prompts": "other.jsonl"})})
+    file = Path(config.runs_dir, "other.jsonl")
+    file.write_text('{"subreddit": "tea", "title": "Green", "post": "Or black?"}\n')
+    other = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"prompts": str(file)})})
     run(other, [evaluate], local=True)
     run(config, [evaluate], local=True)
-    assert ran == [None, "other.jsonl"]
+    assert ran == [None, str(file)]
 
 
 def test_a_stage_waits_for_those_before_it(config: Config) -> None:

@@ -283,7 +283,7 @@ def test_a_lost_connection_costs_no_judgement(desk: Any) -> None:
     assert [j.item for j in at.database.judgements()] == ["p0", "p1"]
     assert by_answer(at.database.judgements()[0], items) == dict(zip(shown, (3, 2, 1), strict=True))
     # Nor does a browser that keeps nothing, as one whose store is full.
-    page.evaluate("Storage.prototype.setItem = () => { throw new Error('full'); }")
+    page.evaluate("() => { Storage.prototype.setItem = () => { throw new Error('full'); }; }")
     for key in ("1", "2", "3", "Enter"):
         page.keyboard.press(key)
     done(page, 3)

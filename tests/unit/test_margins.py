@@ -94,7 +94,7 @@ class Scorers:
     def __init__(self) -> None:
         self.models: list[str] = []
 
-    def start_scorers(self, prompts: Any, reference: str, *, gold: bool, reward_model: str) -> None:
+    def start_scorers(self, prompts: Any, reference: str, *, gold: None, reward_model: str) -> None:
         self.models = [reference, reward_model]
 
     def score(self, trajectories: list[Trajectory], temperature: float) -> list[Trajectory]:
@@ -115,6 +115,7 @@ def test_answers_wait_in_the_order_of_the_margins(
         config=config(rewards=rewards, collect=BY_MARGIN | {"margin_from": "m"}),
         run=run,
         rollouts=scorers,
+        data=SimpleNamespace(collect=[Demonstration(id, id, "x") for id in ("sure", "torn", "close")]),
         starts=SimpleNamespace(base="sft", given={"collect.margin_from": "m"}),
     )
     ids = {"sure": ((9,), (1,), (5,)), "torn": ((3,), (3,)), "close": ((4, 8), (1,), (5, 1))}

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 
 from rayrlhf.config import Config
 from rayrlhf.config_dpo import SimPOConfig
@@ -25,6 +24,7 @@ from rayrlhf.rewards.texts import TextRewards, make_text_rewards
 from rayrlhf.rewards.verifiable import valid_json
 from rayrlhf.runs.stages import stages_from, stages_of
 from rayrlhf.trajectory import Trajectory
+from rayrlhf.yaml_text import read_yaml_text
 
 PAGE = Path(__file__).parents[2] / "docs/extending.md"
 TEXTS = ["a cat slept", "no", "a dog barked at a cat"]
@@ -200,16 +200,21 @@ def test_bad_sections_are_one_line(rewards: list[dict[str, Any]], said: str) -> 
     assert said in str(raised.value) and "\n" not in str(raised.value)
 
 
-def test_numbers_that_yaml_takes_for_texts() -> None:
+def test_whole_numbers_where_others_are_wanted() -> None:
     """In lists of sections, in the member of a union that its own key names, and not in lists of texts."""
-    tree = yaml.safe_load(
-        "{name: run, rewards: [{kind: python, name: a, path: 'a.py:f', weight: 5e-1, settings: {x: 5e-1}}], "
-        "dpo: {loss: simpo, target_margin: 5e-1}, sft: {optimizer: {betas: [9e-1, 0]}}, data: {stop_tokens: ['1']}}"
+    tree = read_yaml_text(
+        "{name: run, rewards: [{kind: python, name: a, path: 'a.py:f', weight: 2, settings: {x: 2}}], "
+        "dpo: {loss: simpo, target_margin: 2}, sft: {optimizer: {betas: [9e-1, 0]}}, data: {stop_tokens: ['1']}}"
     )
     config = parse_config(tree, "test")
     (reward,) = config.rewards
-    assert isinstance(reward, PythonReward) and reward.weight == 0.5 and reward.settings == {"x": "5e-1"}
-    assert config.dpo == SimPOConfig(target_margin=0.5) and config.sft.optimizer.betas == (0.9, 0.0)
+    assert (
+        isinstance(reward, PythonReward)
+        and type(reward.weight) is float
+        and reward.weight == 2
+        and reward.settings == {"x": 2}
+    )
+    assert config.dpo == SimPOConfig(target_margin=2.0) and config.sft.optimizer.betas == (0.9, 0.0)
     assert config.data.stop_tokens == ("1",)
 
 
