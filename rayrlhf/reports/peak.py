@@ -88,7 +88,8 @@ def peak_of_gold(lines: Sequence[Mapping[str, Any]], samples_per_prompt: int = 1
 def _windows(values: Array, squared_errors: Array, size: int) -> tuple[Array, Array]:
     """[n - size + 1] means over windows, and their squared standard errors."""
     flat = np.ones(size) / size
-    return np.convolve(values, flat, "valid"), np.convolve(squared_errors, flat / size, "valid")
+    means, errors = np.convolve(values, flat, "valid"), np.convolve(squared_errors, flat / size, "valid")
+    return np.asarray(means, np.float64), np.asarray(errors, np.float64)
 
 
 def _apart(means: Array, squared_errors: Array, high: int, low: int) -> float:

@@ -67,10 +67,23 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     write_accuracy(run.heldout_pairs, run.reward_accuracy, planted(), {}, samples=50, seed=0)
     run.dev_samples.mkdir()
     for step in (0, 30, 60):
-        row = {"step": step, "id": "d0", "prompt": "TITLE: dev", "reference": "ref", "answer": f"after {step}"}
+        row: dict[str, Any] = {
+            "step": step,
+            "id": "d0",
+            "prompt": "TITLE: dev",
+            "reference": "ref",
+            "answer": f"after {step}",
+        }
         row |= {"score": 0.5, "gold": step / 100, "tokens": 3, "ended": True}
         (run.dev_samples / f"step_{step:06d}.jsonl").write_text(json.dumps(row) + "\n")
-    look = {"step": 60, "id": "t0", "prompt": "p", "score": 0.5, "ended": False, "tokens": [" a", "</script>"]}
+    look: dict[str, Any] = {
+        "step": 60,
+        "id": "t0",
+        "prompt": "p",
+        "score": 0.5,
+        "ended": False,
+        "tokens": [" a", "</script>"],
+    }
     look |= {"logprobs": [-1.0, -2.0], "ref_logprobs": [-1.5, -1.0], "advantages": [0.5, -1.0], "values": [0.1, None]}
     run.tokens.write_text(json.dumps(look) + "\n")
     write_report(run)
@@ -270,7 +283,13 @@ def test_watched_page_follows_the_run_and_stays_where_the_reader_is(
             kl = PLOT.format(title="KL to the reference policy")
             page.evaluate(f"{kl}.plot.setScale('x', {{min: 10, max: 20}})")
             page.evaluate("scrollTo(0, 2000)")
-            look = {"step": 65, "id": "d0", "prompt": "TITLE: dev", "reference": "ref", "answer": "after 65"}
+            look: dict[str, Any] = {
+                "step": 65,
+                "id": "d0",
+                "prompt": "TITLE: dev",
+                "reference": "ref",
+                "answer": "after 65",
+            }
             look |= {"score": 0.5, "gold": 0.65, "tokens": 3, "ended": True}
             (copy.dev_samples / "step_000065.jsonl").write_text(json.dumps(look) + "\n")
             write_steps(copy, STEPS + 1, STEPS + 5)

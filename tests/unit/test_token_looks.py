@@ -17,7 +17,8 @@ from rayrlhf.algorithms.trainer import LOOKED_AT
 from rayrlhf.config_rl import GRPOConfig
 from rayrlhf.runs.folder import RunFolder
 from rayrlhf.trajectory import Trajectory
-from tests.unit.test_algorithms import TEMPERATURE, batch_of, learner
+from tests.tiny import TEMPERATURE
+from tests.unit.test_algorithms import batch_of, learner
 
 
 class Letters:
@@ -28,7 +29,7 @@ class Letters:
 
 
 def written(run: RunFolder, *looks: tuple[Trajectory, Fixed]) -> list[dict[str, Any]]:
-    write_looks(run, 10, looks, Letters(), None)  # type: ignore[arg-type]
+    write_looks(run, 10, looks, Letters(), None)
     return [json.loads(line) for line in run.tokens.read_text(encoding="utf-8").splitlines()]
 
 
