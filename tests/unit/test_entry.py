@@ -104,7 +104,7 @@ def test_a_stage_may_run_again_for_something_else(config: Config) -> None:
 
     run(config, [evaluate, evaluate], local=True)
     file = Path(config.runs_dir, "other.jsonl")
-    file.write_text('{"subreddit": "tea", "title": "Green", "post": "Or black?"}\n')
+    file.write_text('{"subreddit": "tea", "title": "Green", "post": "Or black?", "summary": "Which tea?"}\n')
     other = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"prompts": str(file)})})
     run(other, [evaluate], local=True)
     run(config, [evaluate], local=True)

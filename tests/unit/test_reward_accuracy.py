@@ -130,9 +130,9 @@ def test_a_share_of_clusters_is_wilsons_interval_of_as_many_independent_values()
     assert (nearly.mean - nearly.low) ** 2 == pytest.approx(
         stats.norm.ppf(0.975) ** 2 * nearly.low * (1 - nearly.low) / effective
     ), "as many as there are values at most"
-    for values, clusters in (([], []), ([1.1], ["p"]), ([np.nan], ["p"]), ([1.0], ["p", "q"])):
+    for wrong, of in (([], []), ([1.1], ["p"]), ([np.nan], ["p"]), ([1.0], ["p", "q"])):
         with pytest.raises(ValueError, match="values from 0 to 1"):
-            clustered_share(values, clusters)
+            clustered_share(wrong, of)
 
 
 def test_a_share_of_ten_clusters_covers_the_true_one() -> None:
