@@ -35,6 +35,8 @@ from rayrlhf.runs.storage import local_copy
 USUAL_LENGTH = 1024
 """Tokens of prompt and answer, unless the run's are longer."""
 _POLL_S, _END_S = 0.2, 15.0
+_START_S = 1800.0
+"""Seconds in which all servers must answer: vLLM may have to read many gigabytes first."""
 _KV_CACHE_GIB = "1"
 _PR_SET_PDEATHSIG = 1
 
@@ -125,7 +127,7 @@ def started(
     """A server for each model during the block, all of them ready at its start.
 
     Raises:
-        UserError: vLLM cannot serve one of them.
+        UserError: vLLM cannot serve one of them, or takes too long.
     """
     config = stored_config(run)
     threads = max((os.cpu_count() or 1) // len(models), 1)
@@ -142,6 +144,11 @@ def started(
             waiting = list(servers)
             while waiting:
                 waiting = [server for server in waiting if not server.ready()]
+                if waiting and time.monotonic() - began > _START_S:
+                    raise UserError(
+                        f"serve: {waiting[0].name} did not answer within {_START_S:.0f} s; its last line: "
+                        f"{waiting[0].last_words()}"
+                    )
                 time.sleep(_POLL_S if waiting else 0)
         console.print(f"serve: {len(servers)} models ready after {time.monotonic() - began:.0f} s")
         yield servers
