@@ -163,7 +163,12 @@ def test_a_look_reads_what_is_new_and_agrees_with_all_that_there_is(
     progress = Progress(LabelDatabase(database.path), wanted, ITEMS)
     read: list[int] = []
     after = LabelDatabase.rows_after
-    monkeypatch.setattr(LabelDatabase, "rows_after", lambda own, seq: read.append(seq) or after(own, seq))
+
+    def rows_after(own: LabelDatabase, seq: int) -> Any:
+        read.append(seq)
+        return after(own, seq)
+
+    monkeypatch.setattr(LabelDatabase, "rows_after", rows_after)
     draw = random.Random(0)
     for number in range(150):
         name = draw.choice(["ann", "bob", "cy"])
