@@ -17,6 +17,7 @@ from rayrlhf.models.loading import context_length, load_tokenizer
 from rayrlhf.models.micro_batches import USEFUL, needs
 from rayrlhf.runs.contents import Contents
 from rayrlhf.runs.folder import RunFolder, changes_since, run_at, stored_config
+from rayrlhf.runs.stages import stages_of
 
 _TRAINING: tuple[StageName, ...] = ("sft", "reward_model", "dpo", "rl")
 """The stages of the learner: each has a section with `micro_batch_tokens`."""
@@ -95,7 +96,8 @@ def asks_for_machines(config: Config) -> bool:
 
 def _open_stages(config: Config) -> list[str]:
     """The stages of the run whose micro-batch is not given."""
-    return [stage for stage in _TRAINING if config.has(stage) and getattr(config, stage).to_choose]
+    names = {stage.name for stage in stages_of(config)}
+    return [name for name in _TRAINING if name in names and getattr(config, name).to_choose]
 
 
 def _with_micro_batches(config: Config, machines: Sequence[Machine], model: str) -> tuple[Config, list[str]]:
