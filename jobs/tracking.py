@@ -61,9 +61,8 @@ class Tracking:
         name = f"{above.name}/{config.name}" if has_rounds(above) else config.name
         self._tracked = Tracked(name, run.address, run.path, dump_config(config))
         self._record = run.path / RECORD
-        kept = json.loads(run.read(self._record) or b"{}")
-        self._states: dict[str, _State] = {name: _State(**kept.get(name, {})) for name in config.tracking}
-        self._kept = kept
+        self._kept: dict[str, Any] = json.loads(run.read(self._record) or b"{}")
+        self._states: dict[str, _State] = {name: _State(**self._kept.get(name, {})) for name in config.tracking}
         self._open: dict[str, Tracker] = {}
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="tracking", daemon=True)
@@ -133,7 +132,10 @@ class Tracking:
             self._states[name].outcome = seen
 
     def _keep(self) -> None:
-        kept = self._kept | {name: asdict(state) for name, state in self._states.items()}
+        kept = self._kept | {name: asdict(state) for name, state in self._states.items() if state != _State()}
+        if kept == self._kept:  # a run that ended before its first line has nothing to keep
+            return
+        self._kept = kept
         with replacing(self._record) as temporary:
             temporary.write_text(json.dumps(kept) + "\n", encoding="utf-8")
         with contextlib.suppress(OSError):

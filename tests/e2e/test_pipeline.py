@@ -41,7 +41,7 @@ def test_the_run_folder_holds_what_the_design_says(finished: Any) -> None:
     names = {path.name for path in finished.path.iterdir() if not path.name.startswith(".")}
     documented = {"config.yaml", "metrics.jsonl", "report.html", "sft", "reward_model", "policy", "comparisons.parquet"}
     documented |= {"samples.parquet", "evaluation.json", "reward_model.json", "heldout_pairs.parquet"}
-    assert names == documented | {"checkpoints", "tensorboard", "tracking.json", "samples"}
+    assert names == documented | {"checkpoints", "tensorboard", "tracking.json", "samples", "tokens.jsonl"}
     assert [p.name for p in finished.path.iterdir() if p.name.startswith(".")] == [".lock"]  # no temporaries
     stored = yaml.safe_load((finished.path / "config.yaml").read_text())
     assert (
