@@ -15,7 +15,6 @@ FIRST = (
     "ray/test_workers.py",
     "ray/test_monitoring.py",
     "ray/test_learner.py",
-    "e2e/test_jobs.py",
 )
 """The longest files. The first makes the run that most of `tests/e2e` waits for (see `finished` there), and the two
 after it, which wait for nothing, keep the other process at work meanwhile."""

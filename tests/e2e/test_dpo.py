@@ -22,6 +22,8 @@ def distance(one: Path, other: Path) -> float:
     return max(float((ours[name] - theirs[name]).abs().max()) for name in ours if ours[name].dtype == torch.float32)
 
 
+# Four stages more, for what ray/test_dpo shows of the stage itself.
+@pytest.mark.long
 def test_preferences_without_rollouts(finished: Any, start: Any, tmp_path: Path) -> None:
     run = tmp_path / finished.path.name
     arguments = [*finished.arguments, f"runs_dir={tmp_path}", f"from={finished.path}", STAGES, *DPO]

@@ -97,6 +97,8 @@ def test_all_its_processes_listen_on_the_loopback_address_only(ended: Run) -> No
     ), ended.listening
 
 
+# Another start of all actors. ray/test_learner holds loops that are interrupted and continued to the last bit.
+@pytest.mark.long
 def test_an_interrupted_run_continues_from_its_checkpoint(ended: Run, start: Any) -> None:
     run = ended.run
     assert not (run / "policy").exists()

@@ -63,6 +63,8 @@ def cluster(start_head: Any, bucket: S3, tmp_path_factory: pytest.TempPathFactor
     head.end()
 
 
+# A cluster with a dashboard, and a job in it.
+@pytest.mark.long
 def test_a_stage_as_a_job_in_a_bucket(
     cluster: Cluster, bucket: S3, finished: Any, start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

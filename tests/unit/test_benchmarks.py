@@ -110,6 +110,8 @@ def test_the_stopwatch_sums_by_phase() -> None:
     assert clock.take() == {}
 
 
+# Tokenises all posts, uncut.
+@pytest.mark.long
 def test_draws_are_those_that_the_tables_name() -> None:
     assert draw("capped", 8, 1) == draw("capped", 8, 1) != draw("capped", 8, 2)
     assert {len(prompt.ids) for prompt in draw("equal", 64, 0)} == {EQUAL}

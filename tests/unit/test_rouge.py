@@ -83,6 +83,8 @@ def test_refuses_what_is_not_pairs(predictions: list[str], references: list[str]
         rouge(predictions, references)
 
 
+# Two processes that import all of `evaluate`.
+@pytest.mark.long
 def test_concurrent_processes_with_an_empty_cache_offline(tmp_path: Path) -> None:
     """Two first uses at once: the module copy races, and nothing may be asked of the network."""
     code = (
