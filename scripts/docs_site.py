@@ -20,7 +20,8 @@ ROOT = Path(__file__).parents[1]
 ROOT_PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "CONTRIBUTING.md", "CHANGELOG.md": "CHANGELOG.md"}
 """Files of the repository's root that are pages, and their places in the site."""
 PACKAGES = ("rayrlhf", "actors", "jobs")
-LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)#\s]+)(#[^)\s]*)?\)")
+LINK = re.compile(r"(!?)\[([^\]]+)\]\(([^)#\s]+)(#[^)\s]*)?\)")
+"""A link, or with `!` a picture."""
 
 
 def reference_pages() -> dict[str, list[str]]:
@@ -71,14 +72,14 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Turn links of the repository into links of the site: its documents to pages, its modules to the reference."""
+    """Turn links and pictures of the repository into those of the site: documents are pages, modules the reference."""
     place = page.file.src_uri
     sources = {site: source for source, site in ROOT_PAGES.items()}
     folder = (ROOT / sources.get(place, f"docs/{place}")).parent
     of_module = {module: page for page, modules in reference_pages().items() for module in modules}
 
     def rewritten(match: re.Match[str]) -> str:
-        text, target, anchor = match[1], match[2], match[3] or ""
+        mark, text, target, anchor = match[1], match[2], match[3], match[4] or ""
         if "://" in target or place.startswith("reference/"):
             return match[0]
         path = Path(os.path.normpath(folder / target)).relative_to(ROOT)
@@ -91,6 +92,6 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             there = str(path.relative_to("docs")).replace(".ipynb", ".md")
         else:
             return f"{text}"  # a file that has no page, such as NOTICE or the folder monitoring/
-        return f"[{text}]({os.path.relpath(there, Path(place).parent)}{anchor})"
+        return f"{mark}[{text}]({os.path.relpath(there, Path(place).parent)}{anchor})"
 
     return LINK.sub(rewritten, markdown)
