@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rayrlhf.tracking.base import Outcome, Tracked, numbers_of, texts_of
@@ -55,5 +57,16 @@ class TensorBoardTracker:
             from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
 
             # purge_step hides what an earlier attempt wrote from this step on, as read_metrics does.
+            _wait_for_a_later_name(self._folder / stage)
             self._boards[stage] = SummaryWriter(str(self._folder / stage), purge_step=step)
         return self._boards[stage]
+
+
+def _wait_for_a_later_name(folder: Path) -> None:
+    """Wait a second at most, so that a new file comes behind those that are there.
+
+    TensorBoard reads files in the order of their names, `events.out.tfevents.SECONDS.HOST.PID.NUMBER`, where number 10
+    stands before 9. An earlier attempt that is read after a later one would not be hidden by it.
+    """
+    newest = max((int(path.name.split(".")[3]) for path in folder.glob("events.out.tfevents.*")), default=0)
+    time.sleep(min(max(newest + 1 - time.time(), 0.0), 1.0))

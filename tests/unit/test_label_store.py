@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -57,7 +59,9 @@ def test_collect_goes_on_with_what_people_say_elsewhere(
     head, page = machines
     coming = iter(["ann", "bob"])
     # While collect waits, one after the other opens the page, judges and goes.
-    monkeypatch.setattr("rayrlhf.rewards.people_labeller.time.sleep", lambda seconds: judge(page, next(coming)))
+    # Not `time.sleep` itself, which threads of other tests may call.
+    clock = SimpleNamespace(monotonic=time.monotonic, sleep=lambda seconds: judge(page, next(coming)))
+    monkeypatch.setattr(people_labeller, "time", clock)
     people = labeller(labellers=2)
     people.prepare(WAITING, head)
     assert next(coming, None) is None

@@ -7,7 +7,9 @@ import math
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -268,7 +270,9 @@ def test_collect_waits_is_interrupted_and_learns_from_ties(
 
     monkeypatch.setattr(jobs.collect, "sample_answers", sample)
     with monkeypatch.context() as context:
-        context.setattr("rayrlhf.rewards.people_labeller.time.sleep", interrupt)
+        # Not `time.sleep` itself, which threads of other tests may call.
+        clock = SimpleNamespace(monotonic=time.monotonic, sleep=interrupt)
+        context.setattr("rayrlhf.rewards.people_labeller.time", clock)
         assert stage() == 130
     assert "the same command continues" in capsys.readouterr().err
     run = RunFolder(tmp_path / "runs" / "run")

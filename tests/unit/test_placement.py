@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import shlex
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -157,8 +158,8 @@ def test_a_run_waits_for_what_other_jobs_hold(
     clock = itertools.count()
     left = iter([[Node("a", 0.5, 0)], [Node("a", 0.5, 0)], [Node("a", 2, 0)]])
     monkeypatch.setattr(cluster, "cluster_nodes", lambda free: next(left))
-    monkeypatch.setattr("jobs.cluster.time.monotonic", lambda: float(next(clock)))
-    monkeypatch.setattr("jobs.cluster.time.sleep", lambda seconds: None)
+    passing = SimpleNamespace(monotonic=lambda: float(next(clock)), sleep=lambda seconds: None)
+    monkeypatch.setattr(cluster, "time", passing)  # not that of threads of other tests
     roles = [role("learner", together=True), role()]
     plan = cluster._wait_for_others(roles, 1, limit_s=30)
     assert plan.placed == {"learner": {"a": 1}, "generators": {"a": 1}}
