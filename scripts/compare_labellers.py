@@ -32,7 +32,7 @@ import pyarrow.parquet as pq
 from rayrlhf.config_file import load_config
 from rayrlhf.data.records import Demonstration
 from rayrlhf.data.run_data import RunData
-from rayrlhf.models.loading import load_tokenizer
+from rayrlhf.models.loading import load_tokenizer, resolve_model
 from rayrlhf.reports.intervals import bootstrap
 from rayrlhf.reports.shares import win_rate
 from rayrlhf.resampling import Interval
@@ -226,7 +226,7 @@ def main() -> None:
     arguments = parser.parse_args()
     run = RunFolder(arguments.run)
     config = load_config(run.config)
-    data = RunData(config, load_tokenizer(local_copy(config.model.path)))
+    data = RunData(config, load_tokenizer(local_copy(resolve_model(config.model.path))))
     stored = pq.read_table(run.samples).to_pylist() if run.samples.is_file() else []
     answers = {name: {row["id"]: row[name] or "" for row in stored} for name in ("sft", "policy") if stored}
     known = {row["id"] for row in stored}
