@@ -127,7 +127,7 @@ class Session:
             self.placement = preflight(self.config)
         for line in (*self._choices, *self._ends):
             console.print(line, soft_wrap=True, markup=False)
-        self._connection.enter_context(self._tracking)
+        self._own_connection.enter_context(self._tracking)  # of this run, whoever it shares Ray with
         self.remarks = remarks(self.config)
         train = self.data.train
         if train.sft and not self.config.has("sft"):

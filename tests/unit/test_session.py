@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -177,3 +179,17 @@ def test_every_model_that_a_round_has_from_others_is_held_against_the_runs(tmp_p
         own = config(tmp_path, name=key, data=demonstrations, **{key: section})
         with opened(own, local=True) as session, pytest.raises(UserError, match="is a reward model"):
             session.start()
+
+
+def test_trackers_end_with_their_run_where_runs_share_a_connection(tmp_path: Path) -> None:
+    """As the rounds of a run do."""
+    before = set(threading.enumerate())
+
+    def trackers() -> set[str]:
+        return {thread.name for thread in set(threading.enumerate()) - before} & {"tracking"}
+
+    with contextlib.ExitStack() as connection:
+        with opened(config(tmp_path, tracking=["tensorboard"]), local=True, connection=connection) as session:
+            session.start()
+            assert trackers()
+        assert not trackers()
