@@ -6,7 +6,6 @@ The page runs beside the command that waits for it, on the machine that has the 
 from __future__ import annotations
 
 import contextlib
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from urllib.parse import urlsplit
 import uvicorn
 
 from jobs.console import console
+from jobs.listening import LOOPBACK, listen
 from rayrlhf.config_labellers import MOST_ANSWERS
 from rayrlhf.errors import UserError
 from rayrlhf.labelling import exports
@@ -32,7 +32,6 @@ from rayrlhf.runs.labels import COPY_S, begin_with_labels, copy_labels_out
 
 ADMIN = "admin"
 """The name of the admin's link."""
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 WEB = ("http://", "https://")
 
 INSTRUCTIONS = """Rank the answers: 1 is the best one.
@@ -157,7 +156,7 @@ def serve(run: RunFolder, database: LabelDatabase, serving: Serving) -> None:
     names = prepare(run, database, serving)
     if said := missing_people(database, serving, names):
         console.print(f"label: {said}", soft_wrap=True)
-    with listen(serving.host, serving.port) as listening:
+    with listen(serving.host, serving.port, "label") as listening:
         port = listening.getsockname()[1]
         host = f"[{serving.host}]" if ":" in serving.host else serving.host
         url = (serving.public_url or f"http://{host}:{port}").rstrip("/")
@@ -269,21 +268,6 @@ def make_site(run: RunFolder, database: LabelDatabase, serving: Serving, url: st
         mode=serving.mode,
         ratings=serving.ratings,
     )
-
-
-def listen(host: str, port: int, command: str = "label") -> socket.socket:
-    """A socket that listens there for a command; port 0 takes any that is free.
-
-    Raises:
-        UserError: the port is taken, or the host is not this machine.
-    """
-    try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, port), family=family)
-    except OSError as error:
-        raise UserError(
-            f"{command}: cannot listen at {host} port {port} ({error.strerror}); give another --port"
-        ) from None
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from jobs.console import console
-from jobs.label import listen
+from jobs.listening import listen
 from rayrlhf.errors import UserError
 from rayrlhf.reports.page import report, write_report
 from rayrlhf.runs.folder import RunFolder, run_at

@@ -22,7 +22,7 @@ import uvicorn
 from actors.rollouts.engine import environment_variables
 from jobs.answers import template_of_run
 from jobs.console import console
-from jobs.label import LOOPBACK, listen
+from jobs.listening import LOOPBACK, listen
 from jobs.router import read_token, router
 from rayrlhf.config_resources import GeneratorConfig
 from rayrlhf.data.typed import chat_template_of

@@ -19,7 +19,8 @@ import pytest
 import uvicorn
 from starlette.testclient import TestClient
 
-from jobs.label import LOOPBACK, Serving, every, label, listen, make_site, missing_people, open_labels, prepare
+from jobs.label import Serving, every, label, make_site, missing_people, open_labels, prepare
+from jobs.listening import LOOPBACK, listen
 from rayrlhf.errors import UserError
 from rayrlhf.labelling.judgements import Item, Judgement
 from rayrlhf.runs.folder import RunFolder
@@ -199,7 +200,9 @@ def test_a_link_of_every_loopback_address_opens(
     served = list[Any]()
     monkeypatch.setattr(uvicorn, "Config", lambda application, **_: served.append(application))
     monkeypatch.setattr(uvicorn, "Server", lambda _: SimpleNamespace(run=open_link))
-    monkeypatch.setattr("jobs.label.listen", lambda host, port: listen("127.0.0.1", 0))  # without IPv6, too
+    monkeypatch.setattr(
+        "jobs.label.listen", lambda host, port, command: listen("127.0.0.1", 0, command)
+    )  # without IPv6, too
     label(str(run.path), Serving(host=host, port=0))
     assert codes == [200, 200]
 
@@ -208,8 +211,8 @@ def test_a_folder_without_answers_and_a_port_that_is_taken(run: RunFolder, tmp_p
     with pytest.raises(UserError, match="has no answers to rank; run collect"):
         label(str(tmp_path / "nowhere"), Serving())
     assert not (tmp_path / "nowhere").exists()
-    with listen("127.0.0.1", 0) as taken, pytest.raises(UserError, match="give another --port"):
-        listen("127.0.0.1", taken.getsockname()[1])
+    with listen("127.0.0.1", 0, "label") as taken, pytest.raises(UserError, match="give another --port"):
+        listen("127.0.0.1", taken.getsockname()[1], "label")
 
 
 def test_a_copy_that_fails_is_tried_again() -> None:

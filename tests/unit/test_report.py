@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from jobs.cli import app
-from jobs.label import listen
+from jobs.listening import listen
 from jobs.report import state
 from rayrlhf.config_file import parse_config
 from rayrlhf.data.records import Prompt
@@ -305,7 +305,7 @@ def test_command_writes_the_page_or_says_in_one_line_why_not(tmp_path: Path) -> 
     rounds = CliRunner().invoke(app, ["report", str(run.path), "--watch"])
     assert rounds.exit_code == 2 and "name one of them, such as" in " ".join(rounds.output.split())
     (run.path / "rounds.json").unlink()
-    with listen("127.0.0.1", 0) as taken:
+    with listen("127.0.0.1", 0, "report") as taken:
         port = str(taken.getsockname()[1])
         refused = CliRunner().invoke(app, ["report", str(run.path), "--watch", "--port", port])
     assert refused.exit_code == 2 and "report: cannot listen at 127.0.0.1" in " ".join(refused.output.split())

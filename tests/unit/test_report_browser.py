@@ -17,7 +17,7 @@ import pytest
 import uvicorn
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from jobs.label import listen
+from jobs.listening import listen
 from jobs.report import application
 from rayrlhf.config_file import parse_config
 from rayrlhf.data.records import Prompt
@@ -272,7 +272,7 @@ def test_watched_page_follows_the_run_and_stays_where_the_reader_is(
     opened: Open, run: RunFolder, tmp_path: Path
 ) -> None:
     copy = RunFolder(shutil.copytree(run.path, tmp_path / "demo"))
-    with listen("127.0.0.1", 0) as listening:
+    with listen("127.0.0.1", 0, "report") as listening:
         server = uvicorn.Server(uvicorn.Config(application(copy), log_level="error"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
         thread.start()
