@@ -84,7 +84,7 @@ def _check_part(name: str, session: Session) -> None:
 def _check_needs(name: str, session: Session) -> None:
     """
     Raises:
-        UserError: a stage that `name` needs is not done.
+        UserError: a stage that `name` needs is not done, or a file that it has written is damaged.
     """
     run = session.run
     for earlier in STAGES[name].inputs(session.config):
@@ -94,6 +94,7 @@ def _check_needs(name: str, session: Session) -> None:
             raise UserError(
                 f"stage {name!r} needs {needed}, which stage {earlier.name!r} writes; run that first{instead}"
             )
+        run.require_whole(earlier.name)
 
 
 def run(

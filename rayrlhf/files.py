@@ -60,14 +60,19 @@ def make_private(path: Path) -> None:
         path.touch(mode=0o600)
 
 
-def sync_tree(directory: Path) -> None:
-    """Have the disk hold every file below `directory`, and their names, before this returns."""
-    for path in [*directory.rglob("*"), directory]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+def sync(path: Path) -> None:
+    """Have the disk hold a file's content, or the names in a directory, before this returns."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_tree(path: Path) -> None:
+    """Have the disk hold a file, or every file below a directory and their names, before this returns."""
+    for each in [*path.rglob("*"), path]:
+        sync(each)
 
 
 def fingerprint(path: Path) -> dict[str, Any]:
@@ -75,6 +80,22 @@ def fingerprint(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=_DIGEST_BYTES))
     return {"bytes": path.stat().st_size, "blake2b": digest.hexdigest()}
+
+
+def fingerprints(directory: Path) -> dict[str, Any]:
+    """The fingerprint of every file below a directory by its name there, without hidden ones, as a store's mark is."""
+    files = sorted(file for file in directory.rglob("*") if file.is_file() and not file.name.startswith("."))
+    return {file.relative_to(directory).as_posix(): fingerprint(file) for file in files}
+
+
+def difference(directory: Path, expected: dict[str, Any]) -> str | None:
+    """How files below a directory differ from what `fingerprints` returned, in words; None if they do not."""
+    for name, before in expected.items():
+        if not (directory / name).is_file():
+            return f"{name} is missing"
+        if fingerprint(directory / name) != before:
+            return f"{name} is not what was written"
+    return None
 
 
 def _share(directory: Path) -> None:

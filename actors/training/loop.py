@@ -181,17 +181,25 @@ class Loop:
         number, damaged = self.checkpoints.newest() if self.ranks.first else (None, [])
         self._last, damaged = self.ranks.broadcast((number, damaged))
         if self._last is None:
+            done = max((line["step"] for line in self._lines_before()), default=0)
+            if done:
+                self.note(
+                    f"there is no checkpoint of these settings: the {done} steps of an earlier start are done again"
+                )
             return None
         directory = self.checkpoints.read(self._last)
         state = torch.load(directory / STATE, weights_only=True, map_location=self.ranks.device)
         self.step = state["step"]
-        if self.ranks.first:
-            for line in read_metrics(self.run.address, self.stage):
-                if line["step"] <= self.step:
-                    self._watch.add(line)
+        for line in self._lines_before():
+            if line["step"] <= self.step:
+                self._watch.add(line)
         for each in damaged:  # only now: a line of an earlier step would take back the metrics of those after it
             self.note(f"{each}; continuing from {self.checkpoints.address(self._last)}")
         return directory, state
+
+    def _lines_before(self) -> list[dict[str, Any]]:
+        """What earlier starts have logged of this stage; rank 0 alone looks."""
+        return read_metrics(self.run.address, self.stage) if self.ranks.first else []
 
     def save(self, state: Mapping[str, Any], models: Callable[[Path], None] = lambda directory: None) -> None:
         """Write a checkpoint on rank 0.

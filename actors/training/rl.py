@@ -33,6 +33,7 @@ from rayrlhf.models.lora import load_trained_state, trained_state
 from rayrlhf.models.ranks import Ranks
 from rayrlhf.models.saving import save_model
 from rayrlhf.plugins import Plugin
+from rayrlhf.runs.ledger import Ledger
 from rayrlhf.runs.storage import local_copy
 from rayrlhf.trajectory import GenerationRequest, Sampling, Trajectory, derive_seed
 
@@ -97,6 +98,7 @@ def rl_loop(args: RLArguments) -> None:
                 save_model(value_model, tokenizer, directory / "value_model")
             dev.save_best(directory)
 
+        ledger = Ledger(loop.run) if loop.ranks.first else None
         loop.steps = config.rl.steps
         while loop.step < config.rl.steps:
             started = time.perf_counter()
@@ -124,6 +126,8 @@ def rl_loop(args: RLArguments) -> None:
                 "idle/learner": (arrived - waiting) / seconds,
                 "throughput/tokens_per_s": sum(t.length for t in batch.trajectories) / seconds,
             })  # fmt: skip
+            if ledger:
+                ledger.write(loop.step, version, batch.trajectories)
             if loop.ranks.first and looks_due(config.rl, loop.step):
                 write_looks(loop.run, loop.step, trainer.looked_at, tokenizer, config.rl.missing_eos_reward)
             reason = loop.reason_to_stop
@@ -136,6 +140,8 @@ def rl_loop(args: RLArguments) -> None:
                 if config.model.lora:
                     state["trained"] = [trained_state(model) for model in (policy, value_model) if model is not None]
                 loop.save(state, save_models)
+                if ledger:
+                    ledger.upload()
                 if reason is not None:
                     raise UserError(f"rl: stopped after step {loop.step}: {reason}")
                 if stopping:
@@ -143,6 +149,8 @@ def rl_loop(args: RLArguments) -> None:
         if dev.due(last=True) and not dev.enough:
             version = generators.send_weights(after=version)
             dev.look(version, last=True)
+        if ledger:
+            ledger.upload()
         loop.finish(dev.publish)
 
 

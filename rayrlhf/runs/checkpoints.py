@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rayrlhf.errors import UserError
-from rayrlhf.files import fingerprint, replacing, sync_tree
+from rayrlhf.files import difference, fingerprints, replacing, sync_tree
 from rayrlhf.runs.folder import RunFolder
 
 MANIFEST = "manifest.json"
@@ -87,7 +87,7 @@ class Checkpoints:
         number = before[-1] + 1 if before else 0
         with replacing(self._path(number), directory=True) as directory:
             write(directory)
-            manifest = {"files": {name: fingerprint(directory / name) for name in _files(directory)}}
+            manifest = {"files": fingerprints(directory)}
             (directory / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
             sync_tree(directory)  # before the rename: after a power cut the name must not be all that is left
         self.run.upload(self._path(number))
@@ -112,17 +112,10 @@ def damage(directory: Path) -> str | None:
     """What is wrong with a checkpoint, in words; None if every file is as the manifest says."""
     try:
         files: dict[str, Any] = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["files"]
-        for name, expected in files.items():
-            if not (directory / name).is_file():
-                return f"{name} is missing"
-            if fingerprint(directory / name) != expected:
-                return f"{name} is not what was written"
+        if fault := difference(directory, files):
+            return fault
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
     except (ValueError, KeyError, TypeError, AttributeError):  # flipped bits in the manifest itself
         return f"{MANIFEST} cannot be read"
     return None if files else f"{MANIFEST} names no file"
-
-
-def _files(directory: Path) -> list[str]:
-    return sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())

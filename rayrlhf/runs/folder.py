@@ -1,7 +1,9 @@
 """The folder of a run: its paths, which stages are done, its config of record, and its lock.
 
-A stage is done exactly if its output exists; outputs appear by one rename, so a killed stage leaves nothing that
-looks finished. Only the process that holds `RunFolder.lock` writes into the folder.
+A stage is done exactly if its output exists; outputs appear by one rename, after their files have reached the disk. So
+a killed stage, or a power cut, leaves nothing that looks finished. `outputs.json` has the size and hash of every file
+of the finished stages, by which a later stage sees that one was damaged since. Only the process that holds
+`RunFolder.lock` writes into the folder.
 
 A run in a store (`rayrlhf.runs.storage`) has the same files. Every process works on its node's copy: it uploads the
 files that it has written, and downloads those of other processes. In a directory that every node sees, both do nothing.
@@ -23,10 +25,11 @@ from pathlib import Path
 from rayrlhf.config import Config
 from rayrlhf.config_file import dump_config, parse_config
 from rayrlhf.errors import UserError
-from rayrlhf.files import replacing
+from rayrlhf.files import replacing, sync, sync_tree
 from rayrlhf.runs.addresses import as_typed, is_uri, join
 from rayrlhf.runs.changes import Change, config_changes, content_changes, sentence
 from rayrlhf.runs.contents import Contents, parse_contents
+from rayrlhf.runs.outputs import Outputs
 from rayrlhf.runs.stages import STAGES, stages_of
 from rayrlhf.runs.stores import holder_of, lease, open_store, store_errors
 from rayrlhf.yaml_text import read_yaml_text, write_yaml_text
@@ -49,6 +52,8 @@ class RunFolder:
             raise UserError(f"run folder {self.address!r} is relative; give an absolute runs_dir (runs_dir=/abs/path)")
         self.config = self.path / "config.yaml"
         self.contents = self.path / "contents.json"
+        self.outputs = Outputs(self.path, self.store)
+        """What is in the outputs of the finished stages."""
         self.shared = self.path / "shared.json"
         self.metrics = self.path / "metrics.jsonl"
         self.report = self.path / "report.html"
@@ -72,6 +77,8 @@ class RunFolder:
         """Answers to a few dev prompts while `rl` ran: `step_000020.jsonl` and so on."""
         self.tokens = self.path / "tokens.jsonl"
         """A few trajectories that `rl` learnt from last, token by token."""
+        self.trained = self.path / "trained.jsonl"
+        """Which prompts `rl` has learnt from, step by step."""
         self.evaluation = self.path / "evaluation.json"
         self.checkpoints = self.path / "checkpoints"
 
@@ -137,9 +144,26 @@ class RunFolder:
         It is an empty directory; where the stage's output is a file, the block creates a file at it. If the block
         raises, the temporary is removed, and an earlier output stays.
         """
-        with replacing(self.output(stage), directory=STAGES[stage].output_is_directory) as temporary:
+        output = self.output(stage)
+        with replacing(output, directory=STAGES[stage].output_is_directory) as temporary:
             yield temporary
-        self.upload(self.output(stage))
+            sync_tree(temporary)
+            self.outputs.record(stage, temporary)
+        sync(self.path)
+        self.upload(output)
+
+    def require_whole(self, stage: str) -> None:
+        """See that the files of a finished stage are as they were written, before anything is made of them.
+
+        Raises:
+            UserError: one was damaged since; the message names it.
+        """
+        if fault := self.outputs.damage(stage):
+            output = self.address_of(self.output(stage))
+            raise UserError(
+                f"{self.address}: what stage {stage!r} has written is damaged ({fault}); copy that file back, or "
+                f"delete {output} and run the same command again, which makes it anew"
+            )
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:

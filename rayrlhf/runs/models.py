@@ -54,15 +54,16 @@ def chosen(run: RunFolder, names: str | None) -> dict[str, str]:
     """Those of a run's language models that a comma-separated list names; without one all but the base.
 
     Raises:
-        UserError: the run has no model of that name.
+        UserError: the run has no model of that name, or a file of one is damaged.
     """
     found = policies_of(run)
     if names is None:
-        return {name: found[name] for name in found if name != BASE} or found
+        names = ",".join([name for name in found if name != BASE] or found)
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     for name in wanted:
         if name not in found:
             raise UserError(f"{as_typed(run.address)} has no model {name!r}; it has: {', '.join(found)}")
+        _require_whole(run, name)
     if not wanted:
         raise UserError(f"--models names no model; the run has: {', '.join(found)}")
     return {name: found[name] for name in dict.fromkeys(wanted)}
@@ -80,11 +81,22 @@ def model_of(run: RunFolder, name: str) -> str:
     """The address of one model, the reward model included.
 
     Raises:
-        UserError: the run has no model of that name.
+        UserError: the run has no model of that name, or a file of it is damaged.
     """
     found: dict[str, str] = policies_of(run)
     if reward := reward_model_of(run):
         found[REWARD_MODEL] = reward
     if name not in found:
         raise UserError(f"{as_typed(run.address)} has no model {name!r}; it has: {', '.join(found)}")
+    _require_whole(run, name)
     return found[name]
+
+
+def _require_whole(run: RunFolder, name: str) -> None:
+    """
+    Raises:
+        UserError: the run has trained the model, and one of its files was damaged since.
+    """
+    stage = "rl" if name == POLICY else name
+    if stage != BASE and run.done(stage):
+        run.require_whole(stage)

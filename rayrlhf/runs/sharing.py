@@ -25,7 +25,11 @@ from rayrlhf.runs.stages import STAGES, stages_of
 
 def share(base: RunFolder, run: RunFolder, stages: Collection[str]) -> None:
     """Let `run` start with `stages` of `base` done: with their outputs, the files beside them, and their lines of
-    metrics.jsonl. What `run` has already stays."""
+    metrics.jsonl. What `run` has already stays.
+
+    Raises:
+        UserError: a file of `base` was damaged since it was written.
+    """
     with run.lock():
         # What the config's files held when the stages were done: the run is bound to it from now on.
         for path in (base.metrics, base.contents):
@@ -35,6 +39,7 @@ def share(base: RunFolder, run: RunFolder, stages: Collection[str]) -> None:
         for stage in stages:
             if run.done(stage):
                 continue
+            base.require_whole(stage)
             for name in STAGES[stage].beside:
                 if (content := base.read(base.path / name)) is not None:
                     _put(run, name, content)

@@ -40,7 +40,7 @@ def mistake(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Mistake:
         assert err.startswith("error: ") and err.count("\n") == 1, err
         assert "Traceback" not in out
         left = {path.name for path in (tmp_path / "runs" / "bad").glob("*")}
-        assert left <= {".lock", "config.yaml", "contents.json", *done}, f"the run folder holds {left}"
+        assert left <= {".lock", "config.yaml", "contents.json", "outputs.json", *done}, f"the run folder holds {left}"
         return err
 
     return make

@@ -16,8 +16,12 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rayrlhf.config_file import load_config
+from rayrlhf.data.prompts import prompts_of_step
+from rayrlhf.data.run_data import RunData
 from rayrlhf.data.tokens import encode_prompts, encode_responses
 from rayrlhf.models.loading import load_tokenizer
+from rayrlhf.runs.folder import RunFolder
+from rayrlhf.runs.ledger import read_ledger
 
 MEASURES = {
     "reward", "gold", "rouge1", "rouge2", "rougeL", "content_words_in_post", "length", "eos_rate",
@@ -40,8 +44,15 @@ def metrics(finished: Any) -> list[dict[str, Any]]:
 def test_the_run_folder_holds_what_the_design_says(finished: Any) -> None:
     names = {path.name for path in finished.path.iterdir() if not path.name.startswith(".")}
     documented = {"config.yaml", "metrics.jsonl", "report.html", "sft", "reward_model", "policy", "comparisons.parquet"}
-    documented |= {"samples.parquet", "evaluation.json", "reward_model.json", "heldout_pairs.parquet"}
-    assert names == documented | {"checkpoints", "tensorboard", "tracking.json", "samples", "tokens.jsonl"}
+    documented |= {"samples.parquet", "evaluation.json", "reward_model.json", "heldout_pairs.parquet", "outputs.json"}
+    assert names == documented | {
+        "checkpoints",
+        "tensorboard",
+        "tracking.json",
+        "samples",
+        "tokens.jsonl",
+        "trained.jsonl",
+    }
     assert [p.name for p in finished.path.iterdir() if p.name.startswith(".")] == [".lock"]  # no temporaries
     stored = yaml.safe_load((finished.path / "config.yaml").read_text())
     assert (
@@ -112,6 +123,24 @@ def test_evaluation_has_exactly_the_documented_keys(evaluation: dict[str, Any]) 
     assert evaluation["metadata"]["prompts"] == 16
     assert evaluation["metadata"]["temperature"] == 0.01
     assert evaluation["metadata"]["gold"] == "rouge_l"
+
+
+def test_every_prompt_of_every_step_was_learnt_from_once(finished: Any) -> None:
+    """The ledger, against the prompts that seed and step decide."""
+    config = load_config(finished.path / "config.yaml")
+    data = RunData(config, load_tokenizer(str(finished.path / "policy")))
+    data.read()
+    ids, rl = [record.id for record in data.train.rl], config.rl
+    ledger = read_ledger(RunFolder(finished.path))
+    assert [(line["step"], line["version"]) for line in ledger] == [(1, 1), (2, 2), (3, 3)]
+    for line in ledger:
+        places = prompts_of_step(len(ids), config.seed, line["step"] - 1, rl.prompts_per_step, rl.skip_prompts)
+        assert [group["prompt"] for group in line["groups"]] == [ids[place] for place in places]
+        assert {(g["samples"], g["oldest"], g["newest"]) for g in line["groups"]} == {
+            (2, line["version"], line["version"])
+        }
+    learnt = [group["prompt"] for line in ledger for group in line["groups"]]
+    assert len(set(learnt)) == len(learnt) == 24
 
 
 def test_dev_prompts_are_answered_before_and_after_rl(finished: Any) -> None:

@@ -44,7 +44,7 @@ def test_stage_is_done_exactly_when_published(tmp_path: Path) -> None:
     assert (run.policy / "file").read_text() == "rl"
     assert run.comparisons.read_text() == "collect"
     assert sorted(p.name for p in run.path.iterdir()) == sorted(
-        [".lock", "config.yaml", "sft", "comparisons.parquet", "reward_model", "dpo", "policy", "evaluation.json"]
+        [".lock", "config.yaml", "outputs.json", *(STAGES[stage].output for stage in STAGES)]
     )
 
 
@@ -62,7 +62,7 @@ def test_an_error_leaves_the_earlier_output_and_nothing_else(tmp_path: Path, sta
         fail_half_way()
     output = run.output(stage)
     assert (output / "config.json" if output.is_dir() else output).read_text() == stage
-    assert sorted(p.name for p in run.path.iterdir()) == sorted([".lock", "config.yaml", output.name])
+    assert sorted(p.name for p in run.path.iterdir()) == sorted([".lock", "config.yaml", "outputs.json", output.name])
 
 
 def test_publication_replaces_a_directory_as_a_whole(tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def test_stages_are_taken_over_up_to_the_first_that_a_change_goes_into(
     assert (because or "taken over\n") in out
     beside = {name for stage in shared for name in STAGES[stage].beside}
     assert {path.name for path in second.path.glob("*.*") if path.name not in (".lock", "shared.json")} == (
-        {"config.yaml", "contents.json", "metrics.jsonl", *beside}
+        {"config.yaml", "contents.json", "metrics.jsonl", *beside, *(["outputs.json"] if shared else [])}
         | {STAGES[stage].output for stage in shared if not STAGES[stage].output_is_directory}
     )
     lines = [json.loads(line) for line in read_lines(second.path).splitlines()]
