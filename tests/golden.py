@@ -1,6 +1,6 @@
 """The numbers of a run that must stay when the code around them changes: `python -m tests.golden RUN_FOLDER`.
 
-tests/data/golden_quickstart.json holds those of the shrunken quick start (tests/e2e/conftest.py), see
+tests/data/golden_quickstart.json holds those of the shrunken quick start (tests/commands.py), see
 tests/data/README.md. Only a change that is meant to change what a run computes writes them anew.
 """
 

@@ -259,7 +259,9 @@ def test_a_run_in_a_store_continues_from_an_empty_cache(
     assert local_copy(there.address_of(there.sft)) == str(there.sft)
     with pytest.raises(UserError, match=r"seed was 0 and is now 1.*delete s3://bucket/continued/one"):
         open_or_create(config(seed=1), runs)
-    assert set(s3.objects("continued/one/")) == {"config.yaml", "comparisons.parquet", "sft/file", "sft/.done", ".lock"}
+    assert set(s3.objects("continued/one/")) == {
+        "config.yaml", "comparisons.parquet", "outputs.json", "sft/file", "sft/.done", ".lock"
+    }  # fmt: skip
 
 
 def test_metrics_reach_the_store_and_the_next_writer(s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

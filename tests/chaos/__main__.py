@@ -1,0 +1,73 @@
+"""Faults at random moments of whole runs, which have to end as if nothing had happened.
+
+    python -m tests.chaos --faults 100 --seed 0
+    python -m tests.chaos --faults 30 --ahead      # generation up to two steps ahead of the learner
+
+A run is the shrunken quick start of tests/commands.py. It meets a fault in each of its five stages. If the command
+ends, the same command is run again, as its user would do. When the run is finished:
+
+- in turn, all models, metrics and answers are those of the undisturbed run, to the last bit;
+- the ledger has every step once, no prompt twice, and tokens of an allowed age;
+- no process of it is left.
+
+The first thing that is not so ends everything with exit code 1. Faults, and what became of them, go to chaos.jsonl, and
+tables to standard output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from tests.chaos.checks import check
+from tests.chaos.faults import draw
+from tests.chaos.report import tables
+from tests.chaos.runs import Run, limited_disk
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--faults", type=int, default=100, help="end with the run that meets this many")
+    parser.add_argument("--seed", type=int, default=0, help="decides which faults there are, and when")
+    parser.add_argument("--ahead", action="store_true", help="rl.max_staleness=2")
+    parser.add_argument("--ranks", type=int, default=1, help="learner ranks")
+    parser.add_argument("--directory", type=Path, help="where runs and chaos.jsonl go; default: a temporary one")
+    arguments = parser.parse_args()
+    directory = (arguments.directory or Path(tempfile.mkdtemp(prefix="chaos-"))).absolute()
+    directory.mkdir(parents=True, exist_ok=True)
+    changes = ["rl.steps=6", "rl.checkpoint_every=1"]
+    changes += ["rl.max_staleness=2"] if arguments.ahead else []
+    changes += [f"resources.learner.workers={arguments.ranks}"] if arguments.ranks > 1 else []
+    with limited_disk(directory) as (runs, disk):
+        undisturbed = Run(runs, "undisturbed", changes)
+        undisturbed.to_the_end()
+        print(f"undisturbed: {undisturbed.seconds:.0f} s", flush=True)
+        records, number = list[dict[str, Any]](), 0
+        while len(records) < arguments.faults:
+            chance = random.Random(f"{arguments.seed} {number}")
+            run = Run(runs, f"run{number}", changes)
+            met = run.to_the_end(draw(chance, disk), chance, undisturbed.stage_seconds())
+            faults = check(run, undisturbed, exact=not arguments.ahead)
+            for record in met:
+                record |= {"run": number, "run_seconds": run.seconds, "undisturbed_seconds": undisturbed.seconds}
+                record |= {"steps_done_again": run.steps_done_again()}
+                with (directory / "chaos.jsonl").open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(record) + "\n")
+            records += met
+            print(f"run {number}: {len(met)} faults, {run.seconds:.0f} s, {len(records)} in all", flush=True)
+            if faults:
+                sys.exit(
+                    f"run {number} did not end as if nothing had happened ({run.path} is kept): {'; '.join(faults)}"
+                )
+            run.delete()
+            number += 1
+    print(tables(records))
+
+
+if __name__ == "__main__":
+    main()
