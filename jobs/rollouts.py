@@ -38,6 +38,8 @@ from rayrlhf.trajectory import Sampling, Trajectory
 T = TypeVar("T")
 SLICE = 1024
 """Responses that one generator or scorer is asked for at a time, outside `rl`."""
+KEPT_GROWTH = 1.25
+"""Samples are kept again once there are so many times more: a kill costs a fifth of them, or one slice."""
 
 
 class RolloutClient:
@@ -132,7 +134,7 @@ class RolloutClient:
         done = kept.read(version)
         if done:
             print(f"{len(done)} of {len(requests)} samples are there from an earlier start", flush=True)
-        missing = [place for place in range(len(requests)) if place not in done]
+        missing, written = [place for place in range(len(requests)) if place not in done], len(done)
         stop = partial(coordinator.submit_beside, CONTROL, "stop_drawing")
         try:
             with asking_first(str(seed_parts[0]), stop, "keeps the samples that are finished") as stopping:
@@ -141,6 +143,10 @@ class RolloutClient:
                     done |= {place: t for place, t in zip(piece, found, strict=True) if t is not None}
                     if stopping.is_set():
                         break
+                    # A kill may come at any moment. The file is written as a whole, so only when it has grown enough.
+                    if len(done) > KEPT_GROWTH * written:
+                        kept.write(done)
+                        written = len(done)
         finally:  # also where a generator has failed for good
             if missing and done:
                 kept.write(done)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Sequence
@@ -182,5 +183,22 @@ def test_the_same_command_draws_what_is_missing(
     again = Generators(None)
     assert [plain(t) for t in samples(RunFolder(str(tmp_path / "failed")), again, 2)] == [plain(t) for t in wanted]
     assert again.asked == undisturbed.asked[4:]
+
+    # What a kill leaves is what was there before it: nothing is written on the way out.
+    killed = RunFolder(str(tmp_path / "killed"))
+
+    class Killed(Generators):
+        def call(self, *args: Any, **options: Any) -> Any:
+            if len(self.asked) == 8:
+                shutil.copytree(tmp_path / "dying" / "sampling", killed.path / "sampling")
+                raise ActorFailure("no generator is left")
+            return super().call(*args, **options)
+
+    with monkeypatch.context() as context, pytest.raises(ActorFailure):
+        context.setattr("jobs.rollouts.SLICE", 4)
+        samples(RunFolder(str(tmp_path / "dying")), Killed(None), 1)
+    after = Generators(None)
+    assert [plain(t) for t in samples(killed, after, 2)] == [plain(t) for t in wanted]
+    assert after.asked == undisturbed.asked[8:]
     third = Generators(None)  # the stage failed later, such as when its labeller does not answer
     assert [plain(t) for t in samples(run, third, 1)] == [plain(t) for t in wanted] and not third.asked
