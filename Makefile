@@ -21,7 +21,7 @@ export UV_NO_SOURCES := 1
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart showcase bench docs test test-long test-tools browser lint test-unit test-oracles test-ray test-e2e clean
+.PHONY: help setup quickstart showcase bench docs test test-long chaos test-tools browser lint test-unit test-oracles test-ray test-e2e clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -85,6 +85,9 @@ test: lint browser ## lint, then all tests but the long ones
 
 test-long: $(DEV_STAMP) test-tools ## the tests that `make test` leaves out
 	$(BIN)/python -m pytest -m long $(ARGS)
+
+chaos: $(DEV_STAMP) ## 100 faults at random moments of whole runs, which have to end as if nothing had happened
+	$(BIN)/python -m tests.chaos $(ARGS)
 
 lint: $(DEV_STAMP) ## ruff, mypy and the import linter
 	$(BIN)/ruff check .
