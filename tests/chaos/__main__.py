@@ -24,6 +24,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import tests.environment  # noqa: F401 - before what reads it
 from tests.chaos.checks import check
 from tests.chaos.faults import draw
 from tests.chaos.report import tables
