@@ -8,8 +8,9 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # a cache of their own, which both 
     os.environ["RAYRLHF_CACHE"] = _cache.name
 
 import pytest
-from hypothesis import settings  # after the environment above, which it may import others with
+from hypothesis import settings
 
+import tests.environment  # noqa: F401 - before the modules below, which import what reads it
 from tests.order import pytest_collection_modifyitems
 from tests.times import pytest_configure, pytest_terminal_summary
 

@@ -11,7 +11,7 @@ ends, the same command is run again, as its user would do. When the run is finis
 - no process of it is left.
 
 The first thing that is not so ends everything with exit code 1. Faults, and what became of them, go to chaos.jsonl, and
-tables to standard output.
+tables to standard output. What the commands print stays beside chaos.jsonl.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -62,9 +63,8 @@ def main() -> None:
             records += met
             print(f"run {number}: {len(met)} faults, {run.seconds:.0f} s, {len(records)} in all", flush=True)
             if faults:
-                sys.exit(
-                    f"run {number} did not end as if nothing had happened ({run.path} is kept): {'; '.join(faults)}"
-                )
+                shutil.copytree(run.path, directory / run.path.name)  # from a disk that is about to be unmounted
+                sys.exit(f"run {number} did not end as if nothing had happened: {'; '.join(faults)}")
             run.delete()
             number += 1
     print(tables(records))

@@ -38,7 +38,7 @@ class Run:
         """From the first start to the end of the last one."""
         self.left: list[str] = []
         """Command lines of processes that did not end with their command."""
-        self._logs = runs_dir / f"{name}.output"
+        self._logs = runs_dir.parent / f"{name}.output"
         self._logs.mkdir(parents=True)
 
     def to_the_end(
@@ -96,9 +96,8 @@ class Run:
         return run.trained.read_bytes().count(b"\n") - len(read_ledger(run))
 
     def delete(self) -> None:
-        """Remove the folder and the logs."""
+        """Remove the folder."""
         shutil.rmtree(self.path)
-        shutil.rmtree(self._logs)
 
     def _meet(self, fault: Fault, command: Command, chance: random.Random) -> list[dict[str, Any]]:
         progress, at = self._progress(), time.monotonic()
