@@ -18,7 +18,8 @@ from rayrlhf.runs.metrics import read_metrics
 TEXTS = 4
 """Answers of each model that are compared."""
 _OTHER = ("time", "throughput/", "memory/", "idle/", "step", "stage", "note", "sample", "warnings", "rl/weight_version")
-"""Metrics of the machine, and counters whose start may change, by how their names begin."""
+"""Metrics of the machine, and counters whose start may change, by how their names begin. Beside them, each start of a
+stage says in its first line how many steps there are, so a run that was continued says it in more lines."""
 
 
 def golden_numbers(run: Path) -> dict[str, Any]:
@@ -26,7 +27,7 @@ def golden_numbers(run: Path) -> dict[str, Any]:
     stages: dict[str, list[dict[str, float]]] = {}
     for stage in ("sft", "reward_model", "rl"):
         lines = [
-            {name: value for name, value in line.items() if not name.startswith(_OTHER)}
+            {name: value for name, value in line.items() if not name.startswith(_OTHER) and name != f"{stage}/steps"}
             for line in read_metrics(run, stage)
         ]
         stages[stage] = [line for line in lines if line]
