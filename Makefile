@@ -1,7 +1,7 @@
 # `make` alone lists the targets. Python 3.11 to 3.13 with its venv module is all that has to be there.
 #   PYTHON=...  the interpreter that .venv is made with (default: the first that fits)
-#   ARGS=...    handed on to `rayrlhf run` by quickstart and showcase, to the benchmarks by bench and to pytest by the
-#               test targets
+#   ARGS=...    handed on to `rayrlhf run` by quickstart and showcase, to the benchmarks by bench, to pytest by the
+#               test targets and to pip-audit by audit
 
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -21,7 +21,7 @@ export UV_NO_SOURCES := 1
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart showcase bench docs test test-long chaos test-tools browser lint test-unit test-oracles test-ray test-e2e clean
+.PHONY: help setup quickstart showcase bench docs audit test test-long chaos test-tools browser lint test-unit test-oracles test-ray test-e2e clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -63,6 +63,15 @@ bench: $(DEV_STAMP) ## all benchmarks; rewrites the tables of docs/benchmarks.md
 
 docs: $(DEV_STAMP) ## the documentation as a site, into build/site; needs no network
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+# Only names and versions are asked for; nothing of the lists is installed. The index knows torch without `+cpu`.
+audit: ## known vulnerabilities of the versions in constraints*.txt; asks the package index about each
+	$(PYTHON) -m venv build/audit
+	build/audit/bin/pip install --quiet pip-audit==2.10.1
+	@found=0; for list in constraints.txt constraints.gpu.txt; do \
+	  echo "$$list:"; sed 's/+cpu$$//' $$list > build/audit/$$list; \
+	  build/audit/bin/pip-audit --disable-pip --no-deps --requirement build/audit/$$list $(ARGS) || found=1; \
+	done; exit $$found
 
 # `ray up` calls ssh and rsync, and its test runs it. Debian's packages where root may install them, else a clear word.
 test-tools:

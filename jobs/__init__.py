@@ -3,7 +3,8 @@
 import sys
 
 from jobs.rooms import foreign_actors
+from rayrlhf.terminal import complain
 
 if fault := foreign_actors():
-    print(f"rayrlhf: {fault}", file=sys.stderr)
+    complain(f"rayrlhf: {fault}")
     sys.exit(2)

@@ -21,6 +21,7 @@ from rayrlhf.data.typed import CHAT
 from rayrlhf.errors import UserError
 from rayrlhf.models.answering import read_together
 from rayrlhf.runs.models import chosen, open_run
+from rayrlhf.terminal import say
 
 HELP = """/temp T      draw at temperature T; 0 takes the likeliest token each time
 /seed N      of the next answer; each further one has the next
@@ -52,7 +53,7 @@ def chat(address: str, options: Options) -> None:
     """
     run = open_run(address)
     models = chosen(run, options.models)
-    with console.status(f"loading {', '.join(models)}"):
+    with console.status(Text(f"loading {', '.join(models)}")):
         answering = Answering(
             run, models, options.template, options.system, options.max_tokens, options.temperature, options.score
         )
@@ -236,10 +237,10 @@ def _raw_lines() -> Iterator[str]:
         try:
             yield input("> ")
         except EOFError:
-            print()
+            say("")
             return
         except KeyboardInterrupt:
-            print("\n/quit or Ctrl-D ends")
+            say("\n/quit or Ctrl-D ends")
 
 
 @contextlib.contextmanager

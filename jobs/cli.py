@@ -12,6 +12,7 @@ import typer
 
 from jobs.commands import looks, models, people, prepare, stages
 from rayrlhf.runs.versions import versions
+from rayrlhf.terminal import say
 
 app = typer.Typer(
     help="RLHF on Ray: supervised fine-tuning, a reward model from ranked answers, and reinforcement learning.",
@@ -24,7 +25,7 @@ app = typer.Typer(
 def _print_versions(wanted: bool) -> None:
     if not wanted:
         return
-    print(*(f"{name} {version}" for name, version in versions().items()), sep="\n")
+    say("\n".join(f"{name} {version}" for name, version in versions().items()))
     raise typer.Exit()
 
 

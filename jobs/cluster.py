@@ -22,6 +22,7 @@ from rayrlhf.config import Config
 from rayrlhf.errors import UserError, one_line
 from rayrlhf.machine import Machine, memory_of_gpus
 from rayrlhf.runs.placement import Node, Plan, Role, demand, make_plan, roles_of, smaller
+from rayrlhf.terminal import say
 
 Answer = TypeVar("Answer")
 
@@ -117,7 +118,7 @@ def start_private(**options: Any) -> None:
             if "timed out during startup" not in str(error):
                 raise
             ray.shutdown()
-            print(f"Ray did not start in time (try {attempt} of {_START_TRIES}): this machine is very busy", flush=True)
+            say(f"Ray did not start in time (try {attempt} of {_START_TRIES}): this machine is very busy")
     raise ActorFailure(f"Ray did not start in {_START_TRIES} tries: this machine is too busy; end something and go on")
 
 
@@ -142,7 +143,7 @@ def preflight(config: Config, runs: int = 1) -> Table:
                 # Of an autoscaler, if there is one. A cluster has one such request: that of another run, or its end,
                 # takes the place of this one.
                 request_resources(bundles=bundles, bundle_label_selectors=labels)
-                print(f"waiting for nodes ({waited:.0f} of {limit_s} s): {_missing(plan)}", flush=True)
+                say(f"waiting for nodes ({waited:.0f} of {limit_s} s): {_missing(plan)}")
             time.sleep(_POLL_S)
             plan = make_plan(roles, cluster_nodes(), runs)
     finally:
@@ -171,7 +172,7 @@ def _wait_for_others(roles: Sequence[Role], runs: int, limit_s: float) -> Plan:
             )
         if waited - said >= _NOTICE_S:
             said = waited
-            print(f"waiting for other jobs ({waited:.0f} of {limit_s:g} s): {_missing(plan)}", flush=True)
+            say(f"waiting for other jobs ({waited:.0f} of {limit_s:g} s): {_missing(plan)}")
         time.sleep(_POLL_S)
     return plan
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 
 from rayrlhf.config import Config
 from rayrlhf.config_data import DatasetConfig
@@ -53,13 +52,13 @@ def show_data(source: str, overrides: Sequence[str], model: str | None, console:
     tokenizer = load_tokenizer(path, config.model.revision)
     config, lengths = choose_lengths(config, tokenizer, context_length(path))
     if lengths:
-        console.print(escape(lengths), soft_wrap=True)
+        console.print(lengths, soft_wrap=True)
     data = RunData(config, tokenizer)
     data.read(kinds)
     found = usages(config, tokenizer, kinds)
     console.print(usage_table(config, found))
     for line in shared_prompts(found):
-        console.print(escape(line), soft_wrap=True)
+        console.print(line, soft_wrap=True)
     for panel in example_panels(tokenizer, found):
         console.print(panel)
 

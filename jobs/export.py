@@ -45,7 +45,7 @@ def export(
     run = open_run(address)
     files = write_model(run, directory, model, adapters, license, push or directory.resolve().name)
     size = sum(file.stat().st_size for file in files) / 2**20
-    console.print(f"export: {model} of {run.name} in {directory}: {len(files)} files, {size:.1f} MiB", markup=False)
+    console.print(f"export: {model} of {run.name} in {directory}: {len(files)} files, {size:.1f} MiB")
     if license is None:
         console.print("export: the card names no licence; give one with --license, such as --license apache-2.0")
     if push:

@@ -36,7 +36,7 @@ def following(run: RunFolder, stage: str, console: Console) -> Iterator[None]:
     progress: Progress | None = None
     stop = threading.Event()
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -45,8 +45,8 @@ def following(run: RunFolder, stage: str, console: Console) -> Iterator[None]:
 
     def show_evaluation(metrics: dict[str, Any]) -> None:
         if "answers" in metrics:
-            console.print(f"{stage} step {metrics['step']}, answers to dev prompts:", markup=False)
-            console.print(metrics["answers"], soft_wrap=True, markup=False, highlight=False)
+            console.print(f"{stage} step {metrics['step']}, answers to dev prompts:")
+            console.print(metrics["answers"], soft_wrap=True, highlight=False)
         else:
             console.print(step_line(metrics["stage"], metrics["step"], None, metrics), soft_wrap=True)
 
@@ -56,7 +56,7 @@ def following(run: RunFolder, stage: str, console: Console) -> Iterator[None]:
             total = int(metrics[f"{stage}/steps"])
             bar.update(task, total=total)
         if "note" in metrics:
-            console.print(f"{stage}: {metrics['note']}", soft_wrap=True, markup=False)
+            console.print(f"{stage}: {metrics['note']}", soft_wrap=True)
             return
         if "sample" in metrics:
             console.print(sample_panel(**metrics["sample"], title=f"{stage} step {metrics['step']}, first dev prompt"))

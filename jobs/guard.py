@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from jobs.stopping import interrupted_by_sigterm
 from rayrlhf.errors import UserError
+from rayrlhf.terminal import LogFormatter, complain
 
 
 def guarded(action: Callable[[], None]) -> int:
@@ -20,7 +21,9 @@ def guarded(action: Callable[[], None]) -> int:
 
     An error of the program itself, such as a KeyError, passes through with its traceback.
     """
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(LogFormatter("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     try:
         with interrupted_by_sigterm():
             action()
@@ -70,4 +73,4 @@ def _named(error: Exception) -> str:
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    complain(line)

@@ -29,6 +29,7 @@ from rayrlhf.labelling.web.security import Tokens
 from rayrlhf.rewards.labellers import read_unranked
 from rayrlhf.runs.folder import RunFolder, run_at
 from rayrlhf.runs.labels import COPY_S, begin_with_labels, copy_labels_out
+from rayrlhf.terminal import say
 
 ADMIN = "admin"
 """The name of the admin's link."""
@@ -166,10 +167,8 @@ def serve(run: RunFolder, database: LabelDatabase, serving: Serving) -> None:
         )
         for name in names:
             # Not through rich: it would break a long link.
-            print(f"label: {name}: {site.link(name)}", flush=True)
-        print(
-            "label: each link is for one person; Ctrl-C ends the page, and the same command opens it again", flush=True
-        )
+            say(f"label: {name}: {site.link(name)}")
+        say("label: each link is for one person; Ctrl-C ends the page, and the same command opens it again")
         server = uvicorn.Server(
             uvicorn.Config(
                 application(site),

@@ -21,6 +21,7 @@ from rayrlhf.reports.page import report, write_report
 from rayrlhf.runs.folder import RunFolder, run_at
 from rayrlhf.runs.metrics import read_lines, read_metrics
 from rayrlhf.runs.rounds import has_rounds
+from rayrlhf.terminal import say
 
 HOST = "127.0.0.1"
 """The page has prompts and answers: whoever is to see it from elsewhere comes through a tunnel."""
@@ -54,7 +55,7 @@ def watch(address: str, port: int) -> None:
     """
     run = _run(address)
     with listen(HOST, port, "report") as listening:
-        print(f"report: http://{HOST}:{listening.getsockname()[1]}/ follows {run.address}; Ctrl-C ends it", flush=True)
+        say(f"report: http://{HOST}:{listening.getsockname()[1]}/ follows {run.address}; Ctrl-C ends it")
         server = uvicorn.Server(
             uvicorn.Config(application(run), log_level="warning", server_header=False, timeout_graceful_shutdown=2)
         )

@@ -33,6 +33,7 @@ from rayrlhf.runs.samples import KeptSamples
 from rayrlhf.runs.starts import Starts
 from rayrlhf.runs.storage import local_copy
 from rayrlhf.sections import DrawConfig
+from rayrlhf.terminal import say
 from rayrlhf.trajectory import Sampling, Trajectory
 
 T = TypeVar("T")
@@ -133,7 +134,7 @@ class RolloutClient:
         kept = KeptSamples(self.starts.run, self._model, requests, sampling, played)
         done = kept.read(version)
         if done:
-            print(f"{len(done)} of {len(requests)} samples are there from an earlier start", flush=True)
+            say(f"{len(done)} of {len(requests)} samples are there from an earlier start")
         missing, written = [place for place in range(len(requests)) if place not in done], len(done)
         stop = partial(coordinator.submit_beside, CONTROL, "stop_drawing")
         try:
@@ -188,7 +189,7 @@ class RolloutClient:
         size = SLICE * actors
         for start in range(0, len(work), size):
             if start:
-                print(f"{done} {start} of {len(work)}", flush=True)
+                say(f"{done} {start} of {len(work)}")
             yield work[start : start + size]
 
 

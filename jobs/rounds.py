@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from rich.text import Text
+
 from jobs.cluster import inside_job
 from jobs.console import console
 from rayrlhf.config import Config
@@ -44,7 +46,7 @@ def run_rounds(config: Config, run_once: Callable[[Config], None]) -> None:
             if not _finished(own, folder):
                 if results:  # a round takes hours: until it is done the report has those before it
                     run.upload(write_rounds_report(run, results, None))
-                console.rule(f"[bold]round {number} of {rounds.count}", align="left")
+                console.rule(Text(f"round {number} of {rounds.count}", style="bold"), align="left")
                 if asks_as_drawn(config, number):
                     console.print("collect.labeller.choose=margin: no reward model yet, so this round asks as drawn")
                 run_once(own)

@@ -18,6 +18,7 @@ from typing import Any
 import httpx
 import torch
 import uvicorn
+from rich.text import Text
 
 from actors.rollouts.engine import environment_variables
 from jobs.answers import template_of_run
@@ -31,6 +32,7 @@ from rayrlhf.models.loading import context_length, load_tokenizer
 from rayrlhf.runs.folder import RunFolder, stored_config
 from rayrlhf.runs.models import chosen, open_run
 from rayrlhf.runs.storage import local_copy
+from rayrlhf.terminal import say
 
 USUAL_LENGTH = 1024
 """Tokens of prompt and answer, unless the run's are longer."""
@@ -134,7 +136,7 @@ def started(
     servers: list[ModelServer] = []
     began = time.monotonic()
     try:
-        with console.status(f"starting {', '.join(models)}"):
+        with console.status(Text(f"starting {', '.join(models)}")):
             for number, (name, place) in enumerate(models.items()):
                 own = directory / str(number)
                 own.mkdir()
@@ -172,6 +174,7 @@ def vllm_command(
     options = {
         "model": path,
         "served-model-name": name,
+        "load-format": "safetensors",  # vLLM would also unpickle a *.bin
         "dtype": config.model.dtype,
         "max-model-len": str(max_model_len or min(wanted, context_length(path))),
         "max-num-seqs": str(config.resources.generators.max_num_seqs),
@@ -207,7 +210,7 @@ def _tell(host: str, port: int, names: list[str], token: str, origin: str) -> No
     if host not in LOOPBACK:
         lines.append(f"other machines can reach {host}; without TLS the token travels in the clear")
     for line in [*lines, "Ctrl-C ends it"]:
-        print(f"serve: {line}", flush=True)  # not through rich, which would break long lines
+        say(f"serve: {line}")  # not through rich, which would break long lines
 
 
 def _die_with_parent() -> None:

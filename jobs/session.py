@@ -126,7 +126,7 @@ class Session:
             self.run.note_in_lock(f"Ray at {ray.get_runtime_context().gcs_address}")
             self.placement = preflight(self.config)
         for line in (*self._choices, *self._ends):
-            console.print(line, soft_wrap=True, markup=False)
+            console.print(line, soft_wrap=True)
         self._own_connection.enter_context(self._tracking)  # of this run, whoever it shares Ray with
         self.remarks = remarks(self.config)
         train = self.data.train
@@ -298,7 +298,7 @@ def opened(config: Config, local: bool = False, connection: contextlib.ExitStack
         config, resources = with_resources(config, model)
         open_or_create(_recorded(config), runs_dir, contents=contents)
         if config.start is not None:
-            console.print(take_over(run, _recorded(config), contents), soft_wrap=True, markup=False)
+            console.print(take_over(run, _recorded(config), contents), soft_wrap=True)
         starts = Starts(config, run, models)
         choices = filter(None, (lengths, resources))
         session = Session(_beginning_with(starts, config), run, starts, local, choices, connection)

@@ -9,6 +9,8 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
+from rich.text import Text
+
 from jobs.console import console, warn_of_stage
 from jobs.guard import guarded
 from jobs.session import Session, opened
@@ -53,7 +55,7 @@ def stage(
                 console.print(session.overview())
                 if session.placement:
                     console.print(session.placement)
-            console.rule(f"[bold]{name}", align="left")
+            console.rule(Text(name, style="bold"), align="left")
             started = time.monotonic()
             # `guarded` has set this handler already, but Ray replaced it with its own when it started.
             with interrupted_by_sigterm():

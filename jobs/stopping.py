@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from rayrlhf.terminal import say
+
 SAME_SIGNAL_S = {signal.SIGINT: 1.0, signal.SIGTERM: 5.0}
 """Signals within this time of the first count as one: Ray or the terminal signals the child directly, and `uv run` or a
 shell passes it on again."""
@@ -49,7 +51,7 @@ def asking_first(
         first = time.monotonic()
         asked.set()
         word = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
-        print(f"stopping: {stage} {does}; {word} again ends it now", flush=True)
+        say(f"stopping: {stage} {does}; {word} again ends it now")
         # In a thread: this handler may have interrupted a call to Ray, and Ray is not made to be entered again there.
         threading.Thread(target=ask, name="stopping", daemon=True).start()
 

@@ -12,6 +12,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from actors.pools.remote import ActorFailure
 from jobs.job import Job
 from rayrlhf.errors import UserError
+from rayrlhf.terminal import say
 
 _END_S = 300
 """Seconds from the end of a job's log until its status must say that it ended."""
@@ -40,15 +41,15 @@ def submit(job: Job, address: str, follow: bool) -> None:
             "as --address, and set RAY_AUTH_MODE as the cluster does"
         ) from error
     look = f"ray job logs --follow --address {address} {name}"
-    print(f"submitted {name} ({job.metadata['run']}, revision {job.metadata['git_revision']}) to {address}", flush=True)
+    say(f"submitted {name} ({job.metadata['run']}, revision {job.metadata['git_revision']}) to {address}")
     if not follow:
-        print(f"follow it with: {look}", flush=True)
+        say(f"follow it with: {look}")
         return
     try:
         asyncio.run(_print_log(client, name))
         details = _ended(client, name)
     except KeyboardInterrupt:
-        print(f"\nleft; {name} goes on. To stop it: ray job stop --address {address} {name}", flush=True)
+        say(f"\nleft; {name} goes on. To stop it: ray job stop --address {address} {name}")
         raise SystemExit(130) from None
     except (ClientError, OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
@@ -61,7 +62,7 @@ def submit(job: Job, address: str, follow: bool) -> None:
 
 async def _print_log(client: JobSubmissionClient, name: str) -> None:
     async for lines in client.tail_job_logs(name):
-        print(lines, end="", flush=True)
+        say(lines.replace("\r", "\n"), end="")  # bars of progress write over their line
 
 
 def _ended(client: JobSubmissionClient, name: str) -> JobDetails:

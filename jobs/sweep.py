@@ -108,7 +108,7 @@ def _with_lengths(plan: Sweep, address: str) -> Sweep:
     contents = read_contents(base, find_models(base), stored_contents(run))
     chosen, line = with_lengths(base, run, local_copy(_start_of(base)), contents)
     if line:
-        console.print(line, soft_wrap=True, markup=False)
+        console.print(line, soft_wrap=True)
     return plan.with_lengths(chosen)
 
 
@@ -240,7 +240,7 @@ class Board(TrialProgressCallback):
 
     def _say(self, name: str, what: str) -> None:
         number = list(self.trials).index(name) + 1
-        console.print(f"trial {number}/{len(self.trials)} {name}: {what}", soft_wrap=True, markup=False)
+        console.print(f"trial {number}/{len(self.trials)} {name}: {what}", soft_wrap=True)
 
 
 def main() -> None:

@@ -15,9 +15,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow.parquet as pq
-from rich.console import Console
 from rich.table import Table
 
+from jobs.console import PlainConsole
 from rayrlhf.config_file import load_config
 from rayrlhf.errors import UserError
 from rayrlhf.runs.folder import RunFolder
@@ -73,7 +73,7 @@ def main() -> None:
     table = Table(*HEADINGS, title=title, title_justify="left", show_lines=True)
     for row in shown:
         table.add_row(*cells(row))
-    Console().print(table)
+    PlainConsole().print(table)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from actors.rollouts.weight_sync import WeightSyncError
 from rayrlhf.config_resources import GeneratorConfig
 from rayrlhf.errors import UserError, one_line
+from rayrlhf.models.files import stored_names
 from rayrlhf.trajectory import GenerationRequest, Sampling, Trajectory
 
 _BATCHED_TOKENS = 4096
@@ -74,8 +75,10 @@ class Engine:
         """Load the model at `model_path` (a directory or hub name) for at most `max_model_len` tokens a sequence.
 
         Raises:
-            UserError: vLLM cannot serve this model with these settings.
+            UserError: vLLM cannot serve this model with these settings, or its directory lacks weights in safetensors.
         """
+        if Path(model_path).is_dir():
+            stored_names(Path(model_path), model_path)
         os.environ.update({k: v for k, v in environment_variables(settings).items() if not k.startswith("OMP_")})
         from vllm import EngineArgs, LLMEngine
 
@@ -103,6 +106,7 @@ class Engine:
             arguments = EngineArgs(
                 model=model_path,
                 revision=revision,
+                load_format="safetensors",  # vLLM would also unpickle a *.bin
                 dtype=dtype,
                 max_model_len=max_model_len,
                 max_num_seqs=settings.max_num_seqs,

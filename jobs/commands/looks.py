@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from jobs.commands.options import Address, Folder, run_guarded
+from rayrlhf.terminal import say
 
 app = typer.Typer()
 
@@ -26,9 +27,9 @@ def compare(
         from rayrlhf.reports import compare as comparison
 
         found = comparison.read_runs(runs)
-        print(comparison.markdown(found))
+        say(comparison.markdown(found))
         if output is not None:
-            print("written:", *comparison.write(found, output))
+            say(" ".join(["written:", *map(str, comparison.write(found, output))]))
 
     run_guarded(action)
 
@@ -116,7 +117,7 @@ def scale(
         from jobs.status import scale_run
 
         wanted = scale_run(run_folder, address, generators, scorers)
-        print("wanted from now on: " + ", ".join(f"{count} {role}s" for role, count in wanted.items()))
+        say("wanted from now on: " + ", ".join(f"{count} {role}s" for role, count in wanted.items()))
 
     run_guarded(action)
 

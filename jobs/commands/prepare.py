@@ -10,6 +10,7 @@ import typer
 from jobs.commands.options import ConfigFile, Overrides, run_guarded
 from rayrlhf.errors import UserError
 from rayrlhf.runs.stages import STAGES
+from rayrlhf.terminal import say
 
 app = typer.Typer()
 
@@ -21,7 +22,7 @@ def config_command(config: ConfigFile, overrides: Overrides = None) -> None:
     def action() -> None:
         from rayrlhf.config_origins import annotated
 
-        print(annotated(config, overrides or []), end="")
+        say(annotated(config, overrides or []), end="")
 
     run_guarded(action)
 
@@ -35,8 +36,8 @@ def init_command(
     def action() -> None:
         from rayrlhf.starter import write_starter
 
-        print("written:", *write_starter(directory))
-        print(f"next: put your rows into {directory / 'demonstrations.jsonl'}, as {directory / 'README.md'} says")
+        say(" ".join(["written:", *map(str, write_starter(directory))]))
+        say(f"next: put your rows into {directory / 'demonstrations.jsonl'}, as {directory / 'README.md'} says")
 
     run_guarded(action)
 

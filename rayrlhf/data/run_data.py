@@ -21,23 +21,17 @@ from rayrlhf.data.splits import Splits, check_disjoint, split_train, split_valid
 from rayrlhf.data.stored import Records
 from rayrlhf.data.tokens import encode_responses
 from rayrlhf.errors import UserError
+from rayrlhf.terminal import say
 
 _SPLITS: tuple[Split, ...] = ("train", "valid")
 KINDS = ("demonstrations", "comparisons", "prompts")
 """The keys of `data` that name sources."""
 
 
-def print_line(line: str) -> None:
-    """Print a line at once."""
-    print(line, flush=True)
-
-
 class RunData:
     """The records that a config names. Each source is read when it is first asked for."""
 
-    def __init__(
-        self, config: Config, tokenizer: PreTrainedTokenizerBase, say: Callable[[str], None] = print_line
-    ) -> None:
+    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, say: Callable[[str], None] = say) -> None:
         """Note what to read.
 
         Args:

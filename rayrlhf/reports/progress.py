@@ -200,8 +200,8 @@ class Progress:
     Args:
         stage: a stage's name.
         total: its last step.
+        console: where to print.
         done: steps that an earlier process finished.
-        console: where to print; standard output by default.
         clock: monotonic seconds.
     """
 
@@ -209,14 +209,14 @@ class Progress:
         self,
         stage: str,
         total: int,
+        console: Console,
         done: int = 0,
-        console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.stage, self.total, self.step = stage, total, done
         self._first, self._clock = done, clock
         self._start = self._last = clock()
-        self.console = console or Console()
+        self.console = console
 
     @property
     def steps_per_s(self) -> float:
@@ -272,7 +272,7 @@ def in_lines(*parts: str | tuple[str, str]) -> Text:
 
 
 def sample_panel(prompt: str, reference: str | None, answer: str, title: str = "sample") -> Panel:
-    """One prompt with a person's answer and the model's. Texts are shown as they are: rich reads no markup in them."""
+    """One prompt with a person's answer and the model's."""
     parts = [in_lines(prompt.strip())]
     for name, text in (("reference", reference), ("answer", answer)):
         if text is not None:

@@ -15,6 +15,7 @@ from rayrlhf.rewards.judge_client import JudgeClient
 from rayrlhf.rewards.judge_questions import Question, prefer, rate
 from rayrlhf.rewards.labeller import LabelledRanking, Labeller
 from rayrlhf.runs.folder import RunFolder
+from rayrlhf.terminal import say
 
 SHOWN = 512
 """Questions after which it says how far it is."""
@@ -101,10 +102,10 @@ class JudgeLabeller(Labeller):
     def prepare(self, waiting: Sequence[tuple[Prompt, Sequence[str]]], run: RunFolder | None = None) -> None:
         """Ask all, so that questions about different prompts are under way at the same time."""
         asked = [question for prompt, answers in waiting for question in self._questions(prompt, answers)]
-        print(f"{self._client.place}: {len(asked)} questions about {len(waiting)} prompts", flush=True)
+        say(f"{self._client.place}: {len(asked)} questions about {len(waiting)} prompts")
         for start in range(0, len(asked), SHOWN):
             if start:
-                print(f"judged {start} of {len(asked)}", flush=True)
+                say(f"judged {start} of {len(asked)}")
             self._client.ask(asked[start : start + SHOWN])
 
     def rank(self, prompt: Prompt, answers: Sequence[str]) -> LabelledRanking:

@@ -21,6 +21,7 @@ from rayrlhf.rewards.labeller import LabelledRanking, Labeller
 from rayrlhf.runs.addresses import as_typed
 from rayrlhf.runs.folder import RunFolder
 from rayrlhf.runs.labels import Newest, offer_labels
+from rayrlhf.terminal import say
 
 POLL_S = 1.0
 """How often a wait looks whether there is something new."""
@@ -87,11 +88,10 @@ class PeopleLabeller(Labeller):
         page = f"`rayrlhf label {as_typed(run.address)}`"
         if not self._wanted.enough(progress.done, len(items)):
             where = "on a machine that reaches the store" if run.store else "on this machine"
-            print(
+            say(
                 f"collect: {progress.done} of {len(items)} prompts are ranked; {page} {where} opens the page for "
                 f"people. The run goes on by itself when {self._config.until:.0%} of the prompts have the judgements "
                 f"of {self._config.labellers} labeller(s). It may be interrupted: the same command waits again",
-                flush=True,
             )
         while not self._wanted.enough(progress.done, len(items)):
             if self._config.wait_s is not None and time.monotonic() - begun >= self._config.wait_s:
@@ -105,7 +105,7 @@ class PeopleLabeller(Labeller):
                 progress = self._progress(newest, items)
             progress.look()
             if progress.done != shown and time.monotonic() - said >= SAID_S:
-                print(f"collect: {progress.done} of {len(items)} prompts are ranked", flush=True)
+                say(f"collect: {progress.done} of {len(items)} prompts are ranked")
                 shown, said = progress.done, time.monotonic()
         return progress
 

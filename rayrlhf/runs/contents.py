@@ -19,6 +19,7 @@ from typing import Any
 from rayrlhf.config import Config
 from rayrlhf.config_file import dump_config
 from rayrlhf.files import fingerprint
+from rayrlhf.terminal import say
 
 Contents = dict[str, dict[str, Any]]
 """Dotted key to `path` and `files`; these are names to `bytes`, `blake2b` and `stat`."""
@@ -92,7 +93,7 @@ def _read(key: str, path: Path, before: Mapping[str, Any]) -> dict[str, Any]:
     stats = {name: _stat(file) for name, file in files.items()}
     unread = [name for name in files if stats[name] is None or before.get(name, {}).get("stat") != stats[name]]
     if (size := sum(files[name].stat().st_size for name in unread)) > _NOTICE_BYTES:
-        print(f"{key}: reading {size / 2**30:.0f} GiB of {path} to know them again", flush=True)
+        say(f"{key}: reading {size / 2**30:.0f} GiB of {path} to know them again")
     return {
         name: {**fingerprint(file), "stat": stats[name]} if name in unread else dict(before[name])
         for name, file in files.items()

@@ -32,6 +32,7 @@ from rayrlhf.runs.contents import Contents, parse_contents
 from rayrlhf.runs.outputs import Outputs
 from rayrlhf.runs.stages import STAGES, stages_of
 from rayrlhf.runs.stores import holder_of, lease, open_store, store_errors
+from rayrlhf.terminal import say
 from rayrlhf.yaml_text import read_yaml_text, write_yaml_text
 
 log = logging.getLogger(__name__)
@@ -282,7 +283,7 @@ def open_or_create(
             for change in changes:
                 log.info("%s: %s", run.name, change.words)
             if said := sentence(change for change in changes if change.content):
-                print(f"{said}: stages that are not finished begin anew with it", flush=True)
+                say(f"{said}: stages that are not finished begin anew with it")
         _write(run, run.config, write_yaml_text(dump_config(config), sort_keys=False))
         if contents:
             # What is not there now stays known: it may come back as another file.

@@ -18,6 +18,7 @@ from rayrlhf.errors import UserError
 from rayrlhf.files import replacing
 from rayrlhf.labelling.database import LabelDatabase
 from rayrlhf.runs.folder import RunFolder
+from rayrlhf.terminal import say
 
 COPY_S = 30.0
 """How often the page copies the labels of a run in a store there, and how often `collect` looks for a newer copy."""
@@ -55,7 +56,7 @@ def share_labels(base: RunFolder, run: RunFolder) -> None:
                 labels.copy_to(temporary)
                 temporary.chmod(0o600)
     except UserError as error:  # the comparisons are enough to go on
-        print(f"what people said is not taken over: {error}", flush=True)
+        say(f"what people said is not taken over: {error}")
         return
     with contextlib.closing(LabelDatabase(run.labels)) as own:
         copy_labels_out(run, own)

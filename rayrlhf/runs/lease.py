@@ -42,6 +42,7 @@ from types import FrameType
 from rayrlhf.errors import UserError
 from rayrlhf.runs.conditional import ChangedError, ConditionalObject, Version
 from rayrlhf.runs.storage import Store, as_user_error
+from rayrlhf.terminal import say
 
 log = logging.getLogger(__name__)
 
@@ -157,7 +158,7 @@ def _free_version(store: Store, lease: ConditionalObject) -> Version | None:
     first = lease.read()
     if first is None or _is_free(first.content):
         return first
-    print(f"{store.address} is locked by {_holder(first.content)}; waiting to see whether that still runs", flush=True)
+    say(f"{store.address} is locked by {_holder(first.content)}; waiting to see whether that still runs")
     deadline = time.monotonic() + _patience(first.content)
     while time.monotonic() < deadline:
         time.sleep(_WATCH_S)

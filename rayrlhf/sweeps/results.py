@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.markup import escape
 from rich.table import Table
 
 from rayrlhf.files import replacing
@@ -104,7 +103,7 @@ def results_table(sweep: Sweep, results: Sequence[Result]) -> Table:
     for heading in headings:
         table.add_column(heading.replace(", ", ",\n"), justify="right", overflow="fold")
     for row in body:
-        table.add_row(*(escape(cell.replace(" [", "\n[")) for cell in row))  # intervals below: eight columns fit a log
+        table.add_row(*(cell.replace(" [", "\n[") for cell in row))  # intervals below: eight columns fit a log
     return table
 
 

@@ -138,7 +138,7 @@ class Trainer:
         for name in ("decay.pt", "stable.pt"):
             if not (self.directory / name).exists():
                 continue
-            state = torch.load(self.directory / name, map_location=self.device)
+            state = torch.load(self.directory / name, weights_only=True, map_location=self.device)
             if name == "decay.pt" and state["budget"] != asdict(budget):
                 continue
             self.model.load_state_dict(state["model"])

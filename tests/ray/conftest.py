@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import ray
 
-from jobs.cluster import start_private
+from jobs.cluster import loopback_only, start_private
 
 
 @pytest.fixture(scope="session")
@@ -23,9 +23,13 @@ def _directory() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def ray_cluster(_directory: str) -> None:
-    """Two CPUs, no dashboard. It goes on for the files that follow: a test ends the actors that it has started."""
+    """Two CPUs, no dashboard, as private as that of a run.
+
+    It goes on for the files that follow: a test ends the actors that it has started.
+    """
     if not ray.is_initialized():
-        start_private(num_cpus=2, include_dashboard=False, _temp_dir=_directory)
+        with loopback_only():  # its processes inherit that
+            start_private(num_cpus=2, include_dashboard=False, _temp_dir=_directory)
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import ray
@@ -32,6 +33,7 @@ from actors.rollouts.weight_sync import publish_directory
 from actors.training.reward_model import RewardModelArguments, reward_model_loop
 from actors.training.rl import RLArguments, rl_loop
 from actors.training.sft import DevPrompt, SFTArguments, sft_loop
+from jobs.cluster import loopback_only
 from rayrlhf.config import Config
 from rayrlhf.config_file import parse_config
 from rayrlhf.config_labellers import ReferenceLabellerConfig
@@ -47,6 +49,7 @@ from rayrlhf.rewards.labellers import ReferenceLabeller
 from rayrlhf.runs.folder import open_or_create
 from rayrlhf.runs.metrics import read_metrics
 from rayrlhf.trajectory import GenerationRequest, Sampling
+from tests.sockets import beyond_loopback, listening
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -79,18 +82,19 @@ class Loops:
 
 
 @pytest.fixture(scope="module")
-def cluster(no_ray: None) -> Iterator[None]:
-    """As the other tests have it, with a dashboard, and collecting metrics every two seconds."""
+def cluster(no_ray: None) -> Iterator[str]:
+    """As the other tests have it, with a dashboard, whose address it is, and collecting metrics every two seconds."""
     directory = tempfile.mkdtemp(prefix="ray", dir="/tmp")
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=True,
-        _temp_dir=directory,
-        log_to_driver=False,
-        _system_config={"metrics_report_interval_ms": 2000},
-    )
-    yield
+    with loopback_only():
+        context = ray.init(
+            address="local",
+            num_cpus=2,
+            include_dashboard=True,
+            _temp_dir=directory,
+            log_to_driver=False,
+            _system_config={"metrics_report_interval_ms": 2000},
+        )
+    yield f"http://{context.dashboard_url}"
     ray.shutdown()
     shutil.rmtree(directory, ignore_errors=True)
 
@@ -110,7 +114,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 
 @pytest.fixture(scope="module")
-def coordinator(cluster: None, config: Config, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Remote]:
+def coordinator(cluster: str, config: Config, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Remote]:
     tokenizer = load_tokenizer(TINY)
     reward_model = tmp_path_factory.mktemp("reward") / "model"
     save_model(load_reward_model(TINY, fresh_head_seed=0), tokenizer, reward_model)
@@ -327,6 +331,26 @@ def test_every_metric_of_the_page_is_there(scraped: Mapping[str, list[tuple[Labe
     named = set(re.findall(r"`(ray_rayrlhf_\w+)[`{]", page))
     assert len(named) > 15
     assert named <= scraped.keys()
+
+
+def test_nothing_of_a_private_cluster_listens_beyond_this_machine(coordinator: Remote) -> None:
+    """With its dashboard, the agents that collect metrics, and the actors of a run."""
+    found = listening()
+    assert found and not beyond_loopback(found)
+
+
+def test_a_page_of_another_site_starts_nothing_through_the_dashboard(cluster: str) -> None:
+    """Its name may lead here (DNS rebinding), and a browser then takes the dashboard for that site's own server."""
+    job = {"entrypoint": "true"}
+    signs: tuple[dict[str, str], ...] = (
+        {"User-Agent": "Mozilla/5.0"},
+        {"Origin": "http://elsewhere.invalid"},
+        {"Sec-Fetch-Site": "same-origin"},
+    )
+    for sign in signs:
+        headers = {"Host": "elsewhere.invalid", **sign}
+        assert httpx.post(f"{cluster}/api/jobs/", json=job, headers=headers, trust_env=False).status_code == 405
+    assert httpx.get(f"{cluster}/api/jobs/", trust_env=False).json() == []
 
 
 def test_status_of_a_run_from_the_command_line(coordinator: Remote, config: Config) -> None:

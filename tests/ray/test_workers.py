@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ from tests.ray.sft_runs import (
     start_weights,
     weights,
 )
+from tests.sockets import beyond_loopback, listening
 
 
 def write_pid(arguments: tuple[Path, str]) -> None:
@@ -55,6 +58,15 @@ def die_once(directory: Path) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     ranks.sum(torch.zeros(1))
     (directory / f"again-{ranks.rank}").write_text(str(os.getpid()))
+
+
+def train_until_released(directory: Path) -> None:
+    """Every rank is in the group and goes on exchanging sums until rank 0 sees the file `release`."""
+    ranks = Ranks(threads=1)
+    while not ranks.broadcast((directory / "release").exists()):
+        assert float(ranks.sum(torch.ones(1))) == 2.0
+        (directory / f"trains-{ranks.rank}").touch()
+        time.sleep(0.01)
 
 
 def diverging_loop(arguments: LoopArguments) -> None:
@@ -94,6 +106,21 @@ def test_the_same_processes_do_task_after_task(workers: Workers, tmp_path: Path)
     workers.train(write_pid, (tmp_path, "second"))
     assert pids(tmp_path, "first") == pids(tmp_path, "second")
     assert len({*pids(tmp_path, "first"), str(os.getpid())}) == 3
+
+
+def test_nothing_listens_beyond_this_machine_while_two_workers_train(workers: Workers, tmp_path: Path) -> None:
+    """All processes of the cluster, and what Ray Train, torch's store and gloo have opened in the two workers."""
+    work = threading.Thread(target=workers.train, args=(train_until_released, tmp_path))
+    work.start()
+    try:
+        while work.is_alive() and {path.name for path in tmp_path.iterdir()} != {"trains-0", "trains-1"}:
+            time.sleep(0.05)
+        assert work.is_alive(), "the task ended before both ranks trained"
+        found = listening()
+    finally:
+        (tmp_path / "release").touch()
+        work.join()
+    assert found and not beyond_loopback(found)
 
 
 def test_not_finite_stops_at_once_and_names_the_last_checkpoint(workers: Workers, tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
+import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -251,6 +253,86 @@ def test_what_the_image_copies_is_what_it_installs_from() -> None:
         "configs",
     ):
         assert (ROOT / needed).exists() and needed not in ignored
+
+
+def deployment_files() -> list[str]:
+    """Everything that starts Ray on machines of a network."""
+    files = [*ROOT.glob("cluster*.yaml"), *(each for each in (ROOT / "deploy").rglob("*") if each.is_file())]
+    return sorted(str(file.relative_to(ROOT)) for file in files)
+
+
+def asks_for_a_token(text: str) -> bool:
+    """Whether every Ray that a deployment file starts is told to."""
+    if not text.startswith("#!") and "\nFROM " not in text:
+        documents = list(yaml.safe_load_all(text))
+        if rays := [each["spec"] for each in documents if each.get("kind", "").startswith("Ray")]:
+            return all(each.get("rayClusterSpec", each)["authOptions"] == {"mode": "token"} for each in rays)
+        (cluster,) = documents
+        told = [*cluster.get("docker", {}).get("run_options", []), *cluster.get("setup_commands", [])]
+        return "~/.ray/auth_token" in cluster["file_mounts"] and any("RAY_AUTH_MODE=token" in each for each in told)
+    return bool(re.search(r"^(ENV|export) RAY_AUTH_MODE=(token|\$\{RAY_AUTH_MODE:-token\})$", text, re.M))
+
+
+@pytest.mark.parametrize("name", deployment_files())
+def test_whoever_joins_needs_the_token(name: str) -> None:
+    """Whoever reaches a Ray without one can run code there."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert asks_for_a_token(text)
+    assert "0.0.0.0" not in text and "disabled" not in text
+    for command in re.findall(r"ray start --head.*", text):
+        assert "--dashboard-host=127.0.0.1" in command
+
+
+@pytest.mark.parametrize("name", deployment_files())
+def test_a_file_without_a_token_is_noticed(name: str) -> None:
+    """What the test above relies on."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    for part in ("RAY_AUTH_MODE=", "authOptions: {mode: token}"):
+        text = text.replace(part, "authOptions: {}" if "auth" in part else "OTHER=")
+    assert not asks_for_a_token(text)
+
+
+def test_every_slurm_job_has_a_token_of_its_own(tmp_path: Path) -> None:
+    """With stand-ins for Slurm's commands; `srun` says what the processes that it starts would get."""
+    commands = {"scontrol": "echo node-1; echo node-2", "srun": 'echo "$RAY_AUTH_MODE $RAY_AUTH_TOKEN"'}
+    for command, line in commands.items():
+        (tmp_path / command).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / command).chmod(0o755)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/activate").touch()
+    here = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "SLURM_"))}
+    path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = here | {"PATH": path, "ENVIRONMENT": str(tmp_path), "SLURM_JOB_NODELIST": "node-[1-2]"}
+    script = ["bash", str(ROOT / "deploy/slurm/rayrlhf.sbatch")]
+    told = [subprocess.run(script, env=environment, capture_output=True, text=True, check=True).stdout for _ in "12"]
+    modes, tokens = zip(*(each.split() for each in told), strict=True)
+    assert modes == ("token", "token")
+    assert all(re.fullmatch("[0-9a-f]{64}", token) for token in tokens) and len(set(tokens)) == 2
+
+
+def test_every_night_the_pinned_versions_are_looked_up(tmp_path: Path) -> None:
+    """All of both lists, as the index names them, also when the first has something; a stand-in is asked."""
+    jobs = read(".github/workflows/nightly.yaml")["jobs"]
+    assert [step["run"] for step in jobs["audit"]["steps"] if "run" in step] == ["make audit"]
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    recipe = re.search(r"^audit:.*\n((?:\t.*\n)+)", makefile, re.M)
+    assert recipe
+    loop = recipe[1][recipe[1].index("\t@found") :].removeprefix("\t@").replace("$$", "$").replace("$(ARGS)", "")
+    names = ("constraints.txt", "constraints.gpu.txt")
+    for name in names:
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    program = tmp_path / "build/audit/bin/pip-audit"
+    program.parent.mkdir(parents=True)
+    program.write_text('#!/bin/sh\ncat "$4" >> asked\necho "$1 $2 $3" >> options\ntest -z "$FOUND"\n')
+    program.chmod(0o755)
+    for found in ("", "1"):
+        code = subprocess.run(["sh", "-c", loop], cwd=tmp_path, env=os.environ | {"FOUND": found}).returncode
+        assert code == (1 if found else 0)
+    pinned = [line for name in names for line in (ROOT / name).read_text().splitlines()]
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert asked == 2 * [line.removesuffix("+cpu") for line in pinned]
+    assert all(re.fullmatch(r"#.*|[A-Za-z0-9._-]+==[0-9][A-Za-z0-9.]*", line) for line in asked)
+    assert set((tmp_path / "options").read_text().splitlines()) == {"--disable-pip --no-deps --requirement"}
 
 
 def test_the_slurm_script_is_bash() -> None:

@@ -30,6 +30,7 @@ from rayrlhf.labelling.judgements import Judgement
 from rayrlhf.labelling.web.admin import Overview
 from rayrlhf.labelling.web.messages import FLAGS, REASONS, Sent, as_shown, standing
 from rayrlhf.labelling.web.security import Guard, RateLimit, Tokens
+from rayrlhf.terminal import say
 
 HERE = Path(__file__).parent
 # Markup of its own is escaped, and images would be requests to elsewhere.
@@ -254,5 +255,5 @@ class Pages:
 
     def fail(self, request: Request, error: Exception) -> Response:
         """What a request gets that the database cannot serve now: the script tries again, and the terminal says why."""
-        print(f"label: {error}", flush=True)
+        say(f"label: {error}")
         return self.refuse(request, HTTPException(503, "what you say cannot be stored now; tell who runs this page"))
