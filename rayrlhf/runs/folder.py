@@ -73,6 +73,8 @@ class RunFolder:
         self.tokens = self.path / "tokens.jsonl"
         """A few trajectories that `rl` learnt from last, token by token."""
         self.evaluation = self.path / "evaluation.json"
+        self.errors = self.path / "errors.log"
+        """The whole of each failure, which the command tells in one line (`rayrlhf.runs.error_log`)."""
         self.checkpoints = self.path / "checkpoints"
 
     @property

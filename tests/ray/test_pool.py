@@ -342,7 +342,7 @@ def test_errors_pass_through_and_cost_no_member(make_pool: Callable[..., Pool]) 
     before = pids(pool)
     with pytest.raises(UserError, match=r"^row 3 is bad; mend it$"):
         map_pieces(pool, "refuse", [3])
-    with pytest.raises(ActorFailure, match=rf"{pool.role}-\d\.fail raised (.|\n)*ZeroDivisionError: at 5"):
+    with pytest.raises(ActorFailure, match=rf"{pool.role}-\d\.fail raised ZeroDivisionError: at 5$"):
         pool.broadcast("fail", 5)
     assert pids(pool) == before and pool.deaths == 0
 
@@ -373,7 +373,7 @@ def test_serialized_calls(make_pool: Callable[..., Pool]) -> None:
     assert answer(large, large.future()) == b"x" * 10**6
     with pytest.raises(UserError, match=r"^row 3 is bad; mend it$"):
         answer(bad, bad.future())
-    with pytest.raises(ActorFailure, match=rf"{one.name}\.fail raised (.|\n)*ZeroDivisionError: at 5"):
+    with pytest.raises(ActorFailure, match=rf"{one.name}\.fail raised ZeroDivisionError: at 5$"):
         wait([failed], 120)
     died = one.submit_serialized("die", 0)
     with pytest.raises(ActorDied, match=rf"^{one.name} died during die: "):
