@@ -101,7 +101,7 @@ class Session:
             announce=self._announce,
         )
         """The learner's, which serve every training stage."""
-        self.rollouts = RolloutClient(config, starts, self.tokenizer, local)
+        self.rollouts = RolloutClient(config, starts, self.tokenizer, local, self._announce)
         self._own_connection = contextlib.ExitStack()
         self._connection = connection or self._own_connection
         self._tracking = Tracking(config, run)
@@ -202,6 +202,7 @@ class Session:
     def close(self) -> None:
         """End the actors and the trackers, and the Ray connection if it is this session's own."""
         try:
+            self.rollouts.stop_listening()
             self.workers.close()
         finally:  # also at a second Ctrl-C
             self._own_connection.close()
