@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 import ray
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayError, RayTaskError
 
+from actors.pools.beats import begin_beats
 from rayrlhf.config import Config
 from rayrlhf.errors import PlainError, UserError, one_line, without_colour
 from rayrlhf.failures import cause, cause_of, last_error, with_remedy
@@ -52,8 +53,16 @@ class ActorFailure(PlainError):
     """An actor died during a call, did not answer it in time, or raised; the message names actor and method."""
 
 
+class ActorLate(ActorFailure):
+    """The actor did not answer in time. It may be slow, or hang."""
+
+
 class ActorDied(ActorFailure):
     """The actor's process is gone. Another actor may do its work."""
+
+
+class ActorWedged(ActorDied):
+    """The actor's process is there and gets nowhere. It is killed, and counts as dead."""
 
 
 class CouldNotStart(ActorDied):
@@ -210,9 +219,9 @@ def death_of(error: Exception) -> str:
     return next((plain for pattern, plain in _DEATHS if re.search(pattern, words)), words[-300:])
 
 
-def late(call: Call, timeout_s: float) -> ActorFailure:
+def late(call: Call, timeout_s: float) -> ActorLate:
     """The error for a call that has not answered in time."""
-    return ActorFailure(
+    return ActorLate(
         f"{call.actor}.{call.method} did not answer within {timeout_s:.0f} s; see its log in the Ray dashboard "
         "(a slow machine needs a larger resources.call_timeout_s or resources.start_timeout_s)"
     )
@@ -236,6 +245,10 @@ class SerializedCalls:
     def serialized_call(self, message: bytes) -> bytes:
         method, args = load(message)
         return dump(getattr(self, method)(*args))
+
+    def begin_beats(self, key: str, every_s: float) -> None:
+        """Give signs of life from now on, see `actors.pools.heartbeat`."""
+        begin_beats(key, every_s)
 
 
 def put(value: Any, local: bool) -> Any:

@@ -148,8 +148,7 @@ class Coordinator:
 
     def _bring_up_to_date(self, generator: Worker) -> None:
         if self.publication is not None:
-            timeout_s = self.config.resources.call_timeout_s
-            generator.version = generator.remote.call("load_weights", self.publication, timeout_s=timeout_s)
+            generator.version = self.pools.generators.ask(generator, "load_weights", self.publication)
 
     # ---- work of the stages without batches
 
