@@ -12,14 +12,16 @@ import sys
 from collections.abc import Callable
 
 from jobs.stopping import interrupted_by_sigterm
-from rayrlhf.errors import UserError
+from rayrlhf.errors import PlainError, UserError
+from rayrlhf.failures import log_of, told
 from rayrlhf.terminal import LogFormatter, complain
 
 
 def guarded(action: Callable[[], None]) -> int:
     """Run `action`; return the exit code, after an error with one line on standard error.
 
-    An error of the program itself, such as a KeyError, passes through with its traceback.
+    An error of the program itself, such as a KeyError, passes through with its traceback, unless it is in the log of
+    a run: then it is one line, too, which names the log.
     """
     handler = logging.StreamHandler()
     handler.setFormatter(LogFormatter("%(levelname)s %(name)s: %(message)s"))
@@ -45,31 +47,22 @@ def guarded(action: Callable[[], None]) -> int:
 
 
 def _failure(error: Exception) -> str | None:
-    """What to say of something that went wrong outside the program; None of any other error."""
-    if "ray" in sys.modules and (said := _failure_in_ray(error)):
-        return said
-    if isinstance(error, FloatingPointError):
-        return str(error)
-    return _named(error) if isinstance(error, OSError) else None
+    """What to say of something that went wrong; None of the program's own errors, unless a log has the whole of it."""
+    log = log_of(error)
+    if log is not None:
+        # What was not finite comes again.
+        again = "" if isinstance(error, FloatingPointError) else "; the same command continues"
+        return f"{told(error)}{again}; log: {log}"
+    return told(error) if isinstance(error, _outside_the_program()) else None
 
 
-def _failure_in_ray(error: Exception) -> str | None:
-    # Imported here: only a command that has imported Ray can see its errors, and Ray takes seconds to import.
+def _outside_the_program() -> tuple[type[Exception], ...]:
+    own = (PlainError, FloatingPointError, OSError)
+    if "ray" not in sys.modules:  # only a command that has imported Ray, which takes seconds, can see its errors
+        return own
     from ray.exceptions import RayError
-    from ray.train import TrainingFailedError
 
-    from actors.pools.remote import ActorFailure
-
-    if isinstance(error, ActorFailure):
-        return str(error)
-    if isinstance(error, TrainingFailedError):
-        return f"Ray Train gave up; finished stages and checkpoints are kept\n{error}"
-    return _named(error) if isinstance(error, RayError) else None
-
-
-def _named(error: Exception) -> str:
-    """The error's type and the end of its message, in one line: the end of Ray's messages has the cause."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[-600:]}"
+    return (*own, RayError)
 
 
 def _say(line: str) -> None:

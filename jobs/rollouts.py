@@ -16,6 +16,7 @@ from actors.pools.remote import Call, Remote, namespace, wait
 from actors.rollouts.coordinator import Coordinator
 from actors.rollouts.weight_sync import publish_directory
 from jobs.console import warn_of_stage
+from jobs.listener import Announce, Listener
 from jobs.stopping import asking_first
 from rayrlhf.config import Config
 from rayrlhf.data.prompts import EncodedPrompt, requests_for
@@ -46,9 +47,22 @@ KEPT_GROWTH = 1.25
 class RolloutClient:
     """The coordinator of one run, and what the stages ask of it. It starts when it is first needed."""
 
-    def __init__(self, config: Config, starts: Starts, tokenizer: PreTrainedTokenizerBase, local: bool) -> None:
-        """Generators start with the base of `starts`, and scorers have its reward model."""
+    def __init__(
+        self,
+        config: Config,
+        starts: Starts,
+        tokenizer: PreTrainedTokenizerBase,
+        local: bool,
+        announce: Announce = lambda line, whole: None,
+    ) -> None:
+        """Generators start with the base of `starts`, and scorers have its reward model.
+
+        Args:
+            announce: gets what the coordinator has to tell the user.
+        """
         self.config, self.starts, self.tokenizer, self.local = config, starts, tokenizer, local
+        self._announce = announce
+        self._listener: Listener | None = None
         self.texts = make_text_rewards(config.rewards)
         """The rewards that read texts."""
         self.sampling(config.rl.draw)  # a stop token that is none shows before anything starts
@@ -76,13 +90,21 @@ class RolloutClient:
                 concurrency_groups={CONTROL: 1},
             )
             self._starting = self._coordinator.submit("start_generators")
+            self._listener = None if self.local else Listener(self._coordinator, self._announce)
         return self._coordinator
 
     def close(self) -> None:
         """End the coordinator, and with it generators and scorers, which it owns. `start` starts another one."""
+        self.stop_listening()
         if self._coordinator is not None:
             self._coordinator.kill()
         self._coordinator, self._starting = None, None
+
+    def stop_listening(self) -> None:
+        """Hear the last of the coordinator, before Ray ends."""
+        listener, self._listener = self._listener, None
+        if listener is not None:
+            listener.close()
 
     def wait_for_generators(self) -> None:
         """Return when the generators are ready.

@@ -19,7 +19,8 @@ from actors.training.loop import LoopArguments
 from actors.training.workers import TrainingLoop, Workers
 from jobs.choices import asks_for_machines, with_lengths, with_resources
 from jobs.cluster import connected, has_cluster, inside_job, preflight
-from jobs.console import console
+from jobs.console import console, warn
+from jobs.failing import recorded
 from jobs.follow import following
 from jobs.rollouts import RolloutClient
 from jobs.stopping import asking_first
@@ -45,6 +46,7 @@ from rayrlhf.rewards.labellers import check_labeller
 from rayrlhf.runs.addresses import join, runs_address
 from rayrlhf.runs.changes import MICRO_BATCH
 from rayrlhf.runs.contents import hashes, read_contents
+from rayrlhf.runs.error_log import note
 from rayrlhf.runs.folder import RunFolder, open_or_create, stored_contents
 from rayrlhf.runs.rounds import has_rounds, round_name
 from rayrlhf.runs.sharing import take_over
@@ -92,10 +94,14 @@ class Session:
         self.data = RunData(config, self.tokenizer)
         check_context(config.data.max_prompt_tokens, config.data.max_response_tokens, context_length(self.model))
         self.workers = Workers(
-            config.resources.learner, run.address_of(run.checkpoints), f"workers-{config.name}", local=local
+            config.resources.learner,
+            run.address_of(run.checkpoints),
+            f"workers-{config.name}",
+            local=local,
+            announce=self._announce,
         )
         """The learner's, which serve every training stage."""
-        self.rollouts = RolloutClient(config, starts, self.tokenizer, local)
+        self.rollouts = RolloutClient(config, starts, self.tokenizer, local, self._announce)
         self._own_connection = contextlib.ExitStack()
         self._connection = connection or self._own_connection
         self._tracking = Tracking(config, run)
@@ -181,6 +187,12 @@ class Session:
             len(self.data.collect),
         )
 
+    def _announce(self, line: str, whole: str) -> None:
+        """Tell the user what has happened to an actor; the whole of it goes into the error log."""
+        warn(console, line)
+        with contextlib.suppress(OSError):  # a full disk may be what it is about
+            note(self.run, line, whole)
+
     def rest(self) -> None:
         """Give the actors back while people work, which takes hours or days; the next stage starts them again."""
         if not self.local:
@@ -190,6 +202,7 @@ class Session:
     def close(self) -> None:
         """End the actors and the trackers, and the Ray connection if it is this session's own."""
         try:
+            self.rollouts.stop_listening()
             self.workers.close()
         finally:  # also at a second Ctrl-C
             self._own_connection.close()
@@ -285,7 +298,7 @@ def opened(config: Config, local: bool = False, connection: contextlib.ExitStack
             f"{join(run.address, round_name(1), run.config.name)}, or set rounds=null"
         )
     check_trackers(config.tracking)
-    with run.lock(), contextlib.ExitStack() as own_connection:
+    with run.lock(), contextlib.ExitStack() as own_connection, recorded(run):
         run.download_files()
         if has_rounds(run):
             raise UserError(f"{run.address} is a run in rounds; set rounds, or choose another name (name=OTHER)")
@@ -303,7 +316,8 @@ def opened(config: Config, local: bool = False, connection: contextlib.ExitStack
         choices = filter(None, (lengths, resources))
         session = Session(_beginning_with(starts, config), run, starts, local, choices, connection)
         try:
-            yield session
+            with recorded(run):  # while Ray is there, which knows where its logs are
+                yield session
         finally:
             session.close()
 

@@ -7,7 +7,7 @@ import contextlib
 import functools
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from rich.text import Text
 
@@ -18,6 +18,7 @@ from jobs.stopping import interrupted_by_sigterm
 from rayrlhf.config import Config
 from rayrlhf.config_file import load_config
 from rayrlhf.errors import UserError
+from rayrlhf.failures import locate
 from rayrlhf.reports.progress import duration
 from rayrlhf.runs.metrics import MetricsWriter
 from rayrlhf.runs.samples import forget_samples
@@ -58,7 +59,7 @@ def stage(
             console.rule(Text(name, style="bold"), align="left")
             started = time.monotonic()
             # `guarded` has set this handler already, but Ray replaced it with its own when it started.
-            with interrupted_by_sigterm():
+            with interrupted_by_sigterm(), _located(name):
                 function(session)
             forget_samples(run)
             seconds = time.monotonic() - started
@@ -69,6 +70,16 @@ def stage(
         return run_stage
 
     return decorate
+
+
+@contextlib.contextmanager
+def _located(name: str) -> Iterator[None]:
+    """In the block, errors that do not say where they came up say that it was in this stage."""
+    try:
+        yield
+    except Exception as error:
+        locate(error, name)
+        raise
 
 
 def _check_part(name: str, session: Session) -> None:

@@ -103,6 +103,9 @@ class ResourcesConfig(Section):
     """How long an actor may take until it is ready, and how long a run waits at its start for what other jobs hold."""
     call_timeout_s: Positive = 600
     """How long one call (a generation, a scoring pass, a weight load) may take."""
+    heartbeat_timeout_s: Positive = 60
+    """A generator or scorer that is up and gives no sign of life for so long is killed and replaced, whatever it does:
+    a stopped process, a machine that is gone. A long call is no silence."""
     dashboard: bool = True
     """Start Ray's dashboard with a local cluster."""
 

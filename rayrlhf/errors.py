@@ -1,4 +1,4 @@
-"""The one exception for mistakes that a user can mend, and what any other error says, in one line."""
+"""The exception for mistakes that a user can mend, and what any other error says, in one line."""
 
 from __future__ import annotations
 
@@ -17,6 +17,10 @@ class UserError(Exception):
     """
 
 
+class PlainError(RuntimeError):
+    """Something that failed outside the program: an actor, a machine. Its message is one line for people."""
+
+
 @contextlib.contextmanager
 def naming(key: str) -> Iterator[None]:
     """A block whose `UserError` begins with the key of the config that it is about."""
@@ -28,4 +32,9 @@ def naming(key: str) -> Iterator[None]:
 
 def one_line(error: BaseException) -> str:
     """What an error says, without line breaks and terminal colours (which those of Ray have)."""
-    return " ".join(_COLOUR.sub("", str(error)).split())
+    return " ".join(without_colour(str(error)).split())
+
+
+def without_colour(text: str) -> str:
+    """A text without terminal colours, which those of Ray have."""
+    return _COLOUR.sub("", text)

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from actors.pools.pool import LOOK_S, Pool
-from actors.pools.remote import ActorDied, ActorFailure, answer, late
+from actors.pools.remote import ActorDied, ActorFailure, answer
 from actors.pools.worker import QueuedCall, Worker
 
 QUEUE = 2
@@ -105,7 +105,7 @@ class Dispatcher:
 
         Raises:
             ActorFailure: a call raised, too many workers died, or a second one in this round did not answer in time
-                (the first one is killed and replaced as if it had died); the message names the culprit.
+                (the first one is killed and replaced as if it had died, as is each that hangs); it names the culprit.
             UserError: raised by the actor itself.
         """
         changed: dict[Worker, None] = {}
@@ -148,9 +148,13 @@ class Dispatcher:
             return
         self._checked = now
         for pool in self._pools:
+            for worker in pool.heartbeat.look():
+                self.lose(worker, pool.heartbeat.wedged(worker))
             for worker in pool.workers:
                 if worker.calls and now - worker.turn_began() > pool.call_timeout_s:
-                    self.lose(worker, late(worker.calls[0].call, pool.call_timeout_s))
+                    overdue = pool.heartbeat.overdue(worker, worker.calls[0].call, pool.call_timeout_s)
+                    self.lose(worker, overdue)
+            pool.report_stragglers()
 
 
 def map_pieces(pool: Pool, method: str, pieces: Sequence[Any], *args: Any) -> list[Any]:
@@ -168,7 +172,7 @@ def map_pieces(pool: Pool, method: str, pieces: Sequence[Any], *args: Any) -> li
     waiting = deque(range(len(pieces)))
 
     def keep(worker: Worker, piece: int, result: Any) -> None:
-        del worker.held[piece]
+        worker.finish(piece)
         results[piece] = result
 
     with Dispatcher([pool], on_loss=lambda worker, held: waiting.extendleft(held)) as dispatcher:

@@ -12,8 +12,24 @@ from concurrent.futures import wait as wait_for_futures
 from dataclasses import dataclass
 from typing import Any
 
-from actors.pools.remote import ActorDied, ActorFailure, Call, Remote, answer, late, wait
+from actors.pools.announcing import WHOLE
+from actors.pools.autopsy import examine_and_end
+from actors.pools.heartbeat import Heartbeat
+from actors.pools.remote import (
+    ActorDied,
+    ActorFailure,
+    ActorLate,
+    ActorWedged,
+    Call,
+    CouldNotStart,
+    Remote,
+    answer,
+    late,
+    wait,
+)
+from actors.pools.stragglers import Stragglers
 from actors.pools.worker import Worker
+from rayrlhf.failures import lasting
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +75,7 @@ class Pool:
         start_timeout_s: float,
         call_timeout_s: float,
         node_timeout_s: float = 0.0,
+        heartbeat_timeout_s: float | None = None,
         on_new: Callable[[Worker], None] = lambda worker: None,
         max_replacements: int = 3,
     ) -> None:
@@ -69,6 +86,8 @@ class Pool:
             start_timeout_s: how long an actor may take until it is ready, in seconds.
             call_timeout_s: how long one call may take, in seconds.
             node_timeout_s: how much longer a newcomer may take, for which the cluster may first have to grow.
+            heartbeat_timeout_s: a worker that gives no sign of life for so many seconds is killed and replaced; None:
+                only the length of its calls is looked at. Its actor has to be a `SerializedCalls`.
             on_new: brings a newcomer up to date. An `ActorFailure` that it raises gives the newcomer up.
             max_replacements: the run fails at death number `wanted + max_replacements` since the last `reset_deaths`:
                 all may die at once, as they do with their node, and some of their replacements.
@@ -80,6 +99,9 @@ class Pool:
         self.deaths, self._deaths_of_round = 0, 0
         self._silent_in_round = False
         """Whether a worker that answered nothing was killed in this round."""
+        self._no_start = ""
+        """Why the last newcomer could not start."""
+        self.heartbeat, self._stragglers = Heartbeat(heartbeat_timeout_s), Stragglers()
         self._names = (f"{role}-{i}" for i in itertools.count())
         self._numbers = itertools.count()
         self.wanted = count
@@ -94,25 +116,58 @@ class Pool:
 
     def wait_until_ready(self) -> list[dict[str, Any]]:
         """Each worker's `ready()`; raises ActorFailure naming the one that is not up in `start_timeout_s`."""
-        return wait([worker.remote.submit("ready") for worker in self.workers], self.start_timeout_s)
+        ready: list[dict[str, Any]] = wait([w.remote.submit("ready") for w in self.workers], self.start_timeout_s)
+        for worker in self.workers:
+            self.heartbeat.begin(worker)
+        return ready
 
     def broadcast(self, method: str, *args: Any) -> list[Any]:
         """Call `method(*args)` on every worker at the same time.
 
         Returns:
-            The results in the order of `workers` as it is afterwards: workers that died are left out of both.
+            The results in the order of `workers` as it is afterwards: workers that died are left out of both, and so
+            is one that did not answer in time.
+
+        Raises:
+            ActorFailure: a call raised, or what `lose` raises.
         """
         calls = [(worker, worker.remote.submit(method, *args)) for worker in self.workers]
         results = []
         for worker, call in calls:
             try:
-                results.extend(wait([call], self.call_timeout_s))
-            except ActorDied as death:
-                self.lose(worker, death)
+                results.append(self._answer(worker, call))
+            except (ActorDied, ActorLate) as failure:
+                self.lose(worker, failure)
         return results
+
+    def ask(self, worker: Worker, method: str, *args: Any) -> Any:
+        """Call `method(*args)` on one worker, and wait for the result.
+
+        Raises:
+            ActorFailure: it raised, died, was late, or gave no sign of life; nothing is done about it.
+        """
+        return self._answer(worker, worker.remote.submit(method, *args))
+
+    def _answer(self, worker: Worker, call: Call) -> Any:
+        future, deadline = call.future(), time.monotonic() + self.call_timeout_s
+        while not future.done():
+            if worker in self.heartbeat.look():
+                raise self.heartbeat.wedged(worker)
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise self.heartbeat.overdue(worker, call, self.call_timeout_s)
+            wait_for_futures([future], min(LOOK_S, left))
+        return answer(call, future)
+
+    def report_stragglers(self) -> None:
+        """Warn once of each worker that is much slower than the others."""
+        for line in self._stragglers.look(self.workers, time.monotonic()):
+            log.warning("%s", line)
 
     def stop(self) -> None:
         """Kill all actors."""
+        for worker in self.workers:
+            self.heartbeat.forget(worker)
         for actor in [*(worker.remote for worker in self.workers), *(newcomer.actor for newcomer in self.joining)]:
             actor.kill()
 
@@ -165,7 +220,7 @@ class Pool:
                 self.on_new(worker)
                 admitted.append(worker)
             except ActorFailure as failure:
-                worker.remote.kill()
+                self._end(worker, failure)
                 with self._sizing:
                     self._remove(worker)
                     self._newcomer_failed(failure)
@@ -201,6 +256,7 @@ class Pool:
                         self._newcomer_failed(failure)
                     else:
                         admitted.append(Worker(newcomer.actor, next(self._numbers)))
+                        self.heartbeat.begin(admitted[-1])
                         self.workers = [*self.workers, admitted[-1]]
                 elif time.monotonic() - newcomer.ready.started > self.newcomer_timeout_s:
                     self._mark_overdue(newcomer)
@@ -218,6 +274,7 @@ class Pool:
 
     def dismiss(self, worker: Worker) -> None:
         """End a worker that has no work."""
+        self.heartbeat.forget(worker)
         with self._sizing:
             self._remove(worker)
         worker.remote.kill()
@@ -226,31 +283,44 @@ class Pool:
 
     def reset_deaths(self) -> None:
         """A round of work is done: earlier deaths do not count towards `max_replacements` any more."""
-        self._deaths_of_round, self._silent_in_round = 0, False
+        self._deaths_of_round, self._silent_in_round, self._no_start = 0, False, ""
 
     def lose(self, worker: Worker, failure: ActorFailure) -> None:
         """Go on without a worker; a newcomer starts in its place. Its work is the caller's, see `Dispatcher.lose`.
 
         Args:
-            failure: an `ActorDied`, or that it did not answer in time: then it is killed, and counts as dead.
+            failure: an `ActorDied`, or that it did not answer in time: then it is killed, and counts as dead. What one
+                that hangs is at goes into the log, or into a note of the error.
 
         Raises:
             ActorFailure: `failure`, when too many died; also when it is the second one of a round that did not answer.
                 One actor may hang, but if two do not answer, the time-out is too short for the work.
         """
+        silent = not isinstance(failure, ActorDied)
         with self._sizing:
             if worker not in self.workers:
                 return  # its death is known already
-            silent = not isinstance(failure, ActorDied)
             if silent and self._silent_in_round:
                 raise failure
             self._silent_in_round |= silent
             self._remove(worker)
-            worker.remote.kill()  # an actor that is only out of reach must not keep its resources
+        whole = self._end(worker, failure)  # also one that is only out of reach: it must not keep its resources
+        if whole:
+            failure.add_note(whole)
+        with self._sizing:
             if not self._count_death():
                 raise failure
             self._spawn_missing()
-            log.warning("%s%s; %s", failure, ": it is killed as if it had died" if silent else "", self._outlook)
+            killed = ": it is killed as if it had died" if silent else ""
+            log.warning("%s%s; %s; %s", failure, killed, self._outlook, self._allowance, extra={WHOLE: whole})
+
+    def _end(self, worker: Worker, failure: ActorFailure) -> str:
+        """End a worker's actor; returns what it was at, if it hung."""
+        beat = self.heartbeat.forget(worker)
+        dead = isinstance(failure, ActorDied) and not isinstance(failure, ActorWedged)
+        whole = "" if dead or beat is None else examine_and_end(beat)
+        worker.remote.kill()
+        return whole
 
     # ---- with `_sizing` held
 
@@ -264,13 +334,20 @@ class Pool:
         self.workers = [other for other in self.workers if other is not worker]
 
     def _newcomer_failed(self, failure: ActorFailure) -> None:
-        """Try again if the newcomer died. Otherwise the others go on without it, if there are any."""
-        if not (isinstance(failure, ActorDied) and self._count_death()):
+        """Try again if the newcomer died. Otherwise the others go on without it, if there are any.
+
+        One that could not start is followed by another one, unless that meets the same for sure, or has met it.
+        """
+        why, before = "", self._no_start
+        if isinstance(failure, CouldNotStart):
+            why = self._no_start = str(failure).removeprefix(str(failure).split(" ", 1)[0])  # without its name
+        hopeless = why != "" and (why == before or lasting(why))
+        if hopeless or not (isinstance(failure, ActorDied) and self._count_death()):
             if not self.workers and not self.joining:
                 raise failure
             self.wanted -= 1
         self._spawn_missing()
-        log.warning("%s; %s", failure, self._outlook)
+        log.warning("%s; %s; %s", failure, self._outlook, self._allowance)
 
     def _count_death(self) -> bool:
         """Count a death; returns whether another actor may make up for it."""
@@ -285,6 +362,11 @@ class Pool:
                 newcomer.actor.name, self.newcomer_timeout_s, self._outlook,
             )  # fmt: skip
         newcomer.overdue = True
+
+    @property
+    def _allowance(self) -> str:
+        allowed = self.wanted + self.max_replacements - 1
+        return f"{max(0, allowed - self._deaths_of_round)} of {allowed} replacements left"
 
     @property
     def _outlook(self) -> str:

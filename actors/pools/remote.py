@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pickle
 import platform
+import re
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -14,10 +15,12 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import ray
-from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayError, RayTaskError
 
+from actors.pools.beats import begin_beats
 from rayrlhf.config import Config
-from rayrlhf.errors import UserError, one_line
+from rayrlhf.errors import PlainError, UserError, one_line, without_colour
+from rayrlhf.failures import cause, cause_of, last_error, with_remedy
 
 
 def this_node() -> str:
@@ -33,12 +36,37 @@ def namespace(config: Config) -> str:
     return f"rayrlhf-{config.runs_dir}/{config.name}"
 
 
-class ActorFailure(RuntimeError):
+_DEATHS = (
+    (r"killed by `ray\.kill`", "it was ended by ray.kill"),
+    (r"low on memory|memory monitor", "Ray ended it because its node was low on memory"),
+    (r"node has died|node was (preempted|terminated)", "its node is gone"),
+    (r"owner has died", "the process that owns it is gone"),
+    (
+        r"SIGKILL|SIGSEGV|connection error code 2",
+        "its process ended at once: kill -9, a crash, or out of memory, which `dmesg` tells",
+    ),
+)
+"""Patterns of Ray's words for the death of an actor, and plain ones."""
+
+
+class ActorFailure(PlainError):
     """An actor died during a call, did not answer it in time, or raised; the message names actor and method."""
+
+
+class ActorLate(ActorFailure):
+    """The actor did not answer in time. It may be slow, or hang."""
 
 
 class ActorDied(ActorFailure):
     """The actor's process is gone. Another actor may do its work."""
+
+
+class ActorWedged(ActorDied):
+    """The actor's process is there and gets nowhere. It is killed, and counts as dead."""
+
+
+class CouldNotStart(ActorDied):
+    """The actor's constructor raised. Another one may have more luck, but hardly if it ends with the same words."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,19 +194,34 @@ def answer(call: Call, future: Future[Any]) -> Any:
 def _fail(call: Call, error: Exception) -> NoReturn:
     # A RayTaskError may be one of these classes as well: the method itself got it, from an actor that it called.
     if isinstance(error, RayActorError | ObjectLostError) and not isinstance(error, RayTaskError):
-        cause = one_line(error)[-600:]  # the reason stands at the end
-        raise ActorDied(f"{call.actor} died during {call.method}: {cause}") from error
-    raised = getattr(error, "cause", None)
+        if getattr(error, "actor_init_failed", False):
+            kind, words = last_error(without_colour(str(error)))
+            if kind == UserError.__name__:
+                raise UserError(words) from None
+            raise CouldNotStart(f"{call.actor} could not start: {with_remedy(cause(kind, words))}") from error
+        raise ActorDied(f"{call.actor} died during {call.method}: {death_of(error)}") from error
+    raised = getattr(error, "cause", error)
     if isinstance(raised, UserError):
         raise UserError(str(raised)) from None
     if isinstance(raised, ActorFailure):  # about an actor that this actor called: its message names that one
         raise ActorFailure(str(raised)) from error
-    raise ActorFailure(f"{call.actor}.{call.method} raised {error}") from error
+    if type(raised) is RayError:  # in place of an error that cannot be sent
+        said = cause(*last_error(error.traceback_str)) if isinstance(error, RayTaskError) else cause_of(raised)
+    else:
+        said = cause_of(raised)
+    raise ActorFailure(f"{call.actor}.{call.method} raised {with_remedy(said)}") from error
 
 
-def late(call: Call, timeout_s: float) -> ActorFailure:
+def death_of(error: Exception) -> str:
+    """Why an actor died, by Ray's words for it."""
+    words = one_line(error)
+    # The reason stands at the end of Ray's words.
+    return next((plain for pattern, plain in _DEATHS if re.search(pattern, words)), words[-300:])
+
+
+def late(call: Call, timeout_s: float) -> ActorLate:
     """The error for a call that has not answered in time."""
-    return ActorFailure(
+    return ActorLate(
         f"{call.actor}.{call.method} did not answer within {timeout_s:.0f} s; see its log in the Ray dashboard "
         "(a slow machine needs a larger resources.call_timeout_s or resources.start_timeout_s)"
     )
@@ -202,6 +245,10 @@ class SerializedCalls:
     def serialized_call(self, message: bytes) -> bytes:
         method, args = load(message)
         return dump(getattr(self, method)(*args))
+
+    def begin_beats(self, key: str, every_s: float) -> None:
+        """Give signs of life from now on, see `actors.pools.heartbeat`."""
+        begin_beats(key, every_s)
 
 
 def put(value: Any, local: bool) -> Any:

@@ -47,6 +47,8 @@ class Worker:
     """Of the state that the actor was last asked to load."""
     busy_s: float = 0.0
     """Seconds that it has worked on calls of a dispatcher."""
+    done: int = 0
+    """Pieces of work that it has finished, see `finish`."""
     asked_at: float = 0.0
     """`time.monotonic()` of its newest call."""
     free_at: float = 0.0
@@ -67,6 +69,11 @@ class Worker:
 
     def add_busy(self, seconds: float) -> None:
         self.busy_s += seconds
+
+    def finish(self, key: int) -> Any:
+        """A piece of work that it held is done; returns what was held under `key`."""
+        self.done += 1
+        return self.held.pop(key)
 
     def drop_work(self) -> dict[int, Any]:
         """Forget queue and work; returns the work. Answers that still come find no call of theirs, and are ignored."""

@@ -261,7 +261,7 @@ class Ahead:
 
     def _on_generated(self, worker: Worker, done: dict[int, SerializedTrajectory]) -> None:
         for ticket, trajectory in done.items():
-            self.queue.add_trajectory(worker.held.pop(ticket), trajectory)
+            self.queue.add_trajectory(worker.finish(ticket), trajectory)
         if len(worker.calls) < QUEUE:
             self._free[worker] = None
 
@@ -285,7 +285,7 @@ class Ahead:
 
     def _on_scored(self, worker: Worker, groups: Sequence[Group], trajectories: list[SerializedTrajectory]) -> None:
         for group in groups:
-            del worker.held[group.position]
+            worker.finish(group.position)
         self.queue.add_scored(groups, trajectories)
 
     def _on_loss(self, worker: Worker, held: dict[int, Group]) -> None:

@@ -10,6 +10,7 @@ Who calls what, in the stage `rl`:
     learner          begin ─▶ { next_version ─▶ load_weights ─▶ next_batch ─▶ train } for every step
                      answer, after some of the batches
     command          status, scale
+    driver           announcements, all the time
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from actors.pools.announcing import Announcement, Announcements
 from actors.pools.monitoring import Status, export_status
 from actors.pools.remote import ActorDied, ActorFailure
 from actors.pools.worker import Worker
@@ -73,7 +75,10 @@ class Coordinator:
         self._stopped = False
         self._generators_of_batch: list[str] = []
         """The generators at the last batch, by name."""
+        self._announcements: Announcements | None = None
+        """Where this is a process of its own; otherwise the user sees its warnings anyway."""
         if not local:
+            self._announcements = Announcements()
             export_status(config.name, self.status)
 
     def __repr__(self) -> str:
@@ -124,6 +129,10 @@ class Coordinator:
             replacements={pool.role: pool.deaths for pool in pools},
         )
 
+    def announcements(self, heard: int) -> Sequence[Announcement]:
+        """What there is to tell the user, but for the first `heard`: deaths, replacements, stragglers."""
+        return self._announcements.since(heard) if self._announcements else ()
+
     # ---- weights
 
     def next_version(self, after: int = 0) -> int:
@@ -139,8 +148,7 @@ class Coordinator:
 
     def _bring_up_to_date(self, generator: Worker) -> None:
         if self.publication is not None:
-            timeout_s = self.config.resources.call_timeout_s
-            generator.version = generator.remote.call("load_weights", self.publication, timeout_s=timeout_s)
+            generator.version = self.pools.generators.ask(generator, "load_weights", self.publication)
 
     # ---- work of the stages without batches
 

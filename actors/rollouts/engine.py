@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 
 from actors.rollouts.weight_sync import WeightSyncError
 from rayrlhf.config_resources import GeneratorConfig
@@ -127,6 +128,10 @@ class Engine:
                 _keep_transformers_classes()
             with self._thread_count():
                 self._llm = LLMEngine.from_engine_args(arguments)
+        except SafetensorError as error:
+            raise UserError(
+                f"model {model_path}: its weights are cut short or damaged ({one_line(error)}); copy it again"
+            ) from error
         except (ValueError, OSError) as error:
             raise UserError(
                 f"model {model_path}: vLLM cannot serve it: {one_line(error)[:280]} "

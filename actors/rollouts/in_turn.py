@@ -168,7 +168,7 @@ def draw(
                 drawn = trajectory.oldest
                 raise WeightSyncError(f"{worker.name} has version {drawn}, wanted is {version}: sync it first")
             done[ticket] = trajectory
-            del worker.held[ticket]
+            worker.finish(ticket)
 
     def give(worker: Worker, share: Requests) -> None:
         worker.held |= share

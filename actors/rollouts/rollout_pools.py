@@ -152,5 +152,6 @@ class RolloutPools:
             start_timeout_s=resources.start_timeout_s,
             call_timeout_s=resources.call_timeout_s,
             node_timeout_s=resources.wait_for_nodes_s,
+            heartbeat_timeout_s=None if self.local else resources.heartbeat_timeout_s,
             on_new=on_new,
         )

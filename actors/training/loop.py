@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 from actors.pools.monitoring import metrics_writer
 from actors.pools.remote import Remote
 from rayrlhf.config import Config
+from rayrlhf.failures import locate
 from rayrlhf.models.loading import checkpoint_gradients
 from rayrlhf.models.lora import add_adapters
 from rayrlhf.models.ranks import Ranks
@@ -90,6 +91,8 @@ class Loop:
             last = None if self._last is None else self.checkpoints.address(self._last)
             kept = f"the last good checkpoint is {last}" if last else "there was no checkpoint yet"
             raise FloatingPointError(f"{error}; {kept}") from None
+        if isinstance(error, Exception):
+            locate(error, f"{self.stage} step {min(self.step + 1, self.steps or self.step + 1)}")
 
     # ---- models
 

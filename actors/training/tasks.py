@@ -11,12 +11,18 @@
 Ray Train starts the workers once for all stages. When it has to start them again, because one died, the new ones ask
 for what comes after the last task that was finished: they get the same task again, whose loop continues from its newest
 checkpoint.
+
+Failures come here, too, from the worker that raised (`failed`) and from Ray Train's controller (`group_failed`), since
+Ray Train's own report of them is cut in the middle. The driver reads them as `news`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import enum
 from typing import Any, NamedTuple
+
+from rayrlhf.failures import of_another, with_remedy
 
 # Nothing heavy is imported here: the actor's process would import it as well.
 
@@ -32,6 +38,20 @@ TRAIN_ENVIRONMENT = {
 """Ray Train's settings, which it reads when it is first imported."""
 
 
+class Failed(NamedTuple):
+    """What went wrong on a rank."""
+
+    cause: str
+    """One line, without a remedy."""
+    place: str | None = None
+    """Stage and step, if they are known."""
+    traceback: str = ""
+    """The whole of it."""
+
+    def told(self) -> str:
+        return (f"{self.place}: " if self.place else "") + with_remedy(self.cause)
+
+
 class Outcome(NamedTuple):
     """How a task ended, if a worker lives to tell it."""
 
@@ -39,6 +59,29 @@ class Outcome(NamedTuple):
     """What the user has to mend."""
     not_finite: str | None = None
     """Which number was not finite."""
+    failed: Failed | None = None
+    """What a new start of the workers would only meet again."""
+
+
+class GroupEnd(enum.Enum):
+    """What Ray Train does about a worker group that has failed."""
+
+    RESTARTS = "restarts"
+    """It starts the workers again, at the price of one of `max_failures`."""
+    TRIES_AGAIN = "tries again"
+    """The workers could not start, and have another try."""
+    FINAL = "final"
+    """It gives up."""
+
+
+class News(NamedTuple):
+    """What has become of the worker group."""
+
+    text: str
+    """One line."""
+    traceback: str
+    final: bool
+    """Whether Ray Train has given up."""
 
 
 class Given(NamedTuple):
@@ -65,9 +108,16 @@ class StopRequest:
 class Tasks(StopRequest):
     """An asynchronous actor: any number of calls wait inside it at the same time."""
 
-    def __init__(self, workers: int) -> None:
+    def __init__(self, workers: int, max_failures: int) -> None:
+        """`max_failures`: how often Ray Train may start the workers again."""
         super().__init__()
-        self._workers = workers
+        self._workers, self._left = workers, max_failures
+        self._allowed = max_failures
+        self._failed: list[Failed] = []
+        """What the workers of this group have raised, in order."""
+        self._earlier: Failed | None = None
+        """What the group before this one failed with."""
+        self._news: list[News] = []
         self._current = Given()
         self._outcomes: dict[int, Outcome] = {}
         self._done: set[int] = set()
@@ -88,6 +138,10 @@ class Tasks(StopRequest):
         """What became of the task; None if it is still under way after `wait_s`."""
         await self._wait(lambda: number in self._outcomes, wait_s)
         return self._outcomes.get(number)
+
+    async def news(self, after: int) -> list[News]:
+        """What has happened since the first `after` news."""
+        return self._news[after:]
 
     async def controller(self) -> Any:
         """Ray Train's controller, once it is up."""
@@ -110,6 +164,44 @@ class Tasks(StopRequest):
             if outcome != Outcome() or len(self._done) == self._workers:
                 self._outcomes.setdefault(number, outcome)
                 self._changed.notify_all()
+
+    async def failed(self, failed: Failed) -> bool:
+        """A worker has raised. Returns whether the group before this one has failed with the same, at the same step.
+
+        What is only the end of another worker, as its neighbours see it, never counts as the same.
+        """
+        self._failed.append(failed)
+        before = self._earlier
+        same = before is not None and (before.place, before.cause) == (failed.place, failed.cause)
+        return same and not of_another(failed.cause)
+
+    async def group_failed(self, seen: Failed, dead: bool, end: GroupEnd) -> None:
+        """Ray Train's controller has seen the group fail.
+
+        Args:
+            seen: what it knows of it.
+            dead: a worker's process is gone, which explains what the others have raised.
+            end: what it does about it.
+        """
+        own = [failed for failed in self._failed if not of_another(failed.cause)] or self._failed
+        found = seen if dead or not own else own[0]
+        whole = "\n".join([seen.traceback, *(failed.traceback for failed in self._failed)])
+        self._earlier, self._failed = found, []
+        self._left -= end is GroupEnd.RESTARTS
+        left = f"{self._left} of {self._allowed} restarts left"
+        then = {
+            GroupEnd.RESTARTS: f"; the learner goes on from its last checkpoint, {left}",
+            GroupEnd.TRIES_AGAIN: "; they have another try",
+            GroupEnd.FINAL: self._used_up(),
+        }[end]
+        self._news.append(News(f"{found.told()}{then}", whole, end is GroupEnd.FINAL))
+
+    def _used_up(self) -> str:
+        if self._left > 0:  # Ray Train takes it for nothing that a restart could help
+            return ""
+        spent = {0: "no restart is allowed", 1: "its one restart is used up"}
+        said = spent.get(self._allowed, f"its {self._allowed} restarts are used up")
+        return f"; {said} (resources.learner.max_failures={self._allowed})"
 
     async def begin(self) -> int:
         """Rank 0 of a worker group that has just started asks for the last task that has ended; 0 before the first.

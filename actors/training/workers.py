@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import os
 import sys
 import tempfile
 import threading
+import traceback
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,18 +25,21 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _set_torch_distributed_env_vars, _TorchBackend
 from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2._internal.execution.controller.state import ErroredState, ReschedulingState, RestartingState
 
-from actors.pools.remote import ActorFailure, Remote
-from actors.training.tasks import TRAIN_ENVIRONMENT, Given, Outcome, StopRequest, Tasks
+from actors.pools.remote import ActorFailure, Remote, death_of
+from actors.training.tasks import TRAIN_ENVIRONMENT, Failed, Given, GroupEnd, News, Outcome, StopRequest, Tasks
 from rayrlhf.config_resources import LearnerConfig
-from rayrlhf.errors import UserError
+from rayrlhf.errors import PlainError, UserError, without_colour
+from rayrlhf.failures import cause_of, lasting, locate, place_of
 from rayrlhf.models.ranks import Ranks
 from rayrlhf.runs.addresses import is_uri
 from rayrlhf.runs.storage import Store
@@ -49,21 +54,37 @@ _END_S = 20.0
 """How long Ray Train may take to end its workers."""
 
 TrainingLoop = Callable[[Any], None]
+log = logging.getLogger(__name__)
+
+
+class RemoteTraceback(Exception):
+    """The cause of an `ActorFailure`: what another process has written about it."""
 
 
 class Workers:
     """The learner's workers: Ray Train's, or this process if `local`."""
 
-    def __init__(self, learner: LearnerConfig, storage: str, name: str, local: bool) -> None:
+    def __init__(
+        self,
+        learner: LearnerConfig,
+        storage: str,
+        name: str,
+        local: bool,
+        announce: Callable[[str, str], None] = lambda text, whole: log.warning("%s", text),
+    ) -> None:
         """
         Args:
             storage: path or URI that every node sees, for Ray Train's own files.
             name: of the group, in Ray's dashboard.
+            announce: gets one line for each restart of the workers, and the whole of what led to it.
         """
         self.learner, self.storage, self.name, self.local = learner, storage, name, local
+        self._announce = announce
         self._tasks: Any = None
         self._stop = StopRequest()
         self._number = 0
+        self._heard = 0
+        """News that have been announced."""
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
 
@@ -78,9 +99,9 @@ class Workers:
         self._tasks = (
             ray.remote(Tasks)
             .options(num_cpus=0, label_selector={ray._raylet.RAY_NODE_ID_KEY: here})
-            .remote(self.learner.workers)
+            .remote(self.learner.workers, self.learner.max_failures)
         )
-        self._number, self._failure = 0, None
+        self._number, self._heard, self._failure = 0, 0, None
         self._thread = threading.Thread(target=self._fit, args=(self._trainer(),), name="ray train", daemon=True)
         self._thread.start()
 
@@ -95,8 +116,8 @@ class Workers:
         Raises:
             UserError: raised by the loop on any worker, passed on as it is.
             FloatingPointError: raised by the loop on all workers alike; it names the last good checkpoint.
-            ray.train.TrainingFailedError: workers failed more often than `learner.max_failures`.
-            ActorFailure: the actor that hands out tasks is gone.
+            ActorFailure: workers failed more often than `learner.max_failures`, or with what a restart cannot help
+                against; or the actor that hands out tasks is gone. It names the culprit, stage and step.
         """
         if self.local:
             loop(arguments)
@@ -113,6 +134,9 @@ class Workers:
             raise UserError(outcome.user_error)
         if outcome.not_finite is not None:
             raise FloatingPointError(outcome.not_finite)
+        if outcome.failed is not None:
+            self.close()
+            raise _failure(outcome.failed.cause, outcome.failed.traceback, outcome.failed.place)
 
     def close(self) -> None:
         """End the workers, in the middle of their work if they are at it."""
@@ -132,10 +156,24 @@ class Workers:
         self._ask("give", self._number, task)
         while True:
             found: Outcome | None = self._ask("outcome", self._number, _WAIT_S)
+            ended = not self._thread.is_alive()  # before the news are read: its last ones are among them then
+            last = self._read_news()
             if found is not None:
                 return found
-            if not self._thread.is_alive():
-                raise self._failure or ActorFailure("Ray Train's workers ended in the middle of their work")
+            if last is not None:
+                raise _failure(last.text, last.traceback)
+            if ended:
+                raise _given_up(self._failure)
+
+    def _read_news(self) -> News | None:
+        """Announce what is new of the worker group; returns why Ray Train has given up, if it has."""
+        news: list[News] = self._ask("news", self._heard)
+        self._heard += len(news)
+        for each in news:
+            if each.final:
+                return each
+            self._announce(each.text, each.traceback)
+        return None
 
     def _ask(self, method: str, *args: Any) -> Any:
         try:
@@ -143,7 +181,9 @@ class Workers:
         except GetTimeoutError:
             raise ActorFailure(f"the actor that hands out training tasks does not answer {method}") from None
         except RayError as error:
-            raise ActorFailure(f"the actor that hands out training tasks is gone ({method}): {error}") from error
+            raise ActorFailure(
+                f"the actor that hands out training tasks died during {method}: {death_of(error)}"
+            ) from error
 
     def _fit(self, trainer: _Trainer) -> None:
         try:
@@ -179,7 +219,7 @@ class Workers:
                 storage_path=root,
                 storage_filesystem=filesystem,
                 failure_config=FailureConfig(max_failures=learner.max_failures),
-                callbacks=[_IntroduceController(self._tasks)],
+                callbacks=[_ToTasks(self._tasks)],
             ),
         )
 
@@ -196,14 +236,69 @@ class _Trainer(TorchTrainer):
         return [each for each in super()._create_default_callbacks() if not isinstance(each, unused)]
 
 
-class _IntroduceController(ControllerCallback):
-    """Tells `Tasks` which actor Ray Train's controller is: `fit` has no way to end a run from another thread."""
+_ENDS: dict[type, GroupEnd] = {
+    RestartingState: GroupEnd.RESTARTS, ReschedulingState: GroupEnd.TRIES_AGAIN, ErroredState: GroupEnd.FINAL,
+}  # fmt: skip
+"""What Ray Train does about a failed group, by the state of its controller."""
+
+
+class _ToTasks(ControllerCallback):
+    """Tells `Tasks` which actor Ray Train's controller is, and how the worker group fails.
+
+    `fit` has no way to end a run from another thread, and its error has the causes cut in the middle.
+    """
 
     def __init__(self, tasks: Any) -> None:
         self._tasks = tasks
 
     def after_controller_start(self, *args: Any) -> None:
         self._tasks.set_controller.remote([ray.get_runtime_context().current_actor])
+
+    def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
+        end = {
+            RestartingState: GroupEnd.RESTARTS,
+            ReschedulingState: GroupEnd.TRIES_AGAIN,
+            ErroredState: GroupEnd.FINAL,
+        }
+        if type(current_state) in end:
+            seen, dead = seen_by_ray_train(current_state.training_failed_error)
+            with contextlib.suppress(RayError):  # the driver is gone, and the run with it
+                told = self._tasks.group_failed.remote(seen, dead, end[type(current_state)])
+                ray.get(told, timeout=_CALL_S)
+
+
+def seen_by_ray_train(error: ray.train.TrainingFailedError) -> tuple[Failed, bool]:
+    """What Ray Train's error says of a failed worker group, and whether a worker's process is gone."""
+    whole = without_colour("".join(traceback.format_exception(error)))
+    ranks: dict[int, Exception] = getattr(error, "worker_failures", {})
+    for rank, failure in sorted(ranks.items()):
+        if isinstance(failure, WorkerHealthCheckFailedError) and isinstance(
+            failure.health_check_failure, RayActorError
+        ):
+            return Failed(f"learner rank {rank} died: {death_of(failure.health_check_failure)}", None, whole), True
+    for rank, failure in sorted(ranks.items()):
+        return Failed(f"learner rank {rank} raised {cause_of(failure)}", None, whole), False
+    inner = getattr(error, "controller_failure", error)
+    return Failed(f"the learner's workers could not start: {cause_of(inner)}", None, whole), False
+
+
+def _failure(text: str, whole: str, place: str | None = None) -> ActorFailure:
+    failure = ActorFailure(text)
+    failure.__cause__ = RemoteTraceback(f"\n{whole}")
+    if place:
+        locate(failure, place)
+    return failure
+
+
+def _given_up(error: BaseException | None) -> ActorFailure:
+    """Ray Train ended without any news of it."""
+    if isinstance(error, ray.train.TrainingFailedError):
+        seen, _ = seen_by_ray_train(error)
+        return _failure(seen.told(), seen.traceback)
+    why = death_of(error) if isinstance(error, RayActorError) else cause_of(error) if error else "nothing says why"
+    failure = ActorFailure(f"Ray Train's controller ended in the middle of its work: {why}")
+    failure.__cause__ = error
+    return failure
 
 
 # ---- in the workers
@@ -212,7 +307,8 @@ class _IntroduceController(ControllerCallback):
 def _serve(settings: dict[str, Any]) -> None:
     """Do task after task, until `Workers.close` ends this process.
 
-    Whatever a loop raises that is not an outcome is Ray Train's to handle: it starts the workers anew.
+    Whatever a loop raises that is not an outcome is Ray Train's to handle: it starts the workers anew, up to
+    `max_failures` times.
     """
     (tasks,), learner = settings["tasks"], settings["learner"]
     ranks = Ranks(learner.threads, gpu=learner.gpus > 0)
@@ -223,14 +319,14 @@ def _serve(settings: dict[str, Any]) -> None:
         if not given.task:
             continue  # nothing yet
         loop, arguments = ray.get(given.task[0], timeout=_CALL_S)
-        outcome = _run(loop, arguments)
+        outcome = _run(loop, arguments, ranks.rank, tasks)
         ray.get(tasks.finish.remote(given.number, ranks.rank, outcome), timeout=_CALL_S)
         done = given.number
         del loop, arguments
         _free_memory()
 
 
-def _run(loop: TrainingLoop, arguments: Any) -> Outcome:
+def _run(loop: TrainingLoop, arguments: Any, rank: int, tasks: Any) -> Outcome:
     try:
         loop(arguments)
     except UserError as error:
@@ -239,7 +335,20 @@ def _run(loop: TrainingLoop, arguments: Any) -> Outcome:
         # The same on all ranks, since norms and means are of all of them. Not a failure: a group that starts anew from
         # the last checkpoint would arrive at the same numbers.
         return Outcome(not_finite=str(error))
+    except Exception as error:
+        failed = _failed(error, rank)
+        again = ray.get(tasks.failed.remote(failed), timeout=_CALL_S)
+        if again or lasting(failed.cause):
+            return Outcome(failed=failed)
+        raise
     return Outcome()
+
+
+def _failed(error: Exception, rank: int) -> Failed:
+    # What is plain already names its own culprit, such as a generator.
+    who = "" if isinstance(error, PlainError) else f"learner rank {rank} raised "
+    whole = without_colour("".join(traceback.format_exception(error)))
+    return Failed(f"{who}{cause_of(error)}", place_of(error), f"learner rank {rank}:\n{whole}")
 
 
 def _free_memory() -> None:

@@ -104,6 +104,23 @@ def status(run_folder: Folder, address: Address = None) -> None:
     run_guarded(action)
 
 
+@app.command("doctor")
+def doctor_command(
+    run_folder: Folder,
+    output: Annotated[Path | None, typer.Option(help="The archive; default: doctor-NAME.tar.gz here.")] = None,
+) -> None:
+    """Print why a run most likely ended, and pack logs, config, metrics and facts without secrets, to send them on."""
+
+    def action() -> None:
+        from jobs.doctor import doctor
+
+        archive, cause = doctor(run_folder, output)
+        say(f"most likely: {cause}")
+        say(f"packed: {archive} (look through it before you send it)")
+
+    run_guarded(action)
+
+
 @app.command()
 def scale(
     run_folder: Folder,

@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from rayrlhf.data.turns import written_tokens
-from rayrlhf.errors import UserError
+from rayrlhf.errors import UserError, one_line
 
 
 def read_config(path: str, revision: str | None) -> PreTrainedConfig:
@@ -66,6 +67,10 @@ def one_line_errors(path: str) -> Iterator[None]:
     """Turn the errors of transformers and the hub, which may be pages long, into a `UserError` of one line."""
     try:
         yield
+    except SafetensorError as error:
+        raise UserError(
+            f"model {path!r}: its weights are cut short or damaged ({one_line(error)}); download or copy it again"
+        ) from error
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         text = " ".join(str(error).split())
         if "couldn't connect" in text.lower() or "offline" in text.lower():

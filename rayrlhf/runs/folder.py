@@ -81,6 +81,8 @@ class RunFolder:
         self.trained = self.path / "trained.jsonl"
         """Which prompts `rl` has learnt from, step by step."""
         self.evaluation = self.path / "evaluation.json"
+        self.errors = self.path / "errors.log"
+        """The whole of each failure, which the command tells in one line (`rayrlhf.runs.error_log`)."""
         self.checkpoints = self.path / "checkpoints"
 
     @property

@@ -11,6 +11,7 @@ The tests share it and follow one another, because to start a generator takes lo
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -287,12 +288,17 @@ def test_generators_killed_before_a_weight_load(coordinator: Remote, reward_mode
     publication = publish(policy.named_parameters(), 21, local=False)
     coordinator.call("next_batch", 7, 20, timeout_s=600)  # reports what died before
     generators = coordinator.call("start_generators", timeout_s=600)
+    names = list(coordinator.call("status", timeout_s=600).versions)
     for place in generators:
         kill(place["pid"])
     assert coordinator.call("load_weights", publication, timeout_s=600) == 21
     kill(scorer["pid"])
     batch = coordinator.call("next_batch", 1, 21, timeout_s=600)
     assert batch.metrics["rollout/replacements"] == len(generators) + 1
+    said = [announcement.line for announcement in coordinator.call("announcements", 0, timeout_s=600)]
+    for name in [*names, scorer["name"]]:  # what the driver shows to the user
+        (line,) = (line for line in said if line.startswith(f"{name} died during "))
+        assert re.search(r"on their way: .*; \d of \d replacements left$", line), line
     assert all(t.rewards and t.ref_logprobs is not None for t in batch.trajectories)
     for t in batch.trajectories:
         np.testing.assert_allclose(t.generator_logprobs, plain_logprobs(policy, t), atol=1e-4)

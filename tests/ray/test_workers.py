@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import threading
@@ -11,16 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray.train
 import torch
 import torch.distributed as dist
 
-from actors.pools.remote import Remote
+from actors.pools.remote import ActorFailure, Remote
 from actors.training.loop import Loop, LoopArguments
 from actors.training.workers import Workers
 from rayrlhf.config import Config
 from rayrlhf.config_file import parse_config
 from rayrlhf.errors import UserError
+from rayrlhf.failures import told
 from rayrlhf.models.ranks import Ranks
 from rayrlhf.runs.metrics import read_metrics
 from tests.ray.sft_runs import (
@@ -69,6 +70,17 @@ def train_until_released(directory: Path) -> None:
         time.sleep(0.01)
 
 
+def full_disk(arguments: LoopArguments) -> None:
+    """As `save` would on rank 1, while rank 0 waits for it; attempts are counted in a file."""
+    with Loop("rl", arguments) as loop:
+        loop.step = 12
+        if loop.ranks.rank == 1:
+            with (Path(arguments.run_dir) / "attempts").open("a") as file:
+                file.write("x")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/data/state.pt")
+        loop.ranks.sum(torch.zeros(1))
+
+
 def diverging_loop(arguments: LoopArguments) -> None:
     """A weight that grows until its square overflows float32; a checkpoint a step, attempts counted in a file."""
     with Loop("rl", arguments) as loop:
@@ -89,10 +101,15 @@ def config(tmp_path: Path) -> Config:
     return parse_config({"name": "run", "runs_dir": str(tmp_path), "resources": resources}, "test")
 
 
+announced: list[tuple[str, str]] = []
+"""What the workers of this file have said of their restarts."""
+
+
 @pytest.fixture(scope="module")
 def workers(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
     storage = tmp_path_factory.mktemp("storage")
-    own = Workers(config(storage).resources.learner, str(storage), "workers", local=False)
+    learner = config(storage).resources.learner
+    own = Workers(learner, str(storage), "workers", local=False, announce=lambda *said: announced.append(said))
     yield own
     own.close()
 
@@ -173,14 +190,30 @@ def test_a_mistake_that_one_rank_finds_ends_the_task_for_all(workers: Workers, t
     assert len(set(pids(tmp_path, "new"))) == 2
 
 
+def test_a_full_disk_is_told_at_once_since_a_restart_would_only_meet_it_again(workers: Workers, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    with pytest.raises(ActorFailure) as raised:
+        workers.train(full_disk, LoopArguments(config(tmp_path), str(tmp_path / "run"), "rl", 2))
+    assert told(raised.value) == (
+        "rl step 13: learner rank 1 raised OSError: No space left on device: '/data/state.pt'; free space on that disk"
+    )
+    assert "in full_disk" in str(raised.value.__cause__)  # for the log
+    assert (tmp_path / "run" / "attempts").read_text() == "x" and not announced
+
+
 def test_a_task_whose_worker_dies_is_done_again_by_new_ones(workers: Workers, tmp_path: Path) -> None:
     workers.train(write_pid, (tmp_path, "before"))
     workers.train(die_once, tmp_path)
     assert (tmp_path / "died").read_text() == pids(tmp_path, "before")[1]
     assert not {*pids(tmp_path, "again")} & {*pids(tmp_path, "before")}
-    with pytest.raises(ray.train.TrainingFailedError):  # max_failures was 1: there is no third group
-        (tmp_path / "died").unlink()
+    ((said, _),) = announced
+    assert said.startswith("learner rank 1 died: its process ended at once")
+    assert said.endswith("; the learner goes on from its last checkpoint, 0 of 1 restarts left")
+    (tmp_path / "died").unlink()
+    with pytest.raises(ActorFailure) as raised:
         workers.train(die_once, tmp_path)
+    assert str(raised.value).startswith("learner rank 1 died: ") and len(announced) == 1
+    assert str(raised.value).endswith("; its one restart is used up (resources.learner.max_failures=1)")
 
 
 def test_in_this_process_without_a_checkpoint_it_says_so(tmp_path: Path) -> None:

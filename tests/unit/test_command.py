@@ -27,7 +27,19 @@ SLOW = (
 )  # fmt: skip
 """Packages that take long to import: only the commands that need them may."""
 STAGE_COMMANDS = ["run", *(stage.command for stage in STAGES.values())]
-COMMANDS = [*STAGE_COMMANDS, "config", "init", "sweep", "submit", "compare", "agreement", "status", "scale", "runs"]
+COMMANDS = [
+    *STAGE_COMMANDS,
+    "config",
+    "init",
+    "sweep",
+    "submit",
+    "compare",
+    "agreement",
+    "status",
+    "scale",
+    "doctor",
+    "runs",
+]
 
 RUNNER = """
 import contextlib, io, json, sys
@@ -147,6 +159,8 @@ def test_a_look_at_runs(tmp_path: Path) -> None:
             ("runs", "nowhere"): (2, "nowhere: no such directory"),
             ("status", "runs/one"): (0, "rl steps 1 to 2: the policy is 50.0 nats"),
             ("status", "runs/two"): (2, "two: no run folder"),
+            ("doctor", "runs/one", "--output", "one.tar.gz"): (0, "most likely: the run ended in sft, "),
+            ("doctor", "runs/two"): (2, "runs/two: no such folder"),
             ("scale", "runs/one"): (2, "say how many"),
             ("scale", "runs/one", "--generators", "2"): (2, "nobody works on runs/one"),
         },

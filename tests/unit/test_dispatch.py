@@ -25,14 +25,15 @@ class Pending(Call):
 
 
 class ByHand(Remote):
-    """Its calls are in `asked`, by name."""
+    """Its calls are in `asked` and their arguments in `given`, by name."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name, None, False)
         self.asked: dict[str, Future[Any]] = {}
+        self.given: dict[str, tuple[Any, ...]] = {}
 
     def submit(self, method: str, *args: Any, **kwargs: Any) -> Call:
-        self.asked[method] = Future()
+        self.asked[method], self.given[method] = Future(), args
         return Pending(self.name, method, self.asked[method], False, time.monotonic())
 
     def kill(self) -> None:
@@ -152,7 +153,9 @@ def test_a_worker_that_answers_nothing_is_replaced_and_a_second_one_is_an_error_
     assert [newcomer.actor.name for newcomer in pool.joining] == ["worker-2"]
     (said,) = (record.message for record in caplog.records)
     assert said.startswith("worker-1.slow did not answer within 5 s")
-    assert said.endswith("it is killed as if it had died; 1 workers go on (wanted: 2), on their way: worker-2")
+    assert said.endswith(
+        "it is killed as if it had died; 1 workers go on (wanted: 2), on their way: worker-2; 3 of 4 replacements left"
+    )
     slow.set_result("slow")
     assert log.settle() == [] and log.heard == ["fast"]
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import json
+import os
 from pathlib import Path
 
 import pytest
-from ray.train import TrainingFailedError
+from ray.exceptions import RayTaskError
 
 from actors.pools.remote import ActorDied, ActorFailure
 from jobs.guard import guarded
@@ -14,6 +17,8 @@ from jobs.stage import run, stage
 from rayrlhf.config import Config
 from rayrlhf.config_file import parse_config
 from rayrlhf.errors import UserError
+from rayrlhf.runs.error_log import entries
+from rayrlhf.runs.metrics import MetricsWriter
 
 
 @pytest.fixture
@@ -49,14 +54,64 @@ def test_errors_are_one_line_and_an_exit_code(
     assert capsys.readouterr() == ("", f"{line}\n")
 
 
-def test_ray_trains_own_words_follow_the_line(capsys: pytest.CaptureFixture[str]) -> None:
-    def fail() -> None:
-        raise TrainingFailedError("rank 0: boom")
+def test_the_operating_systems_and_rays_words_are_one_line_too(capsys: pytest.CaptureFixture[str]) -> None:
+    def disk() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/data/x")
 
-    assert guarded(fail) == 1
-    first, *rest = capsys.readouterr().err.splitlines()
-    assert first == "failed: Ray Train gave up; finished stages and checkpoints are kept"
-    assert "boom" in "".join(rest)
+    def task() -> None:
+        wrapped = RayTaskError(
+            "f()", "Traceback (most recent call last):\nValueError: bad\nmore", ValueError("bad\nmore")
+        )
+        raise wrapped.as_instanceof_cause()
+
+    assert [guarded(disk), guarded(task)] == [1, 1]
+    assert capsys.readouterr().err.splitlines() == [
+        "failed: OSError: No space left on device: '/data/x'; free space on that disk",
+        "failed: ValueError: bad more",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (ZeroDivisionError("division by zero"), "sft: ZeroDivisionError: division by zero; the same command continues"),
+        (FloatingPointError("the norm is nan"), "sft: the norm is nan"),
+        (ActorDied("scorer-1 died"), "sft: scorer-1 died; the same command continues"),
+    ],
+)
+def test_what_ends_a_run_is_one_line_that_names_a_log_with_the_whole_of_it(
+    config: Config, capsys: pytest.CaptureFixture[str], error: Exception, told: str
+) -> None:
+    folder = Path(config.runs_dir) / "one"
+
+    @stage("sft")
+    def fail(session: Session) -> None:
+        with MetricsWriter(session.run.address) as metrics:
+            for step in range(1, 6):
+                metrics.write("sft", step, {"sft/loss": float(step)})
+        raise type(error)(*error.args)
+
+    assert guarded(lambda: run(config, [fail], local=True)) == 1
+    log = folder / "errors.log"
+    assert capsys.readouterr().err == f"failed: {told}; log: {log}\n"
+    text = log.read_text()
+    head, *rest = text.splitlines()
+    assert head.startswith("==== ") and head.endswith(told.removesuffix("; the same command continues"))
+    for part in ("versions: rayrlhf ", "Traceback (most recent call last):", "in fail\n    raise type(", "name: one\n"):
+        assert part in text, part
+    assert [json.loads(line)["step"] for line in rest if line.startswith("{")] == [3, 4, 5]
+    guarded(lambda: run(config, [fail], local=True))
+    said = [entry.splitlines()[0].split(" ", 2)[2] for entry in entries(log.read_text())]
+    assert said == [told.removesuffix("; the same command continues")] * 2
+
+
+def test_a_users_mistake_needs_no_log(config: Config) -> None:
+    @stage("sft")
+    def fail(session: Session) -> None:
+        raise UserError("row 3 is bad")
+
+    assert guarded(lambda: run(config, [fail], local=True)) == 2
+    assert not (Path(config.runs_dir) / "one" / "errors.log").exists()
 
 
 def test_success_is_0_and_silent(capsys: pytest.CaptureFixture[str]) -> None:

@@ -235,6 +235,9 @@ def test_a_half_downloaded_model_names_the_file(tmp_path: Path) -> None:
     cut(single / "model.safetensors")
     with pytest.raises(UserError, match="model.safetensors is cut short or damaged"):
         resolve_model(str(single))
+    # As it meets the copy of a model on the hub, whose files nobody has looked at.
+    with pytest.raises(UserError, match=r"its weights are cut short or damaged \(.*\); download or copy it again$"):
+        load_policy(str(single))
 
 
 BART = {"layers": 1, "ffn_dim": 8, "attention_heads": 2}
