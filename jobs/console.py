@@ -18,7 +18,7 @@ from rayrlhf.terminal import printable
 
 # Rich takes bells and the like out of a text when it is made. Whatever else a terminal would obey has to be replaced
 # there, too: it counts as no cell wide, so a table that is measured with it would cut off what follows.
-rich.text.strip_control_codes = printable  # type: ignore[attr-defined]
+rich.text.strip_control_codes = printable  # type: ignore[attr-defined, assignment]
 
 
 class PlainConsole(Console):

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from jobs.stopping import interrupted_by_sigterm
 from rayrlhf.errors import PlainError, UserError
 from rayrlhf.failures import log_of, told
+from rayrlhf.scratch import scratch
 from rayrlhf.terminal import LogFormatter, complain
 
 
@@ -27,7 +28,7 @@ def guarded(action: Callable[[], None]) -> int:
     handler.setFormatter(LogFormatter("%(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     try:
-        with interrupted_by_sigterm():
+        with interrupted_by_sigterm(), scratch():
             action()
     except UserError as error:
         _say(f"error: {error}")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import re
 import signal
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,12 +91,10 @@ def strike(fault: Fault, command: Command, run: Path, chance: random.Random) -> 
 
 
 def _stop(pid: int, seconds: float) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):  # replaced meanwhile, which is as good an answer
         os.kill(pid, signal.SIGSTOP)
         time.sleep(seconds)
         os.kill(pid, signal.SIGCONT)
-    except ProcessLookupError:
-        pass  # replaced meanwhile, which is as good an answer
 
 
 def _fill(run: Path, seconds: float) -> str:
@@ -119,7 +117,8 @@ def _power_cut(command: Command, run: Path, chance: random.Random) -> str:
     """Kill every process at once, and damage what was written last, as a disk does that had not written it yet."""
     while left := command.processes():
         for pid in left:
-            _ignoring_gone(lambda pid=pid: os.kill(pid, signal.SIGKILL))
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
     metrics = run / "metrics.jsonl"
     if metrics.exists() and metrics.stat().st_size > 40:
         os.truncate(metrics, metrics.stat().st_size - chance.randrange(1, 40))
@@ -134,10 +133,3 @@ def _power_cut(command: Command, run: Path, chance: random.Random) -> str:
         file.seek(-1, os.SEEK_CUR)
         file.write(bytes([byte[0] ^ 1 << chance.randrange(8)]))
     return f"all processes, the last line of metrics.jsonl, and one bit of {states[-1].relative_to(run)}"
-
-
-def _ignoring_gone(action: Callable[[], object]) -> None:
-    try:
-        action()
-    except ProcessLookupError:
-        pass
