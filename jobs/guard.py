@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from jobs.stopping import interrupted_by_sigterm
 from rayrlhf.errors import UserError
+from rayrlhf.wording import in_a_line
 
 
 def guarded(action: Callable[[], None]) -> int:
@@ -25,7 +26,7 @@ def guarded(action: Callable[[], None]) -> int:
         with interrupted_by_sigterm():
             action()
     except UserError as error:
-        _say(f"error: {error}")
+        _say(in_a_line(f"error: {error}"))
         return 2
     except KeyboardInterrupt:
         _say("interrupted: finished stages and checkpoints are kept; the same command continues")

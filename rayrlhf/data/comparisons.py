@@ -15,6 +15,7 @@ from rayrlhf.data.records import Comparison
 from rayrlhf.data.words import count_words
 from rayrlhf.errors import UserError
 from rayrlhf.files import replacing
+from rayrlhf.wording import in_a_line
 
 MIN_WORDS = 5
 """An answer with fewer words (`rayrlhf.data.words.count_words`) counts as nearly empty: preferences about such answers
@@ -245,7 +246,7 @@ def write_comparisons(path: Path, records: Sequence[RankedAnswers]) -> None:
         for r in records
     ]
     with replacing(path) as temporary:
-        pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), temporary)
+        pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), temporary, write_page_checksum=True)
 
 
 def read_ranked(path: Path) -> list[RankedAnswers]:
@@ -257,15 +258,20 @@ def read_ranked(path: Path) -> list[RankedAnswers]:
     if not path.is_file():
         raise UserError(f"{path}: no such file; the collect stage writes it, run that first")
     try:
-        table = pq.read_table(path)
-    except (pa.ArrowException, OSError) as error:  # not Parquet, or cut short
-        raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from None
+        table = pq.read_table(path, page_checksum_verification=True)
+        rows = table.to_pylist()
+    except (pa.ArrowException, OSError, ValueError) as error:  # not Parquet, or damaged
+        raise UserError(
+            f"{path}: cannot be read ({in_a_line(str(error))[:100]}); copy it back, or delete it to collect again"
+        ) from None
     missing = [name for name in _SCHEMA.names if name not in table.column_names and name not in _OPTIONAL]
     if missing:
         raise UserError(f"{path}: no column {missing[0]!r}; there are: {', '.join(table.column_names)}")
     records = []
-    for number, row in enumerate(table.to_pylist(), start=1):
+    for number, row in enumerate(rows, start=1):
         responses, response_ids, scores = row["responses"], row["response_ids"], row["scores"]
+        if responses is None or response_ids is None or row["prompt_ids"] is None:
+            raise UserError(f"{path} row {number}: prompt_ids, responses or response_ids are missing")
         if len(response_ids) != len(responses) or (scores is not None and len(scores) != len(responses)):
             raise UserError(f"{path} row {number}: responses, response_ids and scores differ in length")
         try:
