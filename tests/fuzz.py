@@ -42,8 +42,12 @@ def said_of(action: Callable[[], Any], capsys: pytest.CaptureFixture[str]) -> st
 
     Any exception but `UserError` passes through, as in a command.
     """
+
+    def command() -> None:
+        action()
+
     capsys.readouterr()
-    code = guarded(lambda: action() and None)
+    code = guarded(command)
     said = capsys.readouterr().err
     errors = [line for line in said.splitlines() if not line.startswith("WARNING ")]
     if code == 0:
