@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import pyarrow.parquet as pq
-
 from rayrlhf.data.rows import Row
 from rayrlhf.data.tokens import check_context, sampling_of
 from rayrlhf.data.typed import Typist, check_template, template_of
@@ -18,6 +16,7 @@ from rayrlhf.models.forward import Forward
 from rayrlhf.models.loading import context_length, load_reward_model, load_tokenizer
 from rayrlhf.runs.folder import RunFolder, stored_config
 from rayrlhf.runs.models import reward_model_of
+from rayrlhf.runs.reading import read_table
 from rayrlhf.runs.storage import local_copy
 
 if TYPE_CHECKING:
@@ -121,7 +120,8 @@ def template_of_run(run: RunFolder, tokenizer: PreTrainedTokenizerBase) -> str:
 
 def examples_of(run: RunFolder) -> list[dict[str, Any]]:
     """Prompts and their references of samples.parquet, as `post` and `reference`; none of a run without evaluation."""
-    if run.read(run.samples) is None:
+    content = run.read(run.samples)
+    if content is None:
         return []
-    rows: list[dict[str, Any]] = pq.read_table(run.download(run.samples), columns=["post", "reference"]).to_pylist()
-    return rows
+    table = read_table(content, run.address_of(run.samples), "post", "reference")
+    return list(table.select(["post", "reference"]).to_pylist())

@@ -6,8 +6,6 @@
 
 from __future__ import annotations
 
-import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,10 +14,12 @@ import pandas as pd
 
 from rayrlhf.config import Config
 from rayrlhf.errors import UserError
+from rayrlhf.reports.results import read_evaluation
 from rayrlhf.runs.addresses import join, runs_address
 from rayrlhf.runs.folder import RunFolder, stored_config
 from rayrlhf.runs.metrics import read_metrics
 from rayrlhf.runs.models import chosen, open_run, policies_of
+from rayrlhf.runs.reading import read_table
 
 if TYPE_CHECKING:
     from jobs.answers import Answering
@@ -78,7 +78,7 @@ class Run:
         Raises:
             UserError: the run is not evaluated.
         """
-        result = json.loads(self._read(self.folder.evaluation))
+        result = self._evaluation()
         return _intervals({source: result[source] for source in result if source not in ("differences", "metadata")})
 
     @property
@@ -88,7 +88,7 @@ class Run:
         Raises:
             UserError: the run is not evaluated.
         """
-        return _intervals(json.loads(self._read(self.folder.evaluation))["differences"])
+        return _intervals(self._evaluation().get("differences", {}))
 
     @property
     def samples(self) -> pd.DataFrame:
@@ -97,7 +97,7 @@ class Run:
         Raises:
             UserError: the run is not evaluated.
         """
-        return pd.read_parquet(io.BytesIO(self._read(self.folder.samples)))
+        return self._table(self.folder.samples)
 
     @property
     def comparisons(self) -> pd.DataFrame:
@@ -106,7 +106,7 @@ class Run:
         Raises:
             UserError: the run has collected none.
         """
-        return pd.read_parquet(io.BytesIO(self._read(self.folder.comparisons)))
+        return self._table(self.folder.comparisons)
 
     @property
     def models(self) -> dict[str, str]:
@@ -181,11 +181,20 @@ class Run:
         write_model(self.folder, Path(directory), model, False, license, Path(directory).resolve().name)
         return Path(directory)
 
-    def _read(self, path: Path) -> bytes:
+    def _evaluation(self) -> dict[str, Any]:
+        found = read_evaluation(self.folder)
+        if found is None:
+            raise self._lacks(self.folder.evaluation)
+        return found
+
+    def _table(self, path: Path) -> pd.DataFrame:
         content = self.folder.read(path)
         if content is None:
-            raise UserError(f"{self.folder.address} has no {path.name} (yet)")
-        return content
+            raise self._lacks(path)
+        return read_table(content, self.folder.address_of(path)).to_pandas()
+
+    def _lacks(self, path: Path) -> UserError:
+        return UserError(f"{self.folder.address} has no {path.name} (yet)")
 
 
 def _intervals(found: dict[str, dict[str, Any]]) -> pd.DataFrame:

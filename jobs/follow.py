@@ -32,7 +32,7 @@ def following(run: RunFolder, stage: str, console: Console) -> Iterator[None]:
     """Print a line for each step of `stage` written during the block; on a terminal a bar, too."""
     offset = len(read_lines(run.address))
     earlier = read_metrics(run.address, stage)  # of an attempt that this one continues
-    total = next((int(line[f"{stage}/steps"]) for line in earlier if f"{stage}/steps" in line), None)
+    total = next((int(n) for line in earlier if (n := line.get(f"{stage}/steps")) is not None), None)
     progress: Progress | None = None
     stop = threading.Event()
     columns = (

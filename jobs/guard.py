@@ -16,6 +16,7 @@ from rayrlhf.errors import PlainError, UserError
 from rayrlhf.failures import log_of, told
 from rayrlhf.scratch import scratch
 from rayrlhf.terminal import LogFormatter, complain
+from rayrlhf.wording import in_a_line
 
 
 def guarded(action: Callable[[], None]) -> int:
@@ -31,7 +32,7 @@ def guarded(action: Callable[[], None]) -> int:
         with interrupted_by_sigterm(), scratch():
             action()
     except UserError as error:
-        _say(f"error: {error}")
+        _say(in_a_line(f"error: {error}"))
         return 2
     except KeyboardInterrupt:
         _say("interrupted: finished stages and checkpoints are kept; the same command continues")

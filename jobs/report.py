@@ -22,6 +22,7 @@ from rayrlhf.runs.folder import RunFolder, run_at
 from rayrlhf.runs.metrics import read_lines, read_metrics
 from rayrlhf.runs.rounds import has_rounds
 from rayrlhf.terminal import say
+from rayrlhf.wording import in_a_line
 
 HOST = "127.0.0.1"
 """The page has prompts and answers: whoever is to see it from elsewhere comes through a tunnel."""
@@ -71,7 +72,11 @@ def application(run: RunFolder) -> Starlette:
     pages = _Pages(run)
     # Only the machine's own names: another site's name that leads here is a way round the browser's rules.
     own = Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
-    return Starlette(routes=[Route("/", pages.page), Route("/state", pages.state)], middleware=[own])
+    return Starlette(
+        routes=[Route("/", pages.page), Route("/state", pages.state)],
+        middleware=[own],
+        exception_handlers={UserError: pages.fail},
+    )
 
 
 class _Pages:
@@ -93,6 +98,10 @@ class _Pages:
 
     def state(self, request: Request) -> Response:
         return PlainTextResponse(state(self.run), headers=HEADERS)
+
+    def fail(self, request: Request, error: Exception) -> Response:
+        """What a reader gets of a run without a config that can be read; the next look may find another one."""
+        return PlainTextResponse(in_a_line(str(error)), 503, HEADERS)
 
 
 def state(run: RunFolder) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from jobs.session import Session
 from jobs.stage import main, stage
 from rayrlhf.data.comparisons import Answers, RankedAnswers, of_run, read_ranked
 from rayrlhf.data.rows import Row
+from rayrlhf.reports.results import read_accuracy
 from rayrlhf.reports.reward_accuracy import unbeaten
 from rayrlhf.reports.tables import reward_accuracy_table
 from rayrlhf.runs.addresses import folder_name
@@ -43,7 +43,8 @@ def reward_model(session: Session) -> None:
     session.train("reward_model", reward_model_loop, arguments)
     session.run.download_files()
     if session.run.reward_accuracy.exists():
-        result = json.loads(session.run.reward_accuracy.read_text(encoding="utf-8"))
+        result = read_accuracy(session.run)
+        assert result is not None, "it is there, see above"
         console.print(reward_accuracy_table(result))
         if unbeaten(result):
             warn_of_stage(

@@ -23,12 +23,13 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from rayrlhf.errors import UserError
+from rayrlhf.wording import shown
 
 TOKEN = "RAYRLHF_TOKEN"
 """Environment variable with the token that requests have to bring."""
 _SHORTEST_TOKEN = 16
 LONGEST_BODY = 32 * 2**20
-"""Bytes of a request; a longer one is refused before it is read."""
+"""Bytes of a request; of a longer one no more is read before it is refused."""
 _HOP = {"content-length", "transfer-encoding", "connection", "date", "server"}
 """Headers of an answer that this server writes itself."""
 
@@ -84,15 +85,18 @@ def router(sockets: Mapping[str, Path], token: str, timeout_s: float = 600.0) ->
         return JSONResponse({"object": "list", "data": listed})
 
     async def forward(request: Request) -> Response:
-        if int(request.headers.get("content-length") or 0) > LONGEST_BODY:
-            return problem(413, f"a request has at most {LONGEST_BODY} bytes")
-        body = await request.body()
+        read = bytearray()
+        async for piece in request.stream():  # whose length a client need not say, or may say wrongly
+            read += piece
+            if len(read) > LONGEST_BODY:
+                return problem(413, f"a request has at most {LONGEST_BODY} bytes")
+        body = bytes(read)
         try:
             name = json.loads(body)["model"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, LookupError, TypeError, RecursionError):
             return problem(400, "the request is no JSON object with the key `model`")
-        if name not in clients:
-            return problem(404, f"no model {name!r} here; there are: {', '.join(sockets)}")
+        if not isinstance(name, str) or name not in clients:
+            return problem(404, f"no model {shown(name)} here; there are: {', '.join(sockets)}")
         client = clients[name]
         outgoing = client.build_request(
             "POST", request.url.path, content=body, headers={"content-type": "application/json"}

@@ -48,9 +48,10 @@ from rayrlhf.runs.changes import MICRO_BATCH
 from rayrlhf.runs.contents import hashes, read_contents
 from rayrlhf.runs.error_log import note
 from rayrlhf.runs.folder import RunFolder, open_or_create, stored_contents
+from rayrlhf.runs.room import check_room, needed
 from rayrlhf.runs.rounds import has_rounds, round_name
 from rayrlhf.runs.sharing import take_over
-from rayrlhf.runs.stages import stages_from, stages_to
+from rayrlhf.runs.stages import stages_from, stages_of, stages_to
 from rayrlhf.runs.starts import Starts, find_models
 from rayrlhf.runs.storage import local_copy
 from rayrlhf.tracking.registry import check_trackers
@@ -124,6 +125,7 @@ class Session:
             return False
         self._check_models()
         self.data.read()
+        self._check_room()
         make_algorithm(self.config.rl, self.plugin)  # a mistake in the user's file
         if self.config.data.comparisons is None:
             check_labeller(self.config.collect.labeller)
@@ -144,6 +146,19 @@ class Session:
             )
         self._started = True
         return True
+
+    def _check_room(self) -> None:
+        """
+        Raises:
+            UserError: the disk has surely no room for what the run writes.
+        """
+        done = [stage.name for stage in stages_of(self.config) if self.run.done(stage.name)]
+        there = sum(path.stat().st_size for path in self.run.checkpoints.rglob("*") if path.is_file())
+        line, close = check_room(self.run.path, needed(self.config, done, *self.parameters, KEPT_CHECKPOINTS), there)
+        if close:
+            warn(console, f"{line}; make room, lower rl.keep_checkpoints, or put runs_dir on another disk")
+        else:
+            console.print(line, soft_wrap=True, markup=False)
 
     @functools.cached_property
     def vocabulary(self) -> Vocabulary:

@@ -138,7 +138,7 @@ def runs_table(runs: Sequence[RunFolder], now: float) -> Table:
         try:
             overview = read_overview(run.address)
         except UserError:
-            table.add_row(run.name, "its config.yaml cannot be read", *"–––––")
+            table.add_row(run.name, "cannot be read: rayrlhf status says why", *"–––––")
             continue
         current = overview.current
         rl = next((stage.last for stage in overview.stages if stage.name == "rl"), None) or {}

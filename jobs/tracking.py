@@ -20,15 +20,15 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
-import pyarrow.parquet as pq
-
 from jobs.console import console, warn
 from rayrlhf.config import Config
 from rayrlhf.config_file import dump_config
 from rayrlhf.errors import one_line
 from rayrlhf.files import replacing
+from rayrlhf.reports.results import read_evaluation
 from rayrlhf.runs.folder import RunFolder
 from rayrlhf.runs.metrics import read_lines
+from rayrlhf.runs.reading import read_json, read_rows
 from rayrlhf.runs.rounds import has_rounds
 from rayrlhf.tracking.base import Outcome, Tracked, Tracker
 from rayrlhf.tracking.registry import make_tracker
@@ -61,7 +61,9 @@ class Tracking:
         name = f"{above.name}/{config.name}" if has_rounds(above) else config.name
         self._tracked = Tracked(name, run.address, run.path, dump_config(config))
         self._record = run.path / RECORD
-        self._kept: dict[str, Any] = json.loads(run.read(self._record) or b"{}")
+        self._kept: dict[str, Any] = read_json(
+            run.read(self._record) or b"{}", run.address_of(self._record), dict[str, _State]
+        )
         self._states: dict[str, _State] = {name: _State(**self._kept.get(name, {})) for name in config.tracking}
         self._open: dict[str, Tracker] = {}
         self._ended = threading.Event()
@@ -128,7 +130,7 @@ class Tracking:
             return
         seen = hashlib.blake2b(content, digest_size=8).hexdigest()
         if self._states[name].outcome != seen:
-            tracker.finish(outcome_of(self._run, json.loads(content)))
+            tracker.finish(outcome_of(self._run, read_evaluation(self._run) or {}))
             self._states[name].outcome = seen
 
     def _keep(self) -> None:
@@ -160,7 +162,8 @@ def outcome_of(run: RunFolder, evaluation: dict[str, Any]) -> Outcome:
         for measure, value in found.items()
         if isinstance(value, dict) and "mean" in value
     }
-    rows = pq.read_table(run.download(run.samples)).to_pylist() if run.read(run.samples) is not None else []
+    content = run.read(run.samples)
+    rows = [] if content is None else read_rows(content, run.address_of(run.samples))
     report = run.download(run.report) if run.read(run.report) is not None else None
     return Outcome(measures, rows, report)
 

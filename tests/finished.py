@@ -56,7 +56,10 @@ def finished_run(directory: Path, lora: bool = False, **settings: Any) -> RunFol
         "metadata": {"prompts": 2, "data": "embedded:tldr, test split"},
     }
     run.evaluation.write_text(json.dumps(evaluation))
-    run.reward_accuracy.write_text(json.dumps({"pairs": 3, "prompts": 2, "accuracy": {"reward_model": mean}}))
+    scorers = {"reward_model": mean, "longer": mean, "shorter": mean}
+    minus = {"longer": mean, "shorter": mean}
+    accuracy = {"pairs": 3, "prompts": 2, "accuracy": scorers, "reward_model_minus": minus}
+    run.reward_accuracy.write_text(json.dumps(accuracy))
     rows: dict[str, list[str | None]] = {"id": ["a", "b"], "post": [POST, tldr_prompt("cats", "", "She sleeps.").text]}
     rows |= {"reference": ["A dog ate homework.", None], "sft": ["s", "t"], "policy": ["p", "q"]}
     pq.write_table(pa.table(rows), run.samples)

@@ -15,6 +15,7 @@ from rayrlhf.data.records import Comparison
 from rayrlhf.data.words import count_words
 from rayrlhf.errors import UserError
 from rayrlhf.files import replacing
+from rayrlhf.wording import in_a_line, names
 
 MIN_WORDS = 5
 """An answer with fewer words (`rayrlhf.data.words.count_words`) counts as nearly empty: preferences about such answers
@@ -245,7 +246,7 @@ def write_comparisons(path: Path, records: Sequence[RankedAnswers]) -> None:
         for r in records
     ]
     with replacing(path) as temporary:
-        pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), temporary)
+        pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), temporary, write_page_checksum=True)
 
 
 def read_ranked(path: Path) -> list[RankedAnswers]:
@@ -257,20 +258,41 @@ def read_ranked(path: Path) -> list[RankedAnswers]:
     if not path.is_file():
         raise UserError(f"{path}: no such file; the collect stage writes it, run that first")
     try:
-        table = pq.read_table(path)
-    except (pa.ArrowException, OSError) as error:  # not Parquet, or cut short
-        raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from None
-    missing = [name for name in _SCHEMA.names if name not in table.column_names and name not in _OPTIONAL]
-    if missing:
-        raise UserError(f"{path}: no column {missing[0]!r}; there are: {', '.join(table.column_names)}")
+        table = pq.read_table(path, page_checksum_verification=True)
+        missing = [name for name in _SCHEMA.names if name not in table.column_names and name not in _OPTIONAL]
+        if missing:
+            raise UserError(f"{path}: no column {missing[0]!r}; there are: {names(table.column_names)}")
+        rows = _typed(table).to_pylist()
+    except (pa.ArrowException, OSError, ValueError) as error:  # not Parquet, or damaged
+        raise UserError(
+            f"{path}: cannot be read ({in_a_line(str(error))[:100]}); copy it back, or delete it to collect again"
+        ) from None
     records = []
-    for number, row in enumerate(table.to_pylist(), start=1):
+    for number, row in enumerate(rows, start=1):
         responses, response_ids, scores = row["responses"], row["response_ids"], row["scores"]
         if len(response_ids) != len(responses) or (scores is not None and len(scores) != len(responses)):
             raise UserError(f"{path} row {number}: responses, response_ids and scores differ in length")
         try:
             columns = {name: row.get(name) for name in _SCHEMA.names if name != "ranking"}
             records.append(rank_answers(**columns, order=row["ranking"]))
-        except ValueError as error:
+        except (ValueError, IndexError) as error:
             raise UserError(f"{path} row {number}: {error}") from None
     return records
+
+
+def _typed(table: pa.Table) -> pa.Table:
+    """The columns that there are of `_SCHEMA`, in its types.
+
+    Raises:
+        ValueError: one holds something else, or lacks a value.
+    """
+    known = [field for field in _SCHEMA if field.name in table.column_names]
+    table = table.select([field.name for field in known]).cast(pa.schema(known))
+    table.validate(full=True)
+    for name in ("id", "prompt", "prompt_ids", "responses", "response_ids", "ranking"):
+        values = table.column(name).combine_chunks()
+        while not values.null_count and pa.types.is_list(values.type):
+            values = values.flatten()
+        if values.null_count:
+            raise ValueError(f"a value of {name} is missing")
+    return table

@@ -10,7 +10,6 @@ import csv
 import hashlib
 import io
 import json
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,12 +18,15 @@ import pyarrow as pa
 import pyarrow.fs as fs
 import pyarrow.parquet as pq
 
+from rayrlhf.data.arrow_values import held_rows
+from rayrlhf.data.json_text import read_json
 from rayrlhf.errors import UserError
+from rayrlhf.wording import names, shown
 
 _COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 _BLOCK_BYTES = 2**22
 _BATCH = 1000  # rows of a columnar file that are Python objects at once
-_HALVES = re.compile(r"\\u[dD][89a-fA-F]")  # two of these in a row spell one character
+_LONGEST_LINE = 2**28  # bytes; a few of compressed data can stand for more than fits into the memory
 _LONGEST_FIELD = 2**31 - 1  # of CSV, in characters; the library's own limit is shorter than many a post
 
 
@@ -37,6 +39,8 @@ class SourceRow:
     values: dict[str, Any]
     mended: bool = False
     """Whether the file spells characters that no text can hold; U+FFFD stands in their place."""
+    odd: bool = False
+    """Whether the file has a value that Python has not, such as the year 300000; its text stands in its place."""
 
     @property
     def id(self) -> str | None:
@@ -51,7 +55,7 @@ class SourceRow:
             UserError: there is no such column.
         """
         if column not in self.values:
-            raise UserError(f"{self.where}: no column {column!r}; there are: {', '.join(self.values) or 'none'}")
+            raise UserError(f"{self.where}: no column {column!r}; there are: {names(self.values)}")
         return self.values[column]
 
     def text(self, column: str, allow_empty: bool = False) -> str:
@@ -101,13 +105,13 @@ class DataFile:
         ending, compression = kind_of(self.name)
         if ending is None:
             raise UserError(f"{self.name}: unknown kind of file; use {', '.join(READERS)} ({' or '.join(_COMPRESSED)})")
-        empty = True
-        with self._opened() as opened:
+        last: SourceRow | None = None
+        with self._opened(lambda: f"{last.where} and behind it" if last else self.name) as opened:
             stream = pa.CompressedInputStream(opened, compression) if compression else opened
             for row in READERS[ending](stream, self.name):
-                empty = False
+                last = row
                 yield row
-        if empty:
+        if last is None:
             raise UserError(f"{self.name}: the file holds no rows")
 
     def content(self) -> str:
@@ -117,25 +121,28 @@ class DataFile:
             UserError: no such file, or one that cannot be read.
         """
         digest = hashlib.blake2b(repr(kind_of(self.name)).encode(), digest_size=16)
-        with self._opened() as stream:
+        with self._opened(lambda: self.name) as stream:
             while block := stream.read(_BLOCK_BYTES):
                 digest.update(block)
         return digest.hexdigest()
 
     def read(self) -> bytes:
         """The whole file. See `content` for errors."""
-        with self._opened() as stream:
+        with self._opened(lambda: self.name) as stream:
             return bytes(stream.read())
 
     @contextlib.contextmanager
-    def _opened(self) -> Iterator[Any]:
+    def _opened(self, place: Callable[[], str]) -> Iterator[Any]:
+        """The file as a stream; `place` names it in errors, or the rows behind which it cannot be read."""
         try:
             with self.filesystem.open_input_file(self.path) as stream:
                 yield stream
         except FileNotFoundError:
             raise UserError(f"{self.name}: no such file") from None
-        except (pa.ArrowException, OSError, EOFError) as error:
-            raise UserError(f"{self.name}: cannot be read ({first_line(error)})") from None
+        except UserError:
+            raise
+        except (pa.ArrowException, OSError, EOFError, ValueError) as error:  # the last one, of names that are no UTF-8
+            raise UserError(f"{place()}: cannot be read ({first_line(error)})") from None
 
 
 def kind_of(name: str) -> tuple[str | None, str | None]:
@@ -158,7 +165,8 @@ def json_lines(text: str, path: object) -> Iterator[tuple[int, dict[str, Any]]]:
     """
     for number, line in enumerate(text.split("\n"), start=1):  # splitlines() would also cut inside JSON strings
         if line.strip():
-            yield number, _parsed(line, f"{path} line {number}")
+            where = f"{path} line {number}"
+            yield number, _object(_parsed(line, where)[0], where)
 
 
 def first_line(error: BaseException) -> str:
@@ -171,22 +179,22 @@ def first_line(error: BaseException) -> str:
 def _json_rows(stream: Any, name: str) -> Iterator[SourceRow]:
     for where, line in _lines(stream, name):
         if line.strip():
-            yield _row(where, _parsed(line, where), _HALVES.search(line) is not None)
+            item, mended = _parsed(line, where)
+            yield SourceRow(where, _object(item, where), mended)
 
 
 def _json_array(stream: Any, name: str) -> Iterator[SourceRow]:
     text = "".join(line for _, line in _lines(stream, name))
     try:
-        array = json.loads(text) if text.strip() else []
-    except (ValueError, RecursionError) as error:
+        array, mended = read_json(text) if text.strip() else ([], False)
+    except ValueError as error:
         said = first_line(error)
         raise UserError(f"{name}: not valid JSON ({said}); one object a line belongs into a .jsonl file") from None
     if not isinstance(array, list):
         raise UserError(f"{name}: expected an array of objects, found {type(array).__name__}")
-    halves = _HALVES.search(text) is not None
     for number, item in enumerate(array, start=1):
         where = f"{name} row {number}"
-        yield _row(where, _object(item, where), halves)
+        yield SourceRow(where, _object(item, where), mended)
 
 
 def _separated(stream: Any, name: str, delimiter: str) -> Iterator[SourceRow]:
@@ -203,11 +211,11 @@ def _separated(stream: Any, name: str, delimiter: str) -> Iterator[SourceRow]:
             if not header:
                 header = [value.strip() for value in values]
                 if twice := next((column for column in header if header.count(column) > 1), None):
-                    raise UserError(f"{where}: two columns are called {twice!r}; rename one")
+                    raise UserError(f"{where}: two columns are called {shown(twice)}; rename one")
                 continue
             if len(values) != len(header):
                 raise UserError(
-                    f"{where}: {len(values)} values for the {len(header)} columns {', '.join(header)}; a value with a "
+                    f"{where}: {len(values)} values for the {len(header)} columns {names(header)}; a value with a "
                     'comma, tab or quote in it has to stand in "quotes"'
                 )
             yield SourceRow(where, {column: value or None for column, value in zip(header, values, strict=True)})
@@ -224,7 +232,7 @@ def _tsv(stream: Any, name: str) -> Iterator[SourceRow]:
 
 
 def _parquet(stream: Any, name: str) -> Iterator[SourceRow]:
-    return rows_of(pq.ParquetFile(stream).iter_batches(_BATCH), name)
+    return rows_of(pq.ParquetFile(stream, page_checksum_verification=True).iter_batches(_BATCH), name)
 
 
 def _arrow(stream: Any, name: str) -> Iterator[SourceRow]:
@@ -252,16 +260,18 @@ def rows_of(batches: Any, name: str) -> Iterator[SourceRow]:
     """The rows of Arrow's record batches or tables."""
     number = 0
     for batch in batches:
-        for start in range(0, batch.num_rows, _BATCH):
-            for values in batch.slice(start, _BATCH).to_pylist():
-                number += 1
-                yield SourceRow(f"{name} row {number}", values)
+        for held in held_rows(batch):
+            number += 1
+            yield SourceRow(f"{name} row {number}", held.values, held.mended, held.odd)
 
 
 def _lines(stream: Any, name: str) -> Iterator[tuple[str, str]]:
     """The lines of a text, each with its place."""
-    for number, line in enumerate(io.BufferedReader(stream), start=1):
+    reader = io.BufferedReader(stream)
+    for number, line in enumerate(iter(lambda: reader.readline(_LONGEST_LINE + 1), b""), start=1):
         where = f"{name} line {number}"
+        if len(line) > _LONGEST_LINE:
+            raise UserError(f"{where}: longer than {_LONGEST_LINE // 2**20} MiB; split it, or use Parquet")
         try:
             # Editors on Windows put a byte-order mark in front, which is no part of the first value.
             yield where, line.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -270,40 +280,16 @@ def _lines(stream: Any, name: str) -> Iterator[tuple[str, str]]:
             raise UserError(f"{where}: not UTF-8 text (byte 0x{byte:02x}); save the file as UTF-8") from None
 
 
-def _parsed(line: str, where: str) -> dict[str, Any]:
+def _parsed(line: str, where: str) -> tuple[Any, bool]:
     try:
-        item = json.loads(line)
+        return read_json(line)
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or as many brackets
+    except ValueError as error:
         raise UserError(f"{where}: cannot be read as JSON ({first_line(error)})") from None
-    return _object(item, where)
 
 
 def _object(item: Any, where: str) -> dict[str, Any]:
     if not isinstance(item, dict):
         raise UserError(f"{where}: expected an object, found {type(item).__name__}")
     return item
-
-
-def _row(where: str, values: dict[str, Any], halves: bool) -> SourceRow:
-    """A row of JSON, which can spell half an emoji: that is no character, and a tokenizer would end the run there."""
-    if not halves or _is_text(values):
-        return SourceRow(where, values)
-    return SourceRow(where, _replaced(values), mended=True)
-
-
-def _is_text(values: dict[str, Any]) -> bool:
-    try:
-        json.dumps(values, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _replaced(value: Any) -> Any:
-    if isinstance(value, str):
-        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    if isinstance(value, dict):
-        return {_replaced(key): _replaced(inner) for key, inner in value.items()}
-    return [_replaced(inner) for inner in value] if isinstance(value, list) else value

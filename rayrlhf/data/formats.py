@@ -6,13 +6,14 @@ A row becomes what its use wants (`rayrlhf.data.raw`): a demonstration, a compar
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from rayrlhf.data import own, published
 from rayrlhf.data.files import SourceRow
 from rayrlhf.data.raw import Compare, Demonstrate, RawLabelled, RawPrompt, chosen
 from rayrlhf.errors import UserError
+from rayrlhf.wording import names, shown
 
 Use = Literal["demonstration", "comparison", "labelled", "prompt"]
 
@@ -166,7 +167,7 @@ def recognise(path: str, rows: Sequence[SourceRow], uses: Sequence[Use]) -> str:
     Raises:
         UserError: no format fits most of the rows, or two that contradict each other do.
     """
-    there_are = f"its columns are: {', '.join(columns_of(rows)) or 'none'}"
+    there_are = f"its columns are: {names(columns_of(rows))}"
     able = {name: each for name, each in FORMATS.items() if any(getattr(each, use) for use in uses)}
     if not {"demonstration", "prompt"} & {*uses}:
         able.pop("prompts", None)  # which fits rows with an answer; its comparisons are those of `preferences`
@@ -175,10 +176,9 @@ def recognise(path: str, rows: Sequence[SourceRow], uses: Sequence[Use]) -> str:
     if len(rivals) > 1:
         raise UserError(f"{path}: the format may be {' or '.join(rivals)} ({there_are}); set format")
     if not fitting:
-        known = "; ".join(f"{name}: {each.columns}" for name, each in able.items())
         raise UserError(
             f"{path}: the format is not recognised, {there_are}; say which of them are ours, such as "
-            f"{{path: {path}, columns: {{{_likely(rows)}}}}}, or set format to one of these: {known}"
+            f"columns: {{{_likely(rows)}}}, or set format to one of these: {', '.join(able)}"
         )
     return fitting[0]
 
@@ -188,7 +188,7 @@ def _likely(rows: Sequence[SourceRow]) -> str:
     there = {column.lower(): column for column in columns_of(rows)}
     likely = {ours: next((there[name] for name in names if name in there), None) for ours, names in _USUAL.items()}
     found = {ours: theirs for ours, theirs in likely.items() if theirs is not None and ours not in there}
-    return ", ".join(f"{ours}: {theirs}" for ours, theirs in (found or {"prompt": "question"}).items())
+    return names(f"{ours}: {theirs}" for ours, theirs in (found or {"prompt": "question"}).items())
 
 
 def columns_of(rows: Sequence[SourceRow]) -> list[str]:
@@ -206,14 +206,14 @@ def check_columns(path: str, columns: dict[str, str], rows: Sequence[SourceRow])
     for ours, theirs in columns.items():
         if ours not in _COLUMNS:
             raise UserError(
-                f"{path}: columns: no format has a column {ours!r}; there are: {', '.join(sorted(_COLUMNS))}"
+                f"{path}: columns: no format has a column {shown(ours)}; there are: {names(sorted(_COLUMNS))}"
             )
         if theirs not in found:
-            raise UserError(f"{path}: columns: the file has no column {theirs!r}; there are: {', '.join(found)}")
+            raise UserError(f"{path}: columns: the file has no column {shown(theirs)}; there are: {names(found)}")
 
 
 def renamed(row: SourceRow, columns: dict[str, str]) -> SourceRow:
     """The row with our names of columns."""
     others = row.other_than(*columns, *columns.values())
     given = {ours: row.values[theirs] for ours, theirs in columns.items() if theirs in row.values}
-    return SourceRow(row.where, {**given, **others}, row.mended)
+    return replace(row, values={**given, **others})

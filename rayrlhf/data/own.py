@@ -16,6 +16,7 @@ from rayrlhf.data.raw import RawComparison, RawDemonstration, RawLabelled, RawPr
 from rayrlhf.data.records import Message
 from rayrlhf.data.template import ChatPrompt, PromptParts, plain_prompt
 from rayrlhf.errors import UserError
+from rayrlhf.wording import names, shown
 
 DIALOGUES = ("messages", "conversations")
 RESPONSES = ("response", "completion", "reference")
@@ -47,8 +48,8 @@ def _turn(item: Any, where: str) -> Message:
     keys = ("from", "value") if own.get("from") is not None else ("role", "content")
     role, content = (own.get(key) for key in keys)
     text = _content(content, where)
-    if role is not None and role not in _ROLES:
-        raise UserError(f"{where} has the role {role!r}; those that can be read are: {_SPEAKERS}")
+    if role is not None and not (isinstance(role, str) and role in _ROLES):
+        raise UserError(f"{where} has the role {shown(role)}; those that can be read are: {_SPEAKERS}")
     if role is None or not text.strip():
         raise UserError(f"{where} needs a role (system, user or assistant) and a content")
     return Message(_ROLES[role], text.strip())
@@ -65,7 +66,7 @@ def _content(content: Any, where: str) -> str:
     for part in content if isinstance(content, list) else ():
         kind = part.get("type", "text") if isinstance(part, dict) else "text"
         if kind != "text":
-            raise UserError(f"{where} has a part of the type {kind!r}; only text can be read")
+            raise UserError(f"{where} has a part of the type {shown(kind)}; only text can be read")
         text = part.get("text") if isinstance(part, dict) else part
         if not isinstance(text, str):
             raise UserError(f"{where} has a part without a text")
@@ -80,7 +81,7 @@ def _prompt(row: SourceRow) -> tuple[PromptParts, str | None, str]:
     """The prompt, the reply if the dialogue ends with one, and the column that they are from."""
     column = row.first_of(*DIALOGUES, "prompt")
     if not row.holds(column):
-        raise UserError(f"{row.where}: no 'prompt' (text) or 'messages'; there are: {', '.join(row.values) or 'none'}")
+        raise UserError(f"{row.where}: no 'prompt' (text) or 'messages'; there are: {names(row.values)}")
     if column == "prompt" and not isinstance(row.values["prompt"], list):
         return plain_prompt(row.text("prompt")), None, column
     turns = dialogue(row, column)
@@ -221,7 +222,12 @@ def ranked(row: SourceRow) -> RawComparison:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        return False
 
 
 def _source(row: SourceRow) -> str:
@@ -241,7 +247,7 @@ def labelled(row: SourceRow) -> RawLabelled:
     good = verdict(row.get("label"))
     if good is None:
         found = row.values["label"]
-        raise UserError(f"{row.where}: 'label' must be true (a good answer) or false (a bad one), found {found!r}")
+        raise UserError(f"{row.where}: 'label' must be true (a good answer) or false (a bad one), found {shown(found)}")
     return RawLabelled(prompt, reply, good, _source(row))
 
 
@@ -276,7 +282,8 @@ def alpaca(row: SourceRow) -> RawDemonstration:
 def alpaca_prompt(row: SourceRow) -> RawPrompt:
     system = row.values.get("system")
     turns = [Message("system", row.text("system").strip())] if system and str(system).strip() else []
-    for past in row.values.get("history") or ():
+    history = row.values.get("history") or ()
+    for past in history if isinstance(history, list | tuple) else [history]:
         if not isinstance(past, list) or len(past) != 2 or not all(isinstance(text, str) for text in past):
             raise UserError(f"{row.where}: 'history' must be a list of [instruction, answer] pairs")
         turns += [Message("user", past[0].strip()), Message("assistant", past[1].strip())]

@@ -9,6 +9,7 @@ from rayrlhf.data.raw import RawComparison, RawDemonstration, SkipRow
 from rayrlhf.data.records import Message
 from rayrlhf.data.template import ChatPrompt, TextPrompt, tldr_prompt
 from rayrlhf.errors import UserError
+from rayrlhf.wording import shown
 
 # --- tldr: subreddit, title, post, summary, [id] ---------------------------------------------------------------------
 
@@ -109,7 +110,7 @@ def shp_comparison(row: SourceRow) -> RawComparison:
         raise SkipRow("empty_response" if history else "no_question")
     label = row.get("labels")
     if label not in (0, 1, "0", "1"):  # text, too: CSV has nothing else
-        raise UserError(f"{row.where}: 'labels' must be 1 (A preferred) or 0 (B preferred), found {label!r}")
+        raise UserError(f"{row.where}: 'labels' must be 1 (A preferred) or 0 (B preferred), found {shown(label)}")
     domain = row.values.get("domain")  # the subreddit
     return RawComparison(
         ChatPrompt((Message("user", history),)), (a, b) if int(label) else (b, a), str(domain) if domain else ""

@@ -22,6 +22,7 @@ from rayrlhf.data.raw import RawComparison, RawDemonstration, RawLabelled, RawPr
 from rayrlhf.data.splits import hash_fraction
 from rayrlhf.data.spool import Spool
 from rayrlhf.errors import UserError
+from rayrlhf.wording import shown
 
 CARVED_SHARE = 0.1
 """Share of the prompts that becomes the validation split if a source has none."""
@@ -122,6 +123,7 @@ class _Parsed:
     texts: set[str] = field(default_factory=set)
     dropped: Counter[str] = field(default_factory=Counter)
     mended: int = 0
+    odd: int = 0
 
     def add(self, sources: Sequence[Source], use: Use, valid: bool) -> None:
         for number, source in enumerate(sources):
@@ -145,6 +147,7 @@ class _Parsed:
     def _add_row(self, row: SourceRow, raw: Raw, source: int) -> None:
         text, prompt = _hash(raw.prompt.text, *raw.texts), _hash(raw.prompt.text)
         self.mended += row.mended
+        self.odd += row.odd
         if text in self.texts:
             self.dropped["duplicate"] += 1
             return
@@ -154,7 +157,7 @@ class _Parsed:
             # Several rows of a prompt may have its id, and the files of several sources may each count from 1.
             if other.source == source and other.prompt != prompt:
                 raise UserError(
-                    f"{row.where}: id {id!r} was used before ({other.where}) with another prompt; rename one"
+                    f"{row.where}: id {shown(id)} was used before ({other.where}) with another prompt; rename one"
                 )
             id = f"{key}-{text}"
         carved = hash_fraction(raw.prompt.text, "carve") < CARVED_SHARE
@@ -168,6 +171,9 @@ class SplitRecords(NamedTuple):
     records: list[Record]
     dropped: Counter[str]
     mended: int
+    """Rows whose characters were replaced, see `SourceRow`."""
+    odd: int
+    """Rows whose values are texts instead, see `SourceRow`."""
 
 
 class Reading:
@@ -229,9 +235,9 @@ class Reading:
         self.rows = len(everything) + len(valid.records)
         self.settled = self.content[1:] == [source.content for source in self.sources]
         return {
-            "train": SplitRecords(own, train.dropped, train.mended),
-            "valid": SplitRecords([*carved, *published], valid.dropped, valid.mended),
-            "all": SplitRecords(everything, train.dropped, train.mended),
+            "train": SplitRecords(own, train.dropped, train.mended, train.odd),
+            "valid": SplitRecords([*carved, *published], valid.dropped, valid.mended, valid.odd),
+            "all": SplitRecords(everything, train.dropped, train.mended, train.odd),
         }
 
     def _carves(self, record: Record) -> bool:
@@ -253,7 +259,7 @@ class Reading:
                 valid.dropped["prompt_in_train"] += 1
             elif other is not None and record.own_id and other.source == record.source:
                 raise UserError(
-                    f"{record.where}: id {record.id!r} is also in training ({other.where}); rename or remove one"
+                    f"{record.where}: id {shown(record.id)} is also in training ({other.where}); rename or remove one"
                 )
             else:
                 record.id = record.id if other is None else f"{record.key}-{record.text}"

@@ -305,6 +305,8 @@ class RunData:
             line += f"; {answers} responses cut to data.max_response_tokens={data.max_response_tokens}"
         if found.mended:
             line += f"; {found.mended} rows had characters that are none, U+FFFD stands for them"
+        if found.odd:
+            line += f"; {found.odd} rows had values beyond Python's range, such as far dates, now text"
         if found.cleared:
             line += f"; {found.cleared} lost texts that spell special tokens or open a turn"
         if found.cached:

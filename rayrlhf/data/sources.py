@@ -52,6 +52,8 @@ class Facts:
     """Rows by the reason for which they were dropped."""
     mended: int = 0
     """Rows in which U+FFFD stands for what was no character."""
+    odd: int = 0
+    """Rows in which a text stands for a value that Python has not."""
     cleared: int = 0
     """Records that lost texts which only the tokenizer and its template may write."""
     longer: int = 0
@@ -185,8 +187,8 @@ class DataSet:
             return Found(records=kept[0], cached=True, **kept[1])
         # Those that the limit was chosen by: most of them fit it as they are.
         whole = cache.read_entry(kind, self._key(kind, split, NO_LIMIT))
-        records, counted, mended = self.reading.split(split)
-        facts = Facts(dropped=Counter(counted), mended=mended)
+        records, counted, mended, odd = self.reading.split(split)
+        facts = Facts(dropped=Counter(counted), mended=mended, odd=odd)
         with cache.working_directory() as directory:
             file = directory / cache.RECORDS
             try:

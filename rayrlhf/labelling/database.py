@@ -21,6 +21,7 @@ from typing import Any
 from rayrlhf.errors import UserError
 from rayrlhf.files import make_private
 from rayrlhf.labelling.judgements import Item, Judgement
+from rayrlhf.wording import shown
 
 VERSION = 1
 """Of the tables, in the file's `user_version`."""
@@ -98,7 +99,11 @@ class LabelDatabase:
                 if found in (0, VERSION):
                     identity = json.dumps(secrets.token_hex(8))
                     connection.execute("INSERT OR IGNORE INTO settings VALUES ('identity', ?)", (identity,))
-        except (sqlite3.Error, OSError) as error:
+        except (sqlite3.Error, OSError, UserError) as error:
+            with contextlib.suppress(AttributeError):  # it may not even have been opened
+                self._connection.close()
+            if isinstance(error, UserError):
+                raise
             raise UserError(
                 f"{self.path}: cannot be used as the database of labels ({error}); it has to be a file that rayrlhf "
                 "wrote, on a disk of this machine"
@@ -125,7 +130,7 @@ class LabelDatabase:
             except BaseException as error:
                 if self._connection.in_transaction:  # a full disk has ended it
                     self._connection.execute("ROLLBACK")
-                if isinstance(error, sqlite3.OperationalError):
+                if isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.IntegrityError):
                     raise UserError(f"{self.path}: cannot be written ({error}); nothing of this was kept") from error
                 raise
 
@@ -133,11 +138,22 @@ class LabelDatabase:
         """The rows of a question.
 
         Raises:
-            UserError: it is not the file that was opened.
+            UserError: it is not the file that was opened, or it is damaged.
         """
-        with self._turn:
+        with self._turn, self._sound():
             self._check_place()
             return self._connection.execute(sql, values).fetchall()
+
+    @contextlib.contextmanager
+    def _sound(self) -> Iterator[None]:
+        """A block that reads rows and what they hold."""
+        try:
+            yield
+        except (sqlite3.DatabaseError, ValueError, TypeError, AttributeError, OverflowError) as error:
+            raise UserError(
+                f"{self.path}: the labels cannot be read ({shown(str(error))}); put a copy in their place, or move "
+                "the file away to begin anew"
+            ) from None
 
     def _check_place(self) -> None:
         """Whoever goes on with a file that was moved away writes, or waits, where nobody looks."""
@@ -165,7 +181,8 @@ class LabelDatabase:
     def recall(self, key: str, default: Any = None) -> Any:
         """What `remember` kept."""
         rows = self.query("SELECT value FROM settings WHERE key = ?", key)
-        return json.loads(rows[0]["value"]) if rows else default
+        with self._sound():
+            return json.loads(rows[0]["value"]) if rows else default
 
     @property
     def identity(self) -> str:
@@ -202,12 +219,14 @@ class LabelDatabase:
 
     def items(self) -> list[Item]:
         """All items, in the order in which they were added."""
-        return [_item(row) for row in self.query("SELECT * FROM items ORDER BY position")]
+        with self._sound():
+            return [_item(row) for row in self.query("SELECT * FROM items ORDER BY position")]
 
     def item(self, id: str) -> Item | None:
         """The item of that id."""
         rows = self.query("SELECT * FROM items WHERE id = ?", id)
-        return _item(rows[0]) if rows else None
+        with self._sound():
+            return _item(rows[0]) if rows else None
 
     def progress(self) -> dict[str, int]:
         """By item: how many labellers are done with it. One who skipped it is done, too."""
@@ -296,14 +315,16 @@ class LabelDatabase:
     def judgements(self, labeller: str | None = None) -> list[Judgement]:
         """The newest of each labeller, item and repeat, without those that were undone; in the order of writing."""
         rows = self.query("SELECT * FROM current WHERE ?1 IS NULL OR labeller = ?1 ORDER BY seq", labeller)
-        return [_judgement(row) for row in rows]
+        with self._sound():
+            return [_judgement(row) for row in rows]
 
     def newest(self, item: str, labeller: str, repeat: int) -> Judgement | None:
         """What somebody said of an item, the last time."""
         rows = self.query(
             "SELECT * FROM current WHERE item = ? AND labeller = ? AND repeat = ?", item, labeller, repeat
         )
-        return _judgement(rows[0]) if rows else None
+        with self._sound():
+            return _judgement(rows[0]) if rows else None
 
     def written(self, until: int | None = None) -> int:
         """How many rows of judgements there are, up to the number `until`. Each judgement and each undo is one."""
@@ -316,7 +337,9 @@ class LabelDatabase:
     def rows_after(self, seq: int) -> Iterator[tuple[int, bool, Judgement]]:
         """The rows behind that number, in the order of writing: number, whether it is an undo, and the judgement."""
         for row in self.query("SELECT * FROM judgements WHERE seq > ? ORDER BY seq", seq):
-            yield row["seq"], bool(row["undone"]), _judgement(row)
+            with self._sound():
+                found = row["seq"], bool(row["undone"]), _judgement(row)
+            yield found
 
     def keys(self) -> set[str]:
         """What is unique for each row of judgements."""

@@ -21,6 +21,7 @@ from rayrlhf.files import replacing
 from rayrlhf.labelling.aggregate import aggregate
 from rayrlhf.labelling.database import LabelDatabase
 from rayrlhf.labelling.judgements import Item, Judgement, grouped, ungrouped
+from rayrlhf.wording import shown
 
 _PAIRS = pa.schema(
     [
@@ -152,14 +153,14 @@ def read_rankings(path: Path, items: Sequence[Item]) -> list[tuple[str, str, tup
         where = f"{path} line {number}"
         id, labeller = row.get("id"), row.get("labeller", "imported")
         if not isinstance(id, str) or id not in counts:
-            raise UserError(f"{where}: id {id!r} is not among the items to rank; remove the line")
+            raise UserError(f"{where}: id {shown(id)} is not among the items to rank; remove the line")
         check_name(labeller, where)
         if (id, labeller) in seen:
-            raise UserError(f"{where}: id {id!r} was ranked before, in line {seen[id, labeller]}; keep one")
+            raise UserError(f"{where}: id {shown(id)} was ranked before, in line {seen[id, labeller]}; keep one")
         ranks = ungrouped(row.get("ranking"), counts[id])
         if ranks is None and ("ranking" not in row or row["ranking"] is not None):
             raise UserError(
-                f"{where}: ranking {row.get('ranking')!r} must hold each of 0..{counts[id] - 1} once, best first; "
+                f"{where}: ranking {shown(row.get('ranking'))} must hold each of 0..{counts[id] - 1} once, best first; "
                 "a list inside it is a tie"
             )
         seen[id, labeller] = number
@@ -205,5 +206,7 @@ def check_name(name: object, where: str) -> str:
         or not 1 <= len(name) <= 40
         or not name.replace("-", "_").replace(".", "_").isidentifier()
     ):
-        raise UserError(f"{where}: labeller {name!r}: a name has up to 40 letters, digits, _, - and ., a letter first")
+        raise UserError(
+            f"{where}: labeller {shown(name)}: a name has up to 40 letters, digits, _, - and ., a letter first"
+        )
     return name

@@ -5,7 +5,6 @@ Paths of the machine that trained it stay out: of a directory or a file only its
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import rayrlhf
 from rayrlhf.config import Config
 from rayrlhf.reports.compare import table
 from rayrlhf.reports.measures import DIFFERENCES, EVALUATED, SCORERS, SOURCES, interval_text
+from rayrlhf.reports.results import read_accuracy, read_evaluation
 from rayrlhf.runs.folder import RunFolder, stored_config, stored_contents
 from rayrlhf.runs.metrics import read_metrics
 from rayrlhf.runs.models import REWARD_MODEL
@@ -58,8 +58,7 @@ class Exported:
 def model_card(run: RunFolder, exported: Exported) -> str:
     """The text of README.md, front matter included."""
     config = stored_config(run)
-    evaluation = json.loads(run.read(run.evaluation) or b"{}")
-    accuracy = json.loads(run.read(run.reward_accuracy) or b"{}")
+    evaluation, accuracy = read_evaluation(run, "metadata") or {}, read_accuracy(run) or {}
     measured = _evaluation(evaluation, _source(config, exported))
     if exported.name == REWARD_MODEL:
         measured = _reward_accuracy(accuracy)

@@ -8,7 +8,6 @@ the wider of the two.
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from rayrlhf.config_file import parse_config
 from rayrlhf.errors import UserError
@@ -36,11 +34,13 @@ from rayrlhf.reports.measures import (
     interval_text,
 )
 from rayrlhf.reports.page.comparison import compared_page
+from rayrlhf.reports.results import POLICY, read_evaluation
 from rayrlhf.reports.warnings import warnings_of
 from rayrlhf.resampling import Array, Interval
 from rayrlhf.runs.addresses import join
 from rayrlhf.runs.folder import RunFolder, run_at
 from rayrlhf.runs.metrics import read_metrics
+from rayrlhf.runs.reading import read_table, sound
 from rayrlhf.runs.rounds import newest_round
 from rayrlhf.runs.stages import STAGES
 from rayrlhf.runs.storage import as_user_error
@@ -110,15 +110,13 @@ def _read(folder: RunFolder, label: str, whole: RunFolder) -> Run:
     if measured is None or answers is None:
         missing = folder.evaluation if measured is None else folder.samples
         raise UserError(f"{folder.address} is unfinished: it has no {missing.name}; finish it with `rayrlhf run`")
-    try:
-        config, evaluation = read_yaml_text(written.decode()), json.loads(measured)
-        evaluation["policy"], evaluation["differences"]["policy_minus_sft"]
-        samples = pq.read_table(pa.BufferReader(answers))
-        samples["id"]
-    except (ValueError, KeyError, TypeError, pa.ArrowException) as error:
-        raise UserError(
-            f"{folder.address} cannot be read ({type(error).__name__}); delete evaluation.json and evaluate it again"
-        ) from None
+    with sound(whole.address_of(whole.config)):
+        config = dict(read_yaml_text(written.decode()))
+    evaluation = read_evaluation(folder, *POLICY, "metadata")
+    assert evaluation is not None, "it is there, see above"
+    if "policy_minus_sft" not in evaluation["differences"]:
+        raise UserError(f"{folder.address_of(folder.evaluation)} has no policy_minus_sft; evaluate the run again")
+    samples = read_table(answers, folder.address_of(folder.samples), "id")
     metrics = read_metrics(folder.address)
     if not any(line["stage"] in ("dpo", "rl") for line in metrics):
         raise UserError(
@@ -219,7 +217,7 @@ def stage_rows(runs: Sequence[Run]) -> list[list[str]]:
     """Seconds by stage, and tokens per second of the steps in each."""
     rows = [["stage", "seconds", "tokens/s of a step, median"]]
     for stage in STAGES:
-        seconds = [line[f"time/{stage}"] for run in runs for line in run.stage("run") if f"time/{stage}" in line]
+        seconds = [n for run in runs for line in run.stage("run") if (n := line.get(f"time/{stage}")) is not None]
         rates = [_median(run.stage(stage), TOKENS_PER_S.name) for run in runs]
         rows.append([stage, _spread(seconds, ".0f"), _spread([rate for rate in rates if rate is not None], ",.0f")])
     return rows

@@ -250,7 +250,7 @@ def samples_table(prompts: Sequence[Prompt], answers: Sequence[Answers]) -> pa.T
 def write_samples(path: Path, table: pa.Table) -> None:
     """Write samples.parquet by one rename."""
     with replacing(path) as temporary:
-        pq.write_table(table, temporary)
+        pq.write_table(table, temporary, write_page_checksum=True)
 
 
 def write_evaluation(path: Path, result: Mapping[str, Any]) -> None:

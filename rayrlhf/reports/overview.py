@@ -117,7 +117,7 @@ def _config(run: RunFolder) -> Config:
 def _stage(
     name: str, done: bool, lines: Sequence[Mapping[str, Any]], config: Config, took_s: float | None
 ) -> StageOverview:
-    logged = next((line[f"{name}/steps"] for line in lines if f"{name}/steps" in line), None)
+    logged = next((n for line in lines if (n := line.get(f"{name}/steps")) is not None), None)
     steps = config.rl.steps if name == "rl" else logged if logged is None else int(logged)
     step = int(lines[-1]["step"]) if lines else 0
     times = [line["time"] for line in lines[-_RECENT - 1 :]]

@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from rayrlhf.errors import UserError
 from rayrlhf.labelling.aggregate import reliabilities
@@ -27,6 +25,7 @@ from rayrlhf.resampling import Interval, clustered_share
 from rayrlhf.runs.addresses import as_typed
 from rayrlhf.runs.folder import RunFolder, run_at, stored_config
 from rayrlhf.runs.labels import labels_to_read
+from rayrlhf.runs.reading import read_rows, sound
 from rayrlhf.runs.stores import store_errors
 
 GOLD, REWARD_MODEL, REWARDS, LONGER = "gold", "reward model", "sum of rewards", "longer answer"
@@ -89,20 +88,24 @@ def raters_of(run: RunFolder) -> dict[str, Verdicts]:
     if run.read(run.config) is None:
         raise UserError(f"{run.address}: no run folder (it has no config.yaml); `rayrlhf runs DIR` lists those in DIR")
     config = stored_config(run)
-    ranked, pairs, samples = (_rows(run, path) for path in (run.comparisons, run.heldout_pairs, run.samples))
+    ranked = _rows(run, run.comparisons, "id", "responses", "ranking", "scores", "labeller", "source")
+    pairs = _rows(run, run.heldout_pairs, "id", "better", "worse", "reward_model")
+    samples = _rows(run, run.samples, "id")
     measures = config.data.comparisons is None and config.collect.labeller.measures
     raters: defaultdict[str, Verdicts] = defaultdict(dict, {GOLD: {}})
-    for row in ranked:
-        _add(raters[GOLD if measures else row["labeller"]], row["id"], row["responses"], _scores(row))
-        if row.get("gold"):
-            _add(raters[GOLD], row["id"], row["responses"], row["gold"])
+    with sound(run.address_of(run.comparisons)):
+        for row in ranked:
+            _add(raters[GOLD if measures else row["labeller"]], row["id"], row["responses"], _scores(row))
+            if row.get("gold"):
+                _add(raters[GOLD], row["id"], row["responses"], row["gold"])
     raters |= _labellers(*labels_of(run))
     # The pairs of other runs, such as earlier rounds, are of other answers, even where the prompt is the same.
     texts = {(row["id"], source): row["responses"] for row in ranked for source in (row["source"], run.name)}
-    for pair in pairs:
-        if (answers := texts.get((pair["id"], pair.get("source", "")))) is not None:
-            both = [answers[pair["better"]], answers[pair["worse"]]]
-            _add(raters[REWARD_MODEL], pair["id"], both, [pair["reward_model"], 0.0])
+    with sound(run.address_of(run.heldout_pairs)):
+        for pair in pairs:
+            if (answers := texts.get((pair["id"], pair.get("source", "")))) is not None:
+                both = [answers[pair["better"]], answers[pair["worse"]]]
+                _add(raters[REWARD_MODEL], pair["id"], both, [pair["reward_model"], 0.0])
     alone = len(config.rewards) == 1 and config.rewards[0].trained
     for row in samples:
         sources = [source for source in ANSWERED if row.get(source) is not None]
@@ -146,15 +149,10 @@ def compare(raters: Mapping[str, Verdicts]) -> list[Compared]:
     return found
 
 
-def _rows(run: RunFolder, path: Path) -> list[dict[str, Any]]:
+def _rows(run: RunFolder, path: Path, *columns: str) -> list[dict[str, Any]]:
     """The rows of a Parquet file of a run; none where it is not there."""
     content = run.read(path)
-    if content is None:
-        return []
-    try:
-        return list(pq.read_table(pa.BufferReader(content)).to_pylist())
-    except pa.ArrowException as error:
-        raise UserError(f"{run.address_of(path)}: cannot be read ({str(error).splitlines()[0]})") from None
+    return [] if content is None else read_rows(content, run.address_of(path), *columns)
 
 
 def _scores(row: Mapping[str, Any]) -> Sequence[float]:

@@ -117,7 +117,7 @@ def write_accuracy(
         "bootstrap": {"samples": samples, "seed": seed, "confidence": CONFIDENCE, "unit": "prompt"},
     }
     with replacing(pairs_path) as temporary:
-        pq.write_table(pairs, temporary)
+        pq.write_table(pairs, temporary, write_page_checksum=True)
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return result

@@ -6,19 +6,19 @@ stopped to gain; and gold that falls while the reward rises is over-optimisation
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from scipy.special import expit
 
 from rayrlhf.reports.evaluation import PREVIOUS
+from rayrlhf.reports.results import POLICY, read_evaluation
 from rayrlhf.resampling import cluster_bootstrap
 from rayrlhf.runs.folder import RunFolder
+from rayrlhf.runs.reading import read_table, sound
 from rayrlhf.runs.rounds import round_name, rounds_of
 
 IntervalDict = Mapping[str, float]
@@ -74,12 +74,13 @@ def read_rounds(run: RunFolder) -> list[RoundResult]:
 
 def read_round(folder: RunFolder, number: int) -> RoundResult:
     """What the folder of one round has so far."""
-    evaluation, pairs = folder.read(folder.evaluation), folder.read(folder.heldout_pairs)
-    return RoundResult(
-        number,
-        None if evaluation is None else json.loads(evaluation),
-        {} if pairs is None else heldout_by_round(pq.read_table(pa.BufferReader(pairs)), number),
-    )
+    pairs, address = folder.read(folder.heldout_pairs), folder.address_of(folder.heldout_pairs)
+    heldout: dict[int, HeldOut] = {}
+    if pairs is not None:
+        table = read_table(pairs, address, "source", "reward_model", "prompt")
+        with sound(address):
+            heldout = heldout_by_round(table, number)
+    return RoundResult(number, read_evaluation(folder, *POLICY), heldout)
 
 
 def heldout_by_round(pairs: pa.Table, number: int) -> dict[int, HeldOut]:

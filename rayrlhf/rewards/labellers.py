@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from rayrlhf.config_labellers import (
     FileLabellerConfig,
     LabellerConfig,
@@ -37,6 +39,7 @@ from rayrlhf.rewards.python import PythonFunction
 from rayrlhf.rewards.rouge import rouge_l
 from rayrlhf.runs.folder import RunFolder
 from rayrlhf.trajectory import GenerationRequest
+from rayrlhf.wording import in_a_line, shown
 
 REFERENCE_MEASURES: dict[str, Callable[[Vocabulary, str, str, str], float]] = {
     "content": content,
@@ -100,13 +103,13 @@ class FileLabeller(Labeller):
         for id, (number, _) in self._rankings.items():
             if id not in expected:
                 raise UserError(
-                    f"{self._path} line {number}: id {id!r} is not among the prompts to rank; remove the line"
+                    f"{self._path} line {number}: id {shown(id)} is not among the prompts to rank; remove the line"
                 )
             self._ranks(id, expected[id])
         missing = [id for id in expected if id not in self._rankings]
         if missing:
             raise UserError(
-                f"{self._path}: {len(missing)} of {len(expected)} prompts have no ranking, first {missing[0]!r}; "
+                f"{self._path}: {len(missing)} of {len(expected)} prompts have no ranking, first {shown(missing[0])}; "
                 "add a line for each"
             )
 
@@ -129,7 +132,8 @@ class FileLabeller(Labeller):
                 raise UserError(f'{where}: expected {{"id": "...", "ranking": [best, ..., worst]}}')
             if row["id"] in self._rankings:
                 raise UserError(
-                    f"{where}: id {row['id']!r} was ranked before, in line {self._rankings[row['id']][0]}; keep one"
+                    f"{where}: id {shown(row['id'])} was ranked before, in line {self._rankings[row['id']][0]}; "
+                    "keep one"
                 )
             self._rankings[row["id"]] = (number, row["ranking"])
 
@@ -141,7 +145,8 @@ class FileLabeller(Labeller):
         ranks = ungrouped(ranking, count)
         if ranks is None:
             raise UserError(
-                f"{self._path} line {number}: ranking {ranking!r} of {id!r} must hold each of 0..{count - 1} once"
+                f"{self._path} line {number}: ranking {shown(ranking)} of {shown(id)} must hold each of "
+                f"0..{count - 1} once"
             )
         return ranks
 
@@ -229,6 +234,9 @@ class Unranked:
     answer_ids: tuple[tuple[int, ...], ...]
 
 
+_UNRANKED = TypeAdapter(Unranked)
+
+
 def write_unranked(to_rank: Path, unranked: Sequence[Unranked]) -> None:
     """Write the answers to `to_rank`, whole or not at all."""
     with replacing(to_rank) as temporary, temporary.open("w", encoding="utf-8") as file:
@@ -248,20 +256,15 @@ def read_unranked(to_rank: Path) -> list[Unranked]:
     unranked = []
     for number, row in _json_lines(to_rank):
         try:
-            unranked.append(
-                Unranked(
-                    id=str(row["id"]),
-                    prompt=str(row["prompt"]),
-                    answers=tuple(row["answers"]),
-                    prompt_ids=tuple(row["prompt_ids"]),
-                    answer_ids=tuple(tuple(ids) for ids in row["answer_ids"]),
-                )
-            )
-        except (KeyError, TypeError) as error:
+            found = _UNRANKED.validate_python(row)
+            if len(found.answer_ids) != len(found.answers):
+                raise ValueError("answers and answer_ids differ in length")
+        except ValueError as error:
             raise UserError(
-                f"{to_rank} line {number}: not as collect wrote it ({type(error).__name__}: {error}); "
+                f"{to_rank} line {number}: not as collect wrote it ({in_a_line(str(error))[:100]}); "
                 "delete the file and run collect again"
             ) from None
+        unranked.append(found)
     return unranked
 
 

@@ -10,15 +10,17 @@ of the package, and URIs have no entry.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from rayrlhf.config import Config
 from rayrlhf.config_file import dump_config
 from rayrlhf.files import fingerprint
+from rayrlhf.runs.reading import read_json
 from rayrlhf.terminal import say
 
 Contents = dict[str, dict[str, Any]]
@@ -50,13 +52,24 @@ def read_contents(config: Config, models: Mapping[str, str], known: Contents) ->
     return found
 
 
-def parse_contents(text: bytes | None) -> Contents:
-    """What `contents.json` holds; nothing of a run folder of an earlier version, or of a file that cannot be read."""
-    try:
-        found = json.loads(text or b"{}")
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
+class _File(BaseModel):
+    bytes: int
+    blake2b: str
+    stat: list[int] | None = None
+
+
+class _Named(BaseModel):
+    path: str
+    files: dict[str, _File]
+
+
+def parse_contents(text: bytes | None, address: str) -> Contents:
+    """What `contents.json` holds; nothing of a run folder of an earlier version, which has none.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    return {} if text is None else read_json(text, address, dict[str, _Named])
 
 
 def hashes(contents: Contents, key: str) -> dict[str, str]:

@@ -322,7 +322,7 @@ def stored_config(run: RunFolder) -> Config:
 
 def stored_contents(run: RunFolder) -> Contents:
     """What the files that the config of record names held; nothing in a run folder of an earlier version."""
-    return parse_contents(run.read(run.contents))
+    return parse_contents(run.read(run.contents), run.address_of(run.contents))
 
 
 def _refuse_changes_of_finished_stages(

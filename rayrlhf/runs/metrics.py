@@ -20,6 +20,7 @@ import json
 import logging
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -122,18 +123,21 @@ def read_lines(run_dir: str | Path, offset: int = 0) -> bytes:
 def read_metrics(run_dir: str | Path, stage: str | None = None) -> list[dict[str, Any]]:
     """The valid steps of a run: one mapping for each (stage, step), stages in order of appearance, steps rising.
 
-    Steps that a restart superseded are dropped, and so is a torn line. Empty where nothing was written.
+    Steps that a restart superseded are dropped, and so are torn and foreign lines. Empty where nothing was written.
     """
     stages: dict[str, dict[int, dict[str, Any]]] = {}
+    odd: list[int] = []
     for number, text in enumerate(_read(run_dir).split(b"\n"), start=1):
         if not text.strip():
             continue
         try:
             line = json.loads(text)
-            name, step = line["stage"], line["step"]
-        except (ValueError, TypeError, KeyError):
-            log.warning("%s: line %d is torn or foreign and is left out", join(run_dir, FILE), number)
+        except (ValueError, RecursionError):
+            line = None
+        if not _is_line(line):
+            odd.append(number)
             continue
+        name, step = line["stage"], line["step"]
         steps = stages.setdefault(name, {})
         for later in [s for s in steps if s > step]:
             del steps[later]
@@ -141,7 +145,54 @@ def read_metrics(run_dir: str | Path, stage: str | None = None) -> list[dict[str
         if WARNINGS in before and WARNINGS in line:
             line[WARNINGS] = list(dict.fromkeys([*before[WARNINGS], *line[WARNINGS]]))
         steps[step] = before | line
+    if odd:
+        count = "a line is" if len(odd) == 1 else f"{len(odd)} lines are"
+        log.warning("%s: %s torn or foreign and left out (first: line %d)", join(run_dir, FILE), count, odd[0])
     return [line for name, steps in stages.items() if stage in (None, name) for line in steps.values()]
+
+
+def _is_line(line: Any) -> bool:
+    """Whether this is what `MetricsWriter` writes: a disk or an editor may have changed the file."""
+    if not isinstance(line, dict) or not isinstance(line.get("stage"), str):
+        return False
+    step, at = line.get("step"), line.get("time")
+    if type(step) is not int or not 0 <= step < _MOST or not _is_number(at) or not 0 <= at < _MOST:
+        return False
+    return all(_fits(name, value) for name, value in line.items())
+
+
+def _fits(name: str, value: Any) -> bool:
+    """Names with a slash are numbers, others may be texts."""
+    if check := _LISTS.get(name):
+        return check(value)
+    return _is_number(value, True) or ("/" not in name and (_is_text(value) or _are_texts(value)))
+
+
+_MOST = 10**11
+"""More than any step has, and than Unix time in seconds has before the year 5000."""
+
+
+def _is_number(value: Any, missing: bool = False) -> bool:
+    """Whether a value is a finite number; null counts as one where it may be missing."""
+    if value is None:
+        return missing
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_is_text, value.values()))
+
+
+_LISTS: dict[str, Callable[[Any], bool]] = {
+    "sample": _are_texts,
+    "non_finite": _are_texts,
+    WARNINGS: lambda value: isinstance(value, list) and all(map(_is_text, value)),
+}
+"""By name what a line has that is neither a number nor a text."""
 
 
 def _read(run_dir: str | Path, offset: int = 0) -> bytes:

@@ -16,12 +16,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, Field
+
 from rayrlhf.config import Config
 from rayrlhf.config_file import dump_config, parse_config
 from rayrlhf.config_rounds import chooses_by_margin, has_margins
 from rayrlhf.files import replacing
 from rayrlhf.runs.addresses import join
 from rayrlhf.runs.folder import RunFolder
+from rayrlhf.runs.reading import read_json
 from rayrlhf.runs.stages import STAGES
 
 RECORD = "rounds.json"
@@ -119,7 +122,7 @@ def has_rounds(run: RunFolder) -> bool:
 
 def rounds_of(run: RunFolder) -> list[RunFolder]:
     """The folders of the rounds that have begun, in order; none of a run without rounds."""
-    begun = json.loads(run.read(run.path / RECORD) or b'{"begun": 0}')["begun"]
+    begun = _record(run)["begun"]
     return [RunFolder(join(run.address, round_name(number))) for number in range(1, begun + 1)]
 
 
@@ -131,8 +134,19 @@ def newest_round(run: RunFolder) -> RunFolder:
 
 def stopped(run: RunFolder) -> str | None:
     """Why a run in rounds has ended before its last round; None if it has not."""
-    found: str | None = json.loads(run.read(run.path / RECORD) or b"{}").get("stopped")
+    found: str | None = _record(run).get("stopped")
     return found
+
+
+class _Record(BaseModel):
+    begun: int = Field(ge=0, le=1000)
+    stopped: str | None = None
+
+
+def _record(run: RunFolder) -> dict[str, Any]:
+    path = run.path / RECORD
+    content = run.read(path)
+    return {"begun": 0} if content is None else read_json(content, run.address_of(path), _Record)
 
 
 def note_rounds(run: RunFolder, begun: int, stopped: str | None = None) -> None:

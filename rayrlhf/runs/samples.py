@@ -68,8 +68,8 @@ class KeptSamples:
         if not self._file.is_file():
             return {}
         try:
-            rows = pq.read_table(self._file, schema=_SCHEMA).to_pylist()
-        except (pa.ArrowException, OSError):
+            rows = pq.read_table(self._file, schema=_SCHEMA, page_checksum_verification=True).to_pylist()
+        except (pa.ArrowException, OSError, ValueError):
             return {}
         return {row["place"]: self._trajectory(version, **row) for row in rows}
 
@@ -88,7 +88,7 @@ class KeptSamples:
             for place, t in samples.items()
         ]
         with replacing(self._file) as temporary:
-            pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), temporary)
+            pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), temporary, write_page_checksum=True)
 
     def _trajectory(
         self,

@@ -20,6 +20,7 @@ from rayrlhf.runs.changes import sentence
 from rayrlhf.runs.contents import Contents
 from rayrlhf.runs.folder import RunFolder, changes_since, run_at
 from rayrlhf.runs.labels import share_labels
+from rayrlhf.runs.reading import sound
 from rayrlhf.runs.stages import STAGES, stages_of
 
 
@@ -74,8 +75,12 @@ def take_over(run: RunFolder, config: Config, contents: Contents) -> str:
     if other.path == run.path:
         raise UserError(f"from: {config.start} is this run; give it another name (name=OTHER)")
     place = as_typed(other.address)
-    if (recorded := run.read(run.shared)) is not None and (before := json.loads(recorded))["from"] == other.address:
-        return f"from {place}: {', '.join(before['stages']) or 'nothing'} was taken over before"
+    if (recorded := run.read(run.shared)) is not None:
+        with sound(run.address_of(run.shared)):
+            before = json.loads(recorded)
+            source, stages = before["from"], ", ".join(before["stages"])
+        if source == other.address:
+            return f"from {place}: {stages or 'nothing'} was taken over before"
     if other.read(other.config) is None:
         raise UserError(f"from: {config.start}: no run folder (it has no config.yaml)")
     if own := [stage.name for stage in stages_of(config) if run.done(stage.name)]:
@@ -108,9 +113,12 @@ def _lines_of(metrics: bytes, stages: Collection[str]) -> bytes:
     for line in metrics.splitlines(keepends=True):
         try:
             entry = json.loads(line)
-        except ValueError:  # torn by a kill
+        except (ValueError, RecursionError):  # torn by a kill
             continue
-        if entry["stage"] in stages or (entry["stage"] == "run" and any(f"time/{stage}" in entry for stage in stages)):
+        if not isinstance(entry, dict):
+            continue
+        of = entry.get("stage")
+        if of in stages or (of == "run" and any(f"time/{stage}" in entry for stage in stages)):
             kept.append(line)
     return b"".join(kept)
 

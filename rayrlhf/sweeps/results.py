@@ -13,6 +13,7 @@ from rich.table import Table
 from rayrlhf.files import replacing
 from rayrlhf.reports.measures import interval_text
 from rayrlhf.reports.progress import duration
+from rayrlhf.reports.results import POLICY, read_evaluation
 from rayrlhf.runs.folder import RunFolder
 from rayrlhf.runs.metrics import read_metrics
 from rayrlhf.runs.stages import STAGES
@@ -62,9 +63,8 @@ def read_result(trial: Trial, run: RunFolder, shared: Sequence[str], error: str 
     own = {f"time/{stage}" for stage in STAGES if stage not in shared}
     times: dict[str, float] = {}
     for line in read_metrics(run.address, "run"):
-        times |= {name: line[name] for name in own & line.keys()}
-    evaluation = run.read(run.evaluation)
-    return Result(trial, None if evaluation is None else json.loads(evaluation), sum(times.values()))
+        times |= {name: line[name] for name in own & line.keys() if line[name] is not None}
+    return Result(trial, read_evaluation(run, *POLICY, "metadata"), sum(times.values()))
 
 
 def ranked(results: Sequence[Result], metric: str, mode: str) -> list[Result]:
@@ -113,7 +113,7 @@ def caption(sweep: Sweep, results: Sequence[Result]) -> str:
     ranking = f"best {sweep.settings.metric} ({sweep.settings.mode}) first"
     if facts is None:
         return ranking
-    return f"{ranking}; {facts['data']}: {facts['prompts']} prompts, mean [95 % interval]"
+    return f"{ranking}; {facts.get('data', 'held out')}: {facts['prompts']} prompts, mean [95 % interval]"
 
 
 def write_results(folder: RunFolder, sweep: Sweep, results: Sequence[Result]) -> tuple[str, str]:

@@ -130,7 +130,8 @@ def test_an_interrupted_run_continues_from_its_checkpoint(ended: Run, start: Any
 # A start of PPO and of one more generator, for what ray/test_scaling and ray/test_monitoring show in parts.
 @pytest.mark.long
 def test_a_run_is_scaled_up_and_down(finished: Any, start: Any, tmp_path: Path) -> None:
-    run, arguments, _ = ahead(finished, tmp_path)
+    found = ahead(finished, tmp_path)
+    run, arguments = found.run, found.arguments
 
     def scale(count: int) -> Any:
         return start("rayrlhf", "scale", str(run), "--generators", str(count)).wait()

@@ -38,6 +38,7 @@ def step_line(step: int, seed: int) -> dict[str, Any]:
     return {
         "stage": "rl",
         "step": step,
+        "time": 1e9 + step,
         "rl/score/mean": 0.1 * step + seed,
         "rl/score/std": 2.0,
         "rl/gold/mean": 0.2 + 0.01 * step * (8 - step),
@@ -82,7 +83,7 @@ def make_run(folder: Path, seed: int, steps: int = 9, **config: Any) -> Path:
     }
     (folder / "evaluation.json").write_text(json.dumps(evaluation))
     lines: list[dict[str, Any]] = [step_line(step, seed) for step in range(steps)]
-    lines.append({"stage": "run", "step": 3, "time/rl": 30.0 + 10 * seed})
+    lines.append({"stage": "run", "step": 3, "time": 2e9, "time/rl": 30.0 + 10 * seed})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
@@ -193,7 +194,7 @@ def test_warnings_of_each_run_are_listed_with_their_limits(folders: list[Path]) 
     config = yaml.safe_load((folders[1] / "config.yaml").read_text())
     (folders[1] / "config.yaml").write_text(yaml.safe_dump({**config, "alarms": {"max_kl": 12.0}}))
     with (folders[0] / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps({"stage": "run", "step": 2, "warnings": ["no better than length"]}) + "\n")
+        file.write(json.dumps({"stage": "run", "step": 2, "time": 2e9, "warnings": ["no better than length"]}) + "\n")
     section = markdown(read_runs(folders)).split("## Warnings\n\n")[1]
     labels = [run.label for run in read_runs(folders)]
     assert f"| {labels[0]} | reward_model | no better than length | – | – | – |" in section
@@ -343,9 +344,9 @@ def broken(folder: Path, kind: str) -> None:
     [
         ("gone", "seed1 is no run folder: it has no config.yaml"),
         ("unfinished", "seed1 is unfinished: it has no evaluation.json"),
-        ("torn", "seed1 cannot be read"),
-        ("foreign", "seed1 cannot be read"),
-        ("no samples", "seed1 cannot be read"),
+        ("torn", "seed1/evaluation.json: is damaged .*; delete evaluation.json"),
+        ("foreign", "seed1/evaluation.json: is damaged .*; delete evaluation.json"),
+        ("no samples", "seed1/samples.parquet: is damaged .*; delete evaluation.json"),
         ("no steps", "seed1 has no steps of dpo or rl in metrics.jsonl"),
         ("other prompts", "seed1 was evaluated on other prompts than .*seed0 .7 and 12, 7 of them the same"),
     ],

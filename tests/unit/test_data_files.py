@@ -5,18 +5,25 @@ from __future__ import annotations
 import glob
 import gzip
 import json
+import random
 from collections.abc import Callable
+from datetime import date, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.feather as feather
 import pyarrow.parquet as pq
 import pytest
 
 from rayrlhf.config_data import DatasetConfig
+from rayrlhf.data import files
+from rayrlhf.data.arrow_values import held_rows
 from rayrlhf.data.files import READERS
+from rayrlhf.data.formats import Use
 from rayrlhf.data.loading import load_source, read_file
+from rayrlhf.data.reading import Reading
 from rayrlhf.errors import UserError
 
 ROWS = [{"prompt": 'A "quoted", long\nquestion', "response": "grüße"}, {"prompt": "b", "response": "c"}]
@@ -91,7 +98,7 @@ def test_json_that_python_refuses_for_its_size(tmp_path: Path) -> None:
     digits, brackets = f'{{"a": {5000 * "1"}}}', 100_000 * "["
     for name, content, message in (
         ("a.jsonl", f'{{"a": 1}}\n{digits}', r"a.jsonl line 2: cannot be read as JSON \(Exceeds the limit"),
-        ("a.jsonl", brackets, r"a.jsonl line 1: cannot be read as JSON \(maximum recursion depth"),
+        ("a.jsonl", brackets, r"a.jsonl line 1: cannot be read as JSON \(more than 100 objects and lists"),
         ("a.json", f"[{digits}]", r"a.json: not valid JSON \(Exceeds the limit"),
     ):
         (tmp_path / name).write_text(content)
@@ -191,3 +198,82 @@ def test_every_reader_is_tried() -> None:
     assert {ending for ending in READERS if ending != ".ndjson"} == {
         f".{name.split('.')[1].lower()}" for name in WRITERS
     }
+
+
+def test_values_beyond_pythons_range_are_texts_and_counted(tmp_path: Path) -> None:
+    """Day 2,932,897 after 1970 is the first of the year 10000, which Python's dates do not reach."""
+    day = 2_932_897
+    columns = {
+        "prompt": pa.array(["a", "b"]),
+        "day": pa.array([day, 0], pa.int32()).view(pa.date32()),
+        "at": pa.array([day * 86_400_000_000, 0], pa.int64()).view(pa.timestamp("us")),
+        "there": pa.array([0, None], pa.int64()).view(pa.timestamp("us", "Nowhere/Land")),
+        "many": pa.ListArray.from_arrays(pa.array([0, 1, 1]), pa.array([day], pa.int32()).view(pa.date32())),
+    }
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    first, second = read_file(tmp_path / "a.parquet")
+    assert first.values == {
+        "prompt": "a", "day": "10000-01-01", "at": "10000-01-01 00:00:00.000000",
+        "there": "timestamp[us, tz=Nowhere/Land]", "many": ["10000-01-01"],
+    }  # fmt: skip
+    assert second.values == {
+        "prompt": "b", "day": date(1970, 1, 1), "at": datetime(1970, 1, 1), "there": None, "many": [],
+    }  # fmt: skip
+    assert (first.odd, second.odd, first.mended) == (True, False, False)
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_bytes_that_are_no_text_are_replaced_and_counted(tmp_path: Path, name: str) -> None:
+    texts = pa.array([b"caf\xe9", "café".encode()], pa.binary()).view(pa.string())
+    table = pa.table({"prompt": texts})
+    write = pq.write_table if name == "a.parquet" else feather.write_feather
+    write(table, str(tmp_path / name))
+    rows = read_file(tmp_path / name)
+    assert [row.values["prompt"] for row in rows] == ["caf\ufffd", "café"]
+    assert [row.mended for row in rows] == [True, False]
+
+
+def test_damage_behind_good_rows_names_the_last_of_them(tmp_path: Path) -> None:
+    texts = random.Random(0)  # which do not compress well, so that the file is read in several pieces
+    content = gzip.compress(b"".join(b'{"prompt": "%s"}\n' % texts.randbytes(4500).hex().encode() for _ in range(99)))
+    for end in (b"", content[-8:-4] + b"\0\0\0\0"):  # cut short; and a length that is another one
+        (tmp_path / "a.jsonl.gz").write_bytes(content[:-8] + end)
+        with pytest.raises(UserError, match=r"a\.jsonl\.gz line \d+ and behind it: cannot be read \("):
+            read_file(tmp_path / "a.jsonl.gz")
+
+
+def test_columns_of_arrow_that_end_elsewhere_are_refused(tmp_path: Path) -> None:
+    """Arrow itself would read beyond the texts."""
+    ends = pa.py_buffer(np.array([0, 10**6, 2], np.int32).tobytes())
+    column = pa.Array.from_buffers(pa.string(), 2, [None, ends, pa.py_buffer(b"ab")])
+    batch = pa.RecordBatch.from_arrays([column], ["prompt"])
+    with pytest.raises(pa.ArrowInvalid):
+        list(held_rows(batch))
+    twins = pa.RecordBatch.from_arrays([pa.array([1]), pa.array([2])], ["a", "a"])
+    with pytest.raises(pa.ArrowInvalid, match="two columns are called 'a'"):
+        list(held_rows(twins))
+
+
+def test_a_line_is_no_longer_than_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few kilobytes of compressed data can spell gigabytes."""
+    monkeypatch.setattr(files, "_LONGEST_LINE", 2**20)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"prompt": "a"}\n' + bytes(2**21)))
+    with pytest.raises(UserError, match=r"a\.jsonl\.gz line 2: longer than 1 MiB"):
+        read_file(tmp_path / "a.jsonl.gz")
+
+
+@pytest.mark.parametrize(
+    ("row", "use", "message"),
+    [
+        ({"messages": [{"role": ["user"], "content": "a"}]}, "prompt", "message 1 has the role"),
+        ({"instruction": "a", "output": "b", "history": 7}, "prompt", "'history' must be a list"),
+        ({"prompt": "a", "responses": ["b", "c"], "scores": [1, 10**400]}, "comparison", "'scores' must be a number"),
+        ({"messages": [{"role": "x" * 10**5, "content": "a"}]}, "prompt", "message 1 has the role"),
+    ],
+)
+def test_odd_values_of_a_row_are_one_short_line(tmp_path: Path, row: dict[str, Any], use: Use, message: str) -> None:
+    """They were tracebacks, or as long as the value."""
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    with pytest.raises(UserError, match=f"a.jsonl line 1: {message}") as error:
+        Reading([DatasetConfig(path=str(tmp_path / "a.jsonl"))], use).split("all")
+    assert len(str(error.value)) <= 300

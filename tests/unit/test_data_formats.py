@@ -163,14 +163,14 @@ def test_prompts(
             [{"question": "a", "answer": "b"}],
             ["demonstration"],
             "not recognised, .*: question, answer; .*"
-            r"{path: a.jsonl, columns: {prompt: question, response: answer}}, .*prompts: ",
+            "columns: {prompt: question, response: answer}, or set format to one of these: .*prompts, ",
         ),
         (
             [{"prompt": "a", "Better": "b", "worse": "c"}],
             ["comparison"],
-            "not recognised, .*columns: {chosen: Better, rejected: worse}}",
+            "not recognised, .*columns: {chosen: Better, rejected: worse}",
         ),
-        ([{"a": "b"}], ["demonstration"], "not recognised, .*columns: {prompt: question}}"),
+        ([{"a": "b"}], ["demonstration"], "not recognised, .*columns: {prompt: question}, or"),
         ([{"prompt": "a"}], ["demonstration"], "not recognised, its columns are: prompt; "),
         (
             [{"prompt": "a", "response": "b", "instruction": "c", "output": "d"}],

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -92,3 +93,26 @@ def test_two_processes_append_whole_lines(tmp_path: Path) -> None:
     assert [run.wait(timeout=300) for run in runs] == [0, 0]
     got = [(line["stage"], line["step"], len(line)) for line in read_metrics(tmp_path)]
     assert sorted(got) == [(stage, step, 43) for stage in "ab" for step in range(300)]
+
+
+def test_lines_that_nobody_wrote_are_left_out_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What a disk or an editor makes of a line; and what `MetricsWriter` writes stays, null and texts included."""
+    good = {"stage": "rl", "step": 1, "time": 5.0}
+    foreign: list[Any] = [
+        7, [], {"stage": "rl"}, {**good, "step": -1}, {**good, "step": 1.5}, {**good, "step": True},
+        {**good, "step": 10**400}, {**good, "time": None}, {**good, "time": 1e300}, {**good, "stage": ["rl"]},
+        {**good, "rl/kl": "0.5"}, {**good, "rl/kl": 10**400}, {**good, "warnings": "text"}, {**good, "sample": 3},
+    ]  # fmt: skip
+    kept = {
+        **good,
+        "step": 2,
+        "rl/kl": None,
+        "non_finite": {"rl/kl": "nan"},
+        "warnings": ["w"],
+        "sample": {"a": "b"},
+        "note": "n",
+    }
+    lines = [*map(json.dumps, foreign), '{"stage": "rl", "step": 3, "time": NaN}', "[" * 5000, json.dumps(kept)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    assert read_metrics(tmp_path) == [kept]
+    assert f"{len(foreign) + 2} lines are torn or foreign and left out (first: line 1)" in caplog.text

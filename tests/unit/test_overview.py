@@ -224,7 +224,7 @@ def test_table_of_runs(tmp_path: Path) -> None:
     assert rows(table) == [
         ["a", "not running", "0 of 5", "sft", "–", "–", "–"],
         ["b", "running", "3 of 5", "rl 5/12", "0.400", "40.000", "7 s ago"],
-        ["c", "its config.yaml cannot be read", "–", "–", "–", "–", "–"],
+        ["c", "cannot be read: rayrlhf status says why", "–", "–", "–", "–", "–"],
     ]
 
 

@@ -175,5 +175,5 @@ def test_what_cannot_be_compared_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no two raters have a pair of answers in common in .*/one \(raters: gold\)"):
         agreement_of([run.address])
     run.comparisons.write_bytes(b"PAR1")
-    with pytest.raises(UserError, match=r"comparisons.parquet: cannot be read"):
+    with pytest.raises(UserError, match=r"comparisons.parquet: is damaged"):
         agreement_of([run.address])

@@ -90,7 +90,8 @@ def session(run: RunFolder, *tracking: str) -> None:
 
 
 def evaluated(run: RunFolder) -> None:
-    found = {"sft": {"gold": {"mean": 0.25, "low": 0.0, "high": 0.5}, "kl": None}, "metadata": {"prompts": 1}}
+    gold = {"mean": 0.25, "low": 0.0, "high": 0.5, "n": 1}
+    found = {"sft": {"gold": gold, "kl": None}, "metadata": {"prompts": 1}}
     run.evaluation.write_text(json.dumps(found))
     pq.write_table(pa.table({"post": ["p"], "sft": ["a"], "gold_sft": [0.25]}), run.samples)
     run.report.write_text("<html>")

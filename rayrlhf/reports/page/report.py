@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+from typing import Any, TypeVar
 
 from rayrlhf.errors import UserError
 from rayrlhf.files import replacing
@@ -20,14 +17,20 @@ from rayrlhf.reports.page.frame import document
 from rayrlhf.reports.page.reward_model import reward_model_charts
 from rayrlhf.reports.page.tables import accuracy_table, evaluation_table
 from rayrlhf.reports.raters import LONGER, compare, longer, people_of, raters_of
+from rayrlhf.reports.results import read_accuracy, read_evaluation
 from rayrlhf.reports.verdict import judge
 from rayrlhf.reports.warnings import warnings_of
 from rayrlhf.runs.folder import RunFolder, stored_config, stored_contents
 from rayrlhf.runs.metrics import read_metrics
+from rayrlhf.runs.reading import read_json_lines, read_rows
 from rayrlhf.runs.stages import STAGES
 from rayrlhf.runs.versions import versions
 
 Lines = Sequence[Mapping[str, Any]]
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+PAIRS = ("prompt", "reward_model", "longer")
+"""Columns of heldout_pairs.parquet that the charts need."""
 
 
 @dataclass(frozen=True)
@@ -57,23 +60,25 @@ def report(run: RunFolder, metrics: Lines, live: str = "") -> str:
         live: as for `document`.
     """
     config = stored_config(run) if run.read(run.config) is not None else None
-    evaluation, accuracy = _json(run, run.evaluation), _json(run, run.reward_accuracy)
+    files = _Files()
+    evaluation, accuracy = files.take(lambda: read_evaluation(run), None), files.take(lambda: read_accuracy(run), None)
     lines = {stage: [line for line in metrics if line["stage"] == stage] for stage in (*STAGES, "rl_eval")}
     charts = Charts()
-    pairs = _rows(run, run.heldout_pairs)
+    pairs = files.take(lambda: _rows(run, run.heldout_pairs, *PAIRS), [])
     pair_charts, said = reward_model_charts(pairs if accuracy else [])
-    best = [int(line["rl_eval/best_step"]) for line in lines["rl_eval"] if "rl_eval/best_step" in line]
+    best = [int(n) for line in lines["rl_eval"] if (n := line.get("rl_eval/best_step")) is not None]
     collections = [
         each
         for each in (
-            samples.evaluated(_rows(run, run.samples)),
-            samples.while_rl_ran(run, best[-1] if best else None),
+            files.take(lambda: samples.evaluated(_rows(run, run.samples, "id", "post")), None),
+            files.take(lambda: samples.while_rl_ran(run, best[-1] if best else None), None),
         )
         if each is not None
     ]
-    looks = _lines(run, run.tokens)
+    looks = files.take(lambda: read_json_lines(run.read(run.tokens) or b"", run.address_of(run.tokens)), [])
     over_kl = over_kl_chart(lines["rl"])
-    tables, agreement_error = _agreement(run) if config else ([], None)
+    tables = files.take(lambda: _agreement(run), []) if config else []
+    hashes = files.take(lambda: facts.hashes(stored_contents(run)), [])
     context: dict[str, Any] = {
         "title": run.name,
         "done": [stage.title for stage in STAGES.values() if run.done(stage.name)],
@@ -93,13 +98,13 @@ def report(run: RunFolder, metrics: Lines, live: str = "") -> str:
         "pair_charts": charts.add(pair_charts),
         "pair_words": said,
         "agreement": tables,
-        "agreement_error": agreement_error,
+        "faults": list(dict.fromkeys(files.faults)),
         "bars": facts.bars(metrics),
         "time_charts": charts.add(time_charts(lines["rl"])),
         "settings": facts.own_settings(config) if config else [],
-        "yaml": (run.read(run.config) or b"").decode("utf-8"),
+        "yaml": (run.read(run.config) or b"").decode("utf-8", "replace"),
         "versions": versions(),
-        "hashes": facts.hashes(stored_contents(run)),
+        "hashes": hashes,
     }
     data = {
         "charts": [chart.data() for chart in charts.all],
@@ -122,26 +127,30 @@ def _curves(charts: Charts, lines: Mapping[str, Lines]) -> list[Curves]:
     return found
 
 
-def _agreement(run: RunFolder) -> tuple[list[Grid], str | None]:
+class _Files:
+    """A damaged file is named, and is no reason for a run to end without its report."""
+
+    def __init__(self) -> None:
+        self.faults: list[str] = []
+
+    def take(self, read: Callable[[], T], missing: T) -> T:
+        """What `read` gives; `missing` where a file is damaged, which is noted."""
+        try:
+            return read()
+        except UserError as error:
+            log.warning("%s", error)
+            self.faults.append(str(error))
+            return missing
+
+
+def _agreement(run: RunFolder) -> list[Grid]:
     """The raters of the run beside each other, and its labellers; nothing where no two raters saw the same pair."""
-    try:
-        raters = raters_of(run)
-    except UserError as error:  # a damaged file is to be named, and is no reason for a run to end without its report
-        return [], str(error)
+    raters = raters_of(run)
     compared = compare(raters | {LONGER: longer(raters.values())})
     people = people_of(run)
-    return ([raters_grid(compared)] if compared else []) + ([labellers_grid(*people)] if people else []), None
+    return ([raters_grid(compared)] if compared else []) + ([labellers_grid(*people)] if people else [])
 
 
-def _json(run: RunFolder, path: Path) -> dict[str, Any] | None:
+def _rows(run: RunFolder, path: Path, *columns: str) -> list[dict[str, Any]]:
     content = run.read(path)
-    return None if content is None else dict(json.loads(content))
-
-
-def _lines(run: RunFolder, path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run.read(path) or b"").splitlines()]
-
-
-def _rows(run: RunFolder, path: Path) -> list[dict[str, Any]]:
-    content = run.read(path)
-    return [] if content is None else list(pq.read_table(pa.BufferReader(content)).to_pylist())
+    return [] if content is None else read_rows(content, run.address_of(path), *columns)

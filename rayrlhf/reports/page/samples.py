@@ -6,16 +6,18 @@ they differ, word by word.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from difflib import SequenceMatcher
 from typing import Any
 
+from pydantic import BaseModel
+
 from rayrlhf.data.words import pieces
 from rayrlhf.reports.measures import SOURCES
 from rayrlhf.reports.progress import headline
 from rayrlhf.runs.folder import RunFolder
+from rayrlhf.runs.reading import read_json_lines
 
 NUMBERS = {"gold": "gold", "reward": "reward", "score": "score", "length": "tokens", "kl": "KL"}
 """What is shown beside an answer, in this order; one that ends without EOS says so."""
@@ -68,6 +70,20 @@ class Collection:
         return asdict(self)
 
 
+class _Look(BaseModel):
+    """A line of `samples/step_N.jsonl`, which may have more."""
+
+    step: int
+    id: str
+    prompt: str
+    answer: str
+    reference: str | None = None
+    gold: float | None
+    score: float | None
+    tokens: float | None = None
+    ended: bool = True
+
+
 def evaluated(table: Sequence[Mapping[str, Any]]) -> Collection | None:
     """The rows of samples.parquet; None without any."""
     if not table:
@@ -97,7 +113,7 @@ def while_rl_ran(run: RunFolder, best_step: int | None) -> Collection | None:
         run.download(run.dev_samples)
     looks = []
     for file in sorted(run.dev_samples.glob("step_*.jsonl")):
-        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        lines = read_json_lines(file.read_bytes(), run.address_of(file), _Look)
         looks += [lines] if lines else []
     if not looks:
         return None

@@ -1,0 +1,60 @@
+"""JSON text as values that all code behind can hold: no half emoji, and not nested deeper than Python can walk."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+MAX_DEPTH = 100
+"""Objects and lists inside each other. Python's own limit is near a thousand, and some of that is in use."""
+_HALVES = re.compile(r"\\u[dD][89a-fA-F]")  # two of these in a row spell one character
+
+
+def read_json(text: str) -> tuple[Any, bool]:
+    """The value of a JSON text, and whether U+FFFD stands in it for what is no character.
+
+    JSON can spell half an emoji, at which a tokenizer would end the run.
+
+    Raises:
+        json.JSONDecodeError: it is no JSON.
+        ValueError: it is nested too deeply, or has a number of thousands of digits. The message is one line.
+    """
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
+    if text.count("[") + text.count("{") > MAX_DEPTH and _is_deep(value):
+        raise ValueError(_TOO_DEEP)
+    if _HALVES.search(text) is None or _is_text(value):
+        return value, False
+    return _replaced(value), True
+
+
+_TOO_DEEP = f"more than {MAX_DEPTH} objects and lists inside each other"
+
+
+def _is_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        nested = [each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list)]
+        if not nested:
+            return False
+        level = [inner for each in nested for inner in each]
+    return True
+
+
+def _is_text(value: Any) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _replaced(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, dict):
+        return {_replaced(key): _replaced(inner) for key, inner in value.items()}
+    return [_replaced(inner) for inner in value] if isinstance(value, list) else value
