@@ -28,7 +28,7 @@ from rayrlhf.files import replacing
 from rayrlhf.reports.results import read_evaluation
 from rayrlhf.runs.folder import RunFolder
 from rayrlhf.runs.metrics import read_lines
-from rayrlhf.runs.reading import read_json, read_rows
+from rayrlhf.runs.reading import read_json, read_rows, sound
 from rayrlhf.runs.rounds import has_rounds
 from rayrlhf.tracking.base import Outcome, Tracked, Tracker
 from rayrlhf.tracking.registry import make_tracker
@@ -61,10 +61,10 @@ class Tracking:
         name = f"{above.name}/{config.name}" if has_rounds(above) else config.name
         self._tracked = Tracked(name, run.address, run.path, dump_config(config))
         self._record = run.path / RECORD
-        self._kept: dict[str, Any] = read_json(
-            run.read(self._record) or b"{}", run.address_of(self._record), dict[str, _State]
-        )
-        self._states: dict[str, _State] = {name: _State(**self._kept.get(name, {})) for name in config.tracking}
+        address = run.address_of(self._record)
+        with sound(address):
+            self._kept: dict[str, Any] = read_json(run.read(self._record) or b"{}", address, dict[str, _State])
+            self._states: dict[str, _State] = {name: _State(**self._kept.get(name, {})) for name in config.tracking}
         self._open: dict[str, Tracker] = {}
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="tracking", daemon=True)

@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 from rayrlhf.config import Config
 from rayrlhf.errors import UserError
 from rayrlhf.sections import Section
+from rayrlhf.wording import shown
 from rayrlhf.yaml_text import read_yaml_text
 
 AnySection = TypeVar("AnySection", bound=Section)
@@ -62,7 +63,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """
     tree = read_yaml(path, "config file; the examples are in configs/")
     for override in overrides or []:
-        set_key(tree, *parse_override(override), f"override {override!r}")
+        set_key(tree, *parse_override(override), f"override {shown(override)}")
     return parse_config(tree, str(path))
 
 
@@ -117,14 +118,14 @@ def parse_override(override: str, root: type[BaseModel] = Config) -> tuple[str, 
     key, separator, text = override.partition("=")
     key = key.strip()
     if not separator or not key:
-        raise UserError(f"override {override!r}: write key.sub=value, for example rl.steps=3")
+        raise UserError(f"override {shown(override)}: write key.sub=value, for example rl.steps=3")
     kinds = _text_kinds(key, root)
     if kinds and not text.lstrip().startswith(("'", '"')):
         return key, None if type(None) in kinds and text.strip() in ("null", "~", "") else text.strip()
     try:
         return key, read_yaml_text(text)
     except ValueError as error:
-        raise UserError(f"override {override!r}: the value is not valid YAML ({error})") from None
+        raise UserError(f"override {shown(override)}: the value is not valid YAML ({error})") from None
 
 
 def _text_kinds(key: str, root: type[BaseModel]) -> set[Any]:

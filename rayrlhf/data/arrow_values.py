@@ -30,7 +30,8 @@ def held_rows(table: pa.RecordBatch | pa.Table) -> Iterator[Held]:
         pa.ArrowInvalid: two columns have one name, or the columns are damaged: Arrow would read beyond their ends.
     """
     names = table.schema.names
-    if twice := next((name for name in names if names.count(name) > 1), None):
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
         raise pa.ArrowInvalid(f"two columns are called {twice!r}; rename one")
     faults = [column for column in table.columns if not _check(column)]
     for start in range(0, table.num_rows, _ROWS):

@@ -19,7 +19,7 @@ import pyarrow.fs as fs
 import pyarrow.parquet as pq
 
 from rayrlhf.data.arrow_values import held_rows
-from rayrlhf.data.json_text import read_json
+from rayrlhf.data.json_text import mended, read_json, spells_halves
 from rayrlhf.errors import UserError
 from rayrlhf.wording import names, shown
 
@@ -139,9 +139,7 @@ class DataFile:
                 yield stream
         except FileNotFoundError:
             raise UserError(f"{self.name}: no such file") from None
-        except UserError:
-            raise
-        except (pa.ArrowException, OSError, EOFError, ValueError) as error:  # the last one, of names that are no UTF-8
+        except (pa.ArrowException, OSError, EOFError, UnicodeError) as error:  # the last one, of columns' names
             raise UserError(f"{place()}: cannot be read ({first_line(error)})") from None
 
 
@@ -165,8 +163,7 @@ def json_lines(text: str, path: object) -> Iterator[tuple[int, dict[str, Any]]]:
     """
     for number, line in enumerate(text.split("\n"), start=1):  # splitlines() would also cut inside JSON strings
         if line.strip():
-            where = f"{path} line {number}"
-            yield number, _object(_parsed(line, where)[0], where)
+            yield number, _row(f"{path} line {number}", line).values
 
 
 def first_line(error: BaseException) -> str:
@@ -179,22 +176,21 @@ def first_line(error: BaseException) -> str:
 def _json_rows(stream: Any, name: str) -> Iterator[SourceRow]:
     for where, line in _lines(stream, name):
         if line.strip():
-            item, mended = _parsed(line, where)
-            yield SourceRow(where, _object(item, where), mended)
+            yield _row(where, line)
 
 
 def _json_array(stream: Any, name: str) -> Iterator[SourceRow]:
     text = "".join(line for _, line in _lines(stream, name))
     try:
-        array, mended = read_json(text) if text.strip() else ([], False)
+        array = read_json(text) if text.strip() else []
     except ValueError as error:
         said = first_line(error)
         raise UserError(f"{name}: not valid JSON ({said}); one object a line belongs into a .jsonl file") from None
     if not isinstance(array, list):
         raise UserError(f"{name}: expected an array of objects, found {type(array).__name__}")
+    halves = spells_halves(text)
     for number, item in enumerate(array, start=1):
-        where = f"{name} row {number}"
-        yield SourceRow(where, _object(item, where), mended)
+        yield _object(f"{name} row {number}", item, halves)
 
 
 def _separated(stream: Any, name: str, delimiter: str) -> Iterator[SourceRow]:
@@ -280,16 +276,18 @@ def _lines(stream: Any, name: str) -> Iterator[tuple[str, str]]:
             raise UserError(f"{where}: not UTF-8 text (byte 0x{byte:02x}); save the file as UTF-8") from None
 
 
-def _parsed(line: str, where: str) -> tuple[Any, bool]:
+def _row(where: str, line: str) -> SourceRow:
     try:
-        return read_json(line)
+        item = read_json(line)
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from None
     except ValueError as error:
         raise UserError(f"{where}: cannot be read as JSON ({first_line(error)})") from None
+    return _object(where, item, spells_halves(line))
 
 
-def _object(item: Any, where: str) -> dict[str, Any]:
+def _object(where: str, item: Any, halves: bool) -> SourceRow:
     if not isinstance(item, dict):
         raise UserError(f"{where}: expected an object, found {type(item).__name__}")
-    return item
+    values = mended(item) if halves else item
+    return SourceRow(where, values, mended=values is not item)

@@ -11,10 +11,8 @@ MAX_DEPTH = 100
 _HALVES = re.compile(r"\\u[dD][89a-fA-F]")  # two of these in a row spell one character
 
 
-def read_json(text: str) -> tuple[Any, bool]:
-    """The value of a JSON text, and whether U+FFFD stands in it for what is no character.
-
-    JSON can spell half an emoji, at which a tokenizer would end the run.
+def read_json(text: str) -> Any:
+    """The value of a JSON text, see also `mended`.
 
     Raises:
         json.JSONDecodeError: it is no JSON.
@@ -26,9 +24,17 @@ def read_json(text: str) -> tuple[Any, bool]:
         raise ValueError(_TOO_DEEP) from None
     if text.count("[") + text.count("{") > MAX_DEPTH and _is_deep(value):
         raise ValueError(_TOO_DEEP)
-    if _HALVES.search(text) is None or _is_text(value):
-        return value, False
-    return _replaced(value), True
+    return value
+
+
+def spells_halves(text: str) -> bool:
+    """Whether a JSON text may spell half an emoji, which is no character: a tokenizer would end the run there."""
+    return _HALVES.search(text) is not None
+
+
+def mended(value: Any) -> Any:
+    """The value with U+FFFD for each half of an emoji; the same object where there is none."""
+    return value if _is_text(value) else _replaced(value)
 
 
 _TOO_DEEP = f"more than {MAX_DEPTH} objects and lists inside each other"

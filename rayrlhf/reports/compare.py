@@ -48,6 +48,8 @@ from rayrlhf.yaml_text import read_yaml_text
 
 _SAME = {"name", "runs_dir", "seed", "resources", "alarms"}
 """Top-level keys of the config in which the runs of a comparison may differ; other differences are reported."""
+_PAIRED = {f"{measure}_{source}" for measure in {*MEASURES, "length"} for source in ("policy", "sft")}
+"""Columns of samples.parquet that are subtracted from each other."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,10 @@ def _read(folder: RunFolder, label: str, whole: RunFolder) -> Run:
     if "policy_minus_sft" not in evaluation["differences"]:
         raise UserError(f"{folder.address_of(folder.evaluation)} has no policy_minus_sft; evaluate the run again")
     samples = read_table(answers, folder.address_of(folder.samples), "id")
+    with sound(folder.address_of(folder.samples)):
+        for place, name in enumerate(samples.column_names):
+            if name in _PAIRED:
+                samples = samples.set_column(place, name, samples[name].cast(pa.float64()))
     metrics = read_metrics(folder.address)
     if not any(line["stage"] in ("dpo", "rl") for line in metrics):
         raise UserError(

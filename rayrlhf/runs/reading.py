@@ -34,7 +34,7 @@ _REMEDIES = {
 }
 """What to do about a damaged file, by its name."""
 _ELSE = "copy it back, or delete it"
-_FAULTS = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, OSError, MemoryError)
+_FAULTS = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, OSError, MemoryError)
 """What reading raises of bytes that are not what was written."""
 
 

@@ -139,7 +139,7 @@ def stopped(run: RunFolder) -> str | None:
 
 
 class _Record(BaseModel):
-    begun: int = Field(ge=0, le=1000)
+    begun: int = Field(ge=0, le=10_000)
     stopped: str | None = None
 
 

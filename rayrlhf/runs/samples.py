@@ -69,9 +69,9 @@ class KeptSamples:
             return {}
         try:
             rows = pq.read_table(self._file, schema=_SCHEMA, page_checksum_verification=True).to_pylist()
-        except (pa.ArrowException, OSError, ValueError):
+            return {row["place"]: self._trajectory(version, **row) for row in rows}
+        except (pa.ArrowException, OSError, ValueError, TypeError, IndexError):
             return {}
-        return {row["place"]: self._trajectory(version, **row) for row in rows}
 
     def write(self, samples: Mapping[int, Trajectory]) -> None:
         """Keep these samples, by the places of their requests, in the place of those that were kept."""

@@ -25,6 +25,7 @@ from rayrlhf.errors import UserError
 from rayrlhf.reports.measures import MEASURES
 from rayrlhf.runs.stages import stages_from, stages_of
 from rayrlhf.sections import Positive, Section
+from rayrlhf.wording import names
 
 Scalar = str | int | float | bool | None
 Value = Scalar | list[Scalar]
@@ -86,7 +87,7 @@ class SweepConfig(Section):
     def _known_metric(cls, name: str) -> str:
         if name not in METRICS:
             close = difflib.get_close_matches(name, METRICS, n=1)
-            raise ValueError(f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(METRICS)}")
+            raise ValueError(f"did you mean {close[0]!r}?" if close else f"choose one of {names(METRICS)}")
         return name
 
 

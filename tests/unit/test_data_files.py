@@ -277,3 +277,14 @@ def test_odd_values_of_a_row_are_one_short_line(tmp_path: Path, row: dict[str, A
     with pytest.raises(UserError, match=f"a.jsonl line 1: {message}") as error:
         Reading([DatasetConfig(path=str(tmp_path / "a.jsonl"))], use).split("all")
     assert len(str(error.value)) <= 300
+
+
+def test_rows_with_half_an_emoji_are_counted_each(tmp_path: Path) -> None:
+    """A whole one, which JSON may spell in two halves, is none."""
+    rows = r"""[{"a": "\ud83d\ude00"}, {"a": ["\ud83d"]}, {"\ude00": 1}]"""
+    (tmp_path / "a.json").write_text(rows)
+    (tmp_path / "a.jsonl").write_text(rows[1:-1].replace("}, {", "}\n{"))
+    for name in ("a.json", "a.jsonl"):
+        found = read_file(tmp_path / name)
+        assert [row.values for row in found] == [{"a": "\U0001f600"}, {"a": ["\ufffd"]}, {"\ufffd": 1}]
+        assert [row.mended for row in found] == [False, True, True]

@@ -17,7 +17,10 @@ from tests.fuzz import CASES, ODD, damaged, said_of, try_cases
 
 ROOT = Path(__file__).parents[2]
 FILES = {path: path.read_bytes() for path in sorted((ROOT / "configs").glob("*.yaml"))}
-SWEEPS = {path: path.read_bytes() for path in sorted((ROOT / "configs/sweeps").glob("*.yaml"))}
+SWEEPS = {
+    path: path.read_bytes().replace(b"../quickstart.yaml", str(ROOT / "configs/quickstart.yaml").encode())
+    for path in sorted((ROOT / "configs/sweeps").glob("*.yaml"))
+}
 NUMBERS = (".inf", "-.inf", ".nan", "-1", "0", "1", "2", "1e400", "1e-400", "4294967296", "9" * 400, "0.5", "1.0000001")
 TEXTS = (
     "null",

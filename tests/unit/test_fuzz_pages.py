@@ -13,13 +13,15 @@ from starlette.testclient import TestClient
 
 from jobs.report import application as report_application
 from jobs.router import router
+from rayrlhf.config_file import parse_config
 from rayrlhf.labelling.assignment import Assigner
 from rayrlhf.labelling.database import LabelDatabase
 from rayrlhf.labelling.judgements import Item
 from rayrlhf.labelling.web.app import Site, application
 from rayrlhf.labelling.web.security import Tokens
+from rayrlhf.runs.folder import open_or_create
+from rayrlhf.runs.metrics import MetricsWriter
 from tests.fuzz import CASES, changed_json, damaged, try_cases
-from tests.unit.test_report import finished_run
 
 URL, TOKEN = "http://127.0.0.1:8100", "a-token-of-the-test"
 SENT = {
@@ -99,7 +101,9 @@ def test_the_router_answers_any_request(tmp_path: Path, cases: int) -> None:
 
 @CASES
 def test_the_report_answers_any_request(tmp_path: Path, cases: int) -> None:
-    run, _ = finished_run(tmp_path)
+    run = open_or_create(parse_config({"name": "one"}, "test"), tmp_path)
+    with MetricsWriter(run.path) as writer:
+        writer.write("rl", 1, {"rl/kl": 1.0})
     with TestClient(report_application(run), base_url=URL) as client:
         strategy = requests(("/", "/state", "/x"), {})
         try_cases(cases, lambda case: _below_500(asked(client, case, {})), strategy)

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import strategies as st
 from rich.console import Console
@@ -27,18 +29,45 @@ from rayrlhf.reports.card import Exported, model_card
 from rayrlhf.reports.compare import markdown, read_runs
 from rayrlhf.reports.page import write_report
 from rayrlhf.reports.raters import agreement_of, labels_of
-from rayrlhf.reports.reward_accuracy import write_accuracy
 from rayrlhf.runs.folder import RunFolder, open_or_create
 from rayrlhf.runs.metrics import MetricsWriter, read_metrics
 from rayrlhf.runs.sharing import take_over
 from tests.fuzz import CASES, changed_json, changed_table, damaged, said_of, try_cases
-from tests.unit.test_report import finished_run
-from tests.unit.test_reward_accuracy import planted
 
 
 def whole_run(directory: Path) -> RunFolder:
     """A finished run with every file that a command reads, but for its models."""
-    run, _ = finished_run(directory)
+    run = open_or_create(parse_config({"name": "one"}, "test"), directory)
+    with MetricsWriter(run.path) as writer:
+        for step in range(1, 5):
+            writer.write("sft", step, {"sft/loss": 3.0 - step, "sft/steps": 4})
+            writer.write("rl", step, {"rl/kl": float("nan") if step == 2 else 0.5 * step, "rl/reward/mean": 0.1 * step})
+            writer.write("rl_eval", step, {"rl_eval/gold/mean": 0.1 * step, "rl_eval/best_step": 4})
+        writer.write_text("rl", 4, "sample", {"prompt": "p", "answer": "a"})
+        writer.write("run", 0, {"time/sft": 20.0})
+        writer.warn("run", 1, ["few comparisons"])
+    mean = {"mean": 0.5, "low": 0.25, "high": 0.75, "n": 4}
+    of_source = {"gold": mean, "reward": mean, "length": mean, "kl": None}
+    change = {"gold": {**mean, "p": 0.25}, "reward": {**mean, "p": 0.5}}
+    evaluation = {
+        "sft": of_source,
+        "policy": {**of_source, "kl": mean, "gold_win_rate_vs_sft": mean, "win_rate_vs_sft": mean},
+        "differences": {"policy_minus_sft": change, "policy_minus_sft_at_equal_length": {"gold": mean}},
+        "metadata": {"prompts": 4, "data": "posts", "labeller": "reference"},
+    }
+    run.evaluation.write_text(json.dumps(evaluation))
+    columns: dict[str, Any] = {"id": ["a", "b"], "post": ["why", "how"], "reference": ["r", None]}
+    for number, source in enumerate(("sft", "policy")):
+        columns[source] = [f"{source} 1", f"{source} 2"]
+        columns |= {f"{measure}_{source}": [0.5, 1.0 + number] for measure in ("gold", "reward", "length", "eos_rate")}
+    pq.write_table(pa.table(columns), run.samples, write_page_checksum=True)
+    scorers = {"reward_model": mean, "longer": mean, "shorter": mean}
+    minus = {"longer": mean, "shorter": mean}
+    accuracy = {"pairs": 3, "prompts": 3, "accuracy": scorers, "reward_model_minus": minus}
+    run.reward_accuracy.write_text(json.dumps(accuracy))
+    pairs: dict[str, Any] = {"id": ["r0", "r1", "r2"], "prompt": [0, 1, 2], "better": [0, 0, 0], "worse": [1, 1, 1]}
+    pairs |= {"source": [""] * 3, "reward_model": [0.5, -0.25, 2.0], "longer": [1.0, 0.0, -1.0]}
+    pq.write_table(pa.table(pairs), run.heldout_pairs, write_page_checksum=True)
     records = [
         RankedAnswers(
             f"r{i}", f"prompt {i}", (i,), ("a b", "c d"), ((5, 6), (7,)), (2.0, 1.0), "people", gold=(1.0, 0.0)
@@ -46,7 +75,6 @@ def whole_run(directory: Path) -> RunFolder:
         for i in range(3)
     ]
     write_comparisons(run.comparisons, records)
-    write_accuracy(run.heldout_pairs, run.reward_accuracy, planted(), {}, samples=50, seed=0)
     looks = [
         {"step": 2, "id": f"{i}", "prompt": "p", "answer": "a", "reference": "r", "gold": 0.5, "score": 1.0}
         for i in range(2)
@@ -153,7 +181,7 @@ def test_a_damaged_file_is_shown_around_or_named(
 ) -> None:
     cases = max(cases // len(COMMANDS), 8)
     shutil.copytree(whole, tmp_path / "runs")
-    run, rounds = RunFolder(tmp_path / "runs" / "demo"), tmp_path / "runs" / "rounds"
+    run, rounds = RunFolder(tmp_path / "runs" / "one"), tmp_path / "runs" / "rounds"
     of = {"rounds": rounds}.get(command, run.path)
     files = {path: path.read_bytes() for path in sorted(of.rglob("*")) if path.is_file() and path.name != ".lock"}
     assert said_of(lambda: COMMANDS[command](run), capsys) is None

@@ -12,7 +12,7 @@ from rayrlhf.errors import UserError
 from rayrlhf.files import replacing
 from rayrlhf.reports.agreement import Grid, labellers_grid, raters_grid
 from rayrlhf.reports.page import facts, samples
-from rayrlhf.reports.page.charts import Charts, over_kl_chart, stage_charts, time_charts
+from rayrlhf.reports.page.charts import Chart, Charts, over_kl_chart, stage_charts, time_charts
 from rayrlhf.reports.page.frame import document
 from rayrlhf.reports.page.reward_model import reward_model_charts
 from rayrlhf.reports.page.tables import accuracy_table, evaluation_table
@@ -22,7 +22,7 @@ from rayrlhf.reports.verdict import judge
 from rayrlhf.reports.warnings import warnings_of
 from rayrlhf.runs.folder import RunFolder, stored_config, stored_contents
 from rayrlhf.runs.metrics import read_metrics
-from rayrlhf.runs.reading import read_json_lines, read_rows
+from rayrlhf.runs.reading import read_json_lines, read_rows, sound
 from rayrlhf.runs.stages import STAGES
 from rayrlhf.runs.versions import versions
 
@@ -64,13 +64,15 @@ def report(run: RunFolder, metrics: Lines, live: str = "") -> str:
     evaluation, accuracy = files.take(lambda: read_evaluation(run), None), files.take(lambda: read_accuracy(run), None)
     lines = {stage: [line for line in metrics if line["stage"] == stage] for stage in (*STAGES, "rl_eval")}
     charts = Charts()
-    pairs = files.take(lambda: _rows(run, run.heldout_pairs, *PAIRS), [])
-    pair_charts, said = reward_model_charts(pairs if accuracy else [])
+    none: tuple[list[Chart], list[str]] = [], []
+    pair_charts, said = files.take(lambda: _made(run, run.heldout_pairs, reward_model_charts, *PAIRS), none)
+    if not accuracy:
+        pair_charts, said = none
     best = [int(n) for line in lines["rl_eval"] if (n := line.get("rl_eval/best_step")) is not None]
     collections = [
         each
         for each in (
-            files.take(lambda: samples.evaluated(_rows(run, run.samples, "id", "post")), None),
+            files.take(lambda: _made(run, run.samples, samples.evaluated, "id", "post"), None),
             files.take(lambda: samples.while_rl_ran(run, best[-1] if best else None), None),
         )
         if each is not None
@@ -151,6 +153,8 @@ def _agreement(run: RunFolder) -> list[Grid]:
     return ([raters_grid(compared)] if compared else []) + ([labellers_grid(*people)] if people else [])
 
 
-def _rows(run: RunFolder, path: Path, *columns: str) -> list[dict[str, Any]]:
-    content = run.read(path)
-    return [] if content is None else read_rows(content, run.address_of(path), *columns)
+def _made(run: RunFolder, path: Path, make: Callable[[list[dict[str, Any]]], T], *columns: str) -> T:
+    """What `make` makes of the rows of a Parquet file, which has at least these columns; of no row without a file."""
+    content, address = run.read(path), run.address_of(path)
+    with sound(address):
+        return make([] if content is None else read_rows(content, address, *columns))
