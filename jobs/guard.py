@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from jobs.stopping import interrupted_by_sigterm
 from rayrlhf.errors import UserError
+from rayrlhf.scratch import scratch
 from rayrlhf.terminal import LogFormatter, complain
 
 
@@ -25,7 +26,7 @@ def guarded(action: Callable[[], None]) -> int:
     handler.setFormatter(LogFormatter("%(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     try:
-        with interrupted_by_sigterm():
+        with interrupted_by_sigterm(), scratch():
             action()
     except UserError as error:
         _say(f"error: {error}")

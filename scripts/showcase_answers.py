@@ -21,6 +21,7 @@ from jobs.console import PlainConsole
 from rayrlhf.config_file import load_config
 from rayrlhf.errors import UserError
 from rayrlhf.runs.folder import RunFolder
+from rayrlhf.terminal import say
 
 SHOWN = 4
 HEADINGS = ("opening", "before (SFT)", "after (policy)", "gold")
@@ -67,7 +68,7 @@ def main() -> None:
         raise SystemExit(f"error: {run.samples} has {len(rows)} test prompts; at least {SHOWN} are needed")
     shown = picked(rows)
     if arguments.markdown:
-        print(markdown(shown))
+        say(markdown(shown))
         return
     title = f"{SHOWN} of {len(rows)} test prompts: the middle ones of four quarters, ordered by their gain of gold"
     table = Table(*HEADINGS, title=title, title_justify="left", show_lines=True)

@@ -22,6 +22,7 @@ from actors.rollouts.weight_sync import WeightSyncError
 from rayrlhf.config_resources import GeneratorConfig
 from rayrlhf.errors import UserError, one_line
 from rayrlhf.models.files import stored_names
+from rayrlhf.scratch import nameless_semaphores
 from rayrlhf.trajectory import GenerationRequest, Sampling, Trajectory
 
 _BATCHED_TOKENS = 4096
@@ -125,7 +126,8 @@ class Engine:
             )
             if not on_gpu:
                 _keep_transformers_classes()
-            with self._thread_count():
+            # vLLM makes a semaphore for workers in processes of their own, which there are none of here.
+            with self._thread_count(), nameless_semaphores():
                 self._llm = LLMEngine.from_engine_args(arguments)
         except (ValueError, OSError) as error:
             raise UserError(

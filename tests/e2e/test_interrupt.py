@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from rayrlhf.runs.metrics import read_lines, read_metrics
+from tests.leftovers import held, named
 from tests.sockets import beyond_loopback, listening
 
 STEPS = 10_000
@@ -34,6 +35,8 @@ class Run(NamedTuple):
     """What follows `rayrlhf`."""
     listening: set[str] | None = None
     """Addresses on which processes of the first command took connections."""
+    left_by_a_kill: set[str] | None = None
+    """Names in shared memory that its processes held."""
 
 
 def rl_lines(run: Path) -> list[dict[str, Any]]:
@@ -71,7 +74,8 @@ def ended(finished: Any, start: Any, tmp_path_factory: pytest.TempPathFactory) -
     command = start("rayrlhf", *found.arguments)
     command.wait_until(lambda: is_ahead(found.run), "generation is ahead of the learner")
     pids = [*command.processes()]
-    seen = found._replace(listening=listening(pids))
+    seen = found._replace(listening=listening(pids), left_by_a_kill=named(held(pids)))
+    assert held(pids), "Ray's objects at least are there"
     end(command, signal.SIGTERM)
     return seen
 
@@ -91,6 +95,11 @@ def test_the_steps_of_a_run_that_is_ahead(ended: Run) -> None:
 def test_all_its_processes_listen_on_the_loopback_address_only(ended: Run) -> None:
     """Whoever reached the cluster, an engine or the learner's store could run code."""
     assert ended.listening and not beyond_loopback(ended.listening)
+
+
+def test_a_kill_would_have_left_nothing_in_shared_memory(ended: Run) -> None:
+    """What its processes share has no name any more: the kernel frees it with the last of them."""
+    assert ended.left_by_a_kill == set()
 
 
 # Another start of all actors. ray/test_learner holds loops that are interrupted and continued to the last bit.

@@ -8,6 +8,7 @@ random models is no multiple of 64, so that vLLM pads their embeddings.
 from __future__ import annotations
 
 import copy
+import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -45,6 +46,7 @@ from rayrlhf.models.batching import collate
 from rayrlhf.models.checks import HEAD_SIZES
 from rayrlhf.models.logprobs import token_logprobs
 from rayrlhf.trajectory import GenerationRequest, Sampling, SerializedTrajectory, Trajectory, Truncation
+from tests.leftovers import held, named
 
 EMBEDDED = Path(rayrlhf.__file__).parent / "assets" / "opt-tiny"
 TOLERANCE = 1e-4
@@ -146,8 +148,12 @@ def embedded() -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def tied() -> Iterator[Generator]:
+    """Where a package has set that processes are spawned, as some plugins of vLLM do."""
+    multiprocessing.set_start_method("spawn", force=True)
     model = ModelConfig(path=str(EMBEDDED))
     generator = Generator("generator-0", model, GeneratorConfig(threads=1, kv_cache_mib=64), MAX_LENGTH, 0)
+    assert multiprocessing.get_start_method() == "spawn"
+    multiprocessing.set_start_method(None, force=True)
     yield generator
     generator.engine.close()
 
@@ -172,6 +178,10 @@ def test_tied_weights_after_every_sync(tied: Generator, embedded: PreTrainedMode
         trajectories = _generate(tied, requests, _sampling(1.0), _sync(tied, model))
         assert _gap(embedded, trajectories, 1.0) > 1.0, "the weights must differ, or this test shows nothing"
         assert _gap(model, trajectories, 1.0) < TOLERANCE
+
+
+def test_the_kill_of_a_generator_would_leave_nothing_in_shared_memory(tied: Generator) -> None:
+    assert named(held([os.getpid()])) == set()
 
 
 def test_untied_weights_after_every_sync(untied: tuple[Generator, PreTrainedModel]) -> None:
