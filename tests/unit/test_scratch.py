@@ -155,8 +155,9 @@ def test_a_lock_that_is_swept_before_it_is_held_is_made_anew(outer: Path, monkey
             os.unlink(path)  # as `sweep` does, which has the lock until then
         return found
 
-    monkeypatch.setattr("rayrlhf.scratch.os.open", open_and_sweep)
-    claimed = _claim(outer)
+    with monkeypatch.context() as patched:
+        patched.setattr("rayrlhf.scratch.os.open", open_and_sweep)
+        claimed = _claim(outer)
     assert claimed and len(made) == 2
     assert made == [made[0], str(claimed[0].with_suffix(LOCK))] and claimed[0].is_dir()
 
