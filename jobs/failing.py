@@ -22,7 +22,7 @@ def recorded(run: RunFolder) -> Iterator[None]:
         raise
     except Exception as error:
         if log_of(error) is None:
-            with contextlib.suppress(OSError):  # a full disk may be what it is about
+            with contextlib.suppress(OSError, UserError):  # a full disk or a store away may be what it is about
                 record(run, error, told(error), _ray_logs())
         raise
 

@@ -205,7 +205,7 @@ class Session:
     def _announce(self, line: str, whole: str) -> None:
         """Tell the user what has happened to an actor; the whole of it goes into the error log."""
         warn(console, line)
-        with contextlib.suppress(OSError):  # a full disk may be what it is about
+        with contextlib.suppress(OSError, UserError):  # a full disk or a store away may be what it is about
             note(self.run, line, whole)
 
     def rest(self) -> None:

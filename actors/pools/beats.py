@@ -26,8 +26,6 @@ from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_put, int
 _NAMESPACE = b"rayrlhf-beats"
 _ANSWER_S = 5.0
 """Ray's store may take so long to answer."""
-_WORKED_S = 1e-3
-"""Seconds of CPU time that count as a move: a thread that only waits takes none."""
 _stacks: list[int] = []
 """The file for the stacks of this process, see `begin_beats`."""
 
@@ -58,11 +56,10 @@ def _beat(key: str, every_s: float, thread: int, stacks: tuple[int, str]) -> Non
     node = str(ray.get_runtime_context().get_node_id())
     clock = time.pthread_getcpuclockid(thread)
     number = moves = 0
-    place, worked_s = _place(thread), time.clock_gettime(clock)
+    before = _place(thread), time.clock_gettime_ns(clock)
     while True:
-        now_place, now_s = _place(thread), time.clock_gettime(clock)
-        moves += now_place != place or now_s - worked_s > _WORKED_S
-        place, worked_s, number = now_place, now_s, number + 1
+        now = _place(thread), time.clock_gettime_ns(clock)  # a thread that only waits takes no CPU time at all
+        moves, number, before = moves + (now != before), number + 1, now
         beat = pickle.dumps(tuple(Beat(number, moves, os.getpid(), node, stacks)))
         with contextlib.suppress(Exception):  # Ray's store is out of reach for a while: that is for others to find
             _internal_kv_put(key, beat, overwrite=True, namespace=_NAMESPACE)
