@@ -205,7 +205,7 @@ def test_a_folder_of_an_earlier_version_has_no_record_and_gets_one(posts: Path) 
     run.contents.unlink()
     posts.write_text(posts.read_text().replace("a", "b"))
     opens(config(posts))
-    assert set(parse_contents(run.contents.read_bytes())) == {"data.demonstrations.path"}
+    assert set(parse_contents(run.contents.read_bytes(), "contents.json")) == {"data.demonstrations.path"}
 
 
 def test_an_interrupted_stage_begins_anew_with_other_content(posts: Path, capsys: pytest.CaptureFixture[str]) -> None:
