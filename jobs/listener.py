@@ -17,7 +17,7 @@ _ASK_S = 2.0
 """Between two questions."""
 _ANSWER_S = 60.0
 """A coordinator that starts answers when it is up."""
-_LAST_S = 5.0
+_LAST_S = 2.0
 """How long the end of a run waits for the last announcements."""
 
 Announce = Callable[[str, str], None]
