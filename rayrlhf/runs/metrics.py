@@ -155,9 +155,10 @@ def _is_line(line: Any) -> bool:
     """Whether this is what `MetricsWriter` writes: a disk or an editor may have changed the file."""
     if not isinstance(line, dict) or not isinstance(line.get("stage"), str):
         return False
-    step, at = line.get("step"), line.get("time")
-    if type(step) is not int or not 0 <= step < _MOST or not _is_number(at) or not 0 <= at < _MOST:
-        return False
+    for name in ("step", "time"):
+        value: Any = line.get(name)
+        if not _is_number(value) or not 0 <= value < _MOST or (name == "step" and type(value) is not int):
+            return False
     return all(_fits(name, value) for name, value in line.items())
 
 

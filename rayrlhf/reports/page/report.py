@@ -77,10 +77,11 @@ def report(run: RunFolder, metrics: Lines, live: str = "") -> str:
         )
         if each is not None
     ]
-    looks = files.take(lambda: read_json_lines(run.read(run.tokens) or b"", run.address_of(run.tokens)), [])
+    tokens = run.address_of(run.tokens)
+    looks: list[dict[str, Any]] = files.take(lambda: read_json_lines(run.read(run.tokens) or b"", tokens), [])
     over_kl = over_kl_chart(lines["rl"])
-    tables = files.take(lambda: _agreement(run), []) if config else []
-    hashes = files.take(lambda: facts.hashes(stored_contents(run)), [])
+    tables: list[Grid] = files.take(lambda: _agreement(run), []) if config else []
+    hashes: list[tuple[str, str, str]] = files.take(lambda: facts.hashes(stored_contents(run)), [])
     context: dict[str, Any] = {
         "title": run.name,
         "done": [stage.title for stage in STAGES.values() if run.done(stage.name)],
