@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import yaml
-from rich.console import Console
 
+from jobs.console import PlainConsole
 from jobs.sweep import Board, _trainable, _with_lengths, draw
 from rayrlhf.config import Config
 from rayrlhf.config_file import load_config
@@ -385,7 +385,7 @@ def test_the_table_in_markdown_json_and_terminal(results: tuple[Sweep, Path, lis
     assert record["best"] == "lr-0.0003_coefficient-0.05" and record["split"] == "dev"
     assert record["shared_stages"] == ["sft", "collect", "reward_model"]
 
-    console = Console(width=120, record=True, file=io.StringIO())  # as wide as a log
+    console = PlainConsole(width=120, record=True, file=io.StringIO())  # as wide as a log
     console.print(results_table(sweep, order))
     shown = console.export_text()
     assert shown.index("[0.140, 0.160]") < shown.index("[0.110, 0.130]") < shown.index("failed:") < shown.index("[gpu]")
