@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import json
 import os
-import pickle
 import signal
 import sys
 import tempfile
@@ -60,7 +60,7 @@ def _beat(key: str, every_s: float, thread: int, stacks: tuple[int, str]) -> Non
     while True:
         now = _place(thread), time.clock_gettime_ns(clock)  # a thread that only waits takes no CPU time at all
         moves, number, before = moves + (now != before), number + 1, now
-        beat = pickle.dumps(tuple(Beat(number, moves, os.getpid(), node, stacks)))
+        beat = json.dumps(Beat(number, moves, os.getpid(), node, stacks)).encode()
         with contextlib.suppress(Exception):  # Ray's store is out of reach for a while: that is for others to find
             _internal_kv_put(key, beat, overwrite=True, namespace=_NAMESPACE)
         time.sleep(every_s)
@@ -87,7 +87,12 @@ def read_beats(keys: Sequence[str]) -> Mapping[str, Beat] | None:
         )
     except Exception:
         return None
-    return {key.decode(): Beat(*pickle.loads(value)) for key, value in found.items()}
+    return {key.decode(): _parsed(value) for key, value in found.items()}
+
+
+def _parsed(value: bytes) -> Beat:
+    number, moves, pid, node, (descriptor, name) = json.loads(value)
+    return Beat(number, moves, pid, node, (descriptor, name))
 
 
 def forget_beats(key: str) -> None:

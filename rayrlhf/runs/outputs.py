@@ -16,9 +16,9 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rayrlhf.errors import UserError
 from rayrlhf.files import difference, fingerprint, fingerprints, replacing
 from rayrlhf.runs.addresses import join
+from rayrlhf.runs.reading import read_json
 from rayrlhf.runs.stages import STAGES
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class Outputs:
         newest version first. A copy that is damaged is fetched again.
 
         Raises:
-            UserError: `outputs.json` cannot be read.
+            UserError: `outputs.json` is damaged.
         """
         expected = self._read().get(stage)
         if expected is None:
@@ -90,16 +90,7 @@ class Outputs:
             text = self.store.read(self.store.remote(self.path))
         else:
             text = self.path.read_bytes() if self.path.is_file() else None
-        try:
-            recorded = {} if text is None else json.loads(text)
-        except ValueError:
-            recorded = None
-        if isinstance(recorded, dict) and all(isinstance(files, dict) for files in recorded.values()):
-            return recorded
-        raise UserError(
-            f"{address} cannot be read; copy it back, or delete it to go on without knowing whether the files of "
-            "finished stages are whole"
-        )
+        return {} if text is None else read_json(text, address, dict[str, dict[str, Any]])
 
 
 def _tops(expected: dict[str, Any]) -> list[str]:

@@ -28,6 +28,7 @@ _REMEDIES = {
     "reward_model.json": _TRAINED,
     "heldout_pairs.parquet": _TRAINED,
     "contents.json": "delete it: the files that the config names are then hashed again",
+    "outputs.json": "delete it to go on without knowing whether what finished stages have written is whole",
     "shared.json": "delete it: the run is then compared with that of `from` again",
     "tracking.json": "delete it: trackers then get all lines again",
     "rounds.json": 'write {"begun": N} into it, where N is the number of round-N directories',
