@@ -48,8 +48,9 @@ _WAIT_S = 1.0
 """How long the driver waits for an outcome before it looks whether the worker group still lives."""
 _IDLE_S = 30.0
 """How long a worker waits for work before it asks again."""
-_CALL_S = 60.0
-"""How long the actor that hands out tasks may take to answer."""
+_CALL_S = 300.0
+"""How long the actor that hands out tasks may take to answer. It does nothing else, but its process may have to start
+on a machine that is busy, where Ray's processes come last (they are nice): a minute was seen to be too short."""
 _END_S = 20.0
 """How long Ray Train may take to end its workers."""
 
@@ -144,7 +145,7 @@ class Workers:
         if thread is None or not ray.is_initialized():
             return
         with contextlib.suppress(RayError):  # whatever is gone already is what was wanted
-            controller = ray.get(self._tasks.controller.remote(), timeout=_CALL_S)
+            controller = ray.get(self._tasks.controller.remote(), timeout=3 * _END_S)
             if controller is not None:
                 ray.get(controller.abort.remote(), timeout=_END_S)
         thread.join(_END_S)
