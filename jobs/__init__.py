@@ -3,8 +3,7 @@
 import sys
 
 from jobs.rooms import foreign_actors
-from rayrlhf.terminal import complain
 
 if fault := foreign_actors():
-    complain(f"rayrlhf: {fault}")
+    print(f"rayrlhf: {fault}", file=sys.stderr)  # noqa: T201 - the package that prints may be what is missing
     sys.exit(2)

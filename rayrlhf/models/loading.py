@@ -207,13 +207,13 @@ def check_vocabulary(
     if policy != reward:
         differing = {t for t in policy.keys() | reward.keys() if policy.get(t) != reward.get(t)}
         raise UserError(
-            f"{what} {reward_path!r} and policy {policy_path!r} have different tokenizers "
-            f"({len(differing)} tokens differ, such as {min(differing)!r}); {remedy}"
+            f"different tokenizers ({len(differing)} tokens, such as {min(differing)!r}): {what} {reward_path!r} and "
+            f"policy {policy_path!r}; {remedy}"
         )
     sizes = [read_config(path, None).get_text_config().vocab_size for path in (policy_path, reward_path)]
     if sizes[0] != sizes[1]:
         raise UserError(
-            f"{what} {reward_path!r} has a vocabulary of {sizes[1]} rows, policy {policy_path!r} of {sizes[0]}; "
+            f"vocabularies of {sizes[1]} and {sizes[0]} rows: {what} {reward_path!r} and policy {policy_path!r}; "
             + remedy
         )
 

@@ -28,7 +28,7 @@ def test_tune_runs_the_trials_and_one_that_fails_does_not_end_the_others(
     runs = {trial.name: open_or_create(trial.config, folder) for trial in trials}
     for run, gold in zip(runs.values(), (0.1, None, 0.3), strict=True):
         if gold is not None:  # these two are finished, as the pipeline in the trial will say
-            record = {"policy": {"gold": MEASURE | {"mean": gold}}, "differences": {"policy_minus_sft": {}}}
+            record = {"sft": {}, "policy": {"gold": MEASURE | {"mean": gold}}, "differences": {"policy_minus_sft": {}}}
             record["metadata"] = {"data": "posts", "prompts": 5}
             run.evaluation.write_text(json.dumps(record))
             run.report.touch()
