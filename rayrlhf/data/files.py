@@ -19,7 +19,7 @@ import pyarrow.fs as fs
 import pyarrow.parquet as pq
 
 from rayrlhf.data.arrow_values import held_rows
-from rayrlhf.data.json_text import mended, read_json, spells_halves
+from rayrlhf.data.json_text import mended, parse_json, spells_halves
 from rayrlhf.errors import UserError
 from rayrlhf.wording import names, shown
 
@@ -182,7 +182,7 @@ def _json_rows(stream: Any, name: str) -> Iterator[SourceRow]:
 def _json_array(stream: Any, name: str) -> Iterator[SourceRow]:
     text = "".join(line for _, line in _lines(stream, name))
     try:
-        array = read_json(text) if text.strip() else []
+        array = parse_json(text) if text.strip() else []
     except ValueError as error:
         said = first_line(error)
         raise UserError(f"{name}: not valid JSON ({said}); one object a line belongs into a .jsonl file") from None
@@ -278,7 +278,7 @@ def _lines(stream: Any, name: str) -> Iterator[tuple[str, str]]:
 
 def _row(where: str, line: str) -> SourceRow:
     try:
-        item = read_json(line)
+        item = parse_json(line)
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from None
     except ValueError as error:

@@ -11,7 +11,7 @@ MAX_DEPTH = 100
 _HALVES = re.compile(r"\\u[dD][89a-fA-F]")  # two of these in a row spell one character
 
 
-def read_json(text: str) -> Any:
+def parse_json(text: str) -> Any:
     """The value of a JSON text, see also `mended`.
 
     Raises:
