@@ -46,9 +46,10 @@ class Outputs:
             output: the file or directory, still under another name.
         """
         name = STAGES[stage].output
-        found = {name: fingerprint(output)} if output.is_file() else {
-            f"{name}/{file}": content for file, content in fingerprints(output).items()
-        }  # fmt: skip
+        if output.is_dir():
+            found = {f"{name}/{file}": content for file, content in fingerprints(output).items()}
+        else:
+            found = {name: fingerprint(output)}
         for beside in STAGES[stage].beside:
             if (self.folder / beside).is_file():
                 found[beside] = fingerprint(self.folder / beside)
