@@ -64,14 +64,11 @@ bench: $(DEV_STAMP) ## all benchmarks; rewrites the tables of docs/benchmarks.md
 docs: $(DEV_STAMP) ## the documentation as a site, into build/site; needs no network
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
-# Only names and versions are asked for; nothing of the lists is installed. The index knows torch without `+cpu`.
+# pip-audit gets an environment of its own: it is no part of what is looked at.
 audit: ## known vulnerabilities of the versions in constraints*.txt; asks the package index about each
 	$(PYTHON) -m venv build/audit
 	build/audit/bin/pip install --quiet pip-audit==2.10.1
-	@found=0; for list in constraints.txt constraints.gpu.txt; do \
-	  echo "$$list:"; sed 's/+cpu$$//' $$list > build/audit/$$list; \
-	  build/audit/bin/pip-audit --disable-pip --no-deps --requirement build/audit/$$list $(ARGS) || found=1; \
-	done; exit $$found
+	build/audit/bin/python scripts/audit.py build/audit/bin/pip-audit constraints.txt constraints.gpu.txt -- $(ARGS)
 
 # `ray up` calls ssh and rsync, and its test runs it. Debian's packages where root may install them, else a clear word.
 test-tools:

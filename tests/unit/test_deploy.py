@@ -310,30 +310,5 @@ def test_every_slurm_job_has_a_token_of_its_own(tmp_path: Path) -> None:
     assert all(re.fullmatch("[0-9a-f]{64}", token) for token in tokens) and len(set(tokens)) == 2
 
 
-def test_every_night_the_pinned_versions_are_looked_up(tmp_path: Path) -> None:
-    """All of both lists, as the index names them, also when the first has something; a stand-in is asked."""
-    jobs = read(".github/workflows/nightly.yaml")["jobs"]
-    assert [step["run"] for step in jobs["audit"]["steps"] if "run" in step] == ["make audit"]
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    recipe = re.search(r"^audit:.*\n((?:\t.*\n)+)", makefile, re.M)
-    assert recipe
-    loop = recipe[1][recipe[1].index("\t@found") :].removeprefix("\t@").replace("$$", "$").replace("$(ARGS)", "")
-    names = ("constraints.txt", "constraints.gpu.txt")
-    for name in names:
-        (tmp_path / name).write_text((ROOT / name).read_text())
-    program = tmp_path / "build/audit/bin/pip-audit"
-    program.parent.mkdir(parents=True)
-    program.write_text('#!/bin/sh\ncat "$4" >> asked\necho "$1 $2 $3" >> options\ntest -z "$FOUND"\n')
-    program.chmod(0o755)
-    for found in ("", "1"):
-        code = subprocess.run(["sh", "-c", loop], cwd=tmp_path, env=os.environ | {"FOUND": found}).returncode
-        assert code == (1 if found else 0)
-    pinned = [line for name in names for line in (ROOT / name).read_text().splitlines()]
-    asked = (tmp_path / "asked").read_text().splitlines()
-    assert asked == 2 * [line.removesuffix("+cpu") for line in pinned]
-    assert all(re.fullmatch(r"#.*|[A-Za-z0-9._-]+==[0-9][A-Za-z0-9.]*", line) for line in asked)
-    assert set((tmp_path / "options").read_text().splitlines()) == {"--disable-pip --no-deps --requirement"}
-
-
 def test_the_slurm_script_is_bash() -> None:
     subprocess.run(["bash", "-n", str(ROOT / "deploy/slurm/rayrlhf.sbatch")], check=True)
