@@ -2,6 +2,7 @@
 
     python scripts/repeat_tests.py tests/ray/test_node_loss.py tests/ray/test_pool.py
     python scripts/repeat_tests.py -n 3 --output /tmp/repeated -m long tests/e2e/test_jobs.py
+    python scripts/repeat_tests.py --loops 0 tests/ray      # where other work keeps the cores busy already
 
 A test that takes for granted how fast something is, or an order of events that it does not enforce, passes on an idle
 machine and fails here sooner or later. The loops have the priority of the tests, so each test gets half of the cores.
@@ -62,9 +63,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-n", dest="times", type=int, default=10, help="how many times (default: 10)")
     parser.add_argument("--output", type=Path, default=Path("build/repeated"), help="for what failed (%(default)s)")
+    parser.add_argument("--loops", type=int, default=os.cpu_count() or 1, help="busy loops (default: one a core)")
     options, arguments = parser.parse_known_args()
     options.output.mkdir(parents=True, exist_ok=True)
-    loops = [multiprocessing.Process(target=burn, daemon=True) for _ in range(os.cpu_count() or 1)]
+    loops = [multiprocessing.Process(target=burn, daemon=True) for _ in range(options.loops)]
     tallies: dict[str, Tally] = defaultdict(Tally)
     codes = []
     for loop in loops:
