@@ -183,9 +183,11 @@ def _json_array(stream: Any, name: str) -> Iterator[SourceRow]:
     text = "".join(line for _, line in _lines(stream, name))
     try:
         array = parse_json(text) if text.strip() else []
-    except ValueError as error:
+    except json.JSONDecodeError as error:
         said = first_line(error)
         raise UserError(f"{name}: not valid JSON ({said}); one object a line belongs into a .jsonl file") from None
+    except ValueError as error:
+        raise UserError(f"{name}: cannot be read as JSON ({first_line(error)})") from None
     if not isinstance(array, list):
         raise UserError(f"{name}: expected an array of objects, found {type(array).__name__}")
     halves = spells_halves(text)

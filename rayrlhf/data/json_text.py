@@ -1,10 +1,15 @@
-"""JSON text as values that all code behind can hold: no half emoji, and not nested deeper than Python can walk."""
+"""JSON text as values that all code behind can hold.
+
+They have no half emoji, no key twice, and are not nested deeper than Python can walk.
+"""
 
 from __future__ import annotations
 
 import json
 import re
 from typing import Any
+
+from rayrlhf.wording import shown
 
 MAX_DEPTH = 100
 """Objects and lists inside each other. Python's own limit is near a thousand, and some of that is in use."""
@@ -16,10 +21,11 @@ def parse_json(text: str) -> Any:
 
     Raises:
         json.JSONDecodeError: it is no JSON.
-        ValueError: it is nested too deeply, or has a number of thousands of digits. The message is one line.
+        ValueError: it is nested too deeply, has a number of thousands of digits, or an object with a key twice, whose
+            first value Python would drop. The message is one line.
     """
     try:
-        value = json.loads(text)
+        value = _DECODER.decode(text)
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
     if text.count("[") + text.count("{") > MAX_DEPTH and _is_deep(value):
@@ -37,6 +43,16 @@ def mended(value: Any) -> Any:
     return value if _is_text(value) else _replaced(value)
 
 
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twin = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"an object has the key {shown(twin)} twice; remove one")
+    return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_without_twins)
 _TOO_DEEP = f"more than {MAX_DEPTH} objects and lists inside each other"
 
 

@@ -99,10 +99,19 @@ def test_json_that_python_refuses_for_its_size(tmp_path: Path) -> None:
     for name, content, message in (
         ("a.jsonl", f'{{"a": 1}}\n{digits}', r"a.jsonl line 2: cannot be read as JSON \(Exceeds the limit"),
         ("a.jsonl", brackets, r"a.jsonl line 1: cannot be read as JSON \(more than 100 objects and lists"),
-        ("a.json", f"[{digits}]", r"a.json: not valid JSON \(Exceeds the limit"),
+        ("a.json", f"[{digits}]", r"a.json: cannot be read as JSON \(Exceeds the limit"),
     ):
         (tmp_path / name).write_text(content)
         with pytest.raises(UserError, match=message):
+            read_file(tmp_path / name)
+
+
+def test_a_key_that_stands_twice_in_a_json_object(tmp_path: Path) -> None:
+    """Python's reader would take the last value, and the first would be gone without a word."""
+    row = '{"prompt": [{"role": "user", "content": "a", "role": "assistant"}], "response": "b"}'
+    for name, content, where in (("a.jsonl", f'{{"a": 1}}\n{row}', "a.jsonl line 2"), ("a.json", f"[{row}]", "a.json")):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(UserError, match=f"{where}: cannot be read as JSON .an object has the key 'role' twice"):
             read_file(tmp_path / name)
 
 
