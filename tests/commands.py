@@ -11,9 +11,10 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 
@@ -56,7 +57,14 @@ class Outcome:
 class Command:
     """A command under way in a session of its own, with all processes that it starts."""
 
-    def __init__(self, arguments: list[str], directory: Path) -> None:
+    def __init__(
+        self, arguments: list[str], directory: Path, environment: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
+        """
+        Args:
+            directory: where its output goes.
+            environment: variables besides those of this process.
+        """
         self.mark = uuid.uuid4().hex
         self.ray_directory = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))  # short: it holds Unix sockets
         self._out, self._err = directory / f"{self.mark}.out", directory / f"{self.mark}.err"
@@ -68,6 +76,7 @@ class Command:
                 cwd=ROOT,
                 env={
                     **os.environ,
+                    **environment,
                     "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # jobs call `python`
                     "RAY_TMPDIR": str(self.ray_directory),
                     MARK: self.mark,

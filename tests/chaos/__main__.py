@@ -3,8 +3,9 @@
     python -m tests.chaos --faults 100 --seed 0
     python -m tests.chaos --faults 30 --ahead      # generation up to two steps ahead of the learner
 
-A run is the shrunken quick start of tests/commands.py. It meets a fault in each of its five stages. If the command
-ends, the same command is run again, as its user would do. When the run is finished:
+A run is the shrunken quick start of tests/commands.py. It meets a fault in each of its five stages, and every fourth
+run has a slow network besides. If the command ends, the same command is run again, as its user would do. When the run
+is finished:
 
 - in turn, all models, metrics and answers are those of the undisturbed run, to the last bit;
 - the ledger has every step once, no prompt twice, and tokens of an allowed age;
@@ -27,7 +28,7 @@ from typing import Any
 
 import tests.environment  # noqa: F401 - before what reads it
 from tests.chaos.checks import check
-from tests.chaos.faults import draw
+from tests.chaos.faults import SLOW_NETWORK, SLOW_SHARE, draw
 from tests.chaos.report import tables
 from tests.chaos.runs import Run, limited_disk
 
@@ -52,19 +53,21 @@ def main() -> None:
         records, number = list[dict[str, Any]](), 0
         while len(records) < arguments.faults:
             chance = random.Random(f"{arguments.seed} {number}")
-            run = Run(runs, f"run{number}", changes)
-            met = run.to_the_end(draw(chance, disk), chance, undisturbed.stage_seconds())
-            faults = check(run, undisturbed, exact=not arguments.ahead)
+            faults, slow = draw(chance, disk), chance.random() < SLOW_SHARE
+            run = Run(runs, f"run{number}", changes, SLOW_NETWORK if slow else {})
+            met = run.to_the_end(faults, chance, undisturbed.stage_seconds())
+            wrong = check(run, undisturbed, exact=not arguments.ahead)
             for record in met:
                 record |= {"run": number, "run_seconds": run.seconds, "undisturbed_seconds": undisturbed.seconds}
-                record |= {"steps_done_again": run.steps_done_again()}
+                record |= {"steps_done_again": run.steps_done_again(), "slow_network": slow}
                 with (directory / "chaos.jsonl").open("a", encoding="utf-8") as file:
                     file.write(json.dumps(record) + "\n")
             records += met
-            print(f"run {number}: {len(met)} faults, {run.seconds:.0f} s, {len(records)} in all", flush=True)
-            if faults:
+            network = ", with a slow network" if slow else ""
+            print(f"run {number}: {len(met)} faults, {run.seconds:.0f} s{network}, {len(records)} in all", flush=True)
+            if wrong:
                 shutil.copytree(run.path, directory / run.path.name)  # from a disk that is about to be unmounted
-                sys.exit(f"run {number} did not end as if nothing had happened: {'; '.join(faults)}")
+                sys.exit(f"run {number} did not end as if nothing had happened: {'; '.join(wrong)}")
             run.delete()
             number += 1
     print(tables(records))

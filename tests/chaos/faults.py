@@ -25,6 +25,19 @@ ROLES = {
     "gcs": r"/gcs/gcs_server ",
 }
 """By role, what the command lines of its processes look like."""
+_DELAYS_MS = {
+    "CoreWorkerService.grpc_server.PushTask": 100,  # a call arrives
+    "CoreWorkerService.grpc_client.PushTask": 100,  # its answer arrives
+    "CoreWorkerService.grpc_server.GetObjectStatus": 100,
+    "ObjectManagerService.grpc_server.Pull": 100,
+    "NodeManagerService.grpc_client.RequestWorkerLease": 300,
+    "InternalKVGcsService.grpc_server.InternalKVMultiGet": 100,  # what the heartbeat reads
+}
+SLOW_NETWORK = {"RAY_testing_asio_delay_us": ",".join(f"{name}=10000:{most}000" for name, most in _DELAYS_MS.items())}
+"""Ray hands these messages on 10 ms to so many ms late: an actor answers in 120 ms where it took 3. Ray's own tests use
+this variable. With all messages alike 5 ms late, Ray does not start."""
+SLOW_SHARE = 0.25
+"""The share of runs with a slow network."""
 TRAINING, SAMPLING = ("learner", "controller"), ("generator", "coordinator")
 ALWAYS = ("driver", "raylet", "gcs")
 IN_STAGE = {

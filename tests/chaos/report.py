@@ -26,7 +26,8 @@ def tables(records: Sequence[dict[str, Any]]) -> str:
         [
             *lines,
             "",
-            f"{len(records)} faults in {len(runs)} runs, by stage: "
+            f"{len(records)} faults in {len(runs)} runs, {sum(record['slow_network'] for record in runs.values())} of "
+            "them with a slow network, by stage: "
             + ", ".join(f"{stage} {count}" for stage, count in _stages(records).items()),
             f"goodput (undisturbed seconds / seconds with faults): {statistics.median(goodput):.2f} "
             f"[{min(goodput):.2f}, {max(goodput):.2f}]",

@@ -96,12 +96,12 @@ def test_the_tables() -> None:
     def record(run: int, role: str, seconds: float, ended: str | None) -> dict[str, Any]:
         return {
             "run": run, "kind": "kill", "role": role, "stage": "rl", "recovered_s": seconds, "ended": ended,
-            "run_seconds": 200.0, "undisturbed_seconds": 100.0, "steps_done_again": run + 1,
+            "run_seconds": 200.0, "undisturbed_seconds": 100.0, "steps_done_again": run + 1, "slow_network": run == 0,
         }  # fmt: skip
 
     text = tables([record(0, "scorer", 10.0, None), record(0, "scorer", 30.0, None), record(1, "driver", 50.0, "-9: ")])
     assert "| kill scorer | 2 | 2 | 0 | 20 [10, 30] |" in text
     assert "| kill driver | 1 | 0 | 1 | 50 [50, 50] |" in text
-    assert "3 faults in 2 runs, by stage: rl 3" in text
+    assert "3 faults in 2 runs, 1 of them with a slow network, by stage: rl 3" in text
     assert "goodput (undisturbed seconds / seconds with faults): 0.50 [0.50, 0.50]" in text
     assert "steps done again: 3" in text
