@@ -178,7 +178,7 @@ def recognise(path: str, rows: Sequence[SourceRow], uses: Sequence[Use]) -> str:
     if not fitting:
         raise UserError(
             f"{path}: the format is not recognised, {there_are}; say which of them are ours, such as "
-            f"columns: {{{_likely(rows)}}}, or set format to one of these: {', '.join(able)}"
+            f"columns: {{{_likely(rows)}}}, or set format to one of these: {names(able)}"
         )
     return fitting[0]
 

@@ -17,6 +17,9 @@ from rayrlhf.config import Config
 from rayrlhf.reports.measures import PHASE_S, PHASES, STEP_S, TOKENS_PER_S, measures_in_line
 from rayrlhf.runs.stages import STAGES
 
+FEW_STEPS = 20
+"""Fewer optimiser steps of a stage hardly change a model."""
+
 
 @dataclass(frozen=True)
 class StageLoad:
@@ -143,6 +146,8 @@ def batch_table(
         notes.append(
             f"scorer: about {sum(held.values()) / 2**30:.2f} GiB each ({', '.join(held)}), without activations."
         )
+    loads = stage_loads(config, n_sft, n_prompts, n_comparisons, n_test, answers, n_collect)
+    notes += [note for load in loads if (note := _few_steps(load, config))]
     table = Table(title=f"run {config.name}", caption="\n".join(notes), caption_justify="left", title_justify="left")
     table.add_column("stage")
     for heading in (
@@ -154,10 +159,32 @@ def batch_table(
         "tokens\na step",
     ):
         table.add_column(heading, justify="right")
-    for load in stage_loads(config, n_sft, n_prompts, n_comparisons, n_test, answers, n_collect):
+    for load in loads:
         numbers = (load.records, load.prompts_a_step, load.samples_a_step, load.optimiser_steps, load.micro_batches)
         table.add_row(load.stage, *("–" if n is None else f"{n:,}" for n in (*numbers, load.tokens_a_step)))
     return table
+
+
+def _few_steps(load: StageLoad, config: Config) -> str | None:
+    """That a model hardly learns in so few optimiser steps, with settings that make more; None if they are enough.
+
+    The defaults are for thousands of records. With a hundred, the model that comes out is nearly the one that went in.
+    """
+    if load.optimiser_steps is None or load.optimiser_steps >= FEW_STEPS or load.prompts_a_step <= 1:
+        return None
+    if load.stage == "sft":  # a second pass teaches a reward model its training pairs by heart; SFT gains by it
+        epochs, key = max(config.sft.epochs, 3), "batch_size"
+    elif load.stage in ("reward_model", "dpo"):
+        epochs, key = getattr(config, load.stage).epochs, "prompts_per_batch"
+    else:
+        return None
+    workers = config.resources.learner.workers  # each has an equal part of a batch
+    batch = max(workers, load.records * epochs // FEW_STEPS // workers * workers)
+    more = f"{load.stage}.epochs={epochs} " if key == "batch_size" else ""
+    return (
+        f"{load.stage}: {load.records} records make {load.optimiser_steps} optimiser steps, which hardly change a "
+        f"model; {more}{load.stage}.{key}={batch} would make {epochs * math.ceil(load.records / batch)}."
+    )
 
 
 def step_line(

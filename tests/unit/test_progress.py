@@ -84,6 +84,20 @@ def test_batch_table_shows_the_numbers() -> None:
     assert [cell.strip() for cell in row.strip("│").split("│")] == ["rl", "900", "64", "64", "28", "2", "8,192"]
 
 
+def test_a_stage_of_few_steps_is_said_to_learn_hardly_anything() -> None:
+    """Tried with 82 demonstrations: three steps, after which the model wrote what it had written before."""
+
+    def told(n_sft: int, n_comparisons: int, **sections: object) -> str:
+        return " ".join(render(batch_table(config(**sections), n_sft, 900, n_comparisons)).split())
+
+    text = told(82, 97)
+    assert "sft: 82 records make 3 optimiser steps, which hardly change a model; sft.epochs=3 sft.batch_size=12" in text
+    assert "would make 21." in text and "reward_model.prompts_per_batch=4 would make 25." in text
+    better = {"sft": {"epochs": 3, "batch_size": 12}, "reward_model": {"prompts_per_batch": 4}}
+    assert "hardly" not in told(82, 97, **better) and "hardly" not in told(5000, 900)
+    assert "sft.batch_size=10 would make 27." in told(82, 900, resources={"learner": {"workers": 5}})
+
+
 def test_step_line_of_ppo() -> None:
     metrics = {
         "rl/score/mean": 0.12345,
