@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from rayrlhf.runs.storage import Store  # imports pyarrow, for which a directory need not wait
 
 NAME = "outputs.json"
+_SETTLED_S = 2.0
 
 
 class Outputs:
@@ -38,6 +40,8 @@ class Outputs:
         """
         self.folder, self.store = folder, store
         self.path = folder / NAME
+        self._whole: dict[str, list[tuple[int, ...]]] = {}
+        """What the file system said of a stage's files when they were found whole, by stage."""
 
     def record(self, stage: str, output: Path) -> None:
         """Note what is in the output of `stage` before it is published, and in the files beside it.
@@ -62,7 +66,8 @@ class Outputs:
         """What is wrong with the files of a finished stage, in words; None if they are as they were written.
 
         Nothing is known of a stage that an earlier version has finished. In a store, this node's copy is made the
-        newest version first. A copy that is damaged is fetched again.
+        newest version first. A copy that is damaged is fetched again. Files that were found whole are not read again
+        until one of them changes: up to four stages of a run ask for the same model.
 
         Raises:
             UserError: `outputs.json` is damaged.
@@ -71,13 +76,33 @@ class Outputs:
         if expected is None:
             return None
         self._download(expected)
+        state = self._state(expected)
+        if state and state == self._whole.get(stage):
+            return None
         fault = difference(self.folder, expected)
         if fault and self.store:
             for name in _tops(expected):
                 _remove(self.folder / name)
             self._download(expected)
+            state = self._state(expected)
             fault = difference(self.folder, expected)
+        if not fault:
+            self._whole[stage] = state
         return fault
+
+    def _state(self, expected: dict[str, Any]) -> list[tuple[int, ...]]:
+        """What changes when somebody writes to one of the files, without reading them.
+
+        Empty if one is not there, or is so new that a further write might leave its times as they are: file systems
+        count them in steps of some milliseconds.
+        """
+        try:
+            found = [(self.folder / name).stat() for name in expected]
+        except OSError:
+            return []
+        if any(time.time() - each.st_ctime < _SETTLED_S for each in found):
+            return []
+        return [(each.st_ino, each.st_size, each.st_mtime_ns, each.st_ctime_ns) for each in found]
 
     def _download(self, expected: dict[str, Any]) -> None:
         for name in _tops(expected) if self.store else ():

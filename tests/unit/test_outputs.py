@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from jobs.stage import run as run_stages
 from jobs.stage import stage
+from rayrlhf import files
 from rayrlhf.config_file import parse_config
 from rayrlhf.errors import UserError
+from rayrlhf.files import fingerprint
+from rayrlhf.runs import outputs
 from rayrlhf.runs.folder import RunFolder
 from tests.s3 import KEYS, S3, serving
 from tests.unit.test_checkpoints import flip
@@ -49,13 +54,34 @@ def test_one_flipped_bit_is_found_wherever_it_is(tmp_path: Path) -> None:
     """60 bits of each file, each flipped and flipped back."""
     run = with_outputs(tmp_path)
     rng = np.random.default_rng(0)
-    for stage_, files in json.loads((tmp_path / "outputs.json").read_text()).items():
-        for name, content in files.items():
+    for stage_, recorded in json.loads((tmp_path / "outputs.json").read_text()).items():
+        for name, content in recorded.items():
             for bit in rng.integers(8 * content["bytes"], size=60).tolist():
                 flip(tmp_path / name, bit)
                 assert run.outputs.damage(stage_) == f"{name} is not what was written"
                 flip(tmp_path / name, bit)
         assert run.outputs.damage(stage_) is None
+
+
+def test_files_that_were_found_whole_are_read_again_once_they_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run asks up to four times for the SFT model, which may be many GB."""
+    run, read = with_outputs(tmp_path), list[Path]()
+
+    def noted(path: Path) -> dict[str, Any]:
+        read.append(path)
+        return fingerprint(path)
+
+    monkeypatch.setattr(files, "fingerprint", noted)
+    monkeypatch.setattr(outputs, "_SETTLED_S", -1.0)  # as if the files had been written long ago
+    for _ in range(3):
+        assert run.outputs.damage("sft") is None
+    assert len(read) == 2, "each of the two files once"
+    os.utime(run.sft / "model.safetensors", (1, 1))
+    assert run.outputs.damage("sft") is None and len(read) == 4
+    monkeypatch.setattr(outputs, "_SETTLED_S", 3600.0)
+    assert run.outputs.damage("sft") is None and len(read) == 6, "too new: a write could leave its times as they are"
 
 
 def test_files_that_are_gone_or_cut_short(tmp_path: Path) -> None:
