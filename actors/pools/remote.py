@@ -15,12 +15,22 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import ray
-from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayError, RayTaskError
+from ray.exceptions import (
+    ActorUnavailableError,
+    GetTimeoutError,
+    ObjectLostError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+)
 
 from actors.pools.beats import begin_beats
 from rayrlhf.config import Config
 from rayrlhf.errors import PlainError, UserError, one_line, without_colour
 from rayrlhf.failures import cause, cause_of, last_error, with_remedy
+
+_RESTART_LOOK_S = 0.5
+"""Between two looks whether Ray has started an actor again."""
 
 
 def this_node() -> str:
@@ -41,8 +51,9 @@ _DEATHS = (
     (r"low on memory|memory monitor", "Ray ended it because its node was low on memory"),
     (r"node has died|node was (preempted|terminated)", "its node is gone"),
     (r"owner has died", "the process that owns it is gone"),
+    (r"actor is restarting", "its process had ended before"),
     (
-        r"SIGKILL|SIGSEGV|connection error code 2",
+        r"SIGKILL|SIGSEGV|connection error code 2|temporarily unavailable: RpcError",
         "its process ended at once: kill -9, a crash, or out of memory, which `dmesg` tells",
     ),
 )
@@ -67,6 +78,10 @@ class ActorWedged(ActorDied):
 
 class CouldNotStart(ActorDied):
     """The actor's constructor raised. Another one may have more luck, but hardly if it ends with the same words."""
+
+
+class Restarted(Exception):
+    """Raised by an actor that Ray has started again, and that does not know what it was told before its death."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,6 +168,22 @@ class Remote:
         """Call and wait for the result; raises what `wait` raises."""
         return wait([self.submit(method, *args, **kwargs)], timeout_s)[0]
 
+    def wait_until_back(self, timeout_s: float) -> None:
+        """Return when an actor answers that has died and has `max_restarts`; raises what `wait` raises."""
+        started = time.monotonic()
+        while True:
+            # Ray could repeat the call by itself, and would write a line into the terminal each time.
+            call = Call(self.name, "start", self._target.__ray_ready__.remote(), False, time.monotonic())
+            try:
+                wait([call], timeout_s)
+                return
+            except ActorDied as death:
+                if not isinstance(death.__cause__, ActorUnavailableError):  # it is gone for good
+                    raise
+                if time.monotonic() - started > timeout_s:
+                    raise late(call, timeout_s) from death
+            time.sleep(_RESTART_LOOK_S)
+
     def kill(self) -> None:
         """End the actor now; does nothing for a local object."""
         if not self.local:
@@ -201,6 +232,8 @@ def _fail(call: Call, error: Exception) -> NoReturn:
             raise CouldNotStart(f"{call.actor} could not start: {with_remedy(cause(kind, words))}") from error
         raise ActorDied(f"{call.actor} died during {call.method}: {death_of(error)}") from error
     raised = getattr(error, "cause", error)
+    if isinstance(raised, Restarted):
+        raise ActorDied(f"{call.actor} died before {call.method}: its process ended and nobody waited for it") from None
     if isinstance(raised, UserError):
         raise UserError(str(raised)) from None
     if isinstance(raised, ActorFailure):  # about an actor that this actor called: its message names that one

@@ -15,7 +15,7 @@ from ray.train import WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from safetensors import safe_open
 
-from actors.pools.remote import ActorDied, ActorFailure, Call, CouldNotStart, answer, death_of
+from actors.pools.remote import ActorDied, ActorFailure, Call, CouldNotStart, Restarted, answer, death_of
 from actors.training.tasks import Failed, GroupEnd, Tasks
 from actors.training.workers import seen_by_ray_train
 from rayrlhf.errors import UserError
@@ -141,6 +141,9 @@ def test_what_an_actor_raised_is_one_line_with_its_name() -> None:
 
     assert str(outcome_of(task_error(Unsendable()))) == "generator-0.advance raised Unsendable: x"
 
+    failure = outcome_of(task_error(Restarted()).as_instanceof_cause())
+    assert type(failure) is ActorDied and str(failure).startswith("generator-0 died before advance: ")
+
 
 def test_what_a_constructor_raised_is_no_death_without_a_reason() -> None:
     def init_failed(cause: Exception) -> ActorDiedError:
@@ -162,6 +165,11 @@ def test_what_a_constructor_raised_is_no_death_without_a_reason() -> None:
     ("rays", "plain"),
     [
         (KILLED, "its process ended at once: kill -9, a crash, or out of memory, which `dmesg` tells"),
+        (
+            "The actor ab is unavailable: The actor is temporarily unavailable: RpcError: RPC error: Socket closed",
+            "its process ended at once: kill -9, a crash, or out of memory, which `dmesg` tells",
+        ),
+        ("x unavailable: IOError: The actor is restarting.. The task may or may not", "its process had ended before"),
         ("x The actor is dead because it was killed by `ray.kill`.", "it was ended by ray.kill"),
         ("x The actor died because its node has died. Node Id: ab the actor's node was terminated", "its node is gone"),
         ("x The actor is dead because its owner has died. Owner Id: ab", "the process that owns it is gone"),
