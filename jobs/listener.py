@@ -29,7 +29,8 @@ class Listener:
 
     def __init__(self, coordinator: Remote, announce: Announce) -> None:
         self._coordinator, self._announce = coordinator, announce
-        self._heard = 0
+        self._process, self._heard = "", 0
+        """Which process has spoken, and how often; another one may have taken its place."""
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._listen, name="announcements", daemon=True)
         self._thread.start()
@@ -50,8 +51,10 @@ class Listener:
             return
         # A coordinator that is dead or late is a matter of whoever waits for its work.
         with contextlib.suppress(ActorFailure, RayError):
-            call = self._coordinator.submit_beside(CONTROL, "announcements", self._heard)
-            news: Sequence[Announcement] = wait([call], limit_s)[0]
-            self._heard += len(news)
+            call = self._coordinator.submit_beside(CONTROL, "announcements", self._process, self._heard)
+            news: Sequence[Announcement]
+            process, news = wait([call], limit_s)[0]
+            self._heard = len(news) + (self._heard if process == self._process else 0)
+            self._process = process
             for each in news:
                 self._announce(each.line, each.whole)

@@ -129,9 +129,9 @@ class Coordinator:
             replacements={pool.role: pool.deaths for pool in pools},
         )
 
-    def announcements(self, heard: int) -> Sequence[Announcement]:
-        """What there is to tell the user, but for the first `heard`: deaths, replacements, stragglers."""
-        return self._announcements.since(heard) if self._announcements else ()
+    def announcements(self, process: str, heard: int) -> tuple[str, Sequence[Announcement]]:
+        """What there is to tell the user: deaths, replacements, stragglers; see `Announcements.since`."""
+        return self._announcements.since(process, heard) if self._announcements else ("", ())
 
     # ---- weights
 

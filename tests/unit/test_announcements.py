@@ -15,12 +15,13 @@ from jobs.listener import Listener
 
 
 def test_the_driver_hears_each_warning_of_the_coordinators_process_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = Announcements()
+    """Also those of another process in its place, which has said less."""
+    kept = [Announcements()]
     try:
 
         class Coordinator:
-            def announcements(self, heard: int) -> Sequence[Announcement]:
-                return kept.since(heard)
+            def announcements(self, process: str, heard: int) -> tuple[str, Sequence[Announcement]]:
+                return kept[-1].since(process, heard)
 
         monkeypatch.setattr("jobs.listener.ray", SimpleNamespace(is_initialized=lambda: True))
         monkeypatch.setattr("jobs.listener._ASK_S", 0.001)
@@ -34,7 +35,13 @@ def test_the_driver_hears_each_warning_of_the_coordinators_process_once(monkeypa
             time.sleep(0.01)
         log.warning("generator-1 died")
         log.info("no warning")
+        while len(heard) < 2:
+            time.sleep(0.01)
+        kept.append(Announcements())
+        log.warning("coordinator died")
         listener.close()
-        assert heard == [("generator-0 died", "its stacks"), ("generator-1 died", "")]
+        assert [line for line, _ in heard] == ["generator-0 died", "generator-1 died", "coordinator died"]
+        assert heard[0] == ("generator-0 died", "its stacks")
     finally:
-        logging.getLogger("actors").removeHandler(kept)
+        for each in kept:
+            logging.getLogger("actors").removeHandler(each)
