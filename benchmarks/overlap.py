@@ -44,6 +44,7 @@ class Loop:
 
         from actors.pools.remote import Remote, wait
         from actors.rollouts.coordinator import Coordinator
+        from actors.rollouts.coordinator_link import CoordinatorLink, Setup
         from actors.training.rl import GeneratorLink
         from rayrlhf.algorithms.registry import make_trainer
         from rayrlhf.models.forward import Forward
@@ -83,7 +84,7 @@ class Loop:
             config.rl, forward_of(self.policy), forward_of(load_reward_model(reward_model)), self.ranks,
             max_response_tokens=RESPONSE, seed=0,
         )  # fmt: skip
-        self.link = GeneratorLink(self.coordinator, config, self.ranks, self.policy)
+        self.link = GeneratorLink(CoordinatorLink(self.coordinator, Setup(), config), self.ranks, self.policy)
         self.version = 0
         self.run(0)
 

@@ -30,13 +30,14 @@ def rl(session: Session) -> None:
     session.rollouts.wait_for_generators()
     reference = session.starts.reference("rl")
     session.rollouts.start_scorers([*session.data.rl, *(p.prompt for p in dev)], reference, session.gold)
-    session.rollouts.call("set_prompts", prompts, session.rollouts.sampling(config.rl.draw, play=True))
-    coordinator = session.rollouts.start()
+    link = session.rollouts.start()
+    link.tell("set_prompts", prompts, session.rollouts.sampling(config.rl.draw, play=True))
     arguments = RLArguments(
         **session.loop_arguments("rl"),
         policy=start,
         value_model=session.starts.value_model,
-        coordinator=coordinator,
+        coordinator=link.remote,
+        setup=link.setup,
         plugin=session.plugin,
         dev=put(dev, session.local),
     )

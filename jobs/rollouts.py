@@ -12,8 +12,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from transformers import PreTrainedTokenizerBase
 
 from actors.pools.monitoring import CONTROL
-from actors.pools.remote import Call, Remote, namespace, wait
+from actors.pools.remote import ActorDied, Call, Remote, namespace, wait
 from actors.rollouts.coordinator import Coordinator
+from actors.rollouts.coordinator_link import CoordinatorLink, Setup
 from actors.rollouts.weight_sync import publish_directory
 from jobs.console import warn_of_stage
 from jobs.listener import Announce, Listener
@@ -69,14 +70,14 @@ class RolloutClient:
         self.environment = EnvironmentMaker.read(config.environment)
         self._model = Path()
         """The directory whose weights the generators were given last."""
-        self._coordinator: Remote | None = None
+        self._link: CoordinatorLink | None = None
         self._starting: Call | None = None
 
-    def start(self) -> Remote:
-        """Begin to start the coordinator and its generators, unless they are up; returns the coordinator at once."""
-        if self._coordinator is None:
+    def start(self) -> CoordinatorLink:
+        """Begin to start the coordinator and its generators, unless they are up; returns a line to it at once."""
+        if self._link is None:
             data = self.config.data
-            self._coordinator = Remote.spawn(
+            coordinator = Remote.spawn(
                 "coordinator",
                 Coordinator,
                 self.config,
@@ -86,19 +87,20 @@ class RolloutClient:
                 self.local,
                 self.environment,
                 local=self.local,
-                options={} if self.local else {"num_cpus": 0, "namespace": namespace(self.config), **_here()},
+                options={} if self.local else _options(self.config),
                 concurrency_groups={CONTROL: 1},
             )
-            self._starting = self._coordinator.submit("start_generators")
-            self._listener = None if self.local else Listener(self._coordinator, self._announce)
-        return self._coordinator
+            self._link = CoordinatorLink(coordinator, Setup({"start_generators": ()}), self.config)
+            self._starting = coordinator.submit("start_generators")
+            self._listener = None if self.local else Listener(coordinator, self._announce)
+        return self._link
 
     def close(self) -> None:
         """End the coordinator, and with it generators and scorers, which it owns. `start` starts another one."""
         self.stop_listening()
-        if self._coordinator is not None:
-            self._coordinator.kill()
-        self._coordinator, self._starting = None, None
+        if self._link is not None:
+            self._link.remote.kill()
+        self._link, self._starting = None, None
 
     def stop_listening(self) -> None:
         """Hear the last of the coordinator, before Ray ends."""
@@ -112,13 +114,14 @@ class RolloutClient:
         Raises:
             ActorFailure: one is not ready in time; the message names it.
         """
-        self.start()
-        assert self._starting is not None
-        wait([self._starting], self.config.resources.coordinator_timeout_s)
-
-    def call(self, method: str, *args: Any) -> Any:
-        """Have the coordinator do something, and wait for it."""
-        return self.start().call(method, *args, timeout_s=self.config.resources.coordinator_timeout_s)
+        link = self.start()
+        starting, self._starting = self._starting, None
+        if starting is None:
+            return
+        try:
+            wait([starting], self.config.resources.coordinator_timeout_s)
+        except ActorDied as death:
+            link.replace(death)
 
     def sampling(self, draw: DrawConfig, *, play: bool = False) -> Sampling:
         """Responses of the run's lengths, drawn as `draw` says; to `play` is to take turns with its environment."""
@@ -128,11 +131,10 @@ class RolloutClient:
     def load_weights(self, model: str) -> int:
         """Put the weights of a model (a directory, URI or hub name) on all generators; returns their version."""
         self.wait_for_generators()
-        version: int = self.call("next_version")
-        directory = local_directory(local_copy(model))
-        self.call("load_weights", publish_directory(directory, version, local=self.local))
-        self._model = Path(directory)
-        return version
+        self._model = Path(local_directory(local_copy(model)))
+        link = self.start()
+        link.setup.version = link.send_weights(partial(publish_directory, self._model, local=self.local))
+        return link.setup.version
 
     def generate(
         self,
@@ -151,18 +153,23 @@ class RolloutClient:
             KeyboardInterrupt: Ctrl-C or SIGTERM; what is finished is kept, unless a second one followed.
         """
         requests = requests_for(prompts, samples, self.config.seed, *seed_parts)
-        sampling, coordinator = self.sampling(draw, play=play), self.start()
+        sampling, link = self.sampling(draw, play=play), self.start()
         played = [self.environment.config.model_dump(), self.environment.plugin] if play and self.environment else None
         kept = KeptSamples(self.starts.run, self._model, requests, sampling, played)
         done = kept.read(version)
         if done:
             say(f"{len(done)} of {len(requests)} samples are there from an earlier start")
         missing, written = [place for place in range(len(requests)) if place not in done], len(done)
-        stop = partial(coordinator.submit_beside, CONTROL, "stop_drawing")
+
+        def stop() -> None:
+            # First: a coordinator that has just died would not hear it. As a whole: this is another thread.
+            link.setup.calls = {**link.setup.calls, "stop_drawing": ()}
+            link.remote.submit_beside(CONTROL, "stop_drawing")
+
         try:
             with asking_first(str(seed_parts[0]), stop, "keeps the samples that are finished") as stopping:
                 for piece in self._slices(missing, self.config.resources.generators.count, "sampled"):
-                    found = self.call("draw", [requests[place] for place in piece], sampling, version)
+                    found = link.call("draw", [requests[place] for place in piece], sampling, version)
                     done |= {place: t for place, t in zip(piece, found, strict=True) if t is not None}
                     if stopping.is_set():
                         break
@@ -190,13 +197,13 @@ class RolloutClient:
         """
         measure = None if gold is None else GoldMeasure(gold, prompts, self.tokenizer)
         texts = TextRewards(self.texts, prompts, self.tokenizer) if self.texts and reward_model is None else None
-        self.call("start_scorers", reward_model or self.starts.reward_model, reference, measure, texts)
+        self.start().tell("start_scorers", reward_model or self.starts.reward_model, reference, measure, texts)
 
     def score(self, trajectories: list[Trajectory], temperature: float) -> list[Trajectory]:
         """The trajectories with rewards and reference log-probs, in order; only the stage `evaluate` asks for it."""
         done: list[Trajectory] = []
         for piece in self._slices(trajectories, self.config.resources.scorers.count, "scored"):
-            done += self.call("score", piece, temperature)
+            done += self.start().call("score", piece, temperature)
         for text in self.texts:
             if cut := sum(t.counted.get(CUT + text.reward.name, 0) for t in done):
                 warn_of_stage(self.starts.run, "evaluate", cut_prompts(text.reward.name, cut, len(done)))
@@ -215,7 +222,13 @@ class RolloutClient:
             yield work[start : start + size]
 
 
-def _here() -> dict[str, Any]:
-    """On the driver's node, which is not one that may vanish; and outside the placement group of a Tune trial."""
+def _options(config: Config) -> dict[str, Any]:
+    """Ray's options for the coordinator. It is on the driver's node, which is not one that may vanish, and outside the
+    placement group of a Tune trial. Ray starts it again as often as it dies, see `CoordinatorLink`."""
     node = ray.get_runtime_context().get_node_id()
-    return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
+    return {
+        "num_cpus": 0,
+        "namespace": namespace(config),
+        "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False),
+        "max_restarts": -1,
+    }

@@ -23,12 +23,14 @@ def sft(session: Session) -> None:
         DevPrompt(prompt.id, prompt.ids, tuple(response), record.response)
         for prompt, response, record in zip(data.prompts(data.dev), data.responses(data.dev), data.dev, strict=True)
     ]
+    link = session.rollouts.start()
     arguments = SFTArguments(
         **session.loop_arguments("sft"),
         model=session.starts.base,
         train=put(rows, session.local),
         dev=put(dev, session.local),
-        coordinator=session.rollouts.start(),
+        coordinator=link.remote,
+        setup=link.setup,
     )
     session.train("sft", sft_loop, arguments)
 

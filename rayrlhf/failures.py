@@ -42,7 +42,7 @@ _KNOWN = tuple(
             "the file is cut short or damaged: copy it again, or delete what the run itself wrote",
             True,
         ),
-        (r"\bcoordinator died", "", True),  # its run has to start it
+        (r"\bcoordinator died", "", True),  # and so did those before it
         (
             r"(?i)out of memory|allocate memory|MemoryError|low on memory",
             "lower micro_batch_tokens of the stage, or give it a machine with more memory",

@@ -2,7 +2,8 @@
 
 It lives outside Ray Train, so a restart of the learner does not cost the generators. It holds nothing that is lost
 for good: prompts are a function of (seed, step), and a learner that comes back publishes its weights again and says
-which prompts it has had.
+which prompts it has had. If it dies, Ray starts another one, which whoever needs it next tells all of that
+(`take_over`, see `coordinator_link`).
 
 Who calls what, in the stage `rl`:
 
@@ -15,17 +16,21 @@ Who calls what, in the stage `rl`:
 
 from __future__ import annotations
 
+import logging
 import statistics
 import time
 from collections.abc import Sequence
 from typing import Any
 
+import ray
+
 from actors.pools.announcing import Announcement, Announcements
 from actors.pools.monitoring import Status, export_status
-from actors.pools.remote import ActorDied, ActorFailure
+from actors.pools.remote import ActorDied, ActorFailure, Restarted, fetch
 from actors.pools.worker import Worker
 from actors.rollouts.ahead import Ahead
 from actors.rollouts.batch import Batch, Counts
+from actors.rollouts.coordinator_link import Setup
 from actors.rollouts.groups import Cursor, Limits
 from actors.rollouts.in_turn import InTurn, draw, generate, score
 from actors.rollouts.rollout_pools import RolloutPools
@@ -38,6 +43,8 @@ from rayrlhf.rewards.gold import GoldMeasure
 from rayrlhf.rewards.texts import TextRewards
 from rayrlhf.runs.scaling import wanted_generators
 from rayrlhf.trajectory import GenerationRequest, Sampling, Trajectory
+
+log = logging.getLogger(__name__)
 
 
 class Coordinator:
@@ -77,7 +84,10 @@ class Coordinator:
         """The generators at the last batch, by name."""
         self._announcements: Announcements | None = None
         """Where this is a process of its own; otherwise the user sees its warnings anyway."""
+        self._knows_nothing = False
+        """Whether this is the successor of one that died, before `take_over`."""
         if not local:
+            self._knows_nothing = ray.get_runtime_context().was_current_actor_reconstructed
             self._announcements = Announcements()
             export_status(config.name, self.status)
 
@@ -101,6 +111,7 @@ class Coordinator:
 
         With `gold` they also have the labeller's measure of what they score, with `texts` rewards that read texts.
         """
+        self._check_setup()
         return self.pools.start_scorers(reward_model, reference, gold, texts)
 
     def scale(self, generators: int | None = None, scorers: int | None = None) -> dict[str, int]:
@@ -133,15 +144,47 @@ class Coordinator:
         """What there is to tell the user: deaths, replacements, stragglers; see `Announcements.since`."""
         return self._announcements.since(process, heard) if self._announcements else ("", ())
 
+    # ---- in the place of one that died
+
+    def take_over(self, why: str, setup: Setup, cursor: Cursor, publication: PublishedWeights | None) -> None:
+        """Learn what the coordinator before this one had been told. One that was merely out of reach knows it still.
+
+        Args:
+            why: what became of that one, for the user.
+            cursor: which prompts the batches have taken.
+            publication: the weights that the generators had; None if they had none.
+        """
+        if not self._knows_nothing:
+            return
+        log.warning("%s; another one takes its place", why)
+        self._knows_nothing = False
+        try:
+            for method, args in setup.calls.items():
+                getattr(self, method)(*map(fetch, args))
+            self.version = setup.version
+            self.begin(cursor)
+            if publication is not None:
+                self.next_version(publication.version - 1)
+                self.load_weights(publication)
+        except BaseException:
+            self._knows_nothing = True  # not all of it
+            raise
+
+    def _check_setup(self) -> None:
+        if self._knows_nothing:
+            raise Restarted
+
     # ---- weights
 
     def next_version(self, after: int = 0) -> int:
         """A weight version that no generator has seen: versions rise strictly, also past `after`."""
+        self._check_setup()
         self.version = max(self.version, after) + 1
         return self.version
 
     def load_weights(self, publication: PublishedWeights) -> int:
         """Load on every generator; running ahead, each one loads them before its next slice of work."""
+        self._check_setup()
         self.rollouts.set_weights(publication)
         self.publication = publication
         return publication.version
@@ -154,11 +197,13 @@ class Coordinator:
 
     def generate(self, requests: Sequence[GenerationRequest], sampling: Sampling, version: int) -> list[Trajectory]:
         """One trajectory per request, in order, by generators that all have weight `version`."""
+        self._check_setup()
         self.rollouts.check_idle("coordinator.generate")
         return [serialized.load() for serialized in generate(self.pools.generators, requests, sampling, version)]
 
     def draw(self, requests: Sequence[GenerationRequest], sampling: Sampling, version: int) -> list[Trajectory | None]:
         """As `generate`, but after `stop_drawing` with None for each request that is not finished."""
+        self._check_setup()
         self.rollouts.check_idle("coordinator.draw")
         done = draw(self.pools.generators, requests, sampling, version, lambda: self._stopped)
         return [done[place].load() if place in done else None for place in range(len(requests))]
@@ -169,6 +214,7 @@ class Coordinator:
 
     def score(self, trajectories: Sequence[Trajectory], temperature: float) -> list[Trajectory]:
         """The trajectories with rewards and reference log-probs, in order."""
+        self._check_setup()
         self.rollouts.check_idle("coordinator.score")
         return score(self.pools.scorers, trajectories, temperature)
 
@@ -176,11 +222,13 @@ class Coordinator:
 
     def set_prompts(self, prompts: Sequence[EncodedPrompt], sampling: Sampling) -> None:
         """The prompts that `next_batch` draws from, and how their responses are sampled."""
+        self._check_setup()
         self.prompts, self.sampling = StepPrompts(prompts, self.config), sampling
         self.begin(Cursor(0))
 
     def begin(self, cursor: Cursor) -> None:
         """A learner starts, anew or from a checkpoint that was written when `cursor` was left."""
+        self._check_setup()
         self._go_on_from(cursor)
         self.batch = None
         self._reset_deaths()
@@ -193,6 +241,7 @@ class Coordinator:
         otherwise; with k they go on meanwhile, and tokens are at most k versions old.
         Asking again for the same step and version (another rank, a retry) returns the same batch.
         """
+        self._check_setup()
         if self.batch is not None and (self.batch.step, self.batch.version) == (step, version):
             return self.batch
         batch = self.rollouts.next_batch(step, version)
@@ -220,6 +269,7 @@ class Coordinator:
         Raises:
             ActorFailure: other weights were published, an actor raised or was late, or too many died.
         """
+        self._check_setup()
         publication = self.publication
         if publication is None or publication.version != version:
             raise ActorFailure(f"answer: load weights of version {version} before it")

@@ -10,22 +10,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from actors.pools.remote import Call, Remote, fetch, wait
+from actors.pools.remote import ActorDied, Remote, fetch
 from actors.rollouts.batch import Batch
+from actors.rollouts.coordinator_link import CoordinatorLink, Setup
 from actors.rollouts.groups import Cursor
 from actors.rollouts.publisher import Publisher
 from actors.training.dev_answers import DevAnswers, DevPrompt
 from actors.training.loop import Loop, LoopArguments
 from actors.training.token_looks import looks_due, write_looks
 from rayrlhf.algorithms.registry import make_trainer
-from rayrlhf.config import Config
 from rayrlhf.errors import UserError
 from rayrlhf.models.forward import Forward
 from rayrlhf.models.loading import load_policy, load_reward_model, load_tokenizer
@@ -51,6 +51,8 @@ class RLArguments(LoopArguments):
     """The file of an algorithm of the user's own."""
     dev: Any = ()
     """list[DevPrompt] to look at while it trains, or `actors.pools.remote.put` of it."""
+    setup: Setup = field(default_factory=Setup)
+    """What to tell a coordinator that takes the place of this one."""
 
 
 def rl_loop(args: RLArguments) -> None:
@@ -78,7 +80,7 @@ def rl_loop(args: RLArguments) -> None:
             max_response_tokens=config.data.max_response_tokens, seed=config.seed, plugin=args.plugin,
             normalized={reward.name: reward.weight for reward in config.rewards if reward.normalize},
         )  # fmt: skip
-        generators = GeneratorLink(args.coordinator, config, loop.ranks, policy)
+        generators = GeneratorLink(CoordinatorLink(args.coordinator, args.setup, config), loop.ranks, policy)
         version, cursor = 0, Cursor(0)
         if found:
             _, state = found
@@ -179,41 +181,51 @@ def load_models(
 
 
 class GeneratorLink:
-    """The learner's line to the generators, by way of the coordinator. Rank 0 speaks first, the others listen."""
+    """The learner's line to the generators, by way of the coordinator. Rank 0 speaks first, the others listen.
 
-    def __init__(self, coordinator: Remote, config: Config, ranks: Ranks, policy: PreTrainedModel) -> None:
+    It also is rank 0 who sees to it that a run goes on whose coordinator died.
+    """
+
+    def __init__(self, coordinator: CoordinatorLink, ranks: Ranks, policy: PreTrainedModel) -> None:
         self.coordinator, self.ranks = coordinator, ranks
-        self.publisher = Publisher(policy, local=coordinator.local)
-        self.timeout_s = config.resources.coordinator_timeout_s
-        self.loading: list[Call] = []
+        self.publisher = Publisher(policy, local=coordinator.remote.local)
 
     def begin(self, cursor: Cursor) -> None:
+        self.coordinator.cursor = cursor
         if self.ranks.first:
-            self.coordinator.call("begin", cursor, timeout_s=self.timeout_s)
+            self.coordinator.call("begin", cursor)
 
     def send_weights(self, after: int) -> int:
         """Send the policy's weights under a new version, above `after`. Returns once they are copied, not once they
         are loaded: the next batch waits for that where it has to."""
-        version = 0
-        if self.ranks.first:
-            version = self.coordinator.call("next_version", after, timeout_s=self.timeout_s)
-            self.loading = [self.coordinator.submit("load_weights", self.publisher.publish(version))]
+        version = self.coordinator.send_weights(self.publisher.publish, after) if self.ranks.first else 0
         return int(self.ranks.broadcast(version))
 
     def next_batch(self, step: int, version: int) -> Batch:
-        """The batch of `step`; what went wrong in loading the weights is raised here."""
-        batch: Batch | None = None
-        if self.ranks.first:
-            # In this order: the coordinator answers the second call after the first.
-            calls = [*self.loading, self.coordinator.submit("next_batch", step, version)]
-            batch = wait(calls, self.timeout_s)[-1]
-        self.ranks.broadcast(None)  # the others ask when the weights have arrived there
-        if batch is None:
-            batch = self.coordinator.call("next_batch", step, version, timeout_s=self.timeout_s)
-        return batch
+        """The batch of `step`, the same on all ranks; what went wrong in loading the weights is raised here."""
+        while True:
+            batch, death = self._ask_for(step, version) if self.ranks.first else (None, None)
+            death = self.ranks.broadcast(death)  # the others ask when the weights have arrived there
+            if not self.ranks.first and death is None:
+                batch, death = self._ask_for(step, version)
+            # The coordinator may have died before one of them had its batch. Ahead of the learner another one would
+            # make another batch, so all ranks ask it.
+            death = next(filter(None, self.ranks.gather(death)), None)
+            if death is None:
+                assert batch is not None
+                self.coordinator.cursor = batch.cursor
+                self.coordinator.forget_deaths()
+                return batch
+            if self.ranks.first:
+                self.coordinator.replace(death)
 
     def answer(self, requests: Sequence[GenerationRequest], sampling: Sampling, version: int) -> list[Trajectory]:
         """Scored answers outside the batches, from the weights of `version`, which were sent last. For rank 0 alone."""
-        calls = [*self.loading, self.coordinator.submit("answer", requests, sampling, version)]
-        answers: list[Trajectory] = wait(calls, self.timeout_s)[-1]
+        answers: list[Trajectory] = self.coordinator.call("answer", requests, sampling, version)
         return answers
+
+    def _ask_for(self, step: int, version: int) -> tuple[Batch | None, ActorDied | None]:
+        try:
+            return self.coordinator.call_once("next_batch", step, version), None
+        except ActorDied as death:
+            return None, death

@@ -11,7 +11,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,12 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from actors.pools.remote import Remote, fetch
+from actors.rollouts.coordinator_link import CoordinatorLink, Setup
 from actors.rollouts.publisher import Publisher
 from actors.training.loop import Loop, LoopArguments
 from rayrlhf.algorithms.optimizer import Optimizer
 from rayrlhf.algorithms.sft import predicted_tokens, summed_loss
+from rayrlhf.config import Config
 from rayrlhf.data.epochs import Epochs
 from rayrlhf.data.rows import Row
 from rayrlhf.data.tokens import decode_response, sampling_of
@@ -58,6 +60,8 @@ class SFTArguments(LoopArguments):
     """list[DevPrompt], or `put` of it. The first `sft.eval_prompts` are answered as well."""
     coordinator: Remote | None
     """Answers dev prompts; without it the checkpoint with the lowest dev loss is kept."""
+    setup: Setup = field(default_factory=Setup)
+    """What to tell a coordinator that takes the place of this one."""
 
 
 @dataclass
@@ -107,7 +111,8 @@ def sft_loop(args: SFTArguments) -> None:
         forward = Forward(
             model, pad_token_id=tokenizer.pad_token_id, max_tokens=settings.micro_batch_tokens, dtype=config.model.dtype
         )
-        publisher = Publisher(model, local=args.coordinator.local) if args.coordinator else None
+        link = CoordinatorLink(args.coordinator, args.setup, config) if args.coordinator else None
+        publisher = Publisher(model, local=link.remote.local) if link else None
         if settings.loss_on == "all":
             train = [Row(row.ids, np.arange(len(row.ids)) > 0) for row in train]
         dev_rows = [Row.completion(p.prompt_ids, p.response_ids) for p in dev]
@@ -159,8 +164,10 @@ def sft_loop(args: SFTArguments) -> None:
             loop.require_finite()  # before generators get the weights, and before the best model is kept
             metrics = {"sft/dev_loss": dev_loss()}
             score = -metrics["sft/dev_loss"]
-            if publisher:
-                answered = answer_dev_prompts(publisher, tokenizer, dev, args, progress) if ranks.first else ({}, {})
+            if link and publisher:
+                answered = (
+                    answer_dev_prompts(link, publisher, tokenizer, dev, config, progress) if ranks.first else ({}, {})
+                )
                 (measured, sample), progress.version = ranks.broadcast((answered, progress.version))
                 metrics |= measured
                 loop.sample(sample)
@@ -184,8 +191,8 @@ def sft_loop(args: SFTArguments) -> None:
 
 
 def answer_dev_prompts(
-    publisher: Publisher, tokenizer: PreTrainedTokenizerBase, dev: Sequence[DevPrompt], args: SFTArguments,
-    progress: Progress,
+    link: CoordinatorLink, publisher: Publisher, tokenizer: PreTrainedTokenizerBase, dev: Sequence[DevPrompt],
+    config: Config, progress: Progress,
 ) -> tuple[dict[str, float], dict[str, str]]:  # fmt: skip
     """Publish the weights, let the generators answer the first dev prompts near-greedily, and measure the answers.
 
@@ -193,18 +200,12 @@ def answer_dev_prompts(
     of answers that ended by themselves; and the first prompt with its reference and answer, to look at. Seeds stay
     the same from one evaluation to the next.
     """
-    coordinator, config, resources = args.coordinator, args.config, args.config.resources
-    assert coordinator is not None
-    progress.version = coordinator.call("next_version", progress.version, timeout_s=resources.coordinator_timeout_s)
-    publication = publisher.publish(progress.version)
     # The first load also starts the generators.
-    coordinator.call("load_weights", publication, timeout_s=resources.coordinator_timeout_s)
+    progress.version = link.send_weights(publisher.publish, progress.version)
     asked = dev[: config.sft.eval_prompts]
     requests = [GenerationRequest(p.id, p.prompt_ids, 0, derive_seed(config.seed, "sft-eval", p.id)) for p in asked]
     sampling = sampling_of(tokenizer, config.data, config.evaluate)
-    answers = coordinator.call(
-        "generate", requests, sampling, progress.version, timeout_s=resources.coordinator_timeout_s
-    )
+    answers = link.call("generate", requests, sampling, progress.version)
     texts = [decode_response(tokenizer, answer.response_ids) for answer in answers]
     scores = rouge(texts, [p.reference for p in asked])
     metrics = {

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from actors.pools.remote import ActorFailure, Call
+from actors.rollouts.coordinator_link import CoordinatorLink, Setup
 from jobs.rollouts import RolloutClient
 from rayrlhf.config_file import parse_config
 from rayrlhf.data.prompts import EncodedPrompt
@@ -130,9 +131,7 @@ class Generators:
         self.asked: list[GenerationRequest] = []
         self.stop = threading.Event()
 
-    def call(
-        self, method: str, requests: Sequence[GenerationRequest], sampling: Sampling, version: int, **_: Any
-    ) -> Any:
+    def submit(self, method: str, requests: Sequence[GenerationRequest], sampling: Sampling, version: int) -> Call:
         assert method == "draw"
         found: list[Trajectory | None] = []
         for request in requests:
@@ -141,7 +140,7 @@ class Generators:
                 os.kill(os.getpid(), signal.SIGINT)
                 assert self.stop.wait(10)
             found.append(None if self.stop.is_set() else drawn(request, version, minimum=sampling.minimum))
-        return found
+        return Call("coordinator", method, found, True, 0.0)
 
     def submit_beside(self, group: str, method: str) -> Call:
         assert (group, method) == ("control", "stop_drawing")
@@ -152,7 +151,7 @@ class Generators:
 def client(run: RunFolder, model: Path, generators: Generators) -> RolloutClient:
     config = parse_config({"name": "a", "data": {"min_response_tokens": 1}}, "test")
     found = RolloutClient(config, SimpleNamespace(run=run), TOKENIZER, local=True)  # type: ignore[arg-type]
-    found._coordinator, found._model = generators, model  # type: ignore[assignment]
+    found._link, found._model = CoordinatorLink(generators, Setup(), config), model  # type: ignore[arg-type]
     return found
 
 
@@ -177,10 +176,10 @@ def test_the_same_command_draws_what_is_missing(
     assert [plain(t) for t in found] == [plain(t) for t in wanted]
 
     class Failing(Generators):
-        def call(self, *args: Any, **options: Any) -> Any:
+        def submit(self, *args: Any) -> Call:
             if self.asked:
                 raise ActorFailure("no generator is left")
-            return super().call(*args, **options)
+            return super().submit(*args)
 
     with monkeypatch.context() as context, pytest.raises(ActorFailure):
         context.setattr("jobs.rollouts.SLICE", 4)
@@ -193,11 +192,11 @@ def test_the_same_command_draws_what_is_missing(
     killed = RunFolder(str(tmp_path / "killed"))
 
     class Killed(Generators):
-        def call(self, *args: Any, **options: Any) -> Any:
+        def submit(self, *args: Any) -> Call:
             if len(self.asked) == 8:
                 shutil.copytree(tmp_path / "dying" / "sampling", killed.path / "sampling")
                 raise ActorFailure("no generator is left")
-            return super().call(*args, **options)
+            return super().submit(*args)
 
     with monkeypatch.context() as context, pytest.raises(ActorFailure):
         context.setattr("jobs.rollouts.SLICE", 4)
