@@ -51,7 +51,7 @@ _DEATHS = (
     (r"low on memory|memory monitor", "Ray ended it because its node was low on memory"),
     (r"node has died|node was (preempted|terminated)", "its node is gone"),
     (r"owner has died", "the process that owns it is gone"),
-    (r"actor is restarting", "its process had ended before"),
+    (r"actor (is restarting|was restarted)", "its process had ended before"),
     (
         r"SIGKILL|SIGSEGV|connection error code 2|temporarily unavailable: RpcError",
         "its process ended at once: kill -9, a crash, or out of memory, which `dmesg` tells",

@@ -170,6 +170,7 @@ def test_what_a_constructor_raised_is_no_death_without_a_reason() -> None:
             "its process ended at once: kill -9, a crash, or out of memory, which `dmesg` tells",
         ),
         ("x unavailable: IOError: The actor is restarting.. The task may or may not", "its process had ended before"),
+        ("x unavailable: IOError: The actor was restarted. The task may or may not", "its process had ended before"),
         ("x The actor is dead because it was killed by `ray.kill`.", "it was ended by ray.kill"),
         ("x The actor died because its node has died. Node Id: ab the actor's node was terminated", "its node is gone"),
         ("x The actor is dead because its owner has died. Owner Id: ab", "the process that owns it is gone"),
