@@ -100,6 +100,7 @@ class Session:
             f"workers-{config.name}",
             local=local,
             announce=self._announce,
+            heartbeat_timeout_s=config.resources.heartbeat_timeout_s,
         )
         """The learner's, which serve every training stage."""
         self.rollouts = RolloutClient(config, starts, self.tokenizer, local, self._announce)

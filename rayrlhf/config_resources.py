@@ -105,7 +105,8 @@ class ResourcesConfig(Section):
     """How long one call (a generation, a scoring pass, a weight load) may take."""
     heartbeat_timeout_s: Positive = 60
     """A generator or scorer that is up and gives no sign of life for so long is killed and replaced, whatever it does:
-    a stopped process, a machine that is gone. A long call is no silence."""
+    a stopped process, a machine that is gone. A long call is no silence.
+    A learner rank is killed if it stands still besides, and `learner.max_failures` counts that as a death."""
     dashboard: bool = True
     """Start Ray's dashboard with a local cluster."""
 

@@ -1,8 +1,8 @@
 """An actor's sign of life: a side thread of its process writes a beat into Ray's key-value store every few seconds.
 
 It needs nothing of the work thread, which may be in one call for minutes. So no beat comes only from a process that is
-stopped, that holds Python's lock for good, or whose machine is gone. A beat also says how often the work thread has
-moved, so that a call which takes long can be told from one that hangs.
+stopped, that holds Python's lock, or whose machine is gone. A beat also says how often the work thread has moved, so
+that a call which takes long can be told from one that hangs.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ class Beat(NamedTuple):
     moves: int
     """Rises with every beat before which the work thread was at another place, or has used the CPU."""
     pid: int
+    thread: int
+    """The operating system's id of the work thread."""
     node: str
     """Ray's id of the node."""
     stacks: tuple[int, str]
@@ -48,22 +50,29 @@ def begin_beats(key: str, every_s: float) -> None:
     os.unlink(name)  # /proc/PID/fd leads to it for as long as the process lives
     _stacks.append(descriptor)
     faulthandler.register(signal.SIGUSR1, file=descriptor, all_threads=True)
-    arguments = (key, every_s, threading.get_ident(), (descriptor, name))
+    arguments = (key, every_s, threading.get_ident(), threading.get_native_id(), (descriptor, name))
     threading.Thread(target=_beat, args=arguments, name="heartbeat", daemon=True).start()
 
 
-def _beat(key: str, every_s: float, thread: int, stacks: tuple[int, str]) -> None:
+def _beat(key: str, every_s: float, thread: int, native: int, stacks: tuple[int, str]) -> None:
     node = str(ray.get_runtime_context().get_node_id())
     clock = time.pthread_getcpuclockid(thread)
     number = moves = 0
-    before = _place(thread), time.clock_gettime_ns(clock)
+    before = _place(thread), _cpu_ns(clock)
     while True:
-        now = _place(thread), time.clock_gettime_ns(clock)  # a thread that only waits takes no CPU time at all
+        now = _place(thread), _cpu_ns(clock)  # a thread that only waits takes no CPU time at all
         moves, number, before = moves + (now != before), number + 1, now
-        beat = json.dumps(Beat(number, moves, os.getpid(), node, stacks)).encode()
+        beat = json.dumps(Beat(number, moves, os.getpid(), native, node, stacks)).encode()
         with contextlib.suppress(Exception):  # Ray's store is out of reach for a while: that is for others to find
             _internal_kv_put(key, beat, overwrite=True, namespace=_NAMESPACE)
         time.sleep(every_s)
+
+
+def _cpu_ns(clock: int) -> int:
+    try:
+        return time.clock_gettime_ns(clock)
+    except OSError:
+        return 0  # the thread has ended: that of a learner rank does when a loop raises
 
 
 def _place(thread: int) -> int:
@@ -91,8 +100,8 @@ def read_beats(keys: Sequence[str]) -> Mapping[str, Beat] | None:
 
 
 def _parsed(value: bytes) -> Beat:
-    number, moves, pid, node, (descriptor, name) = json.loads(value)
-    return Beat(number, moves, pid, node, (descriptor, name))
+    number, moves, pid, thread, node, (descriptor, name) = json.loads(value)
+    return Beat(number, moves, pid, thread, node, (descriptor, name))
 
 
 def forget_beats(key: str) -> None:

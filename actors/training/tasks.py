@@ -12,8 +12,9 @@ Ray Train starts the workers once for all stages. When it has to start them agai
 for what comes after the last task that was finished: they get the same task again, whose loop continues from its newest
 checkpoint.
 
-Failures come here, too, from the worker that raised (`failed`) and from Ray Train's controller (`group_failed`), since
-Ray Train's own report of them is cut in the middle. The driver reads them as `news`.
+Failures come here, too, from the worker that raised (`failed`), from Ray Train's controller (`group_failed`), since Ray
+Train's own report of them is cut in the middle, and from the driver, which kills ranks that give no sign of life
+(`rank_silent`). The driver reads them as `news`.
 """
 
 from __future__ import annotations
@@ -84,6 +85,14 @@ class News(NamedTuple):
     """Whether Ray Train has given up."""
 
 
+class BeatingRank(NamedTuple):
+    """A rank that gives signs of life."""
+
+    number: int
+    key: str
+    """Of its beats, see `actors.pools.beats`: another one after every start."""
+
+
 class Given(NamedTuple):
     """The answer to a worker that asks for work."""
 
@@ -117,6 +126,9 @@ class Tasks(StopRequest):
         """What the workers of this group have raised, in order."""
         self._earlier: Failed | None = None
         """What the group before this one failed with."""
+        self._beating: dict[int, BeatingRank] = {}
+        self._silent: list[Failed] = []
+        """Why ranks of this group are killed."""
         self._news: list[News] = []
         self._current = Given()
         self._outcomes: dict[int, Outcome] = {}
@@ -147,7 +159,20 @@ class Tasks(StopRequest):
         """Ray Train's controller, once it is up."""
         return self._controller[0] if self._controller else None
 
+    async def beating(self) -> list[BeatingRank]:
+        """The ranks of this group that give signs of life, or should."""
+        return [*self._beating.values()]
+
+    async def rank_silent(self, rank: BeatingRank, failed: Failed) -> None:
+        """A rank gives no sign of life, and will be killed for it: that is why its group will fail."""
+        if rank in self._beating.values():  # the group may have failed meanwhile, with something else
+            self._silent.append(failed)
+
     # ---- called by Ray Train's processes
+
+    async def rank_beats(self, rank: BeatingRank) -> None:
+        """A rank that has just started will give signs of life."""
+        self._beating[rank.number] = rank
 
     async def set_controller(self, controller: list[Any]) -> None:
         self._controller = controller
@@ -184,9 +209,10 @@ class Tasks(StopRequest):
             end: what it does about it.
         """
         own = [failed for failed in self._failed if not of_another(failed.cause)] or self._failed
-        found = seen if dead or not own else own[0]
-        whole = "\n".join([seen.traceback, *(failed.traceback for failed in self._failed)])
-        self._earlier, self._failed = found, []
+        found = self._silent[0] if self._silent else seen if dead or not own else own[0]
+        whole = "\n".join(failed.traceback for failed in (*self._silent, seen, *self._failed))
+        self._earlier, self._failed, self._silent = found, [], []
+        self._beating.clear()
         self._left -= end is GroupEnd.RESTARTS
         left = f"{self._left} of {self._allowed} restarts left"
         then = {

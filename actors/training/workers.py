@@ -35,8 +35,20 @@ from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.controller.state import ErroredState, ReschedulingState, RestartingState
 
+from actors.pools.beats import begin_beats
 from actors.pools.remote import ActorFailure, Remote, death_of
-from actors.training.tasks import TRAIN_ENVIRONMENT, Failed, Given, GroupEnd, News, Outcome, StopRequest, Tasks
+from actors.training.silent_ranks import SilentRanks
+from actors.training.tasks import (
+    TRAIN_ENVIRONMENT,
+    BeatingRank,
+    Failed,
+    Given,
+    GroupEnd,
+    News,
+    Outcome,
+    StopRequest,
+    Tasks,
+)
 from rayrlhf.config_resources import LearnerConfig
 from rayrlhf.errors import PlainError, UserError, without_colour
 from rayrlhf.failures import cause_of, lasting, locate, place_of
@@ -72,15 +84,18 @@ class Workers:
         name: str,
         local: bool,
         announce: Callable[[str, str], None] = lambda text, whole: log.warning("%s", text),
+        heartbeat_timeout_s: float | None = None,
     ) -> None:
         """
         Args:
             storage: path or URI that every node sees, for Ray Train's own files.
             name: of the group, in Ray's dashboard.
             announce: gets one line for each restart of the workers, and the whole of what led to it.
+            heartbeat_timeout_s: a rank that gives no sign of life for so many seconds is killed; None: none beats.
         """
         self.learner, self.storage, self.name, self.local = learner, storage, name, local
         self._announce = announce
+        self._silent_ranks = SilentRanks(heartbeat_timeout_s, self._ask)
         self._tasks: Any = None
         self._stop = StopRequest()
         self._number = 0
@@ -141,6 +156,7 @@ class Workers:
 
     def close(self) -> None:
         """End the workers, in the middle of their work if they are at it."""
+        self._silent_ranks.forget_all()
         thread, self._thread = self._thread, None
         if thread is None or not ray.is_initialized():
             return
@@ -165,6 +181,7 @@ class Workers:
                 raise _failure(last.text, last.traceback)
             if ended:
                 raise _given_up(self._failure)
+            self._silent_ranks.look()
 
     def _read_news(self) -> News | None:
         """Announce what is new of the worker group; returns why Ray Train has given up, if it has."""
@@ -207,7 +224,11 @@ class Workers:
         private = ray.util.get_node_ip_address() == "127.0.0.1"
         return _Trainer(
             _serve,
-            train_loop_config={"tasks": [self._tasks], "learner": learner},
+            train_loop_config={
+                "tasks": [self._tasks],
+                "learner": learner,
+                "beat_every_s": self._silent_ranks.every_s,
+            },
             torch_config=LoopbackTorchConfig(backend) if private else TorchConfig(backend),
             scaling_config=ScalingConfig(
                 num_workers=learner.workers,
@@ -313,6 +334,10 @@ def _serve(settings: dict[str, Any]) -> None:
     """
     (tasks,), learner = settings["tasks"], settings["learner"]
     ranks = Ranks(learner.threads, gpu=learner.gpus > 0)
+    if settings["beat_every_s"] is not None:
+        beating = BeatingRank(ranks.rank, uuid.uuid4().hex)
+        begin_beats(beating.key, settings["beat_every_s"])
+        ray.get(tasks.rank_beats.remote(beating), timeout=_CALL_S)
     # All ranks must begin with the same task: rank 0 asks.
     done = int(ranks.broadcast(ray.get(tasks.begin.remote(), timeout=_CALL_S) if ranks.first else 0))
     while True:

@@ -16,7 +16,7 @@ from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from safetensors import safe_open
 
 from actors.pools.remote import ActorDied, ActorFailure, Call, CouldNotStart, Restarted, answer, death_of
-from actors.training.tasks import Failed, GroupEnd, Tasks
+from actors.training.tasks import BeatingRank, Failed, GroupEnd, Tasks
 from actors.training.workers import seen_by_ray_train
 from rayrlhf.errors import UserError
 from rayrlhf.failures import CAUSE_CHARACTERS, cause_of, last_error, lasting, locate, told
@@ -227,6 +227,33 @@ def test_news_of_the_worker_group_say_what_is_left_and_name_the_first_cause() ->
     assert last.text.endswith("look for its line; its 3 restarts are used up (resources.learner.max_failures=3)")
     assert unable.text == "the learner's workers could not start: x; they have another try" and not unable.final
     assert asyncio.run(tasks.news(3)) == [last, unable]
+
+
+def test_news_name_the_rank_that_was_killed_for_its_silence_and_have_its_stacks() -> None:
+    tasks = Tasks(workers=2, max_failures=2)
+    first, second = BeatingRank(0, "a"), BeatingRank(1, "b")
+    why = Failed("learner rank 1 gave no sign of life for 60 s and was killed", None, "stacks of rank 1")
+    peer = Failed("learner rank 0 raised RuntimeError: Connection closed by peer", "rl step 4", "peer's traceback")
+    killed = Failed("learner rank 1 died: its process ended at once: kill -9", None, "Ray's")
+
+    async def story() -> list[list[BeatingRank]]:
+        for rank in (first, second):
+            await tasks.rank_beats(rank)
+        there = [await tasks.beating()]
+        await tasks.rank_silent(second, why)
+        await tasks.failed(peer)
+        await tasks.group_failed(killed, dead=True, end=GroupEnd.RESTARTS)
+        there.append(await tasks.beating())
+        await tasks.rank_beats(BeatingRank(1, "c"))
+        await tasks.rank_silent(second, why)  # too late: of the group before
+        await tasks.group_failed(killed, dead=True, end=GroupEnd.RESTARTS)
+        return there
+
+    assert asyncio.run(story()) == [[first, second], []]
+    silent, dead = asyncio.run(tasks.news(0))
+    assert silent.text == f"{why.cause}; the learner goes on from its last checkpoint, 1 of 2 restarts left"
+    assert silent.traceback == "stacks of rank 1\nRay's\npeer's traceback"
+    assert dead.text.startswith(killed.cause) and dead.traceback == "Ray's"
 
 
 # ---- secrets

@@ -41,7 +41,7 @@ class Beats:
 
     def beat(self, *names: str, moves: bool = True) -> None:
         for name in names:
-            last = self.of.get(name, Beat(0, 0, 1, "node", (3, "file")))
+            last = self.of.get(name, Beat(0, 0, 1, 1, "node", (3, "file")))
             self.of[name] = last._replace(number=last.number + 1, moves=last.moves + moves)
 
     def read(self, keys: Sequence[str]) -> Mapping[str, Beat] | None:
@@ -69,6 +69,12 @@ def test_one_that_is_silent_is_found_and_one_that_beats_is_not(clock: Clock) -> 
     assert heartbeat.look() == [b] and heartbeat.still_s(b) == 60 and heartbeat.still_s(a) == 0
     beats.beat("b")  # it was only very late
     clock.now = 70
+    assert heartbeat.look() == []
+    for clock.now in range(75, 131, 5):
+        heartbeat.look()
+        beats.beat("a")
+    assert heartbeat.look() == [b]
+    heartbeat.excuse(b)  # it was found alive by other means
     assert heartbeat.look() == []
     assert heartbeat.forget(b) == beats.of["b"] and heartbeat.forget(b) is None
 
