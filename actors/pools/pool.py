@@ -164,6 +164,11 @@ class Pool:
         for line in self._stragglers.look(self.workers, time.monotonic()):
             log.warning("%s", line)
 
+    @property
+    def stragglers(self) -> list[Worker]:
+        """The workers that were much slower than the others when `report_stragglers` looked last."""
+        return [worker for worker in self.workers if worker in self._stragglers.slow]
+
     def stop(self) -> None:
         """Kill all actors."""
         for worker in self.workers:

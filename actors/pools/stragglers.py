@@ -1,4 +1,7 @@
-"""Which worker of a pool is much slower than the others: each is reported once, by name, and goes on."""
+"""Which worker of a pool is much slower than the others: each is reported once, by name, and goes on.
+
+Others may do its work as well, see `actors.rollouts.in_turn.draw`.
+"""
 
 from __future__ import annotations
 
@@ -30,19 +33,24 @@ class Stragglers:
     def __init__(self) -> None:
         self._since: dict[Worker, _Since] = {}
         self._reported: set[Worker] = set()
+        self.slow: set[Worker] = set()
+        """The stragglers of the last look."""
 
     def look(self, workers: Sequence[Worker], now: float) -> list[str]:
         """One line for each straggler that was not reported yet. `now` is `time.monotonic()`."""
         self._since = {worker: self._since.get(worker, _Since()) for worker in workers}
         self._reported &= {*workers}
-        found = []
+        self.slow, found = set(), []
         for worker in workers:
             busy_s, done = self._work(worker, now)
             paces = [n / s for s, n in (self._work(w, now) for w in workers if w is not worker) if n and s]
-            if worker in self._reported or busy_s < EVIDENCE_S or not paces:
+            if busy_s < EVIDENCE_S or not paces:
                 continue
             # The piece that it is at may be finished in a moment.
-            if FACTOR * (done + 1) / busy_s < (median := statistics.median(paces)):
+            if FACTOR * (done + 1) / busy_s >= (median := statistics.median(paces)):
+                continue
+            self.slow.add(worker)
+            if worker not in self._reported:
                 self._reported.add(worker)
                 found.append(
                     f"{worker.name} is a straggler: {done} pieces of work in {busy_s:.0f} s, in which the median of "

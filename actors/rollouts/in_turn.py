@@ -154,6 +154,9 @@ def draw(
         generator-0 hands over 0 and dies: generator-1 is given 1 2 as well, and generator-2 starts
         generator-2 is admitted only if requests wait for a generator, as they would if generator-1 died now
 
+    Once only stragglers have work left, the others are given it as well. A sample does not depend on who draws it, so
+    the first one counts. A straggler's slice cannot be cut short: it is waited for, and what is left is dropped.
+
     Raises:
         UserError: an impossible request, see `Engine.add`.
         WeightSyncError: a generator has another version.
@@ -161,14 +164,25 @@ def draw(
     """
     done: dict[int, SerializedTrajectory] = {}
     waiting: Requests = dict(enumerate(requests))
+    twice: set[int] = set()
+    """What a straggler holds and another one, too, or held until one of them was done with it."""
 
     def finish(worker: Worker, finished: dict[int, SerializedTrajectory]) -> None:
         for ticket, trajectory in finished.items():
             if not trajectory.oldest == trajectory.newest == version:
                 drawn = trajectory.oldest
                 raise WeightSyncError(f"{worker.name} has version {drawn}, wanted is {version}: sync it first")
+            if ticket in done:
+                continue  # another one was faster
             done[ticket] = trajectory
             worker.finish(ticket)
+            for other in generators.workers if ticket in twice else ():
+                other.held.pop(ticket, None)
+
+    def lose(worker: Worker, held: Requests) -> None:
+        twice.difference_update(held)
+        others = {ticket for other in generators.workers for ticket in other.held}
+        waiting.update({ticket: request for ticket, request in held.items() if ticket not in others})
 
     def give(worker: Worker, share: Requests) -> None:
         worker.held |= share
@@ -176,19 +190,31 @@ def draw(
         then = partial(finish, worker)
         dispatcher.submit(worker, "advance", share, sampling, slice_s, then=then, serialized=True)
 
+    def helpers_of_stragglers() -> list[Worker]:
+        slow = generators.stragglers
+        others = [worker for worker in generators.workers if worker not in slow] if slow else []
+        return others if all(worker.idle for worker in others) else []
+
+    def give_to(workers: Sequence[Worker], tickets: Requests) -> float:
+        # Fewer shares than workers where there are few requests: the last ones get none.
+        for worker, share in zip(workers, _shares(tickets, len(workers)), strict=False):
+            give(worker, share)
+        return time.monotonic()
+
     generators.apply_size()
     given_at = time.monotonic()
-    with Dispatcher([generators], on_loss=lambda worker, held: waiting.update(held)) as dispatcher:
+    with Dispatcher([generators], on_loss=lose) as dispatcher:
         try:
             while (waiting or dispatcher.busy) and not stopped():
                 if waiting:  # while a newcomer loads its weights the others run out of calls: not for one without work
                     generators.admit()
                 if waiting and generators.workers:
-                    # Fewer shares than generators where there are few requests: the last ones get none.
-                    for worker, share in zip(generators.workers, _shares(waiting, len(generators)), strict=False):
-                        give(worker, share)
+                    given_at = give_to(generators.workers, waiting)
                     waiting.clear()
-                    given_at = time.monotonic()
+                elif helpers := helpers_of_stragglers():
+                    left = {t: r for w in generators.stragglers for t, r in w.held.items() if t not in twice}
+                    given_at = give_to(helpers, left) if left else given_at
+                    twice.update(left)
                 for worker in dispatcher.deliver(dispatcher.poll(LOOK_S)):
                     while worker.held and len(worker.calls) < QUEUE:
                         give(worker, {})
@@ -197,7 +223,7 @@ def draw(
                         raise late(worker.calls[0].call, generators.call_timeout_s)
         finally:
             # Nobody waits for the answer; the next work finds the engines empty.
-            for worker in generators.workers if len(done) < len(requests) else ():
+            for worker in generators.workers if twice or len(done) < len(requests) else ():
                 dispatcher.submit(worker, "abort")
     return done
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -15,15 +17,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ray.exceptions import ActorDiedError
 
 from actors.pools.pool import Pool
-from actors.pools.remote import ActorDied, ActorFailure, Remote
+from actors.pools.remote import ActorDied, ActorFailure, Call, Remote
 from actors.rollouts.ahead import Ahead
 from actors.rollouts.generator import INITIAL_VERSION
 from actors.rollouts.groups import Cursor, Group, Limits
 from actors.rollouts.in_turn import draw, load_on_all
 from actors.rollouts.weight_sync import Publication
 from rayrlhf.trajectory import GenerationRequest, Sampling, SerializedTrajectory, Trajectory
+from tests.unit.test_dispatch import Pending
 
 ROOT = Path(__file__).parents[2]
 SAMPLING = Sampling(1.0, 1000, 0)
@@ -401,3 +405,60 @@ def test_drawing_ends_with_what_is_finished() -> None:
     assert [made.running for made in setting.made] == [{}, {}], "the engines are empty for the next work"
     again = draw(setting.generators, requests, SAMPLING, 10, lambda: False)
     assert sorted(again) == list(range(40)) and all(again[place].data == done[place].data for place in done)
+
+
+class Slow(SimulatedGenerator):
+    """Writes nothing until `stuck` is over, which counts slices."""
+
+    def __init__(self, name: str, stuck: float = math.inf) -> None:
+        super().__init__(name)
+        self.stuck = stuck
+
+    def advance(self, requests: Mapping[int, GenerationRequest], *args: Any) -> dict[int, SerializedTrajectory]:
+        if self.slices >= self.stuck:
+            return super().advance(requests, *args)
+        self.slices += 1
+        self.running |= {ticket: Running(request, []) for ticket, request in requests.items()}
+        return {}
+
+
+class Mortal(Remote):
+    """Its actor dies in call number `last` of `advance`."""
+
+    def __init__(self, name: str, target: Any, last: int) -> None:
+        super().__init__(name, target, True)
+        self.left = last
+
+    def submit_serialized(self, method: str, *args: Any) -> Call:
+        self.left -= method == "advance"
+        if self.left:
+            return super().submit_serialized(method, *args)
+        died: Future[Any] = Future()
+        died.set_exception(ActorDiedError())
+        return Pending(self.name, method, died, False, time.monotonic())
+
+
+@pytest.mark.parametrize("death", [None, "helper", "straggler"])
+@pytest.mark.parametrize("stuck", [5, math.inf])
+def test_what_only_a_straggler_holds_is_given_to_the_others_as_well(stuck: float, death: str | None) -> None:
+    setting = Setting({}, steps=1, per_step=1, staleness=0, generators=3)
+    slow, helper, _ = setting.generators.workers
+    setting.made[0] = Slow(slow.name, stuck)
+    slow.remote = Remote(slow.name, setting.made[0], True)
+    setting.made[0].load_weights(weights(10))
+    if death == "straggler":
+        slow.remote = Mortal(slow.name, setting.made[0], 8)
+    if death == "helper":  # in the first call with what the straggler holds
+        helper.remote = Mortal(helper.name, setting.made[1], 1 + 8 + 1)
+    for worker in setting.generators.workers:
+        worker.busy_s, worker.done = 40.0, 1 if worker is slow else 200
+    setting.generators.report_stragglers()
+    assert setting.generators.stragglers == [slow]
+    requests = [GenerationRequest(str(place), (8,), 0, seed=place) for place in range(12)]
+    done = draw(setting.generators, requests, SAMPLING, 10, lambda: False)
+    assert {place: each.load().prompt_id for place, each in done.items()} == {p: str(p) for p in range(12)}
+    assert setting.generators.deaths == (death is not None)
+    living = setting.generators.workers
+    assert all(worker.remote._target.running == {} for worker in living), "the engines are empty for the next work"
+    assert not any(worker.held or worker.calls for worker in living)
+    assert slow.done == 1 or stuck < math.inf
