@@ -11,13 +11,10 @@ import contextlib
 import gc
 import logging
 import os
-import sys
-import tempfile
 import threading
 import traceback
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +25,6 @@ import torch
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.torch.config import _set_torch_distributed_env_vars, _TorchBackend
 from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
@@ -37,6 +33,7 @@ from ray.train.v2._internal.execution.controller.state import ErroredState, Resc
 
 from actors.pools.beats import begin_beats
 from actors.pools.remote import ActorFailure, Remote, death_of
+from actors.training.loopback import LoopbackTorchConfig
 from actors.training.silent_ranks import SilentRanks
 from actors.training.tasks import (
     TRAIN_ENVIRONMENT,
@@ -277,15 +274,10 @@ class _ToTasks(ControllerCallback):
         self._tasks.set_controller.remote([ray.get_runtime_context().current_actor])
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
-        end = {
-            RestartingState: GroupEnd.RESTARTS,
-            ReschedulingState: GroupEnd.TRIES_AGAIN,
-            ErroredState: GroupEnd.FINAL,
-        }
-        if type(current_state) in end:
+        if type(current_state) in _ENDS:
             seen, dead = seen_by_ray_train(current_state.training_failed_error)
             with contextlib.suppress(RayError):  # the driver is gone, and the run with it
-                told = self._tasks.group_failed.remote(seen, dead, end[type(current_state)])
+                told = self._tasks.group_failed.remote(seen, dead, _ENDS[type(current_state)])
                 ray.get(told, timeout=_CALL_S)
 
 
@@ -384,36 +376,3 @@ def _free_memory() -> None:
         torch.cuda.empty_cache()  # generators and scorers may share the device
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # Linux: ru_maxrss counts from here
-
-
-# ---- torch's process group on one machine
-
-
-@dataclass
-class LoopbackTorchConfig(TorchConfig):
-    """A process group of workers on one machine, in which nothing listens on the network.
-
-    TorchConfig's store (torch's TCPStore) listens on every interface of the machine, and whoever reaches it can write
-    into it. Here ranks meet through a file, and gloo and NCCL use the loopback interface.
-    """
-
-    @property
-    def backend_cls(self) -> type[_TorchBackend]:
-        return _LoopbackBackend
-
-
-class _LoopbackBackend(_TorchBackend):
-    def on_start(self, worker_group: Any, backend_config: LoopbackTorchConfig) -> None:
-        meeting = Path(tempfile.gettempdir()) / f"rayrlhf-ranks-{uuid.uuid4().hex}"  # a new one for every start
-        worker_group.execute(_set_torch_distributed_env_vars)
-        world = len(worker_group)
-        ray.get([
-            worker_group.execute_single_async(rank, _join, backend_config.backend, rank, world, str(meeting))
-            for rank in range(world)
-        ])  # fmt: skip
-
-
-def _join(backend: str, rank: int, world: int, meeting: str) -> None:
-    loopback = "lo0" if sys.platform == "darwin" else "lo"
-    os.environ.update(GLOO_SOCKET_IFNAME=loopback, NCCL_SOCKET_IFNAME=loopback)
-    torch.distributed.init_process_group(backend, init_method=f"file://{meeting}", rank=rank, world_size=world)
