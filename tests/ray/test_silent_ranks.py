@@ -119,7 +119,8 @@ def test_who_works_in_one_call_or_waits_is_left_alone(
         looked_at.append(beat.pid)
         whole = examine_if_still(beat)
         if looked_at.count(int((tmp_path / "pid-1").read_text())) == 2:
-            (tmp_path / "go").write_bytes(b"\1")
+            with (tmp_path / "go").open("r+b") as file:  # in place: whoever reads what is cut off gets SIGBUS
+                file.write(b"\1")
         return whole
 
     monkeypatch.setattr("actors.training.silent_ranks.examine_if_still", examine)
