@@ -35,12 +35,12 @@ class _LoopbackBackend(_TorchBackend):
         worker_group.execute(_set_torch_distributed_env_vars)
         world = len(worker_group)
         ray.get([
-            worker_group.execute_single_async(rank, _join, backend_config.backend, rank, world, str(meeting))
+            worker_group.execute_single_async(rank, join_ranks, backend_config.backend, rank, world, str(meeting))
             for rank in range(world)
         ])  # fmt: skip
 
 
-def _join(backend: str, rank: int, world: int, meeting: str) -> None:
+def join_ranks(backend: str, rank: int, world: int, meeting: str) -> None:
     loopback = "lo0" if sys.platform == "darwin" else "lo"
     os.environ.update(GLOO_SOCKET_IFNAME=loopback, NCCL_SOCKET_IFNAME=loopback)
     torch.distributed.init_process_group(backend, init_method=f"file://{meeting}", rank=rank, world_size=world)

@@ -25,9 +25,9 @@ from actors.pools.remote import ActorDied, Remote, namespace, wait
 from actors.rollouts.batch import Batch
 from actors.rollouts.coordinator import Coordinator
 from actors.training.dev_answers import DevPrompt
+from actors.training.loopback import join_ranks
 from actors.training.rl import RLArguments, rl_loop
 from actors.training.tasks import StopRequest
-from actors.training.workers import _join
 from jobs.rollouts import RolloutClient
 from rayrlhf.config import Config
 from rayrlhf.config_file import parse_config
@@ -108,7 +108,7 @@ class Rank:
     """A learner rank in a process of its own."""
 
     def __init__(self, rank: int, meeting: str) -> None:
-        _join("gloo", rank, 2, meeting)
+        join_ranks("gloo", rank, 2, meeting)
 
     def train(self, arguments: RLArguments) -> None:
         rl_loop(arguments)
