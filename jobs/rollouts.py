@@ -64,6 +64,8 @@ class RolloutClient:
         self.config, self.starts, self.tokenizer, self.local = config, starts, tokenizer, local
         self._announce = announce
         self._listener: Listener | None = None
+        self._warned_of: set[str] = set()
+        """Rewards whose model has read responses without the beginning of their prompts."""
         self.texts = make_text_rewards(config.rewards)
         """The rewards that read texts."""
         self.sampling(config.rl.draw)  # a stop token that is none shows before anything starts
@@ -205,7 +207,9 @@ class RolloutClient:
         for piece in self._slices(trajectories, self.config.resources.scorers.count, "scored"):
             done += self.start().call("score", piece, temperature)
         for text in self.texts:
-            if cut := sum(t.counted.get(CUT + text.reward.name, 0) for t in done):
+            cut = sum(t.counted.get(CUT + text.reward.name, 0) for t in done)
+            if cut and text.reward.name not in self._warned_of:  # the other models' answers are to the same prompts
+                self._warned_of.add(text.reward.name)
                 warn_of_stage(self.starts.run, "evaluate", cut_prompts(text.reward.name, cut, len(done)))
         if unusable := sum(t.counted.get(UNUSABLE, 0) for t in done):
             warn_of_stage(

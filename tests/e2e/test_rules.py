@@ -51,6 +51,7 @@ def test_a_game_in_turns_without_a_reward_model(start: Any, tmp_path: Path) -> N
     assert outcome.code == 0, outcome.err
     assert not any(command.ray_directory.iterdir()), "Ray was started"
     assert "reward 'taste' read 16 of 16 responses without the beginning of their prompts" in outcome.out
+    assert outcome.out.count("reward 'taste' read") == 2, "once in each stage"
     assert "(reference policy, taste)" in outcome.out
     assert "collect" not in outcome.out and "reward_model" not in outcome.out
     run = tmp_path / "guess"
