@@ -111,6 +111,7 @@ def rl_loop(args: RLArguments) -> None:
             # Not before the batch: keys and values of these prompts would be in the engines' prefix cache then.
             dev.look(version)
             if dev.enough:
+                generators.begin(Cursor(config.rl.steps))  # no batch follows: nothing runs ahead any more
                 break
             learning = time.perf_counter()
             metrics = trainer.step(batch.trajectories, loop.step)

@@ -19,7 +19,7 @@ from actors.pools.remote import Remote
 from actors.rollouts.batch import Batch
 from actors.rollouts.coordinator import Coordinator
 from actors.rollouts.publisher import AdapterPublication
-from actors.rollouts.weight_sync import PublishedWeights
+from actors.rollouts.weight_sync import PublishedWeights, publish_directory
 from actors.training.dev_answers import DevPrompt
 from actors.training.rl import RLArguments, rl_loop
 from rayrlhf.config import Config
@@ -33,7 +33,7 @@ from rayrlhf.models.saving import save_model
 from rayrlhf.rewards.gold import GoldMeasure
 from rayrlhf.rewards.labellers import ReferenceLabeller
 from rayrlhf.runs.metrics import read_metrics
-from rayrlhf.trajectory import Sampling, Trajectory
+from rayrlhf.trajectory import GenerationRequest, Sampling, Trajectory
 
 TINY = resolve_model("embedded:opt-tiny")
 MAX_PROMPT, MAX_RESPONSE, MIN_RESPONSE = 96, 16, 9
@@ -279,6 +279,22 @@ def test_an_interrupted_loop_that_runs_ahead_trains_each_prompt_once(
         assert line["rl/first_ratio_off_one"] < 1e-5
         assert (line["rl/logprob_gap/max"] > 1e-3) == (ages.max() > 0)
         assert (abs(line["rl/importance_weight/mean"] - 1.0) > 1e-4) == (ages.max() > 0)
+
+
+def test_after_an_early_stop_ahead_of_the_learner_generators_take_the_weights_of_the_next_stage(
+    coordinator: Watched, reward_model: Path, tmp_path: Path
+) -> None:
+    """Generators that still ran ahead would load them with their next batch, which never comes."""
+    looks = {"sample_every": None, "eval_every": 1, "eval_prompts": 2, "select": "gold", "patience": 1}
+    _, metrics = train(tmp_path, coordinator, reward_model, lr=1e-12, max_staleness=2, looks=looks)
+    assert 0 < len(metrics) < STEPS, "answers that stay the same are no better ones"
+    version = coordinator.next_version()
+    coordinator.load_weights(publish_directory(TINY, version, local=True))
+    prompt = coordinator.dev[0].encoded
+    request = GenerationRequest(prompt.id, prompt.ids, 0, 1)
+    assert coordinator.sampling is not None
+    (answer,) = coordinator.generate([request], coordinator.sampling, version)
+    assert answer.versions.tolist() == [version] * len(answer.response_ids)
 
 
 def test_with_lora_only_adapters_travel_and_training_resumes_exactly(
