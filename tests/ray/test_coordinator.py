@@ -277,6 +277,8 @@ def test_a_generator_killed_at_work_is_replaced_and_the_rest_of_its_work_done_ag
     assert coordinator.call("status", timeout_s=600).wanted["generator"] == 2
 
 
+# Two more engines; the test before it has a generator that dies at work, and ray/test_coordinator_death all of them.
+@pytest.mark.long
 def test_generators_killed_before_a_weight_load(coordinator: Remote, reward_model: Path) -> None:
     """The replacement gets the weights of the load, once. A scorer dies, too; the next batch counts them all."""
     scorer, *_ = coordinator.call("start_scorers", str(reward_model), TINY, timeout_s=600)
@@ -295,7 +297,8 @@ def test_generators_killed_before_a_weight_load(coordinator: Remote, reward_mode
     kill(scorer["pid"])
     batch = coordinator.call("next_batch", 1, 21, timeout_s=600)
     assert batch.metrics["rollout/replacements"] == len(generators) + 1
-    said = [announcement.line for announcement in coordinator.call("announcements", 0, timeout_s=600)]
+    _, announced = coordinator.call("announcements", "", 0, timeout_s=600)
+    said = [announcement.line for announcement in announced]
     for name in [*names, scorer["name"]]:  # what the driver shows to the user
         (line,) = (line for line in said if line.startswith(f"{name} died during "))
         assert re.search(r"on their way: .*; \d of \d replacements left$", line), line

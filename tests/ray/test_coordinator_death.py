@@ -295,6 +295,8 @@ def test_the_driver_gets_the_same_trajectories(
     assert re.match("coordinator died during draw: its process ended at once: .*; another one takes its place$", line)
 
 
+# Three starts of a coordinator.
+@pytest.mark.long
 def test_the_third_death_without_any_work_ends_the_run(
     rollouts: RolloutClient, dev: list[DevPrompt], tmp_path: Path
 ) -> None:

@@ -91,6 +91,8 @@ def test_actors_are_where_their_labels_say(cluster: Cluster, tmp_path: Path) -> 
     assert labels_of_node(learners[0])["rayrlhf.io/role"] == "learner"
 
 
+# A process on each of three nodes; unit/test_machine holds what is made of their answers.
+@pytest.mark.long
 def test_a_node_with_gpus_is_asked_for_their_memory(cluster: Cluster) -> None:
     machines = cluster_machines()
     assert sorted((machine.cores, machine.gpus) for machine in machines) == [(2, 0), (2, 0), (2, 1)]

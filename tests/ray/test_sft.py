@@ -82,7 +82,8 @@ def test_weights_do_not_depend_on_the_micro_batch_size(tmp_path: Path, data: tup
     assert distance(found[0], found[1]) < 1e-5
 
 
-@pytest.mark.parametrize("lora", [None, {"rank": 8}])
+# With adapters it is a second group of workers; ray/test_learner continues such a run to the last bit.
+@pytest.mark.parametrize("lora", [None, pytest.param({"rank": 8}, marks=pytest.mark.long)])
 def test_a_killed_run_continues_and_ends_as_if_nothing_had_happened(
     tmp_path: Path, data: tuple[list[Row], list[DevPrompt]], lora: dict[str, Any] | None
 ) -> None:

@@ -15,6 +15,8 @@ from rayrlhf.sweeps.plan import load_sweep
 MEASURE = {"low": 0.0, "high": 1.0, "n": 5}
 
 
+# Tune starts a process for each trial; unit/test_sweep holds what is made of them.
+@pytest.mark.long
 @pytest.mark.usefixtures("ray_cluster")
 def test_tune_runs_the_trials_and_one_that_fails_does_not_end_the_others(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
