@@ -32,20 +32,8 @@ def test_a_game_in_turns_without_a_reward_model(start: Any, tmp_path: Path) -> N
     taste = write(tmp_path / "taste", BERT, max_position_embeddings=12, num_labels=2)
     model = f"{{kind: model, name: taste, path: {taste}, label: 1, weight: 0.0}}"
     rewards = f"rewards=[{{kind: environment}}, {turns}, {model}]"
-    changes = [
-        f"data.demonstrations.path={rows}",
-        f"runs_dir={tmp_path}",
-        "sft.epochs=1",
-        "sft.max_demonstrations=128",
-        rewards,
-    ]
-    changes += [
-        "sft.epochs=1",
-        "sft.max_demonstrations=128",
-        "evaluate.max_prompts=16",
-        "evaluate.best_of=4",
-        "data.min_response_tokens=1",
-    ]
+    changes = [f"data.demonstrations.path={rows}", f"runs_dir={tmp_path}", "sft.epochs=1", rewards]
+    changes += ["evaluate.max_prompts=16", "evaluate.best_of=4", "data.min_response_tokens=1"]
     changes += [
         "rl.algorithm=ppo",
         "rl.steps=2",
