@@ -273,6 +273,8 @@ def test_ahead_of_the_learner_each_prompt_is_trained_once(
         assert line["version"] - 1 <= min(versions) <= max(versions) <= line["version"]
 
 
+# Another engine; the first test has a death that the learner finds.
+@pytest.mark.long
 def test_the_driver_gets_the_same_trajectories(
     rollouts: RolloutClient, dev: list[DevPrompt], announced: list[str], tmp_path: Path
 ) -> None:
