@@ -3,7 +3,8 @@
     coordinator dies ─▶ Ray ends its generators and scorers, and starts a coordinator that knows nothing (max_restarts)
     a call fails     ─▶ take_over: the setup, which prompts were taken, the weights ─▶ the call once more
 
-The one who calls is the driver in `collect` and `evaluate`, and the learner's rank 0 in `sft` and `rl`.
+The one who tells it is the driver, or the learner's rank 0 while a training loop runs. `max_restarts` is set in
+jobs/rollouts.py.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from actors.rollouts.weight_sync import PublishedWeights
 from rayrlhf.config import Config
 
 _DEATHS = 3
-"""At so many deaths in a row without an answered call in between the run ends."""
+"""The run ends at this many deaths in a row with no call answered in between."""
 
 
 @dataclass
@@ -38,7 +39,7 @@ class CoordinatorLink:
     def __init__(self, remote: Remote, setup: Setup, config: Config) -> None:
         self.remote, self.setup = remote, setup
         self.cursor = Cursor(config.rl.steps)
-        """Which prompts the batches have taken: all, for someone who asks for no batch."""
+        """Which prompts earlier batches have taken. It begins as all of them: right where nobody asks for a batch."""
         self._timeout_s, self._start_timeout_s = (
             config.resources.coordinator_timeout_s,
             config.resources.start_timeout_s,
@@ -87,7 +88,8 @@ class CoordinatorLink:
         Returns once they are copied, not once they are loaded: the next call waits for that.
 
         Args:
-            publish: publishes the weights under a version; as long as they are the generators' it may be called again.
+            publish: publishes the weights under a version. It may be called again, for the generators of another
+                coordinator, until newer weights are sent.
         """
         self._publish = None  # another coordinator need not load those before
         version = int(self.call("next_version", after))

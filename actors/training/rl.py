@@ -184,7 +184,7 @@ def load_models(
 class GeneratorLink:
     """The learner's line to the generators, by way of the coordinator. Rank 0 speaks first, the others listen.
 
-    It also is rank 0 who sees to it that a run goes on whose coordinator died.
+    Rank 0 also brings another coordinator up to date where one has died.
     """
 
     def __init__(self, coordinator: CoordinatorLink, ranks: Ranks, policy: PreTrainedModel) -> None:
@@ -209,8 +209,8 @@ class GeneratorLink:
             death = self.ranks.broadcast(death)  # the others ask when the weights have arrived there
             if not self.ranks.first and death is None:
                 batch, death = self._ask_for(step, version)
-            # The coordinator may have died before one of them had its batch. Ahead of the learner another one would
-            # make another batch, so all ranks ask it.
+            # The coordinator may die after some ranks have their batch and others have not. Ahead of the learner its
+            # successor makes another batch, so all ranks ask again.
             death = next(filter(None, self.ranks.gather(death)), None)
             if death is None:
                 assert batch is not None

@@ -2,11 +2,10 @@
 
 What Ray Train makes of it is the same as of any death: it starts all ranks again from the newest checkpoint.
 
-A rank may stand still for minutes and be well: it waits in a collective for another rank, or for a batch. So only beats
-count, which come from a thread of their own (`actors.pools.beats`), and not whether its work moves. One call that holds
-Python's lock keeps beats back as well. So one that is silent is looked at from outside before it is killed: its process
-has to be stopped, or its work thread must not have been given the CPU for seconds. Whether a node is gone is for Ray to
-find out.
+A rank may stand still for minutes and be well: it waits in a collective for another rank, or for a batch. So a rank is
+suspected for missing beats alone, which come from a thread of their own (`actors.pools.beats`). One call that holds
+Python's lock keeps beats back, too. So a suspect is looked at from outside before it is killed: its process has to be
+stopped, or its work thread must have had no CPU for seconds. Whether a node is gone is for Ray to find out.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Losses of the policy and the value model, and importance weights: one value for each token.
 
 All arguments and results are [N], for the N response tokens of a micro-batch. The caller sums over micro-batches and
-ranks, and divides once by the number of tokens: a mean of means would weigh tokens by where they were computed.
+ranks, and divides once by the number of tokens, of responses, or by a constant (`rl.loss_mean`): a mean of means would
+weigh tokens by where they were computed.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class PolicyLoss(NamedTuple):
 
 class ValueLoss(NamedTuple):
     loss: Tensor
-    """[N] clipped squared error, with gradient"""
+    """[N] half the squared error, or the clipped one where that is larger; with gradient"""
     clipped: Tensor
     """[N] bool, whether the clipped branch is the larger loss"""
 
