@@ -1,9 +1,9 @@
-"""Calls to a coordinator that may die: Ray starts another one in its place, and whoever finds that out tells it all.
+"""Calls to a coordinator that may die: Ray starts another one, and the caller who finds that out tells it all.
 
     coordinator dies ─▶ Ray ends its generators and scorers, and starts a coordinator that knows nothing (max_restarts)
     a call fails     ─▶ take_over: the setup, which prompts were taken, the weights ─▶ the call once more
 
-The one who tells it is the driver, or the learner's rank 0 while a training loop runs. `max_restarts` is set in
+That caller is the driver, or the learner's rank 0 while a training loop runs. `max_restarts` is set in
 jobs/rollouts.py.
 """
 
@@ -28,7 +28,7 @@ class Setup:
     """What the driver has told the coordinator, and what another one has to be told in its place."""
 
     calls: dict[str, tuple[Any, ...]] = field(default_factory=dict)
-    """By method its arguments, each of them `put`; in the order of the calls."""
+    """By method the arguments it was told last, each of them `put`. Methods are in the order of their first calls."""
     version: int = 0
     """Of the weights that the driver sent last: versions go on from it."""
 

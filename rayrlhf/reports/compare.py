@@ -152,7 +152,7 @@ def markdown(runs: Sequence[Run]) -> str:
             parts.append(table(run_rows(runs, source)))
     parts.append(
         "## Policy minus SFT\n\nPaired differences on the same prompts [95 % bootstrap interval over prompts], "
-        "p of the sign-flip test." + (" Pooled: runs and prompts are resampled." if several else "")
+        "p of the sign-flip test." + ("\nPooled: runs and prompts are resampled." if several else "")
     )
     parts.append(table(difference_rows(runs)))
     parts += ["## Time\n\nMedians" + (" (smallest to largest run)." if several else "."), table(stage_rows(runs))]
