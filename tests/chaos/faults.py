@@ -1,4 +1,4 @@
-"""What can happen to a run: a process of it dies or stops, its disk is full, the power is cut."""
+"""What can happen to a run: a process of it dies or stops, a node goes, its disk is full, the power is cut."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import random
 import re
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from rayrlhf.files import fingerprint
-from tests.commands import Command
+from tests.chaos.nodes import Nodes
 
 ROLES = {
     "driver": r"/rayrlhf run ",
@@ -25,19 +26,6 @@ ROLES = {
     "gcs": r"/gcs/gcs_server ",
 }
 """By role, what the command lines of its processes look like."""
-_DELAYS_MS = {
-    "CoreWorkerService.grpc_server.PushTask": 100,  # a call arrives
-    "CoreWorkerService.grpc_client.PushTask": 100,  # its answer arrives
-    "CoreWorkerService.grpc_server.GetObjectStatus": 100,
-    "ObjectManagerService.grpc_server.Pull": 100,
-    "NodeManagerService.grpc_client.RequestWorkerLease": 300,
-    "InternalKVGcsService.grpc_server.InternalKVMultiGet": 100,  # what the heartbeat reads
-}
-SLOW_NETWORK = {"RAY_testing_asio_delay_us": ",".join(f"{name}=10000:{most}000" for name, most in _DELAYS_MS.items())}
-"""Ray hands these messages on 10 ms to so many ms late: an actor answers in 120 ms where it took 3. Ray's own tests use
-this variable. With all messages alike 5 ms late, Ray does not start."""
-SLOW_SHARE = 0.25
-"""The share of runs with a slow network."""
 TRAINING, SAMPLING = ("learner", "controller"), ("generator", "coordinator")
 ALWAYS = ("driver", "raylet", "gcs")
 IN_STAGE = {
@@ -56,7 +44,7 @@ class Fault:
 
     stage: str
     kind: str
-    """kill, stop, full disk or power cut."""
+    """kill, stop, lost node, full disk or power cut."""
     role: str = ""
     """Whose process is killed or stopped."""
     moment: float = 0.0
@@ -69,15 +57,16 @@ class Fault:
         return f"{self.kind} {self.role}".strip() + f"{lasting} in {self.stage} at {self.moment:.0%}"
 
 
-def draw(chance: random.Random, disk: bool) -> list[Fault]:
+def draw(chance: random.Random, disk: bool, nodes: bool) -> list[Fault]:
     """A fault in each stage of a run, all decided by `chance`.
 
     Args:
         disk: whether the disk can be filled.
+        nodes: whether there are several nodes, of which one can be lost.
     """
     faults = []
     for stage, roles in IN_STAGE.items():
-        kinds = ["kill"] * 6 + ["stop"] * 2 + ["power cut"] + ["full disk"] * disk
+        kinds = ["kill"] * 6 + ["stop"] * 2 + ["power cut"] + ["full disk"] * disk + ["lost node"] * 6 * nodes
         kind = chance.choice(kinds)
         # Neither Ray's own processes nor the driver are looked after by anybody: stopped, they are merely late.
         role = chance.choice(roles) if kind in ("kill", "stop") else ""
@@ -86,13 +75,23 @@ def draw(chance: random.Random, disk: bool) -> list[Fault]:
     return faults
 
 
-def strike(fault: Fault, command: Command, run: Path, chance: random.Random) -> str | None:
-    """Have it happen now; returns what was struck, or None if the run has no such process at this moment."""
+def strike(
+    fault: Fault, processes: Callable[[], dict[int, str]], run: Path, chance: random.Random, nodes: Nodes | None = None
+) -> str | None:
+    """Have it happen now; returns what was struck, or None if the run has no such process at this moment.
+
+    Args:
+        processes: returns the command lines of the run's living processes by pid.
+        nodes: the cluster that the run is on, if that is not its own.
+    """
     if fault.kind == "power cut":
-        return _power_cut(command, run, chance)
+        return _power_cut(processes, run, chance)
     if fault.kind == "full disk":
         return _fill(run, fault.seconds)
-    found = [pid for pid, line in command.processes().items() if re.search(ROLES[fault.role], line)]
+    if fault.kind == "lost node":
+        assert nodes
+        return nodes.lose(chance)
+    found = [pid for pid, line in processes().items() if re.search(ROLES[fault.role], line)]
     if not found:
         return None
     pid = chance.choice(sorted(found))
@@ -126,9 +125,9 @@ def _fill(run: Path, seconds: float) -> str:
     return "the run's disk"
 
 
-def _power_cut(command: Command, run: Path, chance: random.Random) -> str:
+def _power_cut(processes: Callable[[], dict[int, str]], run: Path, chance: random.Random) -> str:
     """Kill every process at once, and damage what was written last, as a disk does that had not written it yet."""
-    while left := command.processes():
+    while left := processes():
         for pid in left:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -26,9 +26,8 @@ def tables(records: Sequence[dict[str, Any]]) -> str:
         [
             *lines,
             "",
-            f"{len(records)} faults in {len(runs)} runs, {sum(record['slow_network'] for record in runs.values())} of "
-            "them with a slow network, by stage: "
-            + ", ".join(f"{stage} {count}" for stage, count in _stages(records).items()),
+            f"{len(records)} faults, by stage: {_counts(Counter(record['stage'] for record in records))}",
+            f"{len(runs)} runs: {_counts(_settings([record['setting'] for record in runs.values()]))}",
             f"goodput (undisturbed seconds / seconds with faults): {statistics.median(goodput):.2f} "
             f"[{min(goodput):.2f}, {max(goodput):.2f}]",
             f"steps done again: {sum(record['steps_done_again'] for record in runs.values())}",
@@ -41,8 +40,15 @@ def _seconds(met: Sequence[dict[str, Any]]) -> str:
     return f"{statistics.median(known):.0f} [{min(known):.0f}, {max(known):.0f}]" if known else "–"
 
 
-def _stages(records: Sequence[dict[str, Any]]) -> dict[str, int]:
-    counts: dict[str, int] = defaultdict(int)
-    for record in records:
-        counts[record["stage"]] += 1
-    return counts
+def _settings(settings: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """How many runs each special setting had."""
+    return {
+        "two learner ranks": sum(setting["ranks"] == 2 for setting in settings),
+        "ahead": sum(setting["ahead"] for setting in settings),
+        "several nodes": sum(setting["nodes"] for setting in settings),
+        "slow network": sum(setting["slow_network"] for setting in settings),
+    }
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in counts.items())

@@ -20,6 +20,7 @@ from rayrlhf.runs.ledger import read_ledger
 from rayrlhf.runs.metrics import read_metrics
 from rayrlhf.runs.stages import STAGES
 from tests.chaos.faults import Fault, strike
+from tests.chaos.nodes import Nodes
 from tests.commands import QUICKSTART, SHRUNKEN, Command
 
 STARTS = 12
@@ -33,12 +34,18 @@ class Run:
     """One run folder, and the commands that work on it one after the other."""
 
     def __init__(
-        self, runs_dir: Path, name: str, changes: Sequence[str], environment: Mapping[str, str] = MappingProxyType({})
+        self,
+        runs_dir: Path,
+        name: str,
+        changes: Sequence[str],
+        environment: Mapping[str, str] = MappingProxyType({}),
+        on_nodes: bool = False,
     ) -> None:
         """
         Args:
             changes: of the config.
-            environment: variables that its commands have besides those of this process.
+            environment: variables that its processes have besides those of this one.
+            on_nodes: whether it is on a cluster of several nodes, not on one of its own.
         """
         self._environment = environment
         self.path = runs_dir / name
@@ -48,7 +55,7 @@ class Run:
         self.left: list[str] = []
         """Command lines of processes that did not end with their command."""
         self._logs = runs_dir.parent / f"{name}.output"
-        self._logs.mkdir(parents=True)
+        self._nodes = Nodes(self._logs, environment) if on_nodes else None
 
     def to_the_end(
         self,
@@ -69,11 +76,21 @@ class Run:
         Raises:
             AssertionError: the run did not end.
         """
-        began, waiting, records = time.monotonic(), {fault.stage: fault for fault in faults}, list[dict[str, Any]]()
+        self._logs.mkdir(parents=True)
+        try:
+            return self._to_the_end(faults, chance, stage_seconds)
+        finally:
+            if self._nodes:
+                self._nodes.end()
+
+    def _to_the_end(
+        self, faults: Sequence[Fault], chance: random.Random | None, stage_seconds: Mapping[str, float] | None
+    ) -> list[dict[str, Any]]:
+        waiting, records = {fault.stage: fault for fault in faults}, list[dict[str, Any]]()
+        began: float | None = None
         for _ in range(STARTS):
-            command = Command(
-                [str(Path(sys.executable).parent / "rayrlhf"), *self.arguments], self._logs, self._environment
-            )
+            command = self._start()
+            began = began or time.monotonic()
             try:
                 while command.process.poll() is None:
                     time.sleep(0.2)
@@ -111,9 +128,14 @@ class Run:
         shutil.rmtree(self.path)
 
     def _meet(self, fault: Fault, command: Command, chance: random.Random) -> list[dict[str, Any]]:
-        progress, at = self._progress(), time.monotonic()
-        struck = strike(fault, command, self.path, chance)
-        if struck is None:
+        """Strike now, or as soon as there is something to strike; empty if the stage ends before."""
+        while _still_in(command, fault.stage):
+            progress, at = self._progress(), time.monotonic()
+            struck = strike(fault, lambda: self._processes(command), self.path, chance, self._nodes)
+            if struck is not None:
+                break
+            time.sleep(0.1)
+        else:
             return []
         return [
             {
@@ -134,11 +156,28 @@ class Run:
         lines = [line for line in read_metrics(self.path) if line["stage"] in STAGES] if self.path.exists() else []
         return len(done), lines[-1]["step"] if lines and lines[-1]["stage"] not in done else 0
 
+    def _start(self) -> Command:
+        """The command, once the nodes that it is to be on are up."""
+        address = {}
+        if self._nodes:
+            self._nodes.ready()
+            address = {"RAY_ADDRESS": self._nodes.address}
+        program = str(Path(sys.executable).parent / "rayrlhf")
+        return Command([program, *self.arguments], self._logs, {**self._environment, **address})
+
+    def _processes(self, command: Command) -> dict[int, str]:
+        """Command lines of all that the command works with, by pid."""
+        return command.processes() | (self._nodes.processes() if self._nodes else {})
+
     def _wait_for_processes(self, command: Command) -> None:
+        """Wait until nothing is left of the command: on nodes that stay, its actors are meant."""
         deadline = time.monotonic() + LINGER_S
-        while command.processes() and time.monotonic() < deadline:
+        left = command.processes
+        if nodes := self._nodes:
+            left = lambda: command.processes() | nodes.actors()  # noqa: E731
+        while left() and time.monotonic() < deadline:
             time.sleep(0.5)
-        self.left += command.processes().values()
+        self.left += left().values()
 
 
 @contextlib.contextmanager
@@ -162,7 +201,7 @@ def _stage_of(command: Command) -> str:
     return headings[-1] if headings and f"\n{headings[-1]}: done in" not in text else ""
 
 
-def _still_in(command: Command, stage: str, seconds: float) -> bool:
+def _still_in(command: Command, stage: str, seconds: float = 0.0) -> bool:
     """Wait so long; returns whether the command is in the stage then."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and command.process.poll() is None:
