@@ -18,6 +18,7 @@ from rich.table import Table
 
 from actors.pools.remote import ActorFailure
 from actors.training.tasks import TRAIN_ENVIRONMENT
+from jobs.ray_watch import ending_with_ray
 from rayrlhf.config import Config
 from rayrlhf.errors import UserError, one_line
 from rayrlhf.machine import Machine, memory_of_gpus
@@ -96,7 +97,8 @@ def connected(config: Config) -> Iterator[None]:
         else:
             ray.init(log_to_driver=False)
         try:
-            yield
+            with ending_with_ray() if local else nullcontext():
+                yield
         finally:
             ray.shutdown()
 

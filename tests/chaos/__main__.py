@@ -11,8 +11,9 @@ would do. When the run is finished:
 - the ledger has every step once, no prompt twice, and tokens of an allowed age;
 - no process of it is left.
 
-The first thing that is not so ends everything with exit code 1. Faults, and what became of them, go to chaos.jsonl, and
-tables to standard output. What the commands print stays beside chaos.jsonl.
+The first thing that is not so ends everything with exit code 1. Faults of runs that held, and what became of them, go
+to chaos.jsonl, and tables to standard output. What the commands print stays beside chaos.jsonl. The same command with
+the same `--directory` goes on behind the last run there.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import tests.environment  # noqa: F401 - before what reads it
 from tests.chaos.checks import check
@@ -40,15 +40,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--faults", type=int, default=100, help="end with the run that meets this many")
     parser.add_argument("--seed", type=int, default=0, help="decides which faults there are, and when")
-    parser.add_argument("--directory", type=Path, help="where runs and chaos.jsonl go; default: a temporary one")
+    parser.add_argument("--directory", type=Path, help="of runs and chaos.jsonl; default: a temporary one")
     arguments = parser.parse_args()
     # Power cuts tear lines of metrics, which are read several times a second.
     logging.getLogger("rayrlhf.runs.metrics").setLevel(logging.ERROR)
     directory = (arguments.directory or Path(tempfile.mkdtemp(prefix="chaos-"))).absolute()
     directory.mkdir(parents=True, exist_ok=True)
+    written = directory / "chaos.jsonl"
+    shutil.rmtree(directory / "runs", ignore_errors=True)  # of a chaos that was killed
     with limited_disk(directory) as (runs, disk):
         undisturbed = dict[int, Run]()
-        records, number = list[dict[str, Any]](), 0
+        records = [json.loads(line) for line in written.read_text().splitlines()] if written.exists() else []
+        number = records[-1]["run"] + 1 if records else 0
         while len(records) < arguments.faults:
             chance = random.Random(f"{arguments.seed} {number}")
             setting = draw_setting(chance)
@@ -58,16 +61,17 @@ def main() -> None:
             run = Run(runs, f"run{number}", setting.changes, setting.environment, setting.nodes)
             met = run.to_the_end(draw(chance, disk, setting.nodes), chance, model.stage_seconds())
             wrong = check(run, model, exact=not setting.ahead)
+            if wrong:
+                kept = directory / run.path.name  # not on the disk that is about to be unmounted
+                shutil.copytree(run.path, kept, dirs_exist_ok=True)
+                sys.exit(f"run {number} did not end as if nothing had happened: {'; '.join(wrong)}")
             for record in met:
                 record |= {"run": number, "run_seconds": run.seconds, "undisturbed_seconds": model.seconds}
                 record |= {"steps_done_again": run.steps_done_again(), "setting": asdict(setting)}
-                with (directory / "chaos.jsonl").open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(record) + "\n")
+            with written.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(record) + "\n" for record in met)
             records += met
             print(f"run {number}, {setting}: {len(met)} faults, {run.seconds:.0f} s, {len(records)} in all", flush=True)
-            if wrong:
-                shutil.copytree(run.path, directory / run.path.name)  # from a disk that is about to be unmounted
-                sys.exit(f"run {number} did not end as if nothing had happened: {'; '.join(wrong)}")
             run.delete()
             number += 1
     print(tables(records))

@@ -76,7 +76,7 @@ class Run:
         Raises:
             AssertionError: the run did not end.
         """
-        self._logs.mkdir(parents=True)
+        self._logs.mkdir(parents=True, exist_ok=True)
         try:
             return self._to_the_end(faults, chance, stage_seconds)
         finally:
