@@ -27,7 +27,8 @@ STARTS = 12
 """More starts than a run of five faults can need: after so many it does not get over one of them."""
 LINGER_S = 180
 """Processes of a command that was killed end by themselves; on a busy machine it takes them that long at most."""
-DISK_MIB = 1500
+DISK_MIB = 3000
+"""Two undisturbed runs, and one that meets faults, with all their checkpoints."""
 
 
 class Run:
