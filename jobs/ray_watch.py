@@ -5,13 +5,15 @@ Ray itself waits a minute for a head that nobody starts again, and then ends thi
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import psutil
 import ray
 from ray._private.node import Node
 from ray._private.ray_constants import PROCESS_TYPE_GCS_SERVER, PROCESS_TYPE_RAYLET
@@ -30,12 +32,16 @@ def ending_with_ray() -> Iterator[None]:
     It ends as by a kill: nothing that the block has around it is done. A run is safe from that at any moment.
     """
     node, over = ray._private.worker._global_node, threading.Event()
+    [raylet] = [info.process.pid for info in node.all_processes[PROCESS_TYPE_RAYLET]]
 
     def watch() -> None:
+        actors: list[psutil.Process] = []
         while not over.wait(_LOOK_S):
             dead = [each for each in node.dead_processes() if each[0] in _NAMES]
             if dead and not over.is_set():
-                _end(node, *dead[0])
+                _end(node, actors, *dead[0])
+            with contextlib.suppress(psutil.NoSuchProcess):  # dead since then: its children are those of before
+                actors = psutil.Process(raylet).children(recursive=True)
 
     watcher = threading.Thread(target=watch, name="watches Ray", daemon=True)
     watcher.start()
@@ -46,7 +52,7 @@ def ending_with_ray() -> Iterator[None]:
         watcher.join()
 
 
-def _end(node: Node, kind: str, process: subprocess.Popen[bytes]) -> None:
+def _end(node: Node, actors: Sequence[psutil.Process], kind: str, process: subprocess.Popen[bytes]) -> None:
     complain(
         f"failed: {_NAMES[kind]} ({kind}) ended with code {process.returncode}: kill -9, a crash, or out of memory, "
         "which `dmesg` tells; finished stages and checkpoints are kept; the same command continues; "
@@ -54,4 +60,7 @@ def _end(node: Node, kind: str, process: subprocess.Popen[bytes]) -> None:
     )
     sys.stdout.flush()
     node.kill_all_processes(check_alive=False, allow_graceful=False)
+    for actor in actors:  # they would look for Ray's head for a minute, and keep their memory meanwhile
+        with contextlib.suppress(psutil.NoSuchProcess):
+            actor.kill()
     os._exit(1)

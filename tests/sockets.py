@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import socket
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 
 
 def listening(pids: list[int] | None = None) -> set[str]:
