@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import psutil
@@ -32,16 +32,12 @@ def ending_with_ray() -> Iterator[None]:
     It ends as by a kill: nothing that the block has around it is done. A run is safe from that at any moment.
     """
     node, over = ray._private.worker._global_node, threading.Event()
-    [raylet] = [info.process.pid for info in node.all_processes[PROCESS_TYPE_RAYLET]]
 
     def watch() -> None:
-        actors: list[psutil.Process] = []
         while not over.wait(_LOOK_S):
             dead = [each for each in node.dead_processes() if each[0] in _NAMES]
             if dead and not over.is_set():
-                _end(node, actors, *dead[0])
-            with contextlib.suppress(psutil.NoSuchProcess):  # dead since then: its children are those of before
-                actors = psutil.Process(raylet).children(recursive=True)
+                _end(node, *dead[0])
 
     watcher = threading.Thread(target=watch, name="watches Ray", daemon=True)
     watcher.start()
@@ -52,15 +48,26 @@ def ending_with_ray() -> Iterator[None]:
         watcher.join()
 
 
-def _end(node: Node, actors: Sequence[psutil.Process], kind: str, process: subprocess.Popen[bytes]) -> None:
+def _end(node: Node, kind: str, process: subprocess.Popen[bytes]) -> None:
     complain(
         f"failed: {_NAMES[kind]} ({kind}) ended with code {process.returncode}: kill -9, a crash, or out of memory, "
         "which `dmesg` tells; finished stages and checkpoints are kept; the same command continues; "
         f"Ray's logs: {node.get_logs_dir_path()}"
     )
     sys.stdout.flush()
-    node.kill_all_processes(check_alive=False, allow_graceful=False)
-    for actor in actors:  # they would look for Ray's head for a minute, and keep their memory meanwhile
-        with contextlib.suppress(psutil.NoSuchProcess):
-            actor.kill()
-    os._exit(1)
+    try:
+        [raylet] = node.all_processes[PROCESS_TYPE_RAYLET]
+        node.kill_all_processes(check_alive=False, allow_graceful=False)  # and forgets them
+        for actor in _started_by(raylet.process.pid):  # it would look for Ray's head for a minute, and keep its memory
+            with contextlib.suppress(psutil.Error):
+                actor.kill()
+    finally:
+        os._exit(1)
+
+
+def _started_by(raylet: int) -> Iterator[psutil.Process]:
+    """The processes of a raylet, also once it is dead: Ray puts its pid into their environment."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):  # gone meanwhile, or of another user
+            if process.environ().get("RAY_RAYLET_PID") == str(raylet):
+                yield process

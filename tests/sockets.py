@@ -35,3 +35,10 @@ def beyond_loopback(addresses: set[str]) -> set[str]:
     found = {each: ipaddress.ip_address(each) for each in addresses}
     own = {each: getattr(ip, "ipv4_mapped", None) or ip for each, ip in found.items()}
     return {each for each, ip in own.items() if not ip.is_loopback}
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])

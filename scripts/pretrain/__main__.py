@@ -43,7 +43,8 @@ def make_model(layers: int, hidden: int, heads: int, positions: int, seed: int) 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     # Either instruction set multiplies bfloat16 faster than float32; other CPUs do it more slowly.
-    processor = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
+    facts = Path("/proc/cpuinfo")  # of Linux
+    processor = facts.read_text(encoding="utf-8").split() if facts.exists() else []
     has_bfloat16 = torch.cuda.is_available() or not {"amx_bf16", "avx512_bf16"}.isdisjoint(processor)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument

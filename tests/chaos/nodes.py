@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import re
-import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from types import MappingProxyType
 import ray
 
 from tests.commands import Command
+from tests.sockets import free_port
 
 START_S = 180
 """A node that is not up then did not start: Ray itself gives up earlier, and another one is tried."""
@@ -50,7 +50,7 @@ class Nodes:
         """Start what does not live; returns once a command finds all three nodes."""
         if not (self._head and _up(self._head)):
             self.end()
-            port = _free_port()
+            port = free_port()
             self.address = f"{ray.util.get_node_ip_address()}:{port}"
             self._head = self._started(["--head", "--num-cpus=0", f"--port={port}", "--include-dashboard=false"])
         for node in [node for node in self._others if not _wait_for(node)]:
@@ -117,9 +117,3 @@ def _wait_for(node: Command) -> bool:
             return True
         time.sleep(0.2)
     return False
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])

@@ -170,15 +170,15 @@ class Run:
         """Command lines of all that the command works with, by pid."""
         return command.processes() | (self._nodes.processes() if self._nodes else {})
 
+    def _left(self, command: Command) -> dict[int, str]:
+        """What should be gone once the command has ended, by pid: on nodes that stay, its actors."""
+        return command.processes() | (self._nodes.actors() if self._nodes else {})
+
     def _wait_for_processes(self, command: Command) -> None:
-        """Wait until nothing is left of the command: on nodes that stay, its actors are meant."""
         deadline = time.monotonic() + LINGER_S
-        left = command.processes
-        if nodes := self._nodes:
-            left = lambda: command.processes() | nodes.actors()  # noqa: E731
-        while left() and time.monotonic() < deadline:
+        while self._left(command) and time.monotonic() < deadline:
             time.sleep(0.5)
-        self.left += left().values()
+        self.left += self._left(command).values()
 
 
 @contextlib.contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import re
 import shutil
-import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from rayrlhf.runs.folder import RunFolder
 from rayrlhf.runs.metrics import read_metrics
 from tests.s3 import KEYS, S3, serving
+from tests.sockets import free_port
 
 
 class Cluster(NamedTuple):
@@ -25,12 +25,6 @@ class Cluster(NamedTuple):
     """Of the dashboard."""
     directory: Path
     """Where it keeps its files."""
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ import pytest
 from rayrlhf.runs.folder import RunFolder
 from rayrlhf.runs.metrics import read_metrics
 from tests.s3 import KEYS, S3, serving
+from tests.sockets import free_port
 
 
 class Bucket(NamedTuple):
@@ -45,9 +45,7 @@ def bucket(finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
 
 def start_node(start_head: Any, monkeypatch: pytest.MonkeyPatch, cache: Path) -> Any:
     """A node with a cache of its own; `RAY_ADDRESS` is its address from now on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = int(listener.getsockname()[1])
+    port = free_port()
     monkeypatch.setenv("RAYRLHF_CACHE", str(cache))
     ports = [f"--port={port}", "--dashboard-agent-listen-port=0", "--include-dashboard=false"]
     head = start_head("--node-ip-address=127.0.0.1", *ports)
