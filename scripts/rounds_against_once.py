@@ -16,7 +16,8 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from rayrlhf.config_file import load_config
-from rayrlhf.reports.intervals import Interval, over_runs, p_text, paired_difference, pooled
+from rayrlhf.reports.intervals import over_runs, p_text, paired_difference, pooled
+from rayrlhf.resampling import Interval
 from rayrlhf.runs.folder import RunFolder
 from rayrlhf.runs.rounds import newest_round
 

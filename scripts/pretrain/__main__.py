@@ -18,6 +18,7 @@ import argparse
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from shutil import which
 
 import torch
 from transformers import AutoModelForCausalLM, OPTConfig, PreTrainedModel
@@ -70,7 +71,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--bfloat16", action=argparse.BooleanOptionalAction, default=has_bfloat16,
         help="products in bfloat16; default: where the hardware is faster at them")  # fmt: skip
-    add("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
+    add("--compile", action=argparse.BooleanOptionalAction, default=bool(torch.cuda.is_available() or which("g++")),
+        help="with torch.compile; default: with a GPU, or with g++, which compiles for the CPU")  # fmt: skip
     add("--tokenizer", type=Path, default=TOKENIZER, help="copied beside the model")
     found = parser.parse_args(arguments)
     if found.tokens and found.minutes:

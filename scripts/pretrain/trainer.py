@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import shutil
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rayrlhf.files import replacing
+from scripts.pretrain import attention
 from scripts.pretrain.corpus import IGNORED, Corpus
 from scripts.pretrain.schedule import Budget, Position
 
@@ -36,7 +38,9 @@ class Trainer:
     def __init__(self, model: PreTrainedModel, corpus: Corpus, directory: Path, arguments: argparse.Namespace) -> None:
         self.model, self.corpus, self.directory, self.arguments = model, corpus, directory, arguments
         self.device = next(model.parameters()).device
-        self.run = torch.compile(model.model) if arguments.compile else model.model
+        if self.device.type == "cpu":
+            model.set_attn_implementation(attention.NAME)
+        self._training_loss = torch.compile(self._loss, dynamic=False) if arguments.compile else self._loss
         embeddings = {id(each) for name, each in model.named_parameters() if "embed" in name}
         hidden = [each for each in model.parameters() if each.ndim == 2 and id(each) not in embeddings]
         chosen = {id(each) for each in hidden}
@@ -56,9 +60,13 @@ class Trainer:
 
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """The sum of the loss over all targets, nats."""
-        inputs, targets = inputs.to(self.device), targets.to(self.device)
+        # Compilation takes most of a minute for each shape: too long for the few batches that measure the loss.
+        loss = self._training_loss if self.model.training else self._loss
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.arguments.bfloat16):
-            logits = self.model.lm_head(self.run(input_ids=inputs, use_cache=False).last_hidden_state)
+            return loss(inputs.to(self.device), targets.to(self.device))
+
+    def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        logits = self.model(input_ids=inputs, use_cache=False).logits
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
 
     def micro_batches(self, windows: Sequence[Any], corpus: Corpus, length: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -187,9 +195,8 @@ class Trainer:
         The tokenizer says how many positions were trained.
         """
         with replacing(directory, directory=True) as temporary:
-            weights = {name: value.to(torch.bfloat16) for name, value in self.model.state_dict().items()}
-            self.model.config.dtype = torch.bfloat16
-            self.model.save_pretrained(temporary, state_dict=weights)
+            # Of a copy, since the library would write the tied head twice if weights were given.
+            copy.deepcopy(self.model).to(torch.bfloat16).save_pretrained(temporary)
             shutil.copy(self.arguments.tokenizer / "tokenizer.json", temporary)
             facts = json.loads((self.arguments.tokenizer / "tokenizer_config.json").read_text(encoding="utf-8"))
             facts["model_max_length"] = max(self.arguments.window, self.arguments.last_window)

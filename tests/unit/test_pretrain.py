@@ -9,9 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from rayrlhf.models.loading import context_length, load_tokenizer
+from scripts.pretrain import attention
 from scripts.pretrain.__main__ import make_model, parse
 from scripts.pretrain.corpus import EOS, IGNORED, Corpus
 from scripts.pretrain.schedule import Budget, Position
@@ -96,6 +100,20 @@ def test_the_learning_rate_warms_up_stays_and_falls_to_zero() -> None:
 CORPUS = corpus_of(*[9] * 40)
 
 
+@pytest.mark.parametrize("tokens", [1, attention.BLOCK, attention.BLOCK + 1, 300])
+def test_attention_in_blocks_and_its_gradients_are_those_of_pytorch(tokens: int) -> None:
+    torch.manual_seed(0)
+    found = [torch.randn(2, 3, tokens, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    query, key, value = found
+    ours, _ = attention.in_blocks(nn.Identity(), query, key, value, None, scaling=0.3)
+    theirs = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.3).transpose(1, 2)
+    torch.testing.assert_close(ours, theirs)
+    weights = torch.randn_like(ours)
+    torch.testing.assert_close(
+        torch.autograd.grad((ours * weights).sum(), found), torch.autograd.grad((theirs * weights).sum(), found)
+    )
+
+
 def trainer(directory: Path) -> Trainer:
     small = "--layers 1 --hidden 8 --heads 2 --window 16 --last-window 24 --batch-tokens 48 --micro-batch-tokens 32"
     arguments = parse(["corpus", str(directory), *small.split(), "--device", "cpu", "--warmup", "2", "--no-compile"])
@@ -159,6 +177,8 @@ def test_the_model_is_one_that_the_library_loads(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(str(tmp_path / "model"))
     assert tokenizer.eos_token_id == EOS and context_length(str(tmp_path / "model")) == 24
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).state_dict()
+    with safe_open(tmp_path / "model" / "model.safetensors", "pt") as stored:
+        assert "lm_head.weight" not in stored.keys()  # noqa: SIM118: it is tied to the embeddings; this is no mapping
     assert_equal({name: value.to(torch.bfloat16).float() for name, value in weights(trained).items()}, found)
 
 
