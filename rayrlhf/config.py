@@ -39,7 +39,7 @@ class ModelConfig(Section):
     """The causal language model from which every stage starts."""
 
     path: str = "embedded:opt-tiny"
-    """A directory, a hub name, or `embedded:opt-tiny` (shipped with the package)."""
+    """A directory, a hub name, or `embedded:opt-tiny` or `embedded:opt-7m` (shipped with the package)."""
     revision: str | None = None
     """Of a hub name: a branch, tag or commit."""
     dtype: Literal["float32", "bfloat16"] = "float32"
