@@ -33,6 +33,11 @@ def opening(post: str) -> str:
     return " ".join(post.lower().split()[:OPENING])
 
 
+def embedded_posts() -> list[dict[str, Any]]:
+    """The posts that the package ships, of both splits."""
+    return [row for part in ("train", "valid") for row in pq.read_table(ASSETS / f"tldr/{part}.parquet").to_pylist()]
+
+
 def kept(rows: Iterable[dict[str, Any]], known: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], Counter[str]]:
     """The rows that are neither among `known` nor repeats, and how many were left out for which reason."""
     ids, openings = {row["id"] for row in known}, {opening(row["post"]) for row in known}
@@ -81,8 +86,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the order and of that share (default: 0)")
     arguments = parser.parse_args()
 
-    known = [row for part in ("train", "valid") for row in pq.read_table(ASSETS / f"tldr/{part}.parquet").to_pylist()]
-    rows, left = kept(pq.read_table(arguments.corpus).to_pylist(), known)
+    rows, left = kept(pq.read_table(arguments.corpus).to_pylist(), embedded_posts())
     random.Random(f"order-{arguments.seed}").shuffle(rows)
     for reason, count in left.items():
         print(f"left out: {count:,} posts, {reason}")

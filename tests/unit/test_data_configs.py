@@ -23,6 +23,7 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 SPLITS: tuple[Split, ...] = ("train", "valid")
 CONTEXT = {
     "embedded:opt-tiny": 256,
+    "embedded:opt-7m": 768,
     "facebook/opt-125m": 2048,
     "facebook/opt-1.3b": 2048,
     "build/smollm2": 8192,

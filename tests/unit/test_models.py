@@ -95,7 +95,7 @@ def test_a_policy_is_no_reward_model_nor_the_other_way_round(tmp_path: Path) -> 
 def test_resolve_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (Path(TINY) / "model.safetensors").is_file()
     assert resolve_model("facebook/opt-125m") == "facebook/opt-125m"
-    with pytest.raises(UserError, match="known: embedded:opt-7m, embedded:opt-tiny"):
+    with pytest.raises(UserError, match="known: embedded:opt-7m, embedded:opt-7m-titles, embedded:opt-tiny"):
         resolve_model("embedded:opt-huge")
     with pytest.raises(UserError, match="no such directory"):
         resolve_model(str(tmp_path / "missing"))

@@ -19,6 +19,7 @@ from scripts.pretrain import attention
 from scripts.pretrain.__main__ import make_model, parse
 from scripts.pretrain.corpus import EOS, IGNORED, Corpus
 from scripts.pretrain.schedule import Budget, Position
+from scripts.pretrain.titles import LONGEST_POST, comparisons, prompt_of
 from scripts.pretrain.tokens import kept, render, texts
 from scripts.pretrain.trainer import Trainer
 
@@ -53,6 +54,29 @@ def test_posts_of_the_evaluation_are_left_out_under_any_id() -> None:
     found, left = kept(rows, known)
     assert [row["post"] for row in found] == ["another post"]
     assert left == {"of the TL;DR data": 2, "repeats": 2}
+
+
+def test_a_posts_own_title_is_better_than_those_of_other_posts() -> None:
+    rows = [{"id": str(i), "subreddit": "tea", "title": f"Title {i}", "post": f"Post {i}"} for i in range(50)]
+    rows += [{**rows[3], "id": "again", "post": "another post of that title"}]
+    found = list(comparisons(rows, 3, seed=0))
+    for row, each in zip(rows, found, strict=True):
+        own, *others = each["responses"]
+        assert (each["id"], each["prompt"], own) == (row["id"], prompt_of(row), row["title"])
+        assert each["scores"] == [1.0, 0.0, 0.0, 0.0] and len({own, *others}) == 4
+        assert set(others) <= {row["title"] for row in rows}
+    # 153 draws of 50 titles: only a few are never drawn.
+    assert len({title for each in found for title in each["responses"][1:]}) > 35
+    assert found == list(comparisons(rows, 3, seed=0)) and found != list(comparisons(rows, 3, seed=1))
+    # With four titles, the three others are the rest.
+    assert all(len(set(each["responses"])) == 4 for each in comparisons(rows[:4], 3, seed=0))
+
+
+def test_a_long_post_is_cut_between_words_and_shows_no_title() -> None:
+    row = {"subreddit": "tea", "title": "Green", "post": "leaf " * 200}
+    body = prompt_of(row).removeprefix("SUBREDDIT: r/tea\n\nPOST: ").removesuffix("\n\nTL;DR:")
+    assert set(body.split()) == {"leaf"} and LONGEST_POST - 10 < len(body) <= LONGEST_POST
+    assert prompt_of({**row, "post": "Or black?"}) == "SUBREDDIT: r/tea\n\nPOST: Or black?\n\nTL;DR:"
 
 
 def test_windows_hold_every_token_once_and_cut_only_what_is_too_long() -> None:

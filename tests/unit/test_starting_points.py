@@ -229,6 +229,10 @@ def test_models_that_do_not_fit_are_one_line_with_the_key(tmp_path: Path) -> Non
         (lambda: check_reward_model(TINY, TINY, trained=False), "is no reward model (OPTForCausalLM has no"),
         (lambda: check_reward_model(str(labels), llama, trained=True), "has a head of 2 labels"),
         (lambda: check_reward_model(other, TINY, trained=False), "'zebra-crossing'): .* ; a model with a token"),
+        (
+            lambda: check_reward_model(other, TINY, trained=True),
+            "with null here, it begins with a model of the run's own",
+        ),
         (lambda: check_reward_model(other, TINY, trained=False), f"[{{kind: model, path: {other}}}]"),
     )
     for check, said in checks:
