@@ -40,7 +40,7 @@ from rayrlhf.rewards.content import Vocabulary, content, faithfulness, overlap
 from rayrlhf.rewards.diversity import repetition
 from rayrlhf.rewards.rouge import rouge_scorer
 from rayrlhf.rewards.stems import stems
-from rayrlhf.runs.folder import RunFolder
+from rayrlhf.runs.folder import run_at
 from rayrlhf.runs.storage import local_copy
 
 
@@ -224,7 +224,7 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="the folder of a run on the embedded TL;DR data")
     parser.add_argument("--embeddings", type=Path, help="a directory of a sentence-transformers BERT model")
     arguments = parser.parse_args()
-    run = RunFolder(arguments.run)
+    run = run_at(arguments.run)
     config = load_config(run.config)
     data = RunData(config, load_tokenizer(local_copy(resolve_model(config.model.path))))
     stored = pq.read_table(run.samples).to_pylist() if run.samples.is_file() else []

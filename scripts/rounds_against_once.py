@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from rayrlhf.config_file import load_config
 from rayrlhf.reports.intervals import over_runs, p_text, paired_difference, pooled
 from rayrlhf.resampling import Interval
-from rayrlhf.runs.folder import RunFolder
+from rayrlhf.runs.folder import run_at
 from rayrlhf.runs.rounds import newest_round
 
 CONFIG = Path(__file__).parents[1] / "configs/rounds.yaml"
@@ -41,7 +41,7 @@ def in_rounds(seed: int, runs: Path, config: Path = CONFIG) -> list[str]:
 
 def gold(run: Path) -> np.ndarray:
     """[n] gold of the final policy's answers to the test prompts, in the order of their ids."""
-    table = pq.read_table(newest_round(RunFolder(run)).samples).sort_by("id")
+    table = pq.read_table(newest_round(run_at(run)).samples).sort_by("id")
     return table.column("gold_policy").to_numpy()
 
 
@@ -70,7 +70,8 @@ def main() -> None:
     where, numbers = Path(runs).absolute(), [int(seed) for seed in seeds]
     for seed in numbers:
         for arguments in (once(seed, where), in_rounds(seed, where)):
-            subprocess.run(["rayrlhf", "run", *arguments], check=True)
+            # The command of this installation, which need not be on the PATH.
+            subprocess.run([Path(sys.executable).with_name("rayrlhf"), "run", *arguments], check=True)
     print("gold, three rounds minus one round with as many comparisons and steps:")
     print(*compare(where, numbers), sep="\n")
 
