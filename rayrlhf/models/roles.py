@@ -59,7 +59,7 @@ def check_reward_model(path: str, base: str, *, trained: bool) -> None:
     if _HEAD in architecture and labels != 1:
         raise UserError(f"model {path!r} has a head of {labels} labels; a reward model has one scalar score")
     if trained:
-        remedy = "with null here, it begins with a model of the run's own"
+        remedy = "set this key to null to begin with a model of the run's own"
     else:
         remedy = f"a model with a tokenizer of its own reads texts: rewards='[{{kind: model, path: {path}}}]'"
     check_vocabulary(base, path, remedy=remedy)

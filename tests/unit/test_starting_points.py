@@ -231,7 +231,7 @@ def test_models_that_do_not_fit_are_one_line_with_the_key(tmp_path: Path) -> Non
         (lambda: check_reward_model(other, TINY, trained=False), "'zebra-crossing'): .* ; a model with a token"),
         (
             lambda: check_reward_model(other, TINY, trained=True),
-            "with null here, it begins with a model of the run's own",
+            "set this key to null to begin with a model of the run's own",
         ),
         (lambda: check_reward_model(other, TINY, trained=False), f"[{{kind: model, path: {other}}}]"),
     )
