@@ -97,7 +97,9 @@ def execute(run: Path) -> nbformat.NotebookNode:
         (Path(directory) / "runs").mkdir()
         (Path(directory) / "runs" / "quickstart").symlink_to(run.resolve())
         where = {"metadata": {"path": directory}}
-        sockets = Config({"KernelManager": {"transport": "ipc"}})  # in the file system, where nobody else reaches them
+        # Sockets in the file system, where nobody else reaches them. Their path has to be absolute: the kernel is in
+        # another directory than this process.
+        sockets = Config({"KernelManager": {"transport": "ipc", "ip": str(Path(directory) / "kernel")}})
         done = NotebookClient(notebook(), timeout=600, resources=where, config=sockets).execute()
     for cell in done.cells:
         cell.get("metadata", {}).pop("execution", None)  # when it was
