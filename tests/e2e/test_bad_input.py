@@ -141,8 +141,8 @@ def test_no_such_model(mistake: Mistake, tmp_path: Path) -> None:
 
 
 def test_prompt_and_response_beyond_the_context(mistake: Mistake) -> None:
-    line = mistake("data.max_prompt_tokens=1000", "data.max_response_tokens=48")
-    assert "1000 + 48 = 1048 exceeds the model's context of 1024 tokens" in line
+    line = mistake("data.max_prompt_tokens=740", "data.max_response_tokens=48")
+    assert "740 + 48 = 788 exceeds the model's context of 768 tokens" in line
 
 
 def test_reward_model_with_another_vocabulary(mistake: Mistake, tmp_path: Path) -> None:
