@@ -31,7 +31,7 @@ LONGEST_POST = 450
 
 
 def prompt_of(row: dict[str, Any]) -> str:
-    """A post without its title, as the TL;DR template has it.
+    """A post without its title, otherwise as the TL;DR template of `rayrlhf.data.template` has it.
 
     >>> prompt_of({"subreddit": "tea", "title": "Green", "post": "Or black?"})
     'SUBREDDIT: r/tea\\n\\nPOST: Or black?\\n\\nTL;DR:'
